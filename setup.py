@@ -1,0 +1,40 @@
+"""Package metadata. Dependencies live here; pyproject.toml only names the build system and the tools."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+setup(
+    name="minisora_jax",
+    version="0.1.0",
+    description="An open Sora in JAX: patch-n-pack video diffusion from a laptop CPU to TPU pods",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    packages=find_packages(include=["minisora_jax", "minisora_jax.*"]),
+    package_data={"minisora_jax": ["bundled/**/*"]},
+    install_requires=[
+        "jax>=0.11.1",
+        "flax>=0.12.12",
+        "optax>=0.2.5",
+        "orbax-checkpoint>=0.12",
+        "grain>=0.2.18",
+        "array-record>=0.8",
+        "ml-collections>=1.1",
+        "einops>=0.8",
+        "numpy>=2.1",
+        "av>=15",
+        "pillow>=11",
+        "dm-pix>=0.4.4",
+        "safetensors>=0.5",
+        "tensorboardX>=2.6",
+        "tqdm>=4.66",
+    ],
+    extras_require={
+        "tfds": ["tensorflow-datasets>=4.9.10"],
+        "text": ["transformers>=5"],
+        "tpu": ["jax[tpu]>=0.11.1"],
+        "cuda": ["jax[cuda13]>=0.11.1"],
+    },
+    entry_points={"console_scripts": ["minisora = minisora_jax.cli:main"]},
+)
