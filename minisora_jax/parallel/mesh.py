@@ -1,0 +1,85 @@
+"""The device mesh, and the table of named PartitionSpecs.
+
+One explicit mesh (`AxisType.Explicit`): every array's type says how it is laid out, so a wrong layout is a
+trace-time error and not a slow program. Axes, 1 by default, so that one CPU core and a pod run the same code:
+
+    data     replicas of the model, each with its own packed rows (over DCN on several slices)
+    fsdp     parameters, EMA and optimiser state cut up; rows are divided over it too
+    ring, ulysses, tensor   sequence and head axes of long-context runs
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import jax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+
+AXES = ("data", "fsdp", "ring", "ulysses", "tensor")
+
+ROWS = ("data", "fsdp")  # the axes that divide a batch's rows
+BATCH = P(ROWS)  # (B, ...): rows divided
+MICROBATCHES = P(None, ROWS)  # (A, B, ...): accumulation steps whole, rows divided
+REPLICATED = P()
+WEIGHT_IN_OUT = P("fsdp", None)  # (in, out): parameters are cut along their input axis
+STACKED_WEIGHT = P(None, "fsdp", None)  # (layer, in, out)
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Size of each mesh axis; at most one may be -1, which takes the devices that are left."""
+
+    data: int = -1
+    fsdp: int = 1
+    ring: int = 1
+    ulysses: int = 1
+    tensor: int = 1
+
+    def __post_init__(self):
+        sizes = dataclasses.asdict(self)
+        if sum(n == -1 for n in sizes.values()) > 1 or any(n == 0 or n < -1 for n in sizes.values()):
+            raise ValueError(f"mesh={sizes}: axis sizes are positive, and at most one may be -1 (the devices left)")
+        for axis in ("ring", "ulysses", "tensor"):
+            if sizes[axis] != 1:
+                raise ValueError(f"mesh.{axis}={sizes[axis]}: only the axes data and fsdp are supported yet; use 1")
+
+    def sizes(self, devices: int) -> tuple[int, ...]:
+        """Axis sizes on `devices` devices; ValueError where they do not multiply to it."""
+        sizes = list(dataclasses.astuple(self))
+        fixed = math.prod(n for n in sizes if n != -1)
+        if devices % fixed or (-1 not in sizes and fixed != devices):
+            named = ", ".join(f"{a}={n}" for a, n in zip(AXES, sizes))
+            raise ValueError(f"mesh {named} needs a multiple of {fixed} devices; {devices} are here")
+        return tuple(devices // fixed if n == -1 else n for n in sizes)
+
+
+def make_mesh(config: MeshConfig = MeshConfig(), devices=None) -> jax.sharding.Mesh:
+    """The explicit mesh over `devices` (all of them by default). Use it as `with jax.set_mesh(mesh):`."""
+    devices = devices if devices is not None else jax.devices()
+    sizes = config.sizes(len(devices))
+    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Explicit,) * len(AXES), devices=devices)
+
+
+def shard(x: jax.Array, spec: P) -> jax.Array:
+    """x laid out as `spec` on the mesh in use; x itself where no mesh is set."""
+    return x if jax.sharding.get_abstract_mesh().empty else jax.sharding.reshard(x, spec)
+
+
+def out_sharding(spec: P) -> P | None:
+    """`spec` for an operation's `out_sharding=`, None where no mesh is set."""
+    return None if jax.sharding.get_abstract_mesh().empty else spec
+
+
+def fsdp_spec(shape: tuple[int, ...], axis: int) -> P:
+    """Cut `shape` along `axis` over fsdp where it divides, else replicate."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or shape[axis] % mesh.shape["fsdp"]:
+        return P(*(None for _ in shape))
+    return P(*("fsdp" if i == axis % len(shape) else None for i in range(len(shape))))
+
+
+def place(batch, mesh: jax.sharding.Mesh, spec: P = MICROBATCHES):
+    """A pytree of this host's rows (NumPy) as global arrays laid out as `spec`."""
+    sharding = NamedSharding(mesh, spec)
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)

@@ -1,0 +1,151 @@
+"""The training loop, from mesh to last save: one function, read top to bottom."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from minisora_jax.parallel.mesh import MeshConfig, make_mesh, place
+from minisora_jax.train.checkpoint import Checkpoints
+from minisora_jax.train.metrics import Metrics
+from minisora_jax.train.optim import OptimConfig, learning_rate, make_optimizer
+from minisora_jax.train.step import LossFn, init_state, train_step
+from minisora_jax.types import TrainState
+
+log = logging.getLogger("minisora")
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    steps: int = 1000
+    seed: int = 0
+    log_every: int = 10
+    save_every: int = 500
+    sample_every: int = 500  # steps between sample videos; 0 for none
+    keep: int = 2  # checkpoints kept
+    optim: OptimConfig = OptimConfig()
+    mesh: MeshConfig = MeshConfig()
+
+    def __post_init__(self):
+        for name in ("steps", "log_every", "save_every", "keep"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+
+
+class NonFiniteLoss(RuntimeError):
+    """The loss of a step was NaN or infinite; the last checkpoint before it is intact."""
+
+
+def train(
+    config: RunConfig,
+    workdir: Path,
+    *,
+    name: str,
+    init_params: Callable[[jax.Array], Any],
+    loss_fn: LossFn,
+    batches: Callable[[int], Iterator[tuple[Any, dict[str, float]]]],
+    describe: dict,
+    sample: Callable[[int, Any, Metrics], None] | None = None,
+) -> TrainState:
+    """Train for `config.steps` steps under `workdir`, from its newest checkpoint where it has one.
+
+    `init_params(key)` draws the parameters. `batches(start)` yields, from step `start` on, a pytree of NumPy
+    arrays (A, B, ...) and the batch's counts: `tokens`, `useful_tokens`, `useful_flops`, `hardware_flops` where
+    known. `sample(step, ema_params, metrics)` writes sample videos. `describe` is the whole configuration: a
+    workdir that was begun with another one is refused.
+    """
+    # ---- Mesh
+    mesh = make_mesh(config.mesh)
+    with jax.set_mesh(mesh):
+        # ---- Init or restore: checkpoint, else random; the data state is the step
+        workdir.mkdir(parents=True, exist_ok=True)
+        _refuse_another_config(workdir, describe)
+        key = jax.random.key(config.seed)
+        optimizer = make_optimizer(config.optim, config.steps)
+        init = jax.jit(lambda k: init_state(init_params(k), optimizer))
+        checkpoints = Checkpoints(workdir / "checkpoints", keep=config.keep)
+        if checkpoints.latest() is None:
+            state = init(jax.random.fold_in(key, 2**31 - 1))
+        else:
+            state = checkpoints.restore(jax.eval_shape(init, key), mesh)
+            log.info("%s: resumed at step %d of %d", name, int(state.step), config.steps)
+        start = int(state.step)
+        count = sum(p.size for p in jax.tree.leaves(state.params))
+        log.info("%s: %.2f M parameters, mesh %s", name, count / 1e6, dict(mesh.shape))
+
+        # ---- Steps
+        step_fn = jax.jit(
+            functools.partial(train_step, loss_fn=loss_fn, optimizer=optimizer, config=config.optim), donate_argnums=0
+        )
+        metrics = Metrics(workdir, start=start, steps=config.steps, name=name)
+        schedule = learning_rate(config.optim, config.steps)
+        pending, window, since = None, [], time.perf_counter()
+        stream = iter(batches(start))
+        for step in range(start + 1, config.steps + 1):
+            batch, counts = next(stream)
+            state, values = step_fn(state, place(batch, mesh), key)
+            # Fetch the step before, so that the device never waits for the host.
+            pending, late = (step, values), pending
+            _require_finite(late)
+            window.append(counts)
+            metrics.advance()
+            if step % config.log_every == 0 or step == config.steps:
+                _require_finite(pending)
+                now = time.perf_counter()
+                scalars = {k: float(v) for k, v in values.items()}
+                scalars |= {"learning_rate": float(schedule(step - 1))} | _rates(window, now - since)
+                metrics.scalars(step, scalars)
+                window, since = [], now
+            if config.sample_every and sample and (step % config.sample_every == 0 or step == config.steps):
+                sample(step, state.ema, metrics)
+                since = time.perf_counter()
+            if step % config.save_every == 0 or step == config.steps:
+                checkpoints.save(step, state)
+        checkpoints.close()
+        metrics.close()
+        return state
+
+
+def _rates(window: list[dict[str, float]], seconds: float) -> dict[str, float]:
+    """Per-second rates of the counts in a logging window, and the share of token slots that were padding."""
+    total = {k: sum(c.get(k, 0.0) for c in window) for k in set().union(*window)}
+    rates = {f"{k}_per_s": v / seconds for k, v in total.items()} | {"steps_per_s": len(window) / seconds}
+    if total.get("tokens"):
+        rates["padding_share"] = 1.0 - total["useful_tokens"] / total["tokens"]
+    return rates
+
+
+def _require_finite(pending) -> None:
+    if pending is not None and not math.isfinite(loss := float(pending[1]["loss"])):
+        raise NonFiniteLoss(
+            f"loss={loss} at step {pending[0]}: lower optim.learning_rate or optim.clip; "
+            f"the newest checkpoint is from before it"
+        )
+
+
+def _refuse_another_config(workdir: Path, describe: dict) -> None:
+    path = workdir / "config.json"
+    text = json.dumps(describe, indent=2, sort_keys=True) + "\n"
+    if path.exists() and (before := path.read_text(encoding="utf-8")) != text:
+        changed = _changes(json.loads(before), json.loads(text))
+        raise ValueError(f"{workdir} was begun with another config ({'; '.join(changed)}): use a new --workdir")
+    if not path.exists() and jax.process_index() == 0:
+        partial = path.with_suffix(".partial")
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+
+
+def _changes(old: Any, new: Any, at: str = "config") -> list[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = sorted(old.keys() | new.keys())
+        return [c for k in keys for c in _changes(old.get(k), new.get(k), f"{at}.{k}")]
+    return [] if old == new else [f"{at}: {old} -> {new}"]

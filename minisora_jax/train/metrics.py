@@ -1,0 +1,65 @@
+"""Where a run's numbers go: TensorBoard, a metrics.jsonl that survives restarts, and a progress bar."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+from tensorboardX import SummaryWriter
+from tqdm import tqdm
+
+
+class Metrics:
+    """Writes the run's scalars and videos; on a resume, forgets rows after the step that was restored."""
+
+    def __init__(self, workdir: Path, *, start: int, steps: int, name: str):
+        self.main = jax.process_index() == 0
+        if not self.main:
+            return
+        self._path = workdir / "metrics.jsonl"
+        self._keep_rows_until(start)
+        self._file = self._path.open("a", encoding="utf-8")
+        self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=start or None)
+        self._bar = tqdm(total=steps, initial=start, desc=name, unit="step", dynamic_ncols=True, mininterval=1.0)
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        if not self.main:
+            return
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.flush()
+        for name, value in values.items():
+            self._board.add_scalar(name, value, step)
+        self._bar.set_postfix({k: f"{values[k]:.4g}" for k in ("loss", "tokens_per_s") if k in values}, refresh=False)
+
+    def video(self, step: int, name: str, frames_THWC: np.ndarray, fps: float) -> None:
+        if self.main:
+            self._board.add_video(name, frames_THWC.transpose(0, 3, 1, 2)[None], step, fps=fps)
+
+    def image(self, step: int, name: str, image_HWC: np.ndarray) -> None:
+        if self.main:
+            self._board.add_image(name, image_HWC, step, dataformats="HWC")
+
+    def advance(self) -> None:
+        if self.main:
+            self._bar.update()
+
+    def close(self) -> None:
+        if self.main:
+            self._bar.close()
+            self._board.close()
+            self._file.close()
+
+    def _keep_rows_until(self, step: int) -> None:
+        if not self._path.exists():
+            return
+        kept = []
+        for line in self._path.read_text(encoding="utf-8").splitlines():
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError:  # the row that a kill cut short
+                continue
+            if row["step"] <= step:
+                kept.append(line + "\n")
+        self._path.write_text("".join(kept), encoding="utf-8")
