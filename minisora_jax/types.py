@@ -63,6 +63,7 @@ class PackedBatch:
     text_BLE: jax.Array  # text features (float32), or ByT5 ids (int32, E = 1)
     text_segment_BL: jax.Array  # int32
     fps_BG: jax.Array  # float32 frames per second of the clip in slot g; 0 where the slot is empty
+    size_BG3: jax.Array  # int32 (t, h, w) of the clip's patch grid; 0 where the slot is empty
 
 
 @struct.dataclass

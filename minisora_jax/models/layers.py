@@ -1,0 +1,129 @@
+"""The few layers everything is built of. A parameter's shape, initialiser and sharding stand in one statement."""
+
+from __future__ import annotations
+
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from minisora_jax.parallel.attention import attend
+from minisora_jax.parallel.mesh import fsdp_spec, shard
+from minisora_jax.models.rope import rotate
+
+
+def sharded(init, axis: int):
+    """An initialiser whose result is cut over fsdp along `axis`, where it divides."""
+    return lambda key, shape, dtype=jnp.float32: shard(init(key, shape, dtype), fsdp_spec(shape, axis))
+
+
+class Einsum(nn.Module):
+    """einsum(equation, x, w) + b. Weights are gathered from fsdp just before use and computed in x's dtype.
+
+    `inputs` counts the leading axes of `shape` that are contracted; the others are the output's. `scale`
+    multiplies the initial standard deviation 1 / sqrt(fan in); 0 starts the layer at zero.
+    """
+
+    equation: str
+    shape: tuple[int, ...]
+    inputs: int = 1
+    scale: float = 1.0
+    bias: bool = True
+
+    @nn.compact
+    def __call__(self, x):
+        std = self.scale / math.sqrt(math.prod(self.shape[: self.inputs]))
+        w = self.param("kernel", sharded(nn.initializers.normal(std), 0), self.shape)
+        w = shard(w.astype(x.dtype), P(*(None for _ in self.shape)))
+        y = jnp.einsum(self.equation, x, w)
+        if self.bias:
+            y = y + self.param("bias", nn.initializers.zeros, self.shape[self.inputs :]).astype(x.dtype)
+        return y
+
+
+class Norm(nn.Module):
+    """x / rms(x) over the last axis in float32 (Zhang & Sennrich 2019, arXiv:1910.07467), with a learned scale or without."""
+
+    learned: bool = True
+    epsilon: float = 1e-6
+
+    @nn.compact
+    def __call__(self, x):
+        x32 = x.astype(jnp.float32)
+        y = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.epsilon)
+        if self.learned:
+            y = y * self.param("scale", nn.initializers.ones, (x.shape[-1],))
+        return y.astype(x.dtype)
+
+
+class Attention(nn.Module):
+    """Multi-head attention of x to `context` (x itself by default) within segments, with normalised q and k.
+
+    q and k pass an RMS norm over the head (QK-norm: Dehghani et al. 2023, arXiv:2302.05442), then the rotation.
+    """
+
+    heads: int
+    out_scale: float = 1.0
+
+    @nn.compact
+    def __call__(self, x_BSD, segment_BS, angles_BSk=None, context_BLD=None, context_segment_BL=None):
+        D = x_BSD.shape[-1]
+        N, K = self.heads, D // self.heads
+        context, context_segment = x_BSD, segment_BS
+        if context_BLD is not None:
+            context, context_segment = context_BLD, context_segment_BL
+        q = Einsum("bsd,dnk->bsnk", (D, N, K), name="q")(x_BSD)
+        k = Einsum("bsd,dnk->bsnk", (context.shape[-1], N, K), name="k")(context)
+        v = Einsum("bsd,dnk->bsnk", (context.shape[-1], N, K), name="v")(context)
+        q, k = Norm(name="q_norm")(q), Norm(name="k_norm")(k)
+        if angles_BSk is not None:
+            q, k = rotate(q, angles_BSk), rotate(k, angles_BSk)
+        out = attend(q, k, v, segment_BS, context_segment)
+        return Einsum("bsnk,nkd->bsd", (N, K, D), inputs=2, scale=self.out_scale, name="out")(out)
+
+
+class MLP(nn.Module):
+    """gelu(x W1) W2."""
+
+    ratio: float = 4.0
+    out_scale: float = 1.0
+
+    @nn.compact
+    def __call__(self, x_BSD):
+        D, F = x_BSD.shape[-1], int(x_BSD.shape[-1] * self.ratio)
+        h = nn.gelu(Einsum("bsd,df->bsf", (D, F), name="up")(x_BSD), approximate=True)
+        return Einsum("bsf,fd->bsd", (F, D), scale=self.out_scale, name="down")(h)
+
+
+def per_token(table_BGx: jax.Array, segment_BS: jax.Array) -> jax.Array:
+    """Row segment - 1 of a per-slot table for each token, zeros for padding. (B, G, x), (B, S) -> (B, S, x)."""
+    slots = jnp.arange(1, table_BGx.shape[1] + 1)
+    one_hot_BSG = (segment_BS[:, :, None] == slots).astype(table_BGx.dtype)
+    return jnp.einsum("bsg,bgx->bsx", one_hot_BSG, table_BGx, precision="highest")
+
+
+def per_slot_mean(x_BSx: jax.Array, segment_BS: jax.Array, slots: int) -> jax.Array:
+    """Mean over each segment's tokens. (B, S, x), (B, S) -> (B, G, x), zeros for empty slots."""
+    one_hot_BSG = (segment_BS[:, :, None] == jnp.arange(1, slots + 1)).astype(x_BSx.dtype)
+    count_BG = jnp.sum(one_hot_BSG, axis=1)
+    total = jnp.einsum("bsg,bsx->bgx", one_hot_BSG, x_BSx, precision="highest")
+    return total / jnp.maximum(count_BG, 1.0)[..., None]
+
+
+def run_starts(*ids_BS: jax.Array) -> jax.Array:
+    """True at each token that begins a run of equal ids along the row."""
+    changed = jnp.zeros(ids_BS[0].shape, bool).at[:, 0].set(True)
+    for ids in ids_BS:
+        changed = changed | (ids != jnp.concatenate([ids[:, :1], ids[:, :-1]], axis=1))
+    return changed
+
+
+def fill_runs(x_BS: jax.Array, starts_BS: jax.Array) -> jax.Array:
+    """Each token takes the value its run has at its start."""
+
+    def last_start(left, right):
+        return left[0] | right[0], jnp.where(right[0], right[1], left[1])
+
+    return jax.lax.associative_scan(last_start, (starts_BS, x_BS), axis=1)[1]

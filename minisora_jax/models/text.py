@@ -1,0 +1,73 @@
+"""Captions as tokens, and the small refiner trained with the diffusion transformer.
+
+The default needs no download: ByT5's vocabulary (Xue et al. 2021, arXiv:2105.13626), where a token is a UTF-8
+byte + 3, 0 pads and 1 ends. The refiner reads bytes a neighbourhood at a time, so that words are visible to its
+first layer, then lets a caption's tokens attend to each other. Features of a large frozen encoder enter by
+a projection in the bytes' place.
+"""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax.numpy as jnp
+import numpy as np
+
+from minisora_jax.models.layers import MLP, Attention, Einsum, Norm, fill_runs, run_starts, sharded
+from minisora_jax.models.rope import rope_angles
+
+BYTE_VOCABULARY = 384  # 3 specials, 256 bytes, 125 unused (ByT5 keeps them for its sentinels)
+END = 1
+NEIGHBOURHOOD = 7  # bytes seen by one position of the refiner's first layer
+
+
+def encode_bytes(caption: str) -> np.ndarray:
+    """A caption as ByT5 ids (L, 1) int32, the end token included; "" is the end token alone."""
+    return np.array([b + 3 for b in caption.encode("utf-8")] + [END], np.int32)[:, None]
+
+
+def shift_within(x_BLD, segment_BL, by: int):
+    """x of the token `by` places later in the row (earlier where negative), zeros across segment borders."""
+    if by == 0:
+        return x_BLD
+    length = segment_BL.shape[1]
+    before, after = (max(-by, 0), max(by, 0))
+    move = lambda a, fill: jnp.pad(
+        a[:, max(by, 0) : length + min(by, 0)],
+        ((0, 0), (before, after)) + ((0, 0),) * (a.ndim - 2),
+        constant_values=fill,
+    )
+    same = move(segment_BL, -1) == segment_BL
+    return jnp.where(same[..., None], move(x_BLD, 0), 0)
+
+
+class TextRefiner(nn.Module):
+    """Caption tokens of a packed row -> (B, L, D), each caption by itself."""
+
+    width: int
+    depth: int
+    heads: int
+    features: int  # width E of the incoming features; 1: they are byte ids
+    dtype: str
+
+    @nn.compact
+    def __call__(self, text_BLE, segment_BL):
+        if self.features == 1:
+            # A one-hot product and not a gather: it shards, and the table is small.
+            one_hot = text_BLE == jnp.arange(BYTE_VOCABULARY)
+            table = self.param("embedding", sharded(nn.initializers.normal(1.0), 0), (BYTE_VOCABULARY, self.width))
+            x = one_hot.astype(self.dtype) @ table.astype(self.dtype)
+            reach = NEIGHBOURHOOD // 2
+            near = [shift_within(x, segment_BL, by) for by in range(-reach, reach + 1)]
+            x = jnp.concatenate(near, axis=-1)
+        else:
+            x = text_BLE.astype(self.dtype)
+        x = Einsum("ble,ed->bld", (x.shape[-1], self.width), name="project")(x)
+        x = x + MLP(name="mlp_in")(Norm(name="norm_in")(x))
+        index_BL = jnp.broadcast_to(jnp.arange(segment_BL.shape[1]), segment_BL.shape)
+        # Positions count from each caption's first token, so packing changes no angle.
+        position_BL = index_BL - fill_runs(index_BL, run_starts(segment_BL))
+        angles = rope_angles(position_BL[..., None], self.width // self.heads)
+        for i in range(self.depth):
+            x = x + Attention(self.heads, name=f"attention{i}")(Norm(name=f"norm{i}a")(x), segment_BL, angles)
+            x = x + MLP(name=f"mlp{i}")(Norm(name=f"norm{i}b")(x))
+        return Norm(name="norm_out")(x)

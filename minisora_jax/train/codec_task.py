@@ -1,0 +1,111 @@
+"""Training the codec: reconstruction of random crops, with a weak pull of the posterior towards N(0, 1).
+
+    loss = |x - y| + (x - y)^2 / 2 * l2 + kl * KL(q(z|x) || N(0, I))        each a mean over its own elements
+
+The codec is convolutional and causal, so crops of one size teach it every size, and the first frame of each
+crop teaches it images.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import dm_pix as pix
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from minisora_jax.data.loader import crop_batches
+from minisora_jax.models.codec import Codec, to_float
+from minisora_jax.models.vae import VAE, VAEConfig
+from minisora_jax.train.loop import RunConfig, train
+from minisora_jax.train.metrics import Metrics
+from minisora_jax.types import Clip
+
+
+@dataclasses.dataclass(frozen=True)
+class CodecTask:
+    vae: VAEConfig = VAEConfig()
+    run: RunConfig = RunConfig()
+    crop_THW: tuple[int, int, int] = (9, 32, 32)
+    batch: int = 8  # crops per step, over all devices
+    l2: float = 4.0
+    kl: float = 1e-4
+    export_dtype: str = "float32"
+
+    def __post_init__(self):
+        self.vae.latent_size(self.crop_THW)
+
+
+def loss_terms(task: CodecTask, params, frames_BTHWC, key):
+    """Per-clip values of each term, all of weight 1."""
+    x = to_float(frames_BTHWC)
+    y, mean, logvar = VAE(task.vae).apply(params, x, key)
+    per_clip = lambda v: jnp.mean(v.reshape(v.shape[0], -1), axis=1)
+    l1, l2 = per_clip(jnp.abs(x - y)), per_clip((x - y) ** 2)
+    kl = per_clip(0.5 * (mean**2 + jnp.exp(logvar) - 1.0 - logvar))
+    terms = {"loss": l1 + 0.5 * task.l2 * l2 + task.kl * kl, "l1": l1, "mse": l2, "kl": kl}
+    return {name: (v, jnp.ones_like(v)) for name, v in terms.items()}
+
+
+def train_codec(task: CodecTask, workdir: Path, clips: Sequence[Clip], held_out: Sequence[Clip], describe: dict) -> Codec:
+    """Train on `clips`, log reconstructions of `held_out`, and export to WORKDIR/export. Returns the codec."""
+    vae = VAE(task.vae)
+
+    def init_params(key):
+        frames = jnp.zeros((1, *task.crop_THW, 3))
+        return vae.init(key, frames, key)
+
+    def batches(start: int) -> Iterator:
+        for frames in crop_batches(clips, task, start):
+            yield frames, {"clips": float(task.batch)}
+
+    def sample(step: int, params, metrics: Metrics):
+        codec = Codec(task.vae, jax.device_get(params), *_unit_stats(task.vae))
+        scores, pairs = reconstruct(codec, [held_out[i] for i in range(8)])
+        metrics.scalars(step, {f"held_out/{k}": v for k, v in scores.items()})
+        clip, frames = pairs[0]
+        metrics.video(step, "reconstruction", np.concatenate([clip.frames_THWC, frames], axis=2), clip.fps)
+
+    state = train(
+        task.run,
+        workdir,
+        name="codec",
+        init_params=init_params,
+        loss_fn=lambda params, frames, key: loss_terms(task, params, frames, key),
+        batches=batches,
+        describe=describe,
+        sample=sample,
+    )
+    raw = Codec(task.vae, jax.device_get(state.ema), *_unit_stats(task.vae))
+    codec = dataclasses.replace(raw, **latent_statistics(raw, clips))
+    codec.export(workdir / "export", describe, task.export_dtype)
+    return Codec.load(workdir / "export")
+
+
+def latent_statistics(codec: Codec, clips: Sequence[Clip], count: int = 256) -> dict[str, np.ndarray]:
+    """Per-channel mean and standard deviation of the latents of the first `count` clips."""
+    means = [codec.encode(clips[i].frames_THWC[None])[0] for i in range(min(count, len(clips)))]
+    flat = np.concatenate([m.reshape(-1, m.shape[-1]) for m in means])
+    return {"latent_mean": flat.mean(0), "latent_std": np.maximum(flat.std(0), 1e-6)}
+
+
+def reconstruct(codec: Codec, clips: Sequence[Clip]) -> tuple[dict[str, float], list[tuple[Clip, np.ndarray]]]:
+    """({"psnr", "ssim"} averaged over clips, [(clip, its reconstruction uint8 THWC)])."""
+    scores, pairs = [], []
+    for clip in clips:
+        mean, _ = codec.encode(clip.frames_THWC[None])
+        frames = codec.decode(mean)[0]
+        a, b = (np.asarray(f, np.float32) / 255.0 for f in (clip.frames_THWC, frames))
+        # A clip's PSNR is that of its mean squared error, so that an exact frame cannot make it infinite.
+        mse = max(float(np.mean((a - b) ** 2)), 1e-10)
+        scores.append({"psnr": -10.0 * np.log10(mse), "ssim": float(jnp.mean(pix.ssim(jnp.asarray(a), jnp.asarray(b))))})
+        pairs.append((clip, frames))
+    return {k: float(np.mean([s[k] for s in scores])) for k in ("psnr", "ssim")}, pairs
+
+
+def _unit_stats(config: VAEConfig) -> tuple[np.ndarray, np.ndarray]:
+    c = config.latent_channels
+    return np.zeros(c, np.float32), np.ones(c, np.float32)
