@@ -13,10 +13,13 @@ import grain
 import jax
 import numpy as np
 
-from minisora_jax.types import Clip
+from minisora_jax.data.packing import PackPlan, pack_segments, token_counts, training_segment
+from minisora_jax.models.flops import count_work
+from minisora_jax.types import Clip, PackedBatch
 
 if TYPE_CHECKING:
     from minisora_jax.train.codec_task import CodecTask
+    from minisora_jax.train.diffusion_task import DiffusionTask
 
 
 def in_order(make, start: int, steps: int, *, threads: int = 4, ahead: int = 8) -> Iterator:
@@ -50,5 +53,27 @@ def crop_batches(clips: Sequence[Clip], task: CodecTask, start: int) -> Iterator
     def batch(step: int) -> np.ndarray:
         rows = [[crop(step, a * task.batch + b) for b in host_rows(task.batch)] for a in range(accumulate)]
         return np.stack([np.stack(r) for r in rows])
+
+    return in_order(batch, start, task.run.steps)
+
+
+def packed_batches(latents, task: DiffusionTask, start: int) -> Iterator[tuple[PackedBatch, dict[str, float]]]:
+    """(PackedBatch (A, B, ...), its counts) from step `start` on, from a latent cache."""
+    pack, patch = task.pack, task.dit.patch
+    accumulate = task.run.optim.accumulate
+    plan = PackPlan(*token_counts(latents.sizes, patch), pack, task.run.seed, accumulate * pack.rows)
+
+    def segment(epoch: int, i: int):
+        # Seeded by the clip and the epoch, never by its place, so that packing changes nothing about a clip.
+        rng = np.random.default_rng([task.run.seed, epoch, i])
+        return training_segment(latents[i], patch, task.known, task.caption_dropout, latents.empty_text_LE, rng)
+
+    def batch(step: int):
+        epoch, _ = plan.place(step)
+        rows = plan.rows(step)
+        mine = [rows[a * pack.rows + b] for a in range(accumulate) for b in host_rows(pack.rows)]
+        packed = pack_segments([[segment(epoch, int(i)) for i in row] for row in mine], pack, task.dit.token_width)
+        packed = jax.tree.map(lambda x: x.reshape(accumulate, -1, *x.shape[1:]), packed)
+        return packed, count_work(task.dit, pack, [latents.sizes[r] for r in rows])
 
     return in_order(batch, start, task.run.steps)

@@ -85,10 +85,9 @@ class History:
     def extend(self, x_BTHWC: jax.Array, frames: int) -> jax.Array:
         """x with the `frames` frames before it in front; zeros at the start of a clip."""
         if self.first:
-            past = jnp.zeros_like(x_BTHWC, shape=(x_BTHWC.shape[0], frames, *x_BTHWC.shape[2:]))
+            x = jnp.pad(x_BTHWC, ((0, 0), (frames, 0), (0, 0), (0, 0), (0, 0)))
         else:
-            past = next(self._past)
-        x = jnp.concatenate([past, x_BTHWC], axis=1)
+            x = jnp.concatenate([next(self._past), x_BTHWC], axis=1)
         self.states.append(x[:, x.shape[1] - frames :])
         return x
 
@@ -165,8 +164,9 @@ class FrameAttention(nn.Module):
     def __call__(self, x_BTHWC):
         B, T, H, W, C = x_BTHWC.shape
         qkv = Conv(3 * C, (1, 1, 1), name="qkv")(ChannelNorm(name="norm")(x_BTHWC))
-        q, k, v = jnp.split(qkv.reshape(B * T, H * W, 1, 3 * C), 3, axis=-1)
-        out = jax.nn.dot_product_attention(q, k, v).reshape(B, T, H, W, C)
+        qkv = rearrange(rearrange(qkv, "b t h w c -> b t (h w) c"), "b t s c -> (b t) s 1 c")
+        out = jax.nn.dot_product_attention(*jnp.split(qkv, 3, axis=-1))
+        out = rearrange(rearrange(out, "(b t) s 1 c -> b t s c", b=B), "b t (h w) c -> b t h w c", h=H)
         return x_BTHWC + Conv(C, (1, 1, 1), name="out", zero_init=True)(out)
 
 
@@ -225,13 +225,27 @@ class Upsample(nn.Module):
         return conv(jnp.pad(padded, ((0, 0), (0, 1), (0, 0), (0, 0), (0, 0))))[:, :0]
 
 
+# On an explicit mesh a reshape may split or merge one axis at a time, hence the steps.
+
+
+def space_to_depth(x_BTHWC: jax.Array, p: int) -> jax.Array:
+    """p x p pixels into channels, ordered (row, column, channel)."""
+    x = rearrange(x_BTHWC, "b t h (w q) c -> b t h w (q c)", q=p) if p > 1 else x_BTHWC
+    return rearrange(x, "b t (h p) w c -> b t h w (p c)", p=p) if p > 1 else x
+
+
+def depth_to_space(x_BTHWC: jax.Array, p: int) -> jax.Array:
+    x = rearrange(x_BTHWC, "b t h w (p c) -> b t (h p) w c", p=p) if p > 1 else x_BTHWC
+    return rearrange(x, "b t h w (q c) -> b t h (w q) c", q=p) if p > 1 else x
+
+
 class Encoder(nn.Module):
     config: VAEConfig
 
     @nn.compact
     def __call__(self, x_BTHWC, history: History):
         cfg = self.config
-        x = rearrange(x_BTHWC, "b t (h p) (w q) c -> b t h w (p q c)", p=cfg.patch, q=cfg.patch)
+        x = space_to_depth(x_BTHWC, cfg.patch)
         x = CausalConv(cfg.base * cfg.multipliers[0], name="conv_in")(x, history)
         for i, multiplier in enumerate(cfg.multipliers):
             for j in range(cfg.residual_blocks):
@@ -261,7 +275,7 @@ class Decoder(nn.Module):
                 x = Upsample(cfg.time_down[-1 - i], name=f"stage{i}_up")(x, history)
         x = nn.silu(ChannelNorm(name="norm_out")(x))
         x = CausalConv(3 * cfg.patch**2, name="conv_out")(x, history)
-        return rearrange(x, "b t h w (p q c) -> b t (h p) (w q) c", p=cfg.patch, q=cfg.patch)
+        return depth_to_space(x, cfg.patch)
 
 
 class VAE(nn.Module):

@@ -1,0 +1,233 @@
+"""Patch-n-pack: clips of any size as segments of fixed rows (NaViT: Dehghani et al. 2023, arXiv:2307.06304).
+
+    clips  |####|##|######|#|###|            row 0  |######|####|
+                                    plan ->  row 1  |###|##|#|..      . = padding
+
+Packing is planned, not streamed: sizes are known from the index of the latent cache, so the rows of an epoch are a
+pure function of (seed, epoch, sizes). Best-fit decreasing within shuffled windows fills rows; rows of like
+attention cost (the sum of squared clip lengths, not the token count) form a step, so that devices finish together.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from minisora_jax.models.text import END
+from minisora_jax.types import LatentClip, PackedBatch
+
+
+@dataclasses.dataclass(frozen=True)
+class PackConfig:
+    tokens: int = 4096  # S: video tokens per row
+    text_tokens: int = 2048  # L: caption tokens per row
+    slots: int = 64  # G: clips per row at most
+    rows: int = 8  # B: rows per microbatch, over all devices
+    window: int = 4096  # clips shuffled and packed together
+
+    def __post_init__(self):
+        for name, value in dataclasses.asdict(self).items():
+            if value < 1:
+                raise ValueError(f"pack.{name}={value} must be at least 1")
+
+
+def token_counts(sizes_thwL: np.ndarray, patch: tuple[int, int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """(video tokens, caption tokens) of each clip; ValueError where a latent size is not whole patches."""
+    t, h, w, text = np.asarray(sizes_thwL).T
+    bad = np.flatnonzero((h % patch[1] != 0) | (w % patch[2] != 0))
+    if len(bad):
+        i = bad[0]
+        raise ValueError(f"clip {i} has latents {t[i]}x{h[i]}x{w[i]}, not whole patches of {patch[1]}x{patch[2]}")
+    return t * (h // patch[1]) * (w // patch[2]), text
+
+
+def pack_rows(tokens: np.ndarray, text: np.ndarray, config: PackConfig, seed: int, epoch: int) -> list[np.ndarray]:
+    """Clip indices of each row of an epoch: every clip once, rows in training order."""
+    too_long = np.flatnonzero((tokens > config.tokens) | (text > config.text_tokens))
+    if len(too_long):
+        i = too_long[0]
+        raise ValueError(
+            f"{len(too_long)} clips do not fit a row; clip {i} has {tokens[i]} video and {text[i]} caption tokens, "
+            f"a row {config.tokens} and {config.text_tokens}: raise pack.tokens or pack.text_tokens, or cut the clips"
+        )
+    rng = np.random.default_rng([seed, epoch])
+    order = rng.permutation(len(tokens))
+    bins = _Bins(config)
+    for start in range(0, len(order), config.window):
+        window = order[start : start + config.window]
+        for i in window[np.argsort(-tokens[window], kind="stable")]:
+            bins.add(int(i), int(tokens[i]), int(text[i]))
+    rows = [np.array(clips) for clips in bins.clips]
+    return _cost_balanced(rows, tokens, config.rows, rng)
+
+
+class _Bins:
+    """Open rows by the room left in them, so that the tightest fit is one look-up of a bit mask."""
+
+    def __init__(self, config: PackConfig):
+        self.config = config
+        self.clips: list[list[int]] = []
+        self.text_left: list[int] = []
+        self._with_room: list[list[int]] = [[] for _ in range(config.tokens + 1)]
+        self._mask = 0  # bit r: some open row has room for exactly r more tokens
+
+    def add(self, clip: int, tokens: int, text: int) -> None:
+        row, room = self._tightest(tokens, text) or self._open()
+        self._with_room[room].remove(row)
+        if not self._with_room[room]:
+            self._mask &= ~(1 << room)
+        self.clips[row].append(clip)
+        self.text_left[row] -= text
+        if len(self.clips[row]) < self.config.slots:
+            self._put(row, room - tokens)
+
+    def _tightest(self, tokens: int, text: int) -> tuple[int, int] | None:
+        mask = self._mask >> tokens << tokens
+        while mask:
+            room = (mask & -mask).bit_length() - 1
+            for row in reversed(self._with_room[room][-8:]):
+                if self.text_left[row] >= text:
+                    return row, room
+            mask &= mask - 1
+        return None
+
+    def _open(self) -> tuple[int, int]:
+        self.clips.append([])
+        self.text_left.append(self.config.text_tokens)
+        self._put(len(self.clips) - 1, self.config.tokens)
+        return len(self.clips) - 1, self.config.tokens
+
+    def _put(self, row: int, room: int) -> None:
+        self._with_room[room].append(row)
+        self._mask |= 1 << room
+
+
+def _cost_balanced(rows: list[np.ndarray], tokens: np.ndarray, batch: int, rng: np.random.Generator) -> list[np.ndarray]:
+    """Rows shuffled, then sorted by cost within windows of 32 steps, then the steps shuffled."""
+    order = rng.permutation(len(rows))
+    costs = np.array([np.sum(tokens[r].astype(np.float64) ** 2) for r in rows])
+    steps = []
+    for start in range(0, len(order), 32 * batch):
+        window = order[start : start + 32 * batch]
+        window = window[np.argsort(costs[window], kind="stable")]
+        steps += [window[i : i + batch] for i in range(0, len(window), batch)]
+    full = [s for s in steps if len(s) == batch]
+    rest = [s for s in steps if len(s) < batch]
+    steps = [full[i] for i in rng.permutation(len(full))] + rest
+    return [rows[i] for step in steps for i in step]
+
+
+class PackPlan:
+    """The rows of every step of a run: `rows(n)` is the list of clip indices of each of step n's `per_step` rows.
+
+    An epoch ends with its last whole step, so up to per_step - 1 rows of it are left out, others each time.
+    """
+
+    def __init__(self, tokens: np.ndarray, text: np.ndarray, config: PackConfig, seed: int, per_step: int):
+        self.tokens, self.text, self.config, self.seed, self.per_step = tokens, text, config, seed, per_step
+        self._first_step = [0]  # of each epoch planned so far
+        self._epochs: dict[int, list[np.ndarray]] = {}
+
+    def place(self, step: int) -> tuple[int, int]:
+        """(epoch, first row within the epoch) of a step."""
+        while self._first_step[-1] <= step:
+            epoch = len(self._first_step) - 1
+            steps = len(self._epoch(epoch)) // self.per_step
+            if steps == 0:
+                raise ValueError(
+                    f"{len(self.tokens)} clips fill only {len(self._epoch(epoch))} rows of {self.config.tokens} tokens, "
+                    f"a step takes {self.per_step}: lower pack.rows or pack.tokens, or add clips"
+                )
+            self._first_step.append(self._first_step[-1] + steps)
+        epoch = int(np.searchsorted(self._first_step, step, side="right")) - 1
+        return epoch, (step - self._first_step[epoch]) * self.per_step
+
+    def rows(self, step: int) -> list[np.ndarray]:
+        epoch, first = self.place(step)
+        return self._epoch(epoch)[first : first + self.per_step]
+
+    def _epoch(self, epoch: int) -> list[np.ndarray]:
+        if epoch not in self._epochs:
+            self._epochs = {e: rows for e, rows in self._epochs.items() if e >= epoch - 1}
+            self._epochs[epoch] = pack_rows(self.tokens, self.text, self.config, self.seed, epoch)
+        return self._epochs[epoch]
+
+
+# ---- Rows
+
+
+@dataclasses.dataclass(frozen=True)
+class Segment:
+    """One clip ready to be put in a row, at any place in it."""
+
+    tokens_nP: np.ndarray  # float32
+    known_n: np.ndarray  # bool
+    size_thw: tuple[int, int, int]  # of the patch grid, n = t * h * w
+    text_LE: np.ndarray
+    fps: float
+
+
+def patchify(latents_thwc: np.ndarray, patch: tuple[int, int, int]) -> np.ndarray:
+    """(t, h, w, c) -> (t/pt, h/ph, w/pw, pt * ph * pw * c), the patch ordered (t, y, x, channel)."""
+    t, h, w, c = latents_thwc.shape
+    pt, ph, pw = patch
+    x = latents_thwc.reshape(t // pt, pt, h // ph, ph, w // pw, pw, c)
+    return x.transpose(0, 2, 4, 1, 3, 5, 6).reshape(t // pt, h // ph, w // pw, pt * ph * pw * c)
+
+
+def unpatchify(patches_thwP: np.ndarray, patch: tuple[int, int, int]) -> np.ndarray:
+    """The inverse of `patchify`."""
+    t, h, w, P = patches_thwP.shape
+    pt, ph, pw = patch
+    x = patches_thwP.reshape(t, h, w, pt, ph, pw, P // (pt * ph * pw))
+    return x.transpose(0, 3, 1, 4, 2, 5, 6).reshape(t * pt, h * ph, w * pw, -1)
+
+
+def grid_positions(size_thw: tuple[int, int, int]) -> np.ndarray:
+    """int32 (t * h * w, 3): the (t, y, x) of each token of a grid, in row order."""
+    return np.stack(np.meshgrid(*map(np.arange, size_thw), indexing="ij"), axis=-1).reshape(-1, 3).astype(np.int32)
+
+
+def pack_segments(rows: list[list[Segment]], config: PackConfig, token_width: int) -> PackedBatch:
+    """A PackedBatch of NumPy arrays from the segments of each row."""
+    B, S, L, G = len(rows), config.tokens, config.text_tokens, config.slots
+    text = rows[0][0].text_LE
+    batch = PackedBatch(
+        tokens_BSP=np.zeros((B, S, token_width), np.float32),
+        segment_BS=np.zeros((B, S), np.int32),
+        position_BS3=np.zeros((B, S, 3), np.int32),
+        known_BS=np.zeros((B, S), bool),
+        text_BLE=np.full((B, L, text.shape[1]), END if text.shape[1] == 1 else 0, text.dtype),
+        text_segment_BL=np.zeros((B, L), np.int32),
+        fps_BG=np.zeros((B, G), np.float32),
+        size_BG3=np.zeros((B, G, 3), np.int32),
+    )
+    for b, segments in enumerate(rows):
+        if len(segments) > G:
+            raise ValueError(f"{len(segments)} clips in a row of {G} slots: raise pack.slots")
+        at, text_at = 0, 0
+        for g, s in enumerate(segments):
+            n, m = len(s.tokens_nP), len(s.text_LE)
+            if at + n > S or text_at + m > L:
+                raise ValueError(f"row {b} is full: {at + n} of {S} video and {text_at + m} of {L} caption tokens")
+            batch.tokens_BSP[b, at : at + n] = s.tokens_nP
+            batch.segment_BS[b, at : at + n] = g + 1
+            batch.position_BS3[b, at : at + n] = grid_positions(s.size_thw)
+            batch.known_BS[b, at : at + n] = s.known_n
+            batch.text_BLE[b, text_at : text_at + m] = s.text_LE
+            batch.text_segment_BL[b, text_at : text_at + m] = g + 1
+            batch.fps_BG[b, g], batch.size_BG3[b, g] = s.fps, s.size_thw
+            at, text_at = at + n, text_at + m
+    return batch
+
+
+def training_segment(
+    clip: LatentClip, patch: tuple[int, int, int], known, drop_caption: float, empty_text_LE: np.ndarray, rng
+) -> Segment:
+    """A clip as training sees it: a posterior sample, some tokens known, the caption sometimes left out."""
+    noise = rng.standard_normal(clip.mean_thwc.shape, np.float32)
+    grid = patchify(clip.mean_thwc + clip.std_thwc * noise, patch)
+    size = grid.shape[:3]
+    text = empty_text_LE if rng.uniform() < drop_caption else clip.text_LE
+    return Segment(grid.reshape(-1, grid.shape[-1]), known.draw(size, rng).reshape(-1), size, text, clip.fps)

@@ -1,0 +1,42 @@
+"""Floating-point operations of a training step, counted from shapes (a multiply-add is two).
+
+Useful work is what the clips themselves need: their tokens, and attention within each clip. Hardware work is what
+the dense program does: every slot of every row, attention between all pairs of a row.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from minisora_jax.data.packing import PackConfig
+    from minisora_jax.models.dit import DiTConfig
+
+
+def forward_flops(cfg: DiTConfig, tokens: float, text: float, self_pairs: float, cross_pairs: float, text_pairs: float) -> float:
+    """Of one forward pass over so many video tokens, caption tokens, and query-key pairs of each attention."""
+    D, E = cfg.width, cfg.text_width
+    per_token = cfg.depth * (6 * D * D + 2 * cfg.mlp_ratio * D * D) + 2 * cfg.token_width * D + 9 * D * D + 448 * D
+    refine = E * E * (12 * cfg.text_depth + 8 + (7 if cfg.text_features == 1 else 0)) + cfg.text_features * E
+    per_text = cfg.depth * 2 * E * D + refine
+    attention = cfg.depth * D * (self_pairs + cross_pairs) + cfg.text_depth * E * text_pairs
+    return 2.0 * (tokens * per_token + text * per_text) + 4.0 * attention
+
+
+def count_work(cfg: DiTConfig, pack: PackConfig, rows_thwL: list[np.ndarray]) -> dict[str, float]:
+    """Counts of one training step over these rows of clips (forward and backward: three forwards; remat adds one)."""
+    sizes = np.concatenate(rows_thwL).astype(np.float64)
+    n = sizes[:, 0] * sizes[:, 1] * sizes[:, 2] / (cfg.patch[0] * cfg.patch[1] * cfg.patch[2])
+    text = sizes[:, 3]
+    B, S, L = len(rows_thwL), pack.tokens, pack.text_tokens
+    useful = forward_flops(cfg, n.sum(), text.sum(), (n * n).sum(), (n * text).sum(), (text * text).sum())
+    dense = forward_flops(cfg, B * S, B * L, B * S * S, B * S * L, B * L * L)
+    return {
+        "clips": float(len(sizes)),
+        "tokens": float(B * S),
+        "useful_tokens": float(n.sum()),
+        "useful_flops": 3.0 * useful,
+        "hardware_flops": (4.0 if cfg.remat == "full" else 3.0) * dense,
+    }

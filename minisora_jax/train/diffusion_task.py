@@ -1,0 +1,80 @@
+"""Training the diffusion transformer on a latent cache: every clip, at its own size, packed."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from minisora_jax.data.known import KnownConfig
+from minisora_jax.data.loader import packed_batches
+from minisora_jax.data.packing import PackConfig, Segment, pack_segments
+from minisora_jax.diffusion.loss import flow_matching_loss
+from minisora_jax.diffusion.time import TimeConfig
+from minisora_jax.models.dit import DiT, DiTConfig
+from minisora_jax.train.checkpoint import export_model
+from minisora_jax.train.loop import RunConfig, train
+from minisora_jax.types import PackedBatch
+
+
+@dataclasses.dataclass(frozen=True)
+class DiffusionTask:
+    dit: DiTConfig = DiTConfig()
+    run: RunConfig = RunConfig()
+    pack: PackConfig = PackConfig()
+    times: TimeConfig = TimeConfig()
+    known: KnownConfig = KnownConfig()
+    caption_dropout: float = 0.1
+    export_dtype: str = "float32"
+
+    def __post_init__(self):
+        if not 0 <= self.caption_dropout < 1:
+            raise ValueError(f"caption_dropout={self.caption_dropout} must be in [0, 1)")
+
+
+def example_batch(task: DiffusionTask) -> PackedBatch:
+    """The smallest batch the model can be initialised with: one token in one row."""
+    text = np.zeros((1, task.dit.text_features), np.int32 if task.dit.text_features == 1 else np.float32)
+    one = Segment(np.zeros((1, task.dit.token_width), np.float32), np.zeros(1, bool), (1, 1, 1), text, 8.0)
+    return pack_segments([[one]], PackConfig(tokens=1, text_tokens=1, slots=1, rows=1), task.dit.token_width)
+
+
+def train_diffusion(
+    task: DiffusionTask, workdir: Path, latents, describe: dict, export: dict, sample: Callable | None = None
+) -> Path:
+    """Train on a latent cache and export the averaged weights to WORKDIR/export, whose path is returned.
+
+    `export` is stored in the exported config beside the model's own: the codec's hash, the text encoder.
+    """
+    model = DiT(task.dit)
+    _check_latents(task, latents)
+
+    def init_params(key):
+        batch = jax.tree.map(jnp.asarray, example_batch(task))
+        return model.init(key, batch.tokens_BSP, jnp.zeros((1, 1)), batch)
+
+    state = train(
+        task.run,
+        workdir,
+        name="diffusion",
+        init_params=init_params,
+        loss_fn=lambda params, batch, key: flow_matching_loss(model, task.times, params, batch, key),
+        batches=lambda start: packed_batches(latents, task, start),
+        describe=describe,
+        sample=sample,
+    )
+    config = {"kind": "dit", "dit": dataclasses.asdict(task.dit), "times": dataclasses.asdict(task.times)}
+    export_model(workdir / "export", state.ema, config | export | {"training": describe}, dtype=task.export_dtype)
+    return workdir / "export"
+
+
+def _check_latents(task: DiffusionTask, latents) -> None:
+    channels, features = latents.latent_channels, latents.empty_text_LE.shape[1]
+    if channels != task.dit.latent_channels:
+        raise ValueError(f"the latent cache has {channels} channels: set dit.latent_channels={channels}")
+    if features != task.dit.text_features:
+        raise ValueError(f"the latent cache has caption features of width {features}: set dit.text_features={features}")
