@@ -1,0 +1,315 @@
+"""Video and image files to uint8 RGB frames (T, H, W, 3), and back.
+
+Decoding is PyAV's, at native size: no resize, no change of frame rate (a file of variable rate is read frame by
+frame and given its average rate). Quarter turns asked for by the file are applied, colour matrices are honoured,
+grey becomes RGB, and transparency is composited onto black. Still images are Pillow's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterator, Sequence
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+from minisora_jax.data.atomic import replacing
+
+VIDEO_SUFFIXES = (".mp4", ".avi", ".webm", ".mov", ".mkv", ".gif")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+STILL_FPS = 8.0  # said of an image, which has no rate; the procedural clips say the same
+BT709 = 1  # FFmpeg's number of the colour matrix that we write
+
+
+class VideoError(ValueError):
+    """A file that gives no frames. `reason` is one of a few fixed phrases; the message adds the numbers."""
+
+    def __init__(self, reason: str, detail: str):
+        super().__init__(f"{reason}: {detail}")
+        self.reason, self.detail = reason, detail
+
+
+@dataclasses.dataclass(frozen=True)
+class VideoInfo:
+    """What a file's header says. `frames` is 0 where the header does not say (webm, mkv, gif)."""
+
+    frames: int
+    height: int
+    width: int
+    fps: float
+
+
+# ---- Reading
+
+
+def probe(path: str | os.PathLike) -> VideoInfo:
+    """Read the header only. VideoError: 'unreadable file', 'empty file', 'not a video', 'not an image', 'truncated',
+    'audio only'. Height and width are as stored, before any quarter turn."""
+    if _is_image(path):
+        with _open_image(path) as image:
+            return VideoInfo(1, image.height, image.width, STILL_FPS)
+    with _open_video(path) as container:
+        stream = container.streams.video[0]
+        return VideoInfo(stream.frames, stream.height, stream.width, _fps(stream))
+
+
+def read_clip_frames(
+    path: str | os.PathLike, *, start: int = 0, max_frames: int | None = None
+) -> tuple[np.ndarray, float]:
+    """Frames start, start + 1, ... of a file, at most `max_frames`: (uint8 (T, H, W, 3), frames per second).
+
+    Raises VideoError for what `probe` names, and for 'zero frames' (none from `start` on), 'truncated' and 'corrupt
+    frames' (the decoder refuses one of those asked for).
+    """
+    if start < 0 or (max_frames is not None and max_frames < 1):
+        raise ValueError(f"start={start} must be at least 0 and max_frames={max_frames} at least 1")
+    if _is_image(path):
+        if start:
+            raise VideoError("zero frames", f"{path} is one image, and start={start}")
+        return _read_image(path)[None], STILL_FPS
+    frames = []
+    with _open_video(path) as container:
+        stream = container.streams.video[0]
+        stream.thread_type = "AUTO"
+        fps = _fps(stream)
+        try:
+            for frame in _decode_from(container, stream, start):
+                frames.append(_to_rgb(frame))
+                if len(frames) == max_frames:
+                    break
+        except (av.FFmpegError, OSError) as error:
+            raise VideoError("corrupt frames", f"{path} fails after frame {start + len(frames)}: {error}") from error
+        if not frames:
+            raise VideoError("zero frames", f"{path} has no frame from {start} on; its header says {stream.frames}")
+    sizes = {f.shape for f in frames}
+    if len(sizes) > 1:
+        raise VideoError("corrupt frames", f"{path} changes its frame size midway: {sorted(s[:2] for s in sizes)}")
+    return np.stack(frames), fps
+
+
+def _is_image(path) -> bool:
+    return Path(path).suffix.lower() in IMAGE_SUFFIXES
+
+
+def _open_video(path) -> av.container.InputContainer:
+    head = _head(path)
+    try:
+        container = av.open(os.fspath(path))
+    except (av.FFmpegError, OSError) as error:
+        if _looks_like_video(head):
+            raise VideoError("truncated", f"{path} begins as a video and then stops: {error}") from error
+        raise VideoError("not a video", f"{path} begins with {head!r}: {error}") from error
+    try:
+        if not container.streams.video:
+            kinds = ", ".join(s.type for s in container.streams) or "none"
+            # A text file can pass for a subtitle, so "audio only" is said of sound alone.
+            raise VideoError("audio only" if container.streams.audio else "not a video", f"{path} has streams: {kinds}")
+        stream, size = container.streams.video[0], os.path.getsize(path)
+        if stream.codec_context is None or not (stream.height and stream.width):
+            raise VideoError("not a video", f"{path} holds a stream of size {stream.height}x{stream.width}")
+        end = max((e.pos + e.size for e in stream.index_entries), default=0)
+        if end > size:
+            raise VideoError("truncated", f"{path} has {size} bytes, and its index reaches {end}")
+    except VideoError:
+        container.close()
+        raise
+    return container
+
+
+def _head(path) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            head = file.read(16)
+    except OSError as error:
+        raise VideoError("unreadable file", f"{path}: {error.strerror}") from error
+    if not head:
+        raise VideoError("empty file", f"{path} has 0 bytes")
+    return head
+
+
+def _looks_like_video(head: bytes) -> bool:
+    """By the containers' own marks: mp4 and mov, avi, webm and mkv, gif."""
+    return head[4:8] in (b"ftyp", b"moov", b"mdat", b"wide", b"free") or head.startswith(
+        (b"RIFF", b"\x1a\x45\xdf\xa3", b"GIF8")
+    )
+
+
+def _decode_from(container, stream, start: int) -> Iterator[av.VideoFrame]:
+    """Decoded frames from number `start` on: seek to the key frame before it where the file has timestamps."""
+    first, step = stream.start_time or 0, 1 / (stream.average_rate or stream.guessed_rate or 1) / stream.time_base
+    constant_rate = stream.frames > 0  # only an index that counts frames makes "frame n is at n / fps" trustworthy
+    if not (start and constant_rate):
+        for i, frame in enumerate(container.decode(stream)):
+            if i >= start:
+                yield frame
+        return
+    target = first + start * step
+    container.seek(int(target), stream=stream, backward=True)
+    for frame in container.decode(stream):
+        if frame.pts is None or frame.pts > target - step / 2:
+            yield frame
+
+
+def _fps(stream) -> float:
+    rate = stream.average_rate or stream.guessed_rate
+    if not rate or rate <= 0:
+        raise VideoError("not a video", f"{stream.container.name} states no frame rate")
+    return float(rate)
+
+
+def _to_rgb(frame: av.VideoFrame) -> np.ndarray:
+    if any(c.is_alpha for c in frame.format.components) or frame.format.name == "pal8":
+        pixels = _over_black(frame.to_ndarray(format="rgba"))
+    else:
+        pixels = frame.to_ndarray(format="rgb24")
+    return np.rot90(pixels, k=round(frame.rotation / 90) % 4)
+
+
+def _over_black(rgba: np.ndarray) -> np.ndarray:
+    alpha = rgba[..., 3:].astype(np.uint16)
+    return ((rgba[..., :3] * alpha + 127) // 255).astype(np.uint8)
+
+
+def _open_image(path) -> Image.Image:
+    head = _head(path)
+    try:
+        return Image.open(path)
+    except Image.DecompressionBombError as error:
+        raise VideoError("too large", f"{path}: {error}") from error
+    except (OSError, SyntaxError, ValueError) as error:
+        raise VideoError("not an image", f"{path} begins with {head!r}") from error
+
+
+def _read_image(path) -> np.ndarray:
+    with _open_image(path) as image:
+        try:
+            image.load()
+        except (OSError, SyntaxError, ValueError) as error:
+            reason = "truncated" if "truncated" in str(error) else "corrupt frames"
+            raise VideoError(reason, f"{path}: {error}") from error
+        upright = ImageOps.exif_transpose(image)
+        if upright.mode.startswith("I;16"):  # 16-bit grey: Pillow's own conversion would clip it at 255
+            return np.repeat((np.asarray(upright) >> 8).astype(np.uint8)[..., None], 3, axis=-1)
+        return _over_black(np.asarray(upright.convert("RGBA")))
+
+
+# ---- Writing
+
+
+def write_video(path: str | os.PathLike, frames_THWC: np.ndarray, fps: float, *, upscale: int = 1) -> None:
+    """Write uint8 (T, H, W, 3) as the suffix says: .mp4 (H.264), .webm (VP9), .gif, or .png for a single frame.
+
+    `upscale` repeats each pixel that many times a side, for clips too small to look at. An odd side of an mp4 or webm
+    gains a copy of its last row or column, since their chroma is stored at half size. The file appears whole.
+    """
+    frames_THWC = np.asarray(frames_THWC)
+    if frames_THWC.dtype != np.uint8 or frames_THWC.ndim != 4 or frames_THWC.shape[-1] != 3 or not frames_THWC.size:
+        raise ValueError(f"frames are {frames_THWC.dtype} {frames_THWC.shape}; write_video takes uint8 (T, H, W, 3)")
+    if not fps > 0 or upscale < 1:
+        raise ValueError(f"fps={fps} must be above 0 and upscale={upscale} at least 1")
+    suffix = Path(path).suffix.lower()
+    if suffix not in (".mp4", ".webm", ".gif", ".png"):
+        raise ValueError(f"{path} ends in {suffix!r}; write_video knows .mp4, .webm, .gif and .png")
+    if suffix == ".png" and len(frames_THWC) > 1:
+        raise ValueError(f"{path} would hold {len(frames_THWC)} frames; a .png holds one: use .mp4, or contact_sheet")
+    with replacing(path) as temporary:
+        if suffix == ".png":
+            Image.fromarray(_enlarge(frames_THWC[0], upscale)).save(temporary)
+        elif suffix == ".gif":
+            _write_gif(temporary, frames_THWC, fps, upscale)
+        else:
+            _write_encoded(temporary, frames_THWC, fps, upscale)
+
+
+def _write_encoded(path: Path, frames_THWC, fps: float, upscale: int) -> None:
+    mp4 = path.suffix == ".mp4"
+    codec, options = ("libx264", {"crf": "14"}) if mp4 else ("libvpx-vp9", {"crf": "16", "b": "0", "cpu-used": "4"})
+    height, width = (n * upscale for n in frames_THWC.shape[1:3])
+    with av.open(os.fspath(path), "w", options={"movflags": "+faststart"} if mp4 else {}) as container:
+        stream = container.add_stream(codec, rate=Fraction(fps).limit_denominator(1001), options=options)
+        stream.height, stream.width, stream.pix_fmt = height + height % 2, width + width % 2, "yuv420p"
+        stream.codec_context.colorspace, stream.codec_context.color_range = BT709, 1  # 1: limited range
+        for frame in frames_THWC:
+            padded = np.pad(_enlarge(frame, upscale), ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+            rgb = av.VideoFrame.from_ndarray(padded, format="rgb24")
+            yuv = rgb.reformat(format="yuv420p", dst_colorspace=BT709, dst_color_range=1)
+            container.mux(stream.encode(yuv))
+        container.mux(stream.encode())
+
+
+def _write_gif(path: Path, frames_THWC, fps: float, upscale: int) -> None:
+    """A palette a frame. A gif counts time in 1/100 s, so each frame ends at the nearest such tick."""
+    ticks = np.round(np.arange(len(frames_THWC) + 1) * 100 / fps).astype(int)
+    images = [Image.fromarray(_enlarge(f, upscale)).quantize(256, dither=Image.Dither.NONE) for f in frames_THWC]
+    durations = [int(10 * max(d, 2)) for d in np.diff(ticks)]  # browsers slow anything under 2 ticks to 10
+    images[0].save(path, save_all=True, append_images=images[1:], duration=durations, loop=0, optimize=False)
+
+
+def _enlarge(frame_HWC: np.ndarray, upscale: int) -> np.ndarray:
+    return frame_HWC.repeat(upscale, axis=0).repeat(upscale, axis=1)
+
+
+# ---- Looking
+
+
+def contact_sheet(
+    path: str | os.PathLike,
+    clips: Sequence[tuple[np.ndarray, str]],
+    *,
+    columns_of_frames: int = 8,
+    frame_side: int = 112,
+    gap: int = 4,
+) -> None:
+    """A PNG with a row per clip: its label, and under it up to `columns_of_frames` frames evenly spaced in time.
+
+    `clips` is (uint8 (T, H, W, 3), label) pairs, of any sizes. Small frames are enlarged by a whole factor, pixels
+    kept square and sharp, until the longer side nears `frame_side` pixels; large ones are shrunk to it.
+    """
+    if not clips:
+        raise ValueError("contact_sheet needs at least one clip")
+    font = ImageFont.load_default(size=13)
+    rows = [_sheet_row(frames, columns_of_frames, frame_side) for frames, _ in clips]
+    width = max(max(sum(f.width + gap for f in row) for row in rows) + gap, 4 * frame_side)
+    labels = [_wrap(label, font, width - 2 * gap) for _, label in clips]
+    line = 17
+    height = gap + sum(line * len(words) + row[0].height + 2 * gap for words, row in zip(labels, rows))
+    sheet = Image.new("RGB", (width, height), (250, 250, 250))
+    draw, y = ImageDraw.Draw(sheet), gap
+    for words, row in zip(labels, rows):
+        for text in words:
+            draw.text((gap, y), text, fill=(20, 20, 20), font=font)
+            y += line
+        x = gap
+        for frame in row:
+            sheet.paste(frame, (x, y))
+            x += frame.width + gap
+        y += row[0].height + 2 * gap
+    with replacing(path) as temporary:
+        sheet.save(temporary)
+
+
+def _sheet_row(frames_THWC: np.ndarray, columns: int, side: int) -> list[Image.Image]:
+    T, H, W = frames_THWC.shape[:3]
+    shown = np.unique(np.linspace(0, T - 1, min(columns, T)).round().astype(int))
+    images = [Image.fromarray(frames_THWC[t]) for t in shown]
+    if max(H, W) <= side:
+        factor = max(1, side // max(H, W))
+        return [image.resize((W * factor, H * factor), Image.Resampling.NEAREST) for image in images]
+    scale = side / max(H, W)
+    return [i.resize((max(1, round(W * scale)), max(1, round(H * scale))), Image.Resampling.BOX) for i in images]
+
+
+def _wrap(text: str, font, width: float) -> list[str]:
+    """Lines of whole words that fit `width` pixels."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if lines[-1] and font.getlength(longer) > width:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    return lines
