@@ -70,6 +70,39 @@ def test_start_and_max_frames_name_exact_frames(tmp_path, suffix):
         video.read_clip_frames(tmp_path / f"a{suffix}", start=30)
 
 
+def test_a_still_gif_keeps_its_frames(tmp_path):
+    video.write_video(tmp_path / "still.gif", np.zeros((10, 32, 32, 3), np.uint8), 8)
+    back, fps = video.read_clip_frames(tmp_path / "still.gif")
+    assert back.shape == (10, 32, 32, 3) and fps == pytest.approx(8, rel=0.05)
+
+
+def noise_file(path, codec):
+    """40 frames that do not compress, so that a cut file loses frames wherever it is cut."""
+    rng = np.random.default_rng(0)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=8)
+        stream.width = stream.height = 64
+        stream.pix_fmt = "rgb8" if codec == "gif" else "yuv420p"
+        for _ in range(40):
+            pixels = rng.integers(0, 255, (64, 64, 3), dtype=np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        container.mux(stream.encode())
+
+
+CONTAINERS = [("a.mp4", "libx264"), ("a.mov", "libx264"), ("a.mkv", "libx264"), ("a.avi", "mpeg4"), ("a.gif", "gif")]
+
+
+@pytest.mark.parametrize("name, codec", CONTAINERS)
+@pytest.mark.parametrize("kept", [0.05, 0.6])
+def test_a_cut_file_is_called_truncated(tmp_path, name, codec, kept):
+    noise_file(tmp_path / name, codec)
+    assert len(video.read_clip_frames(tmp_path / name)[0]) == 40
+    data = (tmp_path / name).read_bytes()
+    (tmp_path / name).write_bytes(data[: int(len(data) * kept)])
+    with pytest.raises(video.VideoError, match="truncated"):
+        video.read_clip_frames(tmp_path / name)
+
+
 def test_alpha_is_composited_onto_black_and_grey_becomes_rgb(tmp_path):
     rgba = np.full((16, 16, 4), 200, np.uint8)
     rgba[:8, :, 3] = 0

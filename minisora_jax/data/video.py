@@ -8,6 +8,7 @@ grey becomes RGB, and transparency is composited onto black. Still images are Pi
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
@@ -78,13 +79,18 @@ def read_clip_frames(
         fps = _fps(stream)
         try:
             for frame in _decode_from(container, stream, start):
+                if frame.is_corrupt:
+                    raise VideoError("corrupt frames", f"{path} is damaged at frame {start + len(frames)}")
                 frames.append(_to_rgb(frame))
+                end = (frame.time or 0.0) + 1 / fps
                 if len(frames) == max_frames:
                     break
         except (av.FFmpegError, OSError) as error:
             raise VideoError("corrupt frames", f"{path} fails after frame {start + len(frames)}: {error}") from error
         if not frames:
             raise VideoError("zero frames", f"{path} has no frame from {start} on; its header says {stream.frames}")
+        if len(frames) != max_frames:
+            _check_reached_end(path, container, stream, start + len(frames), end)
     sizes = {f.shape for f in frames}
     if len(sizes) > 1:
         raise VideoError("corrupt frames", f"{path} changes its frame size midway: {sorted(s[:2] for s in sizes)}")
@@ -112,8 +118,10 @@ def _open_video(path) -> av.container.InputContainer:
         if stream.codec_context is None or not (stream.height and stream.width):
             raise VideoError("not a video", f"{path} holds a stream of size {stream.height}x{stream.width}")
         end = max((e.pos + e.size for e in stream.index_entries), default=0)
+        if head.startswith(b"RIFF"):
+            end = int.from_bytes(head[4:8], "little") + 8
         if end > size:
-            raise VideoError("truncated", f"{path} has {size} bytes, and its index reaches {end}")
+            raise VideoError("truncated", f"{path} has {size} bytes, and its header or index says {end}")
     except VideoError:
         container.close()
         raise
@@ -139,19 +147,30 @@ def _looks_like_video(head: bytes) -> bool:
 
 
 def _decode_from(container, stream, start: int) -> Iterator[av.VideoFrame]:
-    """Decoded frames from number `start` on: seek to the key frame before it where the file has timestamps."""
-    first, step = stream.start_time or 0, 1 / (stream.average_rate or stream.guessed_rate or 1) / stream.time_base
-    constant_rate = stream.frames > 0  # only an index that counts frames makes "frame n is at n / fps" trustworthy
-    if not (start and constant_rate):
-        for i, frame in enumerate(container.decode(stream)):
-            if i >= start:
-                yield frame
+    """Decoded frames from number `start` on. Where the index shows a constant rate, seek to the key frame before it."""
+    stamps = np.array([e.timestamp for e in stream.index_entries], np.int64)
+    steps = np.diff(stamps)
+    if not start or len(stamps) != stream.frames or steps.size == 0 or steps.max() - steps.min() > 1:
+        yield from itertools.islice(container.decode(stream), start, None)
         return
-    target = first + start * step
+    step = (stamps[-1] - stamps[0]) / steps.size
+    target = (stream.start_time or 0) + start * step
     container.seek(int(target), stream=stream, backward=True)
     for frame in container.decode(stream):
         if frame.pts is None or frame.pts > target - step / 2:
             yield frame
+
+
+def _check_reached_end(path, container, stream, count: int, end: float) -> None:
+    """Did `count` frames, the last ending at `end` seconds, exhaust the file? The index answered for an mp4."""
+    kind = container.format.name
+    if "matroska" in kind and "DURATION" in stream.metadata:
+        hours, minutes, seconds = stream.metadata["DURATION"].split(":")
+        declared = 3600 * int(hours) + 60 * int(minutes) + float(seconds)
+        if end < 0.9 * declared - 2 / _fps(stream):  # headers round up
+            raise VideoError("truncated", f"{path} ends at {end:.3f} s, and its header says {declared:.3f} s")
+    if kind == "gif" and not Path(path).read_bytes().rstrip(b"\0").endswith(b";"):
+        raise VideoError("truncated", f"{path} gives {count} frames and then lacks a gif's end mark")
 
 
 def _fps(stream) -> float:
@@ -242,11 +261,29 @@ def _write_encoded(path: Path, frames_THWC, fps: float, upscale: int) -> None:
 
 
 def _write_gif(path: Path, frames_THWC, fps: float, upscale: int) -> None:
-    """A palette a frame. A gif counts time in 1/100 s, so each frame ends at the nearest such tick."""
-    ticks = np.round(np.arange(len(frames_THWC) + 1) * 100 / fps).astype(int)
-    images = [Image.fromarray(_enlarge(f, upscale)).quantize(256, dither=Image.Dither.NONE) for f in frames_THWC]
-    durations = [int(10 * max(d, 2)) for d in np.diff(ticks)]  # browsers slow anything under 2 ticks to 10
-    images[0].save(path, save_all=True, append_images=images[1:], duration=durations, loop=0, optimize=False)
+    """One palette for the clip, made by FFmpeg's palettegen from all of it. A gif counts time in 1/100 s."""
+    height, width = (n * upscale for n in frames_THWC.shape[1:3])
+    with av.open(os.fspath(path), "w", options={"final_delay": str(round(100 / fps))}) as container:
+        stream = container.add_stream("gif", rate=100)
+        stream.height, stream.width, stream.pix_fmt = height, width, "pal8"
+        graph = av.filter.Graph()
+        source = graph.add_buffer(width=width, height=height, format="rgb24", time_base=Fraction(1, 100))
+        split, palette = graph.add("split"), graph.add("palettegen", "reserve_transparent=0")
+        use, sink = graph.add("paletteuse", "dither=none"), graph.add("buffersink")
+        source.link_to(split)
+        split.link_to(palette, 0, 0)
+        split.link_to(use, 1, 0)
+        palette.link_to(use, 0, 1)
+        use.link_to(sink)
+        graph.configure()
+        for t, frame in enumerate(frames_THWC):
+            picture = av.VideoFrame.from_ndarray(_enlarge(frame, upscale), format="rgb24")
+            picture.pts, picture.time_base = round(t * 100 / fps), Fraction(1, 100)
+            source.push(picture)
+        source.push(None)
+        for _ in frames_THWC:
+            container.mux(stream.encode(sink.pull()))
+        container.mux(stream.encode())
 
 
 def _enlarge(frame_HWC: np.ndarray, upscale: int) -> np.ndarray:
