@@ -19,7 +19,7 @@ import numpy as np
 from minisora_jax.types import Clip
 
 FPS = 8.0
-SIDES = (32, 40, 48, 56, 64)
+SIDES = (32, 48, 64)
 COLOURS = {
     "red": (215, 40, 40),
     "green": (40, 175, 60),

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from minisora_jax.diffusion.path import interpolate, velocity
 from minisora_jax.diffusion.time import TimeConfig, training_times
 from minisora_jax.models.dit import DiT
+from minisora_jax.parallel.mesh import like
 from minisora_jax.types import PackedBatch
 
 
@@ -18,7 +19,7 @@ def flow_matching_loss(
 ) -> dict[str, tuple[jax.Array, jax.Array]]:
     """{"loss": (values_BS, weights_BS)}: the mean over P of (v - v_theta)^2; weight 0 on padding and known tokens."""
     noise_key, time_key = jax.random.split(key)
-    noise_BSP = jax.random.normal(noise_key, batch.tokens_BSP.shape)
+    noise_BSP = like(jax.random.normal(noise_key, batch.tokens_BSP.shape), batch.tokens_BSP)
     time_BS = training_times(times, batch, time_key)
     x_BSP = interpolate(batch.tokens_BSP, noise_BSP, time_BS[..., None])
     v_BSP = model.apply(params, x_BSP, time_BS, batch)

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from minisora_jax.models.layers import fill_runs, per_token, run_starts
+from minisora_jax.parallel.mesh import like
 from minisora_jax.types import PackedBatch
 
 
@@ -41,12 +42,12 @@ def tokens_of_segment(batch: PackedBatch) -> jax.Array:
 def training_times(config: TimeConfig, batch: PackedBatch, key: jax.Array) -> jax.Array:
     """A time per token (B, S): one draw per clip, or per frame for some clips; 0 where known."""
     clip_key, frame_key, which_key = jax.random.split(key, 3)
-    shape = batch.segment_BS.shape
+    draw = lambda sample, key: like(sample(key, batch.segment_BS.shape), batch.segment_BS)
     clip_starts = run_starts(batch.segment_BS)
     frame_starts = run_starts(batch.segment_BS, batch.position_BS3[..., 0])
-    of_clip = fill_runs(jax.random.normal(clip_key, shape), clip_starts)
-    of_frame = fill_runs(jax.random.normal(frame_key, shape), frame_starts)
-    per_frame = fill_runs(jax.random.uniform(which_key, shape), clip_starts) < config.per_frame
+    of_clip = fill_runs(draw(jax.random.normal, clip_key), clip_starts)
+    of_frame = fill_runs(draw(jax.random.normal, frame_key), frame_starts)
+    per_frame = fill_runs(draw(jax.random.uniform, which_key), clip_starts) < config.per_frame
     logit = config.mean + config.std * jnp.where(per_frame, of_frame, of_clip)
     time = shift(jax.nn.sigmoid(logit), tokens_of_segment(batch), config.base_tokens)
     return jnp.where(batch.known_BS, 0.0, time)

@@ -114,7 +114,7 @@ def per_slot_mean(x_BSx: jax.Array, segment_BS: jax.Array, slots: int) -> jax.Ar
 
 def run_starts(*ids_BS: jax.Array) -> jax.Array:
     """True at each token that begins a run of equal ids along the row."""
-    changed = jnp.zeros(ids_BS[0].shape, bool).at[:, 0].set(True)
+    changed = (jnp.arange(ids_BS[0].shape[1]) == 0)[None, :]
     for ids in ids_BS:
         changed = changed | (ids != jnp.concatenate([ids[:, :1], ids[:, :-1]], axis=1))
     return changed

@@ -27,15 +27,12 @@ def encode_bytes(caption: str) -> np.ndarray:
 
 def shift_within(x_BLD, segment_BL, by: int):
     """x of the token `by` places later in the row (earlier where negative), zeros across segment borders."""
-    if by == 0:
-        return x_BLD
-    length = segment_BL.shape[1]
-    before, after = (max(-by, 0), max(by, 0))
-    move = lambda a, fill: jnp.pad(
-        a[:, max(by, 0) : length + min(by, 0)],
-        ((0, 0), (before, after)) + ((0, 0),) * (a.ndim - 2),
-        constant_values=fill,
-    )
+    length, pad = segment_BL.shape[1], abs(by)
+
+    def move(a, fill):
+        widths = ((0, 0), (pad, pad)) + ((0, 0),) * (a.ndim - 2)
+        return jnp.pad(a, widths, constant_values=fill)[:, pad + by : pad + by + length]
+
     same = move(segment_BL, -1) == segment_BL
     return jnp.where(same[..., None], move(x_BLD, 0), 0)
 
@@ -63,7 +60,7 @@ class TextRefiner(nn.Module):
             x = text_BLE.astype(self.dtype)
         x = Einsum("ble,ed->bld", (x.shape[-1], self.width), name="project")(x)
         x = x + MLP(name="mlp_in")(Norm(name="norm_in")(x))
-        index_BL = jnp.broadcast_to(jnp.arange(segment_BL.shape[1]), segment_BL.shape)
+        index_BL = jnp.zeros_like(segment_BL) + jnp.arange(segment_BL.shape[1])
         # Positions count from each caption's first token, so packing changes no angle.
         position_BL = index_BL - fill_runs(index_BL, run_starts(segment_BL))
         angles = rope_angles(position_BL[..., None], self.width // self.heads)

@@ -34,6 +34,7 @@ class VAEConfig:
     latent_channels: int = 16
     patch: int = 1  # pixels folded into channels before the encoder, each way
     attention: bool = True  # single-head attention within a frame, in the middle
+    shortcuts: bool = False  # parameter-free paths around each resampling stage, as in Wan 2.2 and DC-AE
     dtype: str = "float32"  # of the computation; parameters are float32
 
     def __post_init__(self):
@@ -100,6 +101,7 @@ class Conv(nn.Module):
     stride: tuple[int, int] = (1, 1)  # time, space
     padding: tuple[int, int] | None = None  # in space, before and after; None keeps the size
     zero_init: bool = False
+    bias_init: nn.initializers.Initializer = nn.initializers.zeros
 
     @nn.compact
     def __call__(self, x_BTHWC):
@@ -107,7 +109,7 @@ class Conv(nn.Module):
         c = x_BTHWC.shape[-1]
         init = nn.initializers.zeros if self.zero_init else nn.initializers.variance_scaling(1.0, "fan_in", "normal")
         kernel = self.param("kernel", init, (*self.kernel, c, self.features))
-        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        bias = self.param("bias", self.bias_init, (self.features,))
         B, T, H, W, _ = x_BTHWC.shape
         frames = (T - kt) // self.stride[0] + 1
         taps = [x_BTHWC[:, j : j + (frames - 1) * self.stride[0] + 1 : self.stride[0]] for j in range(kt)]
@@ -239,6 +241,26 @@ def depth_to_space(x_BTHWC: jax.Array, p: int) -> jax.Array:
     return rearrange(x, "b t h w (q c) -> b t h (w q) c", q=p) if p > 1 else x
 
 
+def average_down(x_BTHWC: jax.Array, time: int, features: int) -> jax.Array:
+    """The stage's input at its output's size: (time, 2, 2) neighbours into channels, averaged in groups.
+
+    DC-AE's residual autoencoding (Chen et al. 2024, arXiv:2410.10733). One zero frame before the clip makes the
+    first frame a group of its own; a later chunk, of even length, has none.
+    """
+    pad = -x_BTHWC.shape[1] % time
+    x = space_to_depth(jnp.pad(x_BTHWC, ((0, 0), (pad, 0), (0, 0), (0, 0), (0, 0))), 2)
+    x = rearrange(x, "b (t k) h w c -> b t h w (c k)", k=time) if time > 1 else x
+    return jnp.mean(rearrange(x, "b t h w (c g) -> b t h w c g", c=features), axis=-1)
+
+
+def duplicate_up(x_BTHWC: jax.Array, time: int, features: int, first: bool) -> jax.Array:
+    """The inverse in shape of `average_down`: repeated channels out into (time, 2, 2) neighbours."""
+    x = jnp.repeat(x_BTHWC, features * 4 * time // x_BTHWC.shape[-1], axis=-1)
+    x = rearrange(x, "b t h w (c k) -> b (t k) h w c", k=time) if time > 1 else x
+    x = depth_to_space(x, 2)
+    return x[:, time - 1 :] if first else x
+
+
 class Encoder(nn.Module):
     config: VAEConfig
 
@@ -248,14 +270,19 @@ class Encoder(nn.Module):
         x = space_to_depth(x_BTHWC, cfg.patch)
         x = CausalConv(cfg.base * cfg.multipliers[0], name="conv_in")(x, history)
         for i, multiplier in enumerate(cfg.multipliers):
+            stage_in = x
             for j in range(cfg.residual_blocks):
                 x = Residual(cfg.base * multiplier, name=f"stage{i}_residual{j}")(x, history)
             if i < len(cfg.time_down):
                 x = Downsample(cfg.time_down[i], name=f"stage{i}_down")(x, history)
+                if cfg.shortcuts:
+                    x = x + average_down(stage_in, 1 + cfg.time_down[i], x.shape[-1])
         x = Middle(x.shape[-1], cfg.attention, name="middle")(x, history)
         x = nn.silu(ChannelNorm(name="norm_out")(x))
         x = CausalConv(2 * cfg.latent_channels, name="conv_out")(x, history)
-        return Conv(2 * cfg.latent_channels, (1, 1, 1), name="moments")(x)
+        # A narrow posterior to begin with: at unit width its noise would hide the first thousand steps' signal.
+        narrow = lambda key, shape: jnp.where(jnp.arange(shape[0]) < cfg.latent_channels, 0.0, -6.0)
+        return Conv(2 * cfg.latent_channels, (1, 1, 1), bias_init=narrow, name="moments")(x)
 
 
 class Decoder(nn.Module):
@@ -269,10 +296,13 @@ class Decoder(nn.Module):
         x = CausalConv(widths[0], name="conv_in")(x, history)
         x = Middle(widths[0], cfg.attention, name="middle")(x, history)
         for i, width in enumerate(widths):
+            stage_in = x
             for j in range(cfg.residual_blocks + 1):
                 x = Residual(width, name=f"stage{i}_residual{j}")(x, history)
             if i < len(cfg.time_down):
                 x = Upsample(cfg.time_down[-1 - i], name=f"stage{i}_up")(x, history)
+                if cfg.shortcuts:
+                    x = x + duplicate_up(stage_in, 1 + cfg.time_down[-1 - i], x.shape[-1], history.first)
         x = nn.silu(ChannelNorm(name="norm_out")(x))
         x = CausalConv(3 * cfg.patch**2, name="conv_out")(x, history)
         return depth_to_space(x, cfg.patch)

@@ -66,9 +66,12 @@ def shard(x: jax.Array, spec: P) -> jax.Array:
     return x if jax.sharding.get_abstract_mesh().empty else jax.sharding.reshard(x, spec)
 
 
-def out_sharding(spec: P) -> P | None:
-    """`spec` for an operation's `out_sharding=`, None where no mesh is set."""
-    return None if jax.sharding.get_abstract_mesh().empty else spec
+def like(x: jax.Array, other: jax.Array) -> jax.Array:
+    """x with its leading axes laid out as those of `other`: for constants and random draws, born replicated."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    spec = jax.typeof(other).sharding.spec
+    return jax.sharding.reshard(x, P(*(spec[i] if i < len(spec) else None for i in range(x.ndim))))
 
 
 def fsdp_spec(shape: tuple[int, ...], axis: int) -> P:

@@ -1,4 +1,9 @@
-"""The optimiser: AdamW with warm-up, decay and a gradient clip (Loshchilov & Hutter 2017, arXiv:1711.05101)."""
+"""The optimiser: AdamW (Loshchilov & Hutter 2017, arXiv:1711.05101) with warm-up, decay and a gradient clip.
+
+"muon" instead makes each matrix's update orthogonal (Jordan 2024; scaled as in Liu et al. 2025, arXiv:2502.16982, so
+that AdamW's learning rates carry over) and leaves vectors and tables to AdamW. It keeps whole matrices on every
+device: for small models, where it takes fewer steps.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +11,15 @@ import dataclasses
 
 import jax
 import optax
+import optax.contrib
+from jax.sharding import PartitionSpec as P
+
+from minisora_jax.parallel.mesh import like, shard
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimConfig:
+    name: str = "adamw"  # or "muon"
     learning_rate: float = 3e-4  # peak
     warmup: int = 500  # steps of linear warm-up
     final: float = 0.1  # learning rate of the last step, as a share of the peak (cosine decay)
@@ -21,6 +31,8 @@ class OptimConfig:
     accumulate: int = 1  # microbatches summed into one step
 
     def __post_init__(self):
+        if self.name not in ("adamw", "muon"):
+            raise ValueError(f"optim.name={self.name!r} must be 'adamw' or 'muon'")
         if self.learning_rate <= 0 or self.clip <= 0:
             raise ValueError(f"learning_rate={self.learning_rate} and clip={self.clip} must be positive")
         if not 0 <= self.ema < 1:
@@ -38,13 +50,51 @@ def learning_rate(config: OptimConfig, steps: int) -> optax.Schedule:
 
 
 def make_optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformation:
-    return optax.chain(
-        optax.clip_by_global_norm(config.clip),
-        optax.adamw(
-            learning_rate(config, steps),
-            b1=config.b1,
-            b2=config.b2,
-            weight_decay=config.weight_decay,
-            mask=lambda params: jax.tree.map(lambda p: p.ndim > 1, params),
-        ),
-    )
+    schedule = learning_rate(config, steps)
+    matrices = lambda params: jax.tree.map(lambda p: p.ndim > 1, params)
+    if config.name == "muon":
+        update = _on_whole_matrices(
+            optax.contrib.muon(
+                schedule,
+                beta=config.b1,
+                adam_b1=config.b1,
+                adam_b2=config.b2,
+                weight_decay=config.weight_decay,
+                weight_decay_mask=matrices,
+                consistent_rms=0.2,
+                muon_weight_dimension_numbers=_matrix_axes,
+            )
+        )
+    else:
+        update = optax.adamw(
+            schedule, b1=config.b1, b2=config.b2, weight_decay=config.weight_decay, mask=matrices
+        )
+    return optax.chain(optax.clip_by_global_norm(config.clip), update)
+
+
+def _matrix_axes(params):
+    """Which axes of each kernel are its inputs and its outputs; None (AdamW) for all that is not a kernel."""
+
+    def axes(path, p):
+        names = [k.key for k in path]
+        if names[-1] != "kernel":
+            return None
+        layer = 1 if "blocks" in names else 0  # a scanned stack has its layers in front
+        if p.ndim - layer == 5:  # (t, h, w, in, out)
+            return optax.contrib.MuonDimensionNumbers((0, 1, 2, 3), 4)
+        inputs = 2 if names[-2] == "out" and p.ndim - layer == 3 else 1
+        every = tuple(range(layer, p.ndim))
+        return optax.contrib.MuonDimensionNumbers(every[:inputs], every[inputs:])
+
+    return jax.tree_util.tree_map_with_path(axes, params)
+
+
+def _on_whole_matrices(inner: optax.GradientTransformation) -> optax.GradientTransformation:
+    """`inner` on gradients and parameters gathered to every device, its updates cut up again as the parameters are."""
+    gather = lambda tree: jax.tree.map(lambda x: shard(x, P()), tree)
+
+    def update(grads, state, params):
+        updates, state = inner.update(gather(grads), state, gather(params))
+        return jax.tree.map(like, updates, params), state
+
+    return optax.GradientTransformation(lambda params: inner.init(gather(params)), update)

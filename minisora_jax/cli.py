@@ -1,0 +1,84 @@
+"""`minisora VERB`: the command line. Verbs live in commands/, each imported only when it is called."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+
+VERBS = {
+    "demo": "make clips from a few prompts with the bundled model",
+    "prepare": "check a folder of clips, or the procedural shapes, and write them as one data set",
+    "train-vae": "train the video codec on a data set",
+    "encode": "turn a data set into a latent cache with a trained codec",
+    "train": "train the diffusion transformer on a latent cache",
+    "generate": "make videos and images from prompts",
+    "eval": "score a codec (PSNR, SSIM) or a model (does the video show what its caption says?)",
+}
+
+EXAMPLE = """\
+examples:
+  minisora demo
+  minisora generate "a large red circle moves left slowly on a black background" --size 48x64 --frames 17
+  minisora VERB --help        what a verb does, its flags, and an example
+
+from your own clips to your own model:
+  minisora prepare my_clips/ data/clips
+  minisora train-vae --config=configs/vae_tiny.py:data=data/clips --workdir=runs/codec
+  minisora encode data/clips data/latents --codec=runs/codec/export
+  minisora train --config=configs/dit_tiny.py:data=data/latents --workdir=runs/model
+  minisora generate "what your captions say" --model=runs/model/export --codec=runs/codec/export
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    verbs = "\n".join(f"  {verb:<11}{what}" for verb, what in VERBS.items())
+    top = argparse.ArgumentParser(
+        prog="minisora",
+        usage="minisora VERB [flags]",
+        description=f"An open Sora in JAX, from a laptop CPU to TPU pods.\n\nverbs:\n{verbs}",
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    if not argv or argv[0] in ("-h", "--help"):
+        top.print_help()
+        return 0
+    if argv[0] == "--version":
+        from minisora_jax import __version__
+
+        print(f"minisora {__version__}")
+        return 0
+    verb, rest = argv[0], argv[1:]
+    if verb not in VERBS:
+        top.error(f"unknown verb {verb!r}; the verbs are {', '.join(VERBS)}")
+    command = importlib.import_module(f"minisora_jax.commands.{verb.replace('-', '_')}")
+    parser = argparse.ArgumentParser(
+        prog=f"minisora {verb}", description=command.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    command.add_arguments(parser)
+    takes_config = getattr(command, "TAKES_CONFIG", False)
+    args, config_flags = parser.parse_known_args(rest)
+    if config_flags and not takes_config:
+        parser.error(f"unrecognised arguments: {' '.join(config_flags)}")
+    return _run(command, args, config_flags)
+
+
+def _run(command, args: argparse.Namespace, config_flags: list[str]) -> int:
+    import logging
+
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("minisora").setLevel(logging.INFO)
+    try:
+        return command.run(args, config_flags) or 0
+    except (ValueError, OSError, RuntimeError) as error:
+        # What a user can mend is said in a sentence; MINISORA_TRACEBACK=1 shows where it came from.
+        if os.environ.get("MINISORA_TRACEBACK"):
+            raise
+        print(f"minisora: {type(error).__name__}: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
