@@ -1,0 +1,230 @@
+"""A folder of good and broken files: every good clip is kept at its own size, every bad one named with its reason."""
+
+import json
+import os
+
+import av
+import numpy as np
+import pytest
+from PIL import Image
+
+from minisora_jax.data.prepare import Records, prepare
+from minisora_jax.data.records import DataError
+from minisora_jax.data.sources import BadClip, Folder, clip_length, crop_to_cells, scan
+from minisora_jax.data.video import read_clip_frames, write_video
+
+GOOD = {  # name -> the clip's T, H, W, with cells of 8
+    "alpha.png": (1, 16, 24, 3),
+    "clip.mp4": (9, 32, 48, 3),
+    "grey.gif": (5, 24, 16, 3),
+    "long.webm": (13, 16, 16, 3),
+    "odd.mp4": (5, 32, 40, 3),
+    "sub/deep.mkv": (1, 16, 16, 3),
+    "upper.MP4": (5, 16, 16, 3),
+}
+BAD = {
+    "audio.mp4": "audio only",
+    "directory.mp4": "unreadable file",
+    "dangling.mp4": "unreadable file",
+    "cut-head.mp4": "truncated",
+    "cut-tail.mp4": "truncated",
+    "cut.webm": "truncated",
+    "cut.png": "truncated",
+    "empty-caption.mp4": "empty caption",
+    "empty.mp4": "empty file",
+    "huge.png": "too large",
+    "latin1.mp4": "caption not UTF-8",
+    "latin1-row.mp4": "caption not UTF-8",
+    "mute.mp4": "no caption",
+    "pixel.png": "too small",
+    "text.mp4": "not a video",
+    "text.png": "not an image",
+    "zero.avi": "zero frames",
+    "old.wmv": "unknown suffix",
+    "orphan.txt": "caption without a clip",
+    "gone.mp4": "caption without a clip",
+    "captions.jsonl:2": "bad caption row",
+}
+
+
+def noise(T, H, W):
+    return np.random.default_rng(0).integers(0, 255, (T, H, W, 3), dtype=np.uint8)
+
+
+def write_raw(path, codec, frames, pix_fmt="yuv420p"):
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=8)
+        stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], pix_fmt
+        if not len(frames):
+            container.start_encoding()
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+
+
+def write_sound(path):
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("aac", rate=16000, layout="mono")
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 4096), np.float32), format="fltp", layout="mono")
+        frame.sample_rate = 16000
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+
+
+def cut(source, target, share):
+    data = source.read_bytes()
+    target.write_bytes(data[: int(len(data) * share)])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("clips")
+    (folder / "sub").mkdir()
+    rgba = np.full((16, 24, 4), 200, np.uint8)
+    rgba[..., 3] = np.where(np.arange(24) < 12, 0, 255)
+    Image.fromarray(rgba).save(folder / "alpha.png")
+    write_video(folder / "clip.mp4", noise(11, 32, 48), 25)
+    write_raw(folder / "grey.gif", "gif", noise(6, 24, 16), "gray")
+    write_video(folder / "long.webm", noise(20, 16, 16), 8)
+    write_raw(folder / "odd.mp4", "libx264", noise(5, 37, 47), "yuv444p")
+    write_raw(folder / "sub/deep.mkv", "ffv1", noise(3, 16, 16), "bgr0")
+    write_video(folder / "upper.mp4", noise(5, 16, 16), 8)
+    os.rename(folder / "upper.mp4", folder / "upper.MP4")
+
+    write_sound(folder / "audio.mp4")
+    (folder / "directory.mp4").mkdir()
+    (folder / "dangling.mp4").symlink_to(folder / "nowhere.mp4")
+    cut(folder / "odd.mp4", folder / "cut-head.mp4", 0.6)  # its index stood at the end
+    cut(folder / "clip.mp4", folder / "cut-tail.mp4", 0.6)  # its index stands at the start
+    cut(folder / "long.webm", folder / "cut.webm", 0.4)
+    cut(folder / "alpha.png", folder / "cut.png", 0.6)
+    for name in ("empty-caption", "latin1", "latin1-row", "mute"):
+        write_video(folder / f"{name}.mp4", noise(1, 16, 16), 8)
+    (folder / "empty.mp4").touch()
+    Image.new("RGB", (300, 200)).save(folder / "huge.png")
+    Image.new("RGB", (1, 1)).save(folder / "pixel.png")
+    (folder / "text.mp4").write_text("this is no video\n" * 50)
+    (folder / "text.png").write_text("this is no image\n" * 50)
+    write_raw(folder / "zero.avi", "mpeg4", noise(0, 16, 16))
+    (folder / "old.wmv").write_bytes(b"wmv")
+    (folder / ".hidden.mp4").write_bytes(b"ignored")
+
+    (folder / "orphan.txt").write_text("describes nothing")
+    (folder / "clip.txt").write_text("\ufeffnoise,\n  and   more noise — 猫\n", encoding="utf-8")
+    (folder / "empty-caption.txt").write_text(" \n")
+    (folder / "latin1.txt").write_bytes("un café".encode("latin-1"))
+    rows = [
+        json.dumps({"file": "sub/deep.mkv", "caption": "deep noise"}),
+        "{broken",
+        '{"file": "gone.mp4", "caption": "x"}',
+    ]
+    (folder / "captions.jsonl").write_text("\n".join(rows) + "\n")
+    others = [n for n in [*GOOD, *BAD] if (folder / n).suffix.lower() not in (".wmv", ".txt")]
+    others = [n for n in others if n not in ("clip.mp4", "sub/deep.mkv", "mute.mp4", "gone.mp4", "latin1.mp4")]
+    others = [n for n in others if n != "empty-caption.mp4" and ":" not in n and n != "latin1-row.mp4"]
+    table = "file,caption\n" + "".join(f'{n},"noise, in {n}"\n' for n in others)
+    (folder / "captions.csv").write_bytes(table.encode() + "latin1-row.mp4,café\n".encode("latin-1"))
+    return folder
+
+
+OPTIONS = dict(max_frames=13, max_pixels=200 * 200)
+
+
+def test_good_clips_are_kept_and_bad_ones_named(folder):
+    source = Folder(folder, **OPTIONS)
+    clips = {clip.name: clip for clip in source.clips()}
+    assert {name: clip.frames_THWC.shape for name, clip in clips.items()} == GOOD
+    assert {row["name"]: row["reason"] for row in source.report.skipped} == BAD
+    assert source.report.kept == len(GOOD) and sum(source.report.counts.values()) == len(BAD)
+    assert clips["clip.mp4"].caption == "noise, and more noise — 猫" and clips["clip.mp4"].fps == 25
+    assert clips["sub/deep.mkv"].caption == "deep noise" and clips["odd.mp4"].caption == "noise, in odd.mp4"
+    assert (
+        clips["alpha.png"].frames_THWC[0, :, :12].max() == 0 and clips["alpha.png"].frames_THWC[0, :, 12:].min() == 200
+    )
+
+
+def test_pixels_are_cut_and_never_resized(folder):
+    source = Folder(folder, **OPTIONS)
+    clips = {clip.name: clip for clip in source.clips()}
+    whole, _ = read_clip_frames(folder / "odd.mp4")
+    np.testing.assert_array_equal(clips["odd.mp4"].frames_THWC, whole[:, 2:34, 3:43])
+    np.testing.assert_array_equal(clips["sub/deep.mkv"].frames_THWC, noise(3, 16, 16)[:1])
+    assert [clip_length(n) for n in (1, 4, 5, 16, 17)] == [1, 1, 5, 13, 17]
+    assert crop_to_cells(noise(1, 100, 33), 16).shape == (1, 96, 32, 3)
+
+
+def test_the_report_reads_well_and_is_written(folder, tmp_path):
+    source = Folder(folder, **OPTIONS)
+    list(source.clips())
+    text = source.report.summary()
+    assert text.startswith(f"{len(GOOD)} clips kept, {len(BAD)} skipped: 4 truncated (")
+    assert "1 audio only (audio.mp4)" in text
+    source.report.write(tmp_path / "skipped.jsonl")
+    rows = [json.loads(line) for line in (tmp_path / "skipped.jsonl").read_text().splitlines()]
+    assert rows == source.report.skipped
+    small = next(row for row in rows if row["reason"] == "too small")
+    assert small["detail"] == "1x1 pixels, cells of 8"
+
+
+def test_strict_stops_at_the_first_bad_file(folder):
+    with pytest.raises(BadClip):
+        scan(folder, strict=True)
+
+
+def test_captions_may_be_left_out(folder):
+    names = {entry.name: entry.caption for entry in Folder(folder, need_caption=False, **OPTIONS).entries}
+    assert names["mute.mp4"] == "" and names["empty-caption.mp4"] == "" and "latin1.mp4" not in names
+
+
+def test_only_decoding_shows_some_damage(folder):
+    source = Folder(folder, **OPTIONS)
+    at = [entry.name for entry in source.entries].index("zero.avi")
+    with pytest.raises(BadClip, match="zero.avi: zero frames"):
+        source[at]
+
+
+def test_options_are_checked(folder, tmp_path):
+    with pytest.raises(ValueError, match=r"max_frames=16 must be 1 \+ 4\*k; use 13 or 17"):
+        Folder(folder, max_frames=16)
+    with pytest.raises(FileNotFoundError, match="not a folder"):
+        Folder(tmp_path / "nowhere")
+
+
+def test_preparing_a_folder_keeps_pixels_and_the_report(folder, tmp_path):
+    report = prepare(folder, tmp_path / "out", shard_bytes=30_000, **OPTIONS)
+    source = Folder(folder, **OPTIONS)
+    prepared = Records(tmp_path / "out")
+    for wanted, found in zip(source.clips(), prepared, strict=True):
+        np.testing.assert_array_equal(found.frames_THWC, wanted.frames_THWC)
+        assert (found.caption, found.fps, found.name) == (wanted.caption, wanted.fps, wanted.name)
+    assert report.summary() == source.report.summary()
+    assert prepared.shards.manifest["skipped"] == source.report.skipped
+    assert prepare(folder, tmp_path / "out", shard_bytes=30_000, **OPTIONS).summary() == report.summary()
+
+
+def test_an_interrupted_preparation_loses_and_repeats_nothing(folder, tmp_path, monkeypatch):
+    options = dict(shard_bytes=3_000, **OPTIONS)
+    prepare(folder, tmp_path / "whole", **options)
+    decode, calls = Folder.__getitem__, []
+
+    def preempted(self, i):
+        calls.append(i)
+        if len(calls) == 7:
+            raise KeyboardInterrupt
+        return decode(self, i)
+
+    monkeypatch.setattr(Folder, "__getitem__", preempted)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(folder, tmp_path / "cut", **options)
+    prepare(folder, tmp_path / "cut", **options)
+    assert calls[7] > 0
+    files = lambda name: {p.name: p.read_bytes() for p in (tmp_path / name).iterdir()}
+    assert files("cut") == files("whole")
+
+
+def test_a_folder_without_a_good_clip_is_an_error(tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/a.mp4").touch()
+    (tmp_path / "in/a.txt").write_text("a caption")
+    with pytest.raises(DataError, match="no good clip in .*: 0 clips kept, 1 skipped: 1 empty file"):
+        prepare(tmp_path / "in", tmp_path / "out")
