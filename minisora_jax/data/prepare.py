@@ -1,0 +1,102 @@
+"""`minisora prepare`: decode and check every clip once, so that trainings meet only good ones.
+
+    folder of files, or "shapes"  ->  clips-00000-of-0000N.array_record, sizes.npy, manifest.json
+
+Pixels are kept exactly (zstd). What was skipped, and why, is in the manifest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from minisora_jax.data.records import DataError, Item, Shards, pack_record, write_shards
+from minisora_jax.data.shapes import Shapes
+from minisora_jax.data.sources import PREPROCESSING_VERSION, BadClip, Folder, SkipReport
+from minisora_jax.types import Clip
+
+
+def prepare(
+    source: str | os.PathLike,
+    out_dir: str | os.PathLike,
+    *,
+    count: int = 1024,
+    split: str = "train",
+    cell: int = 8,
+    max_frames: int = 121,
+    max_pixels: int = 4096 * 4096,
+    need_caption: bool = True,
+    strict: bool = False,
+    shard_bytes: int = 256 * 2**20,
+) -> SkipReport:
+    """Write the good clips of `source` to `out_dir`, and say what was skipped.
+
+    source: a folder (see `Folder` for its options), or "shapes" for `count` procedural clips of `split`. An interrupted
+    run, started again, keeps its finished shards. DataError if `out_dir` holds another data set, or no clip is good.
+    """
+    if str(source) == "shapes":
+        clips, report = Shapes(split, count), SkipReport(strict)
+        described = {"source": "shapes", "split": split, "count": count}
+    else:
+        options = dict(cell=cell, max_frames=max_frames, max_pixels=max_pixels, need_caption=need_caption)
+        clips = Folder(source, strict=strict, **options)
+        report = clips.report
+        described = {"source": "folder", "contents": _fingerprint(clips), **options}
+    if not len(clips):
+        raise DataError(f"no good clip in {source}: {report.summary()}")
+    manifest = write_shards(
+        out_dir,
+        "clips",
+        lambda state: _items(clips, report, state),
+        settings={"preprocessing_version": PREPROCESSING_VERSION, **described},
+        closing=lambda: {"skipped": report.skipped, "shortened": report.shortened},
+        shard_bytes=shard_bytes,
+        options="group_size:1,zstd:1",
+    )
+    report.kept, report.skipped = manifest["records"], manifest["skipped"]
+    return report
+
+
+class Records:
+    """A prepared data set as a sequence of clips. `sizes` (n, 4): T, H, W, and the caption's length in bytes."""
+
+    def __init__(self, directory: str | os.PathLike):
+        self.shards = Shards(directory, "clips", {"preprocessing_version": PREPROCESSING_VERSION})
+        self.sizes: np.ndarray = self.shards.sizes
+
+    def __len__(self) -> int:
+        return len(self.shards)
+
+    def __getitem__(self, i: int) -> Clip:
+        arrays, facts = self.shards.read(i)
+        return Clip(arrays["frames"], facts["caption"], facts["fps"], facts["name"])
+
+
+def _items(clips: Sequence[Clip], report: SkipReport, state: dict[str, Any] | None) -> Iterator[Item]:
+    """Records of the clips from where `state` left off; it carries what decoding had skipped until then."""
+    start, skipped = (state["next"], state["skipped"]) if state else (0, [])
+    report.skipped += skipped
+    known = len(report.skipped) - len(skipped)  # by headers alone: found again by every scan
+    for i in tqdm(range(start, len(clips)), initial=start, total=len(clips), desc="clips", disable=None):
+        try:
+            clip = clips[i]
+        except BadClip as bad:
+            report.add(bad.name, bad.reason, bad.detail)
+            continue
+        record = pack_record(
+            {"frames": clip.frames_THWC}, {"caption": clip.caption, "fps": clip.fps, "name": clip.name}
+        )
+        size = (*clip.size_THW, len(clip.caption.encode("utf-8")))
+        yield Item(record, size, {"next": i + 1, "skipped": report.skipped[known:]})
+
+
+def _fingerprint(folder: Folder) -> str:
+    """Of the names, captions, sizes and times of a folder's files: the same input, or not."""
+    facts = [[e.name, e.caption, e.path.stat().st_size, e.path.stat().st_mtime_ns] for e in folder.entries]
+    return hashlib.sha256(json.dumps(facts).encode("utf-8")).hexdigest()

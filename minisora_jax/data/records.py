@@ -1,0 +1,314 @@
+"""Sharded, checked, resumable storage of arrays of any shape: what prepared clips and cached latents share.
+
+    DIR/clips-00000-of-00002.array_record   records in order, in files of about `shard_bytes`
+        clips-00001-of-00002.array_record
+        sizes.npy                           one row of integers a record: plans need no record to be read
+        manifest.json                       written last: a folder without it is not finished
+        progress.jsonl                      only while writing: the shards finished so far
+
+A record is `MSR1`, the crc32 of what follows, the length of a JSON header, the header (names, dtypes and shapes of
+the arrays, and the caller's facts), and the arrays' bytes. Every failure to read is a DataError that names the file,
+what was expected and what was found; nothing is ever filled in.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import os
+import struct
+import threading
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+
+from minisora_jax.data.atomic import replacing
+
+FORMAT = 1
+MAGIC = b"MSR1"
+RANDOM_ACCESS = "readahead_buffer_size:0,max_parallelism:0"
+
+
+class DataError(RuntimeError):
+    """A data set on disk that is not what it should be."""
+
+
+# ---- One record
+
+
+def pack_record(arrays: dict[str, np.ndarray], facts: dict[str, Any]) -> bytes:
+    """Arrays and JSON facts as bytes; `unpack_record` gives both back exactly."""
+    arrays = {name: np.ascontiguousarray(a) for name, a in arrays.items()}
+    layout = [[name, a.dtype.str, list(a.shape)] for name, a in arrays.items()]
+    header = json.dumps({"arrays": layout, "facts": facts}, ensure_ascii=False, sort_keys=True).encode("utf-8")
+    body = b"".join([struct.pack("<I", len(header)), header, *(a.tobytes() for a in arrays.values())])
+    return MAGIC + struct.pack("<I", zlib.crc32(body)) + body
+
+
+def unpack_record(record: bytes, where: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """(arrays, facts) of a record. `where` is how an error calls it."""
+    if record[:4] != MAGIC or len(record) < 12:
+        raise DataError(f"{where} is corrupt: expected {MAGIC!r} at its start, found {record[:4]!r}")
+    body = memoryview(record)[8:]
+    (expected,), found = struct.unpack("<I", record[4:8]), zlib.crc32(body)
+    if expected != found:
+        raise DataError(f"{where} is corrupt: expected crc32 {expected:08x}, found {found:08x}")
+    (length,) = struct.unpack("<I", body[:4])
+    header, at, arrays = json.loads(bytes(body[4 : 4 + length])), 4 + length, {}
+    for name, dtype, shape in header["arrays"]:
+        count = int(np.prod(shape, dtype=np.int64))
+        arrays[name] = np.frombuffer(body, dtype, count, at).reshape(shape)
+        at += arrays[name].nbytes
+    return arrays, header["facts"]
+
+
+# ---- Writing
+
+
+@dataclasses.dataclass(frozen=True)
+class Item:
+    record: bytes
+    size: tuple[int, ...]  # its row of sizes.npy
+    state: Any  # JSON: where to go on after this record
+
+
+def write_shards(
+    out_dir: str | os.PathLike,
+    kind: str,
+    items_after: Callable[[Any], Iterable[Item]],
+    *,
+    settings: dict[str, Any],
+    tables: dict[str, np.ndarray] | None = None,
+    closing: Callable[[], dict[str, Any]] = dict,
+    shard_bytes: int = 256 * 2**20,
+    options: str = "group_size:1,uncompressed",
+) -> dict[str, Any]:
+    """Write a data set and return its manifest. Called again after an interruption, it keeps the finished shards.
+
+    items_after(state): the items that follow the one that carried `state` (None: from the first). They must be a
+    function of `settings` alone, so that a resumed run ends in the same bytes.
+    tables: arrays kept beside the records, as NAME.npy.   closing: more entries of the manifest, asked for at the end.
+    A finished data set of the same settings is left as it is; other settings are a DataError.
+    """
+    out_dir = Path(out_dir)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    progress = out_dir / "progress.jsonl"
+    settings = json.loads(json.dumps(settings))  # as it will be read back: tuples are lists
+    opening = {"kind": kind, "format": FORMAT, "settings": settings, "shard_bytes": shard_bytes, "options": options}
+    if (out_dir / "manifest.json").exists():
+        manifest = _read_json(out_dir / "manifest.json")
+        _check_same(out_dir, opening, manifest)
+        progress.unlink(missing_ok=True)
+        return manifest
+    shards = _resume(out_dir, kind, opening)
+    items = iter(items_after(shards[-1]["state"] if shards else None))
+    while shard := _write_shard(out_dir / f"{kind}-{len(shards):05d}.array_record", items, shard_bytes, options):
+        shards.append(shard)
+        with open(progress, "a", encoding="utf-8") as file:
+            file.write(json.dumps(shard) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+    if not shards:
+        progress.unlink()
+        raise DataError(f"{out_dir}: there was no record to write")
+    return _finish(out_dir, kind, opening, shards, tables or {}, closing())
+
+
+def _write_shard(path: Path, items: Iterator[Item], shard_bytes: int, options: str) -> dict[str, Any] | None:
+    """The next shard, at least one record and ended by the record that reaches `shard_bytes`; None at the end."""
+    first = next(items, None)
+    if first is None:
+        return None
+    sizes, written = [], 0
+    with replacing(path) as temporary:
+        writer = ArrayRecordWriter(str(temporary), options)
+        try:
+            for item in itertools.chain([first], items):
+                writer.write(item.record)
+                sizes.append(list(map(int, item.size)))
+                written += len(item.record)
+                if written >= shard_bytes:
+                    break
+        finally:
+            writer.close()
+    return {"bytes": path.stat().st_size, "sha256": sha256(path), "sizes": sizes, "state": item.state}
+
+
+def _resume(out_dir: Path, kind: str, opening: dict) -> list[dict[str, Any]]:
+    """The finished shards of an interrupted run, after checking that it wrote the same thing; else a fresh start."""
+    progress = out_dir / "progress.jsonl"
+    for litter in out_dir.glob(f".{kind}-*.tmp.array_record"):
+        litter.unlink()
+    lines = progress.read_text(encoding="utf-8").split("\n")[:-1] if progress.exists() else []  # whole lines only
+    if lines:
+        _check_same(out_dir, opening, json.loads(lines[0]))
+    shards = [json.loads(line) for line in lines[1:]]
+    for i, shard in enumerate(shards):
+        found = [*out_dir.glob(f"{kind}-{i:05d}.array_record"), *out_dir.glob(f"{kind}-{i:05d}-of-*.array_record")]
+        if not found or found[0].stat().st_size != shard["bytes"]:
+            shards = shards[:i]
+            break
+    with replacing(progress) as temporary:
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in [opening, *shards]), encoding="utf-8")
+    return shards
+
+
+def _finish(out_dir: Path, kind: str, opening: dict, shards: list, tables: dict, closing: dict) -> dict[str, Any]:
+    """Final names, tables, and the manifest last. Safe to run again from any point."""
+    rows, entries = [], []
+    for i, shard in enumerate(shards):
+        name = f"{kind}-{i:05d}-of-{len(shards):05d}.array_record"
+        for old in [*out_dir.glob(f"{kind}-{i:05d}.array_record"), *out_dir.glob(f"{kind}-{i:05d}-of-*.array_record")]:
+            os.replace(old, out_dir / name)
+        rows += shard["sizes"]
+        entries.append(
+            {"file": name, "records": len(shard["sizes"]), "bytes": shard["bytes"], "sha256": shard["sha256"]}
+        )
+    tables = {**tables, "sizes": np.array(rows, np.int32)}
+    manifest = {**opening, "records": len(rows), "shards": entries, "tables": {}, **closing}
+    for name, array in sorted(tables.items()):
+        path = out_dir / f"{name}.npy"
+        with replacing(path) as temporary:
+            np.save(temporary, array)
+        manifest["tables"][name] = {"file": path.name, "sha256": sha256(path)}
+    with replacing(out_dir / "manifest.json") as temporary:
+        temporary.write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    (out_dir / "progress.jsonl").unlink()
+    return manifest
+
+
+def _check_same(out_dir: Path, wanted: dict, found: dict) -> None:
+    flat = lambda d: {**{k: d.get(k) for k in ("kind", "format", "shard_bytes", "options")}, **d.get("settings", {})}
+    a, b = flat(wanted), flat(found)
+    for key in [*a, *b]:
+        if a.get(key) != b.get(key):
+            raise DataError(
+                f"{out_dir} already holds a data set with {key}={b.get(key)!r}; this one has {key}={a.get(key)!r}. "
+                "Write to another folder, or delete that one"
+            )
+
+
+# ---- Reading
+
+
+class Shards:
+    """Random access to a finished data set; threads may share it, and it pickles (files open on demand).
+
+    expect: settings that must match the manifest's; None means any.
+    """
+
+    def __init__(self, directory: str | os.PathLike, kind: str, expect: dict[str, Any]):
+        self.directory, self.kind = Path(directory), kind
+        self.manifest = self._load_manifest()
+        for key, wanted in expect.items():
+            self._check(key, wanted, self.manifest["settings"].get(key))
+        for shard in self.manifest["shards"]:
+            path = self.directory / shard["file"]
+            if not path.is_file():
+                raise DataError(
+                    f"{path} is missing: {path.parent}/manifest.json lists {shard['records']} records in it"
+                )
+            if path.stat().st_size != shard["bytes"]:
+                raise DataError(f"{path} is damaged: expected {shard['bytes']} bytes, found {path.stat().st_size}")
+        self.sizes = self.table("sizes")
+        self._ends = np.cumsum([shard["records"] for shard in self.manifest["shards"]])
+        if not len(self.sizes) == self.manifest["records"] == self._ends[-1]:
+            raise DataError(
+                f"{self.directory}: expected {self.manifest['records']} records, found {len(self.sizes)} sizes and "
+                f"{self._ends[-1]} records in shards"
+            )
+        self._open: dict[int, ArrayRecordReader] = {}
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return self.manifest["records"]
+
+    def read(self, i: int) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        """(arrays, facts) of record i, its checksum verified. The arrays are read-only."""
+        if not 0 <= i < len(self):
+            raise IndexError(f"record {i} of {len(self)} in {self.directory}")
+        shard = int(np.searchsorted(self._ends, i, side="right"))
+        at = int(i - self._ends[shard] + self.manifest["shards"][shard]["records"])
+        where = f"record {at} of {self.directory / self.manifest['shards'][shard]['file']}"
+        try:
+            found = self._reader(shard).read([at])
+        except DataError:
+            raise
+        except Exception as error:  # the library raises bare RuntimeErrors of its own
+            raise DataError(f"{where} is corrupt: {error}") from error
+        if len(found) != 1:
+            raise DataError(f"{where} is corrupt: expected 1 record, found {len(found)}")
+        return unpack_record(found[0], where)
+
+    def table(self, name: str) -> np.ndarray:
+        """An array kept beside the records, its checksum verified."""
+        entry = self.manifest["tables"].get(name)
+        path = self.directory / (entry["file"] if entry else f"{name}.npy")
+        if entry is None or not path.is_file():
+            raise DataError(f"{path} is missing; write the data set again")
+        self._check_sha256(path, entry["sha256"])
+        return np.load(path, allow_pickle=False)
+
+    def verify(self) -> None:
+        """Read every byte of every shard against its sha256. DataError at the first that differs."""
+        for shard in self.manifest["shards"]:
+            self._check_sha256(self.directory / shard["file"], shard["sha256"])
+
+    def _load_manifest(self) -> dict[str, Any]:
+        path = self.directory / "manifest.json"
+        if not path.exists() and (self.directory / "progress.jsonl").exists():
+            raise DataError(f"{path} is missing: writing {self.directory} did not finish. Run the same command again")
+        if not path.exists():
+            raise DataError(f"{path} is missing: expected a finished data set of {self.kind}, found no manifest")
+        manifest = _read_json(path)
+        for key, wanted in {"kind": self.kind, "format": FORMAT}.items():
+            self._check(key, wanted, manifest.get(key))
+        return manifest
+
+    def _check(self, key: str, wanted: Any, found: Any) -> None:
+        if wanted is not None and wanted != found:
+            raise DataError(
+                f"{self.directory}/manifest.json: {key} should be {wanted!r} and is {found!r}. Write {self.directory} "
+                "again for what is in use now, or use what it was written for"
+            )
+
+    def _check_sha256(self, path: Path, wanted: str) -> None:
+        if (found := sha256(path)) != wanted:
+            raise DataError(f"{path} is damaged: expected sha256 {wanted}, found {found}")
+
+    def _reader(self, shard: int) -> ArrayRecordReader:
+        with self._lock:
+            if shard not in self._open:
+                entry = self.manifest["shards"][shard]
+                reader = ArrayRecordReader(str(self.directory / entry["file"]), RANDOM_ACCESS)
+                if reader.num_records() != entry["records"]:
+                    raise DataError(
+                        f"{self.directory / entry['file']} is damaged: expected {entry['records']} records, found "
+                        f"{reader.num_records()}"
+                    )
+                self._open[shard] = reader
+            return self._open[shard]
+
+    def __getstate__(self):
+        return {k: v for k, v in self.__dict__.items() if k not in ("_open", "_lock")}
+
+    def __setstate__(self, state):
+        self.__dict__.update(state, _open={}, _lock=threading.Lock())
+
+
+def sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"{path} is damaged: expected JSON, found {error}") from error

@@ -1,0 +1,124 @@
+"""Prepared clips come back exactly; an interrupted write resumes to the same bytes; damage is never read over."""
+
+import json
+import pickle
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+
+from minisora_jax.data import records
+from minisora_jax.data.prepare import Records, prepare
+from minisora_jax.data.records import DataError, Item, Shards, pack_record, unpack_record, write_shards
+from minisora_jax.data.shapes import Shapes
+
+COUNT = 10
+
+
+def items_after(state, stop=COUNT):
+    for i in range(state or 0, COUNT):
+        if i == stop:
+            raise KeyboardInterrupt
+        values = np.random.default_rng(i).integers(0, 255, (100 + 13 * i, 3), dtype=np.uint8)
+        yield Item(pack_record({"values": values}, {"i": i}), (len(values),), i + 1)
+
+
+def write(out, items=items_after, **settings):
+    return write_shards(out, "things", items, settings={"codec": "abc", **settings}, shard_bytes=1000)
+
+
+def contents(folder):
+    return {p.name: p.read_bytes() for p in sorted(folder.iterdir())}
+
+
+def test_a_record_gives_its_arrays_and_facts_back():
+    arrays = {
+        "a": np.arange(6, dtype=np.float16).reshape(2, 3),
+        "none": np.zeros((0, 4), np.int32),
+        "x": np.array(7, np.uint8),
+    }
+    back, facts = unpack_record(pack_record(arrays, {"caption": "größer 猫", "fps": 29.97}), "r")
+    assert facts == {"caption": "größer 猫", "fps": 29.97}
+    for name, array in arrays.items():
+        np.testing.assert_array_equal(back[name], array)
+        assert back[name].dtype == array.dtype
+
+
+def test_any_flipped_bit_of_a_record_is_found():
+    record = pack_record({"a": np.arange(20)}, {"n": 1})
+    for at in range(0, len(record), 7):
+        bad = bytearray(record)
+        bad[at] ^= 4
+        with pytest.raises(DataError, match="r is corrupt: expected"):
+            unpack_record(bytes(bad), "r")
+
+
+def test_every_record_of_every_shard_reads_back(tmp_path):
+    manifest = write(tmp_path)
+    assert len(manifest["shards"]) > 2 and manifest["records"] == COUNT
+    assert not (tmp_path / "progress.jsonl").exists()
+    shards = Shards(tmp_path, "things", {"codec": "abc"})
+    shards.verify()
+    shards = pickle.loads(pickle.dumps(shards))
+    order = np.random.default_rng(0).integers(0, COUNT, 400)
+    with ThreadPoolExecutor(8) as pool:
+        for i, (arrays, facts) in zip(order, pool.map(shards.read, map(int, order))):
+            assert facts == {"i": i} and len(arrays["values"]) == shards.sizes[i, 0] == 100 + 13 * i
+    with pytest.raises(IndexError):
+        shards.read(COUNT)
+
+
+@pytest.mark.parametrize("stop", [0, 1, 4, 7, 9])
+def test_an_interrupted_write_resumes_to_the_same_bytes(tmp_path, stop):
+    write(tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        write(tmp_path / "cut", lambda state: items_after(state, stop))
+    with pytest.raises(DataError, match="did not finish"):
+        Shards(tmp_path / "cut", "things", {})
+    started = []
+    write(tmp_path / "cut", lambda state: started.append(state or 0) or items_after(state))
+    assert started[0] <= stop and (stop < 4 or started[0] > 0), "finished shards are kept"
+    assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
+
+
+def test_a_crash_while_finishing_is_resumed(tmp_path, monkeypatch):
+    write(tmp_path / "whole")
+    monkeypatch.setattr(records.np, "save", lambda *a: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        write(tmp_path / "cut")
+    monkeypatch.undo()
+    torn = (tmp_path / "cut/progress.jsonl").read_text()
+    (tmp_path / "cut/progress.jsonl").write_text(torn[:-5])  # the last line half written
+    write(tmp_path / "cut")
+    assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
+
+
+def test_other_settings_never_mix(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        write(tmp_path, lambda state: items_after(state, 7))
+    with pytest.raises(DataError, match="codec='abc'; this one has codec='xyz'"):
+        write(tmp_path, codec="xyz")
+    first = write(tmp_path)
+    assert write(tmp_path, lambda state: pytest.fail("a finished data set is left alone")) == first
+    with pytest.raises(DataError, match="codec='abc'; this one has codec='xyz'"):
+        write(tmp_path, codec="xyz")
+
+
+def test_nothing_to_write_is_an_error(tmp_path):
+    with pytest.raises(DataError, match="no record to write"):
+        write(tmp_path, lambda state: [])
+
+
+def test_prepared_shapes_are_the_shapes(tmp_path):
+    report = prepare("shapes", tmp_path / "out", count=5, split="heldout")
+    assert report.summary() == "5 clips kept, 0 skipped"
+    back, shapes = Records(tmp_path / "out"), Shapes("heldout", 5)
+    assert len(back) == 5
+    for i in range(5):
+        np.testing.assert_array_equal(back[i].frames_THWC, shapes[i].frames_THWC)
+        assert (back[i].caption, back[i].fps, back[i].name) == (shapes[i].caption, shapes[i].fps, shapes[i].name)
+        assert tuple(back.sizes[i]) == (*shapes[i].size_THW, len(shapes[i].caption))
+    manifest = json.loads((tmp_path / "out/manifest.json").read_text())
+    assert manifest["settings"]["preprocessing_version"] == 1 and manifest["skipped"] == []
+    with pytest.raises(DataError, match="count=5; this one has count=6"):
+        prepare("shapes", tmp_path / "out", count=6, split="heldout")
