@@ -59,7 +59,7 @@ PHRASES = {
 }
 MOTIONS = tuple(PHRASES)
 HELD_OUT_SHARE = 8  # one triple in this many is kept from training
-RADIUS = {"small": 0.17, "large": 0.27, "": 0.22}  # of the shorter side
+RADIUS = {"small": 0.19, "large": 0.28, "": 0.25}  # of the shorter side
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,8 +188,9 @@ def _draw_scene(rng: np.random.Generator, size_THW) -> Scene:
     if kind == "two":
         return _two_objects(rng, pick, (T, H, W), background)
     if kind == "hide":
-        return _behind_a_wall(rng, pick, (T if size_THW else pick((13, 17)), H, max(W, 48)), colour, shape, background)
+        return _behind_a_wall(rng, pick, (T if size_THW else 17, H, max(W, 48)), colour, shape, background)
     if kind == "pan":
+        T = T if size_THW else pick((9, 13, 17))  # slow enough that the texture's motion is plain
         motion = pick(("pan-left", "pan-right"))
         world = "right" if motion == "pan-left" else "left"  # the world slides against the camera
         thing = _place(rng, Object(colour, shape, world, size, pick(("slowly", "quickly"))), T, (0, 0, W, H), min(H, W))
@@ -197,7 +198,7 @@ def _draw_scene(rng: np.random.Generator, size_THW) -> Scene:
         return Scene((T, H, W), (thing,), "checkered", scroll_T=thing.x_T - thing.x_T[0])
     motion = pick(("bounce", "bounce", "orbit", "orbit", "grow", "shrink", "grow", "shrink", "still", *DIRECTIONS))
     if motion in ("bounce", "orbit") and not size_THW:
-        T = pick((13, 17))
+        T = pick((13, 17))  # enough frames to see the turn
     speed = pick(("slowly", "quickly")) if motion in DIRECTIONS else ""
     thing = Object(colour, shape, motion, "" if motion in ("grow", "shrink") else size, speed)
     return Scene((T, H, W), (_place(rng, thing, T, (0, 0, W, H), min(H, W)),), background)
@@ -222,7 +223,7 @@ def _behind_a_wall(rng, pick, size_THW, colour, shape, background) -> Scene:
     T, H, W = size_THW
     direction = pick(("left", "right"))
     thing = Object(colour, shape, direction, "small", "quickly")
-    thing = _place(rng, thing, T, (0, 0, W, H), min(H, W), share=1.0)
+    thing = _place(rng, thing, T, (0, 0, W, H), min(H, W, 34), share=1.0)
     thing = dataclasses.replace(thing, motion=f"hide-{direction}", speed="")
     step = abs(thing.x_T[-1] - thing.x_T[0]) / (T - 1)
     half = thing.radius_T[0] * 1.1 + 1.5 * step
