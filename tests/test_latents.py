@@ -153,6 +153,12 @@ def test_an_interrupted_encode_resumes_to_the_same_bytes(cache, tmp_path, as_fun
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == {p.name: p.read_bytes() for p in cache.iterdir()}
 
 
+def test_a_cache_of_other_clips_is_not_taken_for_finished(tmp_path):
+    write_latents(tmp_path, clips_from, source="cats", **MADE_WITH)
+    with pytest.raises(DataError, match="source='cats'; this one has source='dogs'"):
+        write_latents(tmp_path, clips_from, source="dogs", **MADE_WITH)
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf, 1e5])
 def test_what_float16_cannot_hold_is_refused(tmp_path, value):
     clip = latent(0)

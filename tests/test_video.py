@@ -103,6 +103,38 @@ def test_a_cut_file_is_called_truncated(tmp_path, name, codec, kept):
         video.read_clip_frames(tmp_path / name)
 
 
+def test_seeks_are_exact_where_frames_lean_on_the_next_key_frame(tmp_path):
+    frames = moving_square(T=48, W=224)
+    with av.open(str(tmp_path / "open.mp4"), "w") as container:
+        options = {"g": "12", "bf": "3", "x264-params": "open-gop=1"}
+        stream = container.add_stream("libx264", rate=30, options=options)
+        stream.height, stream.width, stream.pix_fmt = 48, 224, "yuv420p"
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+    whole, _ = video.read_clip_frames(tmp_path / "open.mp4")
+    for start in range(46):
+        part, _ = video.read_clip_frames(tmp_path / "open.mp4", start=start, max_frames=2)
+        np.testing.assert_array_equal(part, whole[start : start + 2])
+
+
+@pytest.mark.parametrize("degrees", [90, -90, 180])
+def test_quarter_turns_are_applied(tmp_path, degrees):
+    frames = moving_square(T=2)
+    with av.open(str(tmp_path / "turned.mov"), "w") as container:
+        stream = container.add_stream("png", rate=8)
+        stream.height, stream.width, stream.pix_fmt = 48, 64, "rgb24"
+        stream.set_display_rotation(degrees)
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+    with av.open(str(tmp_path / "turned.mov")) as container:
+        counterclockwise = next(container.decode(video=0)).rotation  # FFmpeg's convention for showing a frame
+    assert abs(counterclockwise) == abs(degrees)
+    back, _ = video.read_clip_frames(tmp_path / "turned.mov")
+    np.testing.assert_array_equal(back, np.rot90(frames, counterclockwise // 90, axes=(1, 2)))
+
+
 def test_alpha_is_composited_onto_black_and_grey_becomes_rgb(tmp_path):
     rgba = np.full((16, 16, 4), 200, np.uint8)
     rgba[:8, :, 3] = 0

@@ -27,6 +27,7 @@ def write_latents(
     codec_hash: str,
     text: dict[str, Any],
     empty_text_LE: np.ndarray,
+    source: str = "",
     preprocessing_version: int = PREPROCESSING_VERSION,
     shard_bytes: int = 256 * 2**20,
 ) -> dict[str, Any]:
@@ -35,7 +36,8 @@ def write_latents(
     clips: the encoded clips, or a function of n that gives them from number n on: with it an interrupted encode,
     started again, does not encode the finished shards anew (an iterable is read through to that point instead).
     codec_hash: of the codec's weights and config.   text: the text encoder's identity, such as {"encoder": "bytes"}.
-    empty_text_LE: features of the empty caption, for guidance.
+    empty_text_LE: features of the empty caption, for guidance.   source: which clips these are (`Records.identity`),
+    so that a folder that holds other clips' latents is refused, and not taken for finished.
 
     Raises ValueError for moments that float16 cannot hold, DataError where `out_dir` holds a cache of other settings.
     """
@@ -50,7 +52,12 @@ def write_latents(
         out_dir,
         "latents",
         items_after,
-        settings={"codec_hash": codec_hash, "preprocessing_version": preprocessing_version, "text": text},
+        settings={
+            "codec_hash": codec_hash,
+            "preprocessing_version": preprocessing_version,
+            "text": text,
+            "source": source,
+        },
         tables={"empty_text": _stored(empty_text_LE, "the empty caption's features")},
         shard_bytes=shard_bytes,
     )

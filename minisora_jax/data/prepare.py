@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from minisora_jax.data.records import DataError, Item, Shards, pack_record, write_shards
+from minisora_jax.data.records import DataError, Item, Shards, pack_record, sha256, write_shards
 from minisora_jax.data.shapes import Shapes
 from minisora_jax.data.sources import PREPROCESSING_VERSION, BadClip, Folder, SkipReport
 from minisora_jax.types import Clip
@@ -72,6 +72,11 @@ class Records:
 
     def __len__(self) -> int:
         return len(self.shards)
+
+    @property
+    def identity(self) -> str:
+        """A hash of the data set: of its manifest, which has the sha256 of everything else."""
+        return sha256(self.shards.directory / "manifest.json")
 
     def __getitem__(self, i: int) -> Clip:
         arrays, facts = self.shards.read(i)

@@ -143,7 +143,7 @@ def _write_shard(path: Path, items: Iterator[Item], shard_bytes: int, options: s
 def _resume(out_dir: Path, kind: str, opening: dict) -> list[dict[str, Any]]:
     """The finished shards of an interrupted run, after checking that it wrote the same thing; else a fresh start."""
     progress = out_dir / "progress.jsonl"
-    for litter in out_dir.glob(f".{kind}-*.tmp.array_record"):
+    for litter in out_dir.glob(".*.tmp.*"):
         litter.unlink()
     lines = progress.read_text(encoding="utf-8").split("\n")[:-1] if progress.exists() else []  # whole lines only
     if lines:

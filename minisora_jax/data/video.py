@@ -23,6 +23,7 @@ from minisora_jax.data.atomic import replacing
 VIDEO_SUFFIXES = (".mp4", ".avi", ".webm", ".mov", ".mkv", ".gif")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 STILL_FPS = 8.0  # said of an image, which has no rate; the procedural clips say the same
+REORDER = 16  # frames that a codec may shift at most between decoding and display: key frames are found by the former
 BT709 = 1  # FFmpeg's number of the colour matrix that we write
 
 
@@ -155,7 +156,7 @@ def _decode_from(container, stream, start: int) -> Iterator[av.VideoFrame]:
         return
     step = (stamps[-1] - stamps[0]) / steps.size
     target = (stream.start_time or 0) + start * step
-    container.seek(int(target), stream=stream, backward=True)
+    container.seek(int(target - REORDER * step), stream=stream, backward=True)
     for frame in container.decode(stream):
         if frame.pts is None or frame.pts > target - step / 2:
             yield frame
