@@ -14,7 +14,7 @@ import dataclasses
 
 import numpy as np
 
-from minisora_jax.models.text import END
+from minisora_jax.models.text import BYTES_PER_TOKEN, PAD
 from minisora_jax.types import LatentClip, PackedBatch
 
 
@@ -30,6 +30,8 @@ class PackConfig:
         for name, value in dataclasses.asdict(self).items():
             if value < 1:
                 raise ValueError(f"pack.{name}={value} must be at least 1")
+        if self.text_tokens % BYTES_PER_TOKEN:
+            raise ValueError(f"pack.text_tokens={self.text_tokens} must be a multiple of {BYTES_PER_TOKEN}")
 
 
 def token_counts(sizes_thwL: np.ndarray, patch: tuple[int, int, int]) -> tuple[np.ndarray, np.ndarray]:
@@ -198,7 +200,7 @@ def pack_segments(rows: list[list[Segment]], config: PackConfig, token_width: in
         segment_BS=np.zeros((B, S), np.int32),
         position_BS3=np.zeros((B, S, 3), np.int32),
         known_BS=np.zeros((B, S), bool),
-        text_BLE=np.full((B, L, text.shape[1]), END if text.shape[1] == 1 else 0, text.dtype),
+        text_BLE=np.full((B, L, text.shape[1]), PAD, text.dtype),
         text_segment_BL=np.zeros((B, L), np.int32),
         fps_BG=np.zeros((B, G), np.float32),
         size_BG3=np.zeros((B, G, 3), np.int32),

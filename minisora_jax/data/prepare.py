@@ -105,3 +105,36 @@ def _fingerprint(folder: Folder) -> str:
     """Of the names, captions, sizes and times of a folder's files: the same input, or not."""
     facts = [[e.name, e.caption, e.path.stat().st_size, e.path.stat().st_mtime_ns] for e in folder.entries]
     return hashlib.sha256(json.dumps(facts).encode("utf-8")).hexdigest()
+
+
+def open_clips(spec: str) -> Sequence[Clip]:
+    """Clips by name: "shapes", "shapes:heldout" or "shapes:train:5000", or a directory that `prepare` wrote."""
+    if spec.split(":")[0] == "shapes":
+        _, split, count, *_ = [*spec.split(":"), "", ""]
+        if count and not count.isdigit():
+            raise ValueError(f"{spec!r}: the count of clips must be a whole number, as in shapes:train:5000")
+        return Shapes(split or "train", int(count or 100_000))
+    if not os.path.exists(os.path.join(spec, "manifest.json")):
+        raise FileNotFoundError(f"{spec} is not a prepared data set: run `minisora prepare CLIPS_FOLDER {spec}` first")
+    return Records(spec)
+
+
+class Part(Sequence):
+    """clips[start:stop] without reading any."""
+
+    def __init__(self, clips: Sequence[Clip], start: int, stop: int):
+        self.clips, self.range = clips, range(start, stop)
+
+    def __len__(self) -> int:
+        return len(self.range)
+
+    def __getitem__(self, i: int) -> Clip:
+        return self.clips[self.range[i]]
+
+
+def hold_out(clips: Sequence[Clip], share: float = 1 / 16) -> tuple[Sequence[Clip], Sequence[Clip]]:
+    """(for training, held out): the last clips of a data set, at least one, are kept for evaluation."""
+    if len(clips) < 2:
+        raise DataError(f"{len(clips)} clips: at least 2 are needed to train on some and hold some out")
+    cut = len(clips) - max(1, round(share * len(clips)))
+    return Part(clips, 0, cut), Part(clips, cut, len(clips))

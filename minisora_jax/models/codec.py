@@ -1,6 +1,6 @@
 """A trained VAE as a codec of clips: uint8 pixels <-> latents normalised to about unit variance.
 
-    encode: (x + 127.5 - 127.5) / 127.5 -> VAE encoder -> (mean - m) / s,  std / s
+    encode: x / 127.5 - 1 -> VAE encoder -> (mean - m) / s,  std / s
     decode: z * s + m -> VAE decoder, a latent frame at a time -> uint8
 
 m and s are per-channel statistics of the latents of the training clips, measured once after training and
@@ -52,9 +52,17 @@ class Codec:
         return export_model(directory, self.params, config, dtype=dtype)
 
     def encode(self, frames_BTHWC: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """uint8 clips of one size -> (mean_Bthwc, std_Bthwc) of the posterior, float32, normalised."""
+        """uint8 clips of one size -> (mean_Bthwc, std_Bthwc) of the posterior, float32, normalised.
+
+        Chunk by chunk, as `stream` decodes: the first frame, then as many at a time as make a latent frame.
+        """
         self.config.latent_size(frames_BTHWC.shape[1:4])
-        mean, std = jax.device_get(_encode(self.config, self.params, frames_BTHWC))
+        edges = [0, *range(1, frames_BTHWC.shape[1] + 1, self.config.time_factor)]
+        past, moments = None, []
+        for start, stop in zip(edges, edges[1:]):
+            *chunk, past = _encode(self.config, self.params, frames_BTHWC[:, start:stop], past)
+            moments.append(jax.device_get(chunk))
+        mean, std = (np.concatenate(m, axis=1) for m in zip(*moments))
         return (mean - self.latent_mean) / self.latent_std, std / self.latent_std
 
     def decode(self, z_Bthwc: np.ndarray) -> np.ndarray:
@@ -80,9 +88,9 @@ def to_uint8(x: jax.Array) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _encode(config: VAEConfig, params, frames_BTHWC):
-    mean, logvar, _ = VAE(config).apply(params, to_float(frames_BTHWC), method="encode")
-    return mean, jnp.exp(0.5 * logvar)
+def _encode(config: VAEConfig, params, frames_BTHWC, past):
+    mean, logvar, past = VAE(config).apply(params, to_float(frames_BTHWC), past, method="encode")
+    return mean, jnp.exp(0.5 * logvar), past
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -85,12 +85,12 @@ class DiT(nn.Module):
         D, dtype = cfg.width, jnp.dtype(cfg.dtype)
         segment_BS, slots = batch.segment_BS, batch.fps_BG.shape[1]
 
-        text_BLD = TextRefiner(
+        text_BLD, text_segment_BL = TextRefiner(
             cfg.text_width, cfg.text_depth, cfg.text_width // 64, cfg.text_features, cfg.dtype, name="text"
         )(batch.text_BLE, batch.text_segment_BL)
 
         # ---- Conditioning: what holds for the whole clip, by slot, then the noise level, by token
-        pooled_BGD = per_slot_mean(text_BLD.astype(jnp.float32), batch.text_segment_BL, slots)
+        pooled_BGD = per_slot_mean(text_BLD.astype(jnp.float32), text_segment_BL, slots)
         facts_BG4 = jnp.concatenate([batch.size_BG3.astype(jnp.float32), batch.fps_BG[..., None]], axis=-1)
         facts_BGx = sinusoids(facts_BG4, 64, max_period=1000.0).reshape(*batch.fps_BG.shape, 4 * 64)
         clip_BGD = Einsum("bge,ed->bgd", (cfg.text_width, D), name="pooled_text")(pooled_BGD)
@@ -106,7 +106,7 @@ class DiT(nn.Module):
         position = sinusoids(batch.position_BS3, 64, max_period=1000.0).reshape(*segment_BS.shape, 3 * 64)
         x = x + Einsum("bse,ed->bsd", (3 * 64, D), name="position_in")(position.astype(dtype))
         angles_BSk = rope_angles(batch.position_BS3, D // cfg.heads)
-        inputs = (shared_BS6D, segment_BS, angles_BSk, text_BLD, batch.text_segment_BL)
+        inputs = (shared_BS6D, segment_BS, angles_BSk, text_BLD, text_segment_BL)
         block = Block
         if cfg.remat != "none":
             policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if cfg.remat == "matmuls" else None

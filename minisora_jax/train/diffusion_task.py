@@ -16,6 +16,7 @@ from minisora_jax.data.packing import PackConfig, Segment, pack_segments
 from minisora_jax.diffusion.loss import flow_matching_loss
 from minisora_jax.diffusion.time import TimeConfig
 from minisora_jax.models.dit import DiT, DiTConfig
+from minisora_jax.models.text import encode_bytes
 from minisora_jax.train.checkpoint import export_model
 from minisora_jax.train.loop import RunConfig, train
 from minisora_jax.types import PackedBatch
@@ -38,9 +39,9 @@ class DiffusionTask:
 
 def example_batch(task: DiffusionTask) -> PackedBatch:
     """The smallest batch the model can be initialised with: one token in one row."""
-    text = np.zeros((1, task.dit.text_features), np.int32 if task.dit.text_features == 1 else np.float32)
+    text = encode_bytes("") if task.dit.text_features == 1 else np.zeros((4, task.dit.text_features), np.float32)
     one = Segment(np.zeros((1, task.dit.token_width), np.float32), np.zeros(1, bool), (1, 1, 1), text, 8.0)
-    return pack_segments([[one]], PackConfig(tokens=1, text_tokens=1, slots=1, rows=1), task.dit.token_width)
+    return pack_segments([[one]], PackConfig(tokens=1, text_tokens=4, slots=1, rows=1), task.dit.token_width)
 
 
 def train_diffusion(
@@ -73,7 +74,7 @@ def train_diffusion(
 
 
 def _check_latents(task: DiffusionTask, latents) -> None:
-    channels, features = latents.latent_channels, latents.empty_text_LE.shape[1]
+    channels, features = latents[0].mean_thwc.shape[-1], latents.empty_text_LE.shape[1]
     if channels != task.dit.latent_channels:
         raise ValueError(f"the latent cache has {channels} channels: set dit.latent_channels={channels}")
     if features != task.dit.text_features:

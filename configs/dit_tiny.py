@@ -1,0 +1,53 @@
+"""The bundled model: a text-to-video transformer over the procedural shapes, from a latent cache of the bundled codec.
+
+    minisora encode shapes:train:20000 data/shapes-latents
+    minisora train --config=configs/dit_tiny.py:data=data/shapes-latents --workdir=runs/model
+    minisora eval model --model=runs/model/export
+
+Hardware: 2 CPU cores. What it reached is in minisora_jax/bundled/README.md.
+"""
+
+from ml_collections import ConfigDict
+
+from configs.common import parse_arg
+
+
+def get_config(arg=None):
+    arg = parse_arg(arg, data="", steps=5000, rows=8, prompts=True)
+    if not arg["data"]:
+        raise ValueError("name the latent cache: --config=configs/dit_tiny.py:data=DIR (`minisora encode` writes one)")
+    prompts = [
+        dict(prompt="a large red circle moves left slowly on a black background", size_THW=(17, 48, 48)),
+        dict(prompt="a small cyan square bounces off the walls on a grey background", size_THW=(17, 48, 64)),
+        dict(prompt="a yellow triangle grows on a checkered background", size_THW=(13, 48, 48)),
+        dict(prompt="a photo of a large white cross on a navy background", size_THW=(1, 64, 64)),
+    ]
+    return ConfigDict(
+        dict(
+            data=arg["data"],
+            prompts=prompts if arg["prompts"] else [],
+            dit=dict(
+                latent_channels=16,
+                patch=(1, 2, 2),
+                width=192,
+                depth=6,
+                heads=3,
+                text_features=1,
+                text_width=128,
+                text_depth=1,
+                dtype="float32",  # bfloat16 is no faster on CPUs, where memory traffic and not arithmetic decides
+            ),
+            pack=dict(tokens=256, text_tokens=448, slots=12, rows=arg["rows"]),
+            times=dict(mean=0.0, std=1.0, base_tokens=32, per_frame=0.1),
+            caption_dropout=0.1,
+            export_dtype="float16",
+            run=dict(
+                steps=arg["steps"],
+                log_every=50,
+                save_every=500,
+                sample_every=0,
+                optim=dict(name="muon", learning_rate=3e-3, warmup=200, final=0.02, b1=0.95, b2=0.99, ema=0.999),
+                mesh=dict(data=-1, fsdp=1),
+            ),
+        )
+    )

@@ -1,0 +1,45 @@
+"""The bundled codec: 1.9 M parameters, 4x8x8 compression into 16 channels, on the procedural shapes.
+
+    minisora train-vae --config=configs/vae_tiny.py --workdir=runs/codec
+
+Hardware: 2 CPU cores, about 20 minutes. On your own clips: --config=configs/vae_tiny.py:data=data/clips,steps=3000
+(a directory that `minisora prepare` wrote; clips at least 9 frames of 32x32).
+"""
+
+from ml_collections import ConfigDict
+
+from configs.common import parse_arg
+
+
+def get_config(arg=None):
+    arg = parse_arg(arg, data="shapes:train:100000", held_out="", steps=2300)
+    if arg["data"].startswith("shapes") and not arg["held_out"]:
+        arg["held_out"] = "shapes:heldout:1000"
+    return ConfigDict(
+        dict(
+            data=arg["data"],
+            held_out=arg["held_out"],
+            vae=dict(
+                base=20,
+                multipliers=(1, 2, 4),
+                residual_blocks=1,
+                time_down=(True, True),
+                latent_channels=16,
+                patch=2,
+                shortcuts=True,
+            ),
+            crop_THW=(9, 32, 32),
+            batch=16,
+            l2=4.0,
+            kl=1e-4,
+            export_dtype="float16",
+            run=dict(
+                steps=arg["steps"],
+                log_every=50,
+                save_every=400,
+                sample_every=0,
+                optim=dict(name="muon", learning_rate=5e-3, warmup=100, final=0.02, b1=0.95, b2=0.99, ema=0.998),
+                mesh=dict(data=-1, fsdp=1),
+            ),
+        )
+    )

@@ -1,0 +1,46 @@
+"""Encode a data set with a trained codec into a latent cache, which `minisora train` reads.
+
+examples:
+  minisora encode data/clips data/latents --codec=runs/codec/export
+  minisora encode shapes:train:20000 data/shapes-latents
+
+Interrupted, the same command goes on after the last finished shard.
+"""
+
+from __future__ import annotations
+
+
+def add_arguments(parser):
+    parser.add_argument("data", help="a directory written by `minisora prepare`, or shapes[:SPLIT[:COUNT]]")
+    parser.add_argument("out", help="the directory to write the cache to")
+    parser.add_argument("--codec", default=None, help="an exported codec (default: the bundled one)")
+    parser.add_argument("--shard-mb", type=int, default=256, help="size of a shard in MiB (default 256)")
+
+
+def run(args, _):
+    from tqdm import tqdm
+
+    from minisora_jax.bundled import CODEC
+    from minisora_jax.data.encode import encode_clips
+    from minisora_jax.data.latents import write_latents
+    from minisora_jax.data.prepare import open_clips
+    from minisora_jax.models.codec import Codec
+    from minisora_jax.models.text import encode_bytes
+
+    codec = Codec.load(args.codec or CODEC)
+    clips = open_clips(args.data)
+
+    def latents(start):
+        rest = encode_clips(codec, clips, start)
+        return tqdm(rest, desc="encoding", unit="clip", initial=start, total=len(clips))
+
+    manifest = write_latents(
+        args.out,
+        latents,
+        codec_hash=codec.hash,
+        text={"encoder": "bytes"},
+        empty_text_LE=encode_bytes(""),
+        source=getattr(clips, "identity", args.data),
+        shard_bytes=args.shard_mb * 2**20,
+    )
+    print(f"{len(clips)} clips in {len(manifest['shards'])} shards of latents of codec {codec.hash}: {args.out}")

@@ -1,0 +1,80 @@
+"""Make videos and images from prompts.
+
+examples:
+  minisora generate "a large red circle moves left slowly on a black background"
+  minisora generate "a photo of a small green cross on a navy background" --frames 1 --size 64x64
+  minisora generate "a blue square grows on a grey background" "a red triangle moves up slowly on a brown background" \\
+      --size 48x64 --frames 17 --seed 7 --out my_videos
+
+The bundled model knows coloured shapes in motion; see --captions for what to say. Sizes are HEIGHTxWIDTH in pixels.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+def add_arguments(parser):
+    parser.add_argument("prompts", nargs="*", help="one video each")
+    parser.add_argument("--size", default="48x48", help="HEIGHTxWIDTH in pixels (default 48x48)")
+    parser.add_argument("--frames", type=int, default=17, help="1 + 4k frames; 1 for an image (default 17)")
+    parser.add_argument("--fps", type=float, default=8.0, help="frames per second (default 8)")
+    parser.add_argument("--seed", type=int, default=0, help="of the first prompt; the next ones count up (default 0)")
+    parser.add_argument("--steps", type=int, default=25, help="sampler steps (default 25)")
+    parser.add_argument("--guidance", type=float, default=3.0, help="how strictly to follow the prompt; 1 is none")
+    parser.add_argument("--sampler", default="euler", choices=("euler", "heun"))
+    parser.add_argument("--model", default=None, help="an exported model (default: the bundled one)")
+    parser.add_argument("--codec", default=None, help="its codec (default: the bundled one)")
+    parser.add_argument("--out", default="minisora-out", help="directory for the files (default minisora-out)")
+    parser.add_argument("--upscale", type=int, default=4, help="enlarge pixels this many times in files (default 4)")
+    parser.add_argument("--captions", action="store_true", help="list what the bundled model understands, and exit")
+
+
+def run(args, _):
+    if args.captions:
+        return _list_captions()
+    if not args.prompts:
+        raise ValueError('no prompt given; for example: minisora generate "a red circle grows on a black background"')
+    size_HW = parse_size(args.size)
+
+    from minisora_jax.bundled import CODEC, MODEL
+    from minisora_jax.data.video import contact_sheet, write_video
+    from minisora_jax.generate import Generator, Request
+
+    generator = Generator.load(args.model or MODEL, args.codec or CODEC)
+    requests = [
+        Request(prompt, (args.frames, *size_HW), args.seed + i, args.fps) for i, prompt in enumerate(args.prompts)
+    ]
+    videos = generator.generate(requests, steps=args.steps, guidance=args.guidance, sampler=args.sampler)
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    for request, frames in zip(requests, videos):
+        words = "-".join("".join(c if c.isalnum() else " " for c in request.prompt).split())[:60]
+        path = out / f"{words}-{request.seed}.{'png' if args.frames == 1 else 'mp4'}"
+        write_video(path, frames, request.fps, upscale=args.upscale)
+        print(path)
+    sheet = out / "contact-sheet.png"
+    contact_sheet(sheet, [(frames, r.prompt) for r, frames in zip(requests, videos)])
+    print(sheet)
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """(H, W) from "48x64"."""
+    try:
+        height, width = (int(n) for n in text.lower().split("x"))
+    except ValueError:
+        raise ValueError(f"--size {text!r} must be HEIGHTxWIDTH in pixels, such as 48x64") from None
+    return height, width
+
+
+def _list_captions():
+    from minisora_jax.data.shapes import BACKGROUNDS, COLOURS, PHRASES, SHAPES
+
+    print("colours:     " + ", ".join(COLOURS))
+    print("shapes:      " + ", ".join(SHAPES))
+    print("motions:     " + ", ".join(PHRASES.values()))
+    print("backgrounds: " + ", ".join(BACKGROUNDS) + ", checkered")
+    print("\na large red circle moves left slowly on a black background")
+    print("the camera pans right past a small cyan cross on a checkered background")
+    print("a red circle moves up and a blue square stays still on a grey background")
+    print("a photo of a small green triangle on a navy background")

@@ -1,0 +1,41 @@
+"""Train the diffusion transformer on a latent cache and export it to WORKDIR/export.
+
+examples:
+  minisora train --config=configs/dit_tiny.py:data=data/latents --workdir=runs/model
+  minisora train --config=configs/dit_tiny.py:data=data/latents --config.run.steps=2000 --config.run.mesh.fsdp=4 --workdir=runs/m2
+
+Interrupted, the same command goes on from the last checkpoint, bit for bit. TensorBoard: tensorboard --logdir=WORKDIR
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+TAKES_CONFIG = True
+
+
+def add_arguments(parser):
+    parser.add_argument("--workdir", required=True, help="checkpoints, metrics and the exported model go here")
+    parser.add_argument("--codec", default=None, help="the codec of the cache, for sample videos (default: bundled)")
+    parser.usage = "minisora train --config=FILE.py[:arg=value,...] [--config.key=value ...] --workdir=DIR [--codec=DIR]"
+
+
+def run(args, config_flags):
+    from minisora_jax.config import build, read_config
+
+    config = read_config(config_flags, "configs/dit_tiny.py:data=data/latents")
+    data, prompts = config.pop("data"), config.pop("prompts", ())
+
+    from minisora_jax.bundled import CODEC
+    from minisora_jax.data.latents import Latents
+    from minisora_jax.models.codec import Codec
+    from minisora_jax.train.diffusion_task import DiffusionTask, train_diffusion
+    from minisora_jax.train.samples import sample_videos
+
+    task = build(DiffusionTask, config)
+    codec = Codec.load(args.codec or CODEC)
+    latents = Latents(data, codec_hash=codec.hash, text={"encoder": "bytes"})
+    export = {"codec": codec.hash, "text": {"encoder": "bytes"}}
+    sample = sample_videos(task, codec, prompts, Path(args.workdir)) if prompts else None
+    where = train_diffusion(task, Path(args.workdir), latents, config | {"data": data}, export, sample)
+    print(f"model exported to {where}")

@@ -1,0 +1,37 @@
+"""Train the video codec (a causal 3-D convolutional VAE) and export it to WORKDIR/export.
+
+examples:
+  minisora train-vae --config=configs/vae_tiny.py --workdir=runs/codec
+  minisora train-vae --config=configs/vae_tiny.py:data=data/clips --config.run.steps=500 --workdir=runs/mine
+
+Interrupted, the same command goes on from the last checkpoint. TensorBoard: tensorboard --logdir=WORKDIR
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+TAKES_CONFIG = True
+
+
+def add_arguments(parser):
+    parser.add_argument("--workdir", required=True, help="checkpoints, metrics and the exported codec go here")
+    parser.usage = "minisora train-vae --config=FILE.py[:arg=value,...] [--config.key=value ...] --workdir=DIR"
+
+
+def run(args, config_flags):
+    from minisora_jax.config import build, read_config
+
+    config = read_config(config_flags, "configs/vae_tiny.py")
+    data = config.pop("data")
+    held_out_data = config.pop("held_out", "")
+
+    from minisora_jax.data.prepare import hold_out, open_clips
+    from minisora_jax.train.codec_task import CodecTask, train_codec
+
+    task = build(CodecTask, config)
+    clips = open_clips(data)
+    clips, held_out = (clips, open_clips(held_out_data)) if held_out_data else hold_out(clips)
+    describe = config | {"data": data, "held_out": held_out_data}
+    codec = train_codec(task, Path(args.workdir), clips, held_out, describe)
+    print(f"codec {codec.hash} exported to {args.workdir}/export")

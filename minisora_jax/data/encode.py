@@ -1,0 +1,33 @@
+"""`minisora encode`: clips through the codec, in order, for the latent cache."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from minisora_jax.models.codec import Codec
+from minisora_jax.models.text import encode_bytes
+from minisora_jax.types import Clip, LatentClip
+
+WINDOW = 256  # clips looked at together, so that those of one size share a pass
+PIXELS_AT_ONCE = 2**19  # H * W of a pass's clips together
+
+
+def encode_clips(codec: Codec, clips: Sequence[Clip], start: int = 0) -> Iterator[LatentClip]:
+    """The latents of clips start, start + 1, ... Clips of one size go through the codec together."""
+    for first in range(start, len(clips), WINDOW):
+        window = [clips[i] for i in range(first, min(first + WINDOW, len(clips)))]
+        moments: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        by_size: dict[tuple, list[int]] = {}
+        for i, clip in enumerate(window):
+            by_size.setdefault(clip.frames_THWC.shape, []).append(i)
+        for (_, H, W, _), members in by_size.items():
+            batch = int(np.clip(PIXELS_AT_ONCE // (H * W), 1, 8))
+            for some in (members[k : k + batch] for k in range(0, len(members), batch)):
+                # Always full, so that one size is compiled once.
+                padded = some + [some[-1]] * (batch - len(some))
+                mean, std = codec.encode(np.stack([window[i].frames_THWC for i in padded]))
+                moments |= {i: (mean[k], std[k]) for k, i in enumerate(some)}
+        for i, clip in enumerate(window):
+            yield LatentClip(*moments[i], encode_bytes(clip.caption), clip.caption, clip.fps, clip.name)

@@ -1,0 +1,60 @@
+"""Measurements of a codec and of a model, each with the pictures to look at beside the numbers."""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Sequence
+
+import numpy as np
+from tqdm import tqdm
+
+from minisora_jax.checker import check
+from minisora_jax.data.shapes import FPS, Shapes, parse_caption
+from minisora_jax.generate import Generator, Request
+from minisora_jax.models.codec import Codec
+from minisora_jax.train.codec_task import reconstruct
+from minisora_jax.types import Clip
+
+Rows = list[tuple[np.ndarray, str]]  # (frames_THWC, label), for a contact sheet
+
+
+def evaluate_codec(codec: Codec, clips: Sequence[Clip]) -> tuple[dict, Rows]:
+    """{"psnr", "ssim", "clips", ...} of reconstructions of the posterior mean, and rows of original and reconstruction."""
+    each, rows = [], []
+    for i in tqdm(range(len(clips)), desc="codec", unit="clip"):
+        clip = clips[i]
+        scores, [(_, frames)] = reconstruct(codec, [clip])
+        each.append(scores)
+        if len(rows) < 32:
+            rows += [(clip.frames_THWC, clip.name), (frames, f"PSNR {scores['psnr']:.1f} dB, SSIM {scores['ssim']:.3f}")]
+    mean = {k: round(float(np.mean([s[k] for s in each])), 4) for k in ("psnr", "ssim")}
+    return mean | {"psnr_worst": round(min(s["psnr"] for s in each), 4), "clips": len(clips), "codec": codec.hash}, rows
+
+
+def evaluate_model(generator: Generator, split: str, count: int, **options) -> tuple[dict, Rows]:
+    """Share of videos that show each attribute of their caption, by the checker, over `count` captions of a split.
+
+    Sizes are those of the true clips, whose captions are used. "by_motion" breaks the motion score down.
+    """
+    clips = Shapes(split, count)
+    truth = [clips[i] for i in range(count)]
+    requests = [Request(c.caption, c.size_THW, seed=i, fps=FPS) for i, c in enumerate(truth)]
+    videos = generator.generate(requests, **options)
+    hits, by_motion, rows = collections.defaultdict(list), collections.defaultdict(list), []
+    for clip, frames in zip(truth, videos):
+        answer = check(frames, clip.caption)
+        for attribute, good in answer.items():
+            hits[attribute].append(good)
+        if "motion" in answer:
+            by_motion[parse_caption(clip.caption)[0][0].motion].append(answer["motion"])
+        wrong = [k for k, good in answer.items() if not good]
+        rows.append((frames, clip.caption + (f"   WRONG: {', '.join(wrong)}" if wrong else "")))
+    share = lambda v: round(float(np.mean(v)), 4)
+    return {
+        **{k: share(v) for k, v in hits.items()},
+        "videos": count,
+        "counted": {k: len(v) for k, v in hits.items()},
+        "by_motion": {k: share(v) for k, v in sorted(by_motion.items())},
+        "model": generator.hash,
+        **options,
+    }, rows
