@@ -37,7 +37,7 @@ def get_config(arg=None):
                 text_depth=1,
                 dtype="float32",  # bfloat16 is no faster on CPUs, where memory traffic and not arithmetic decides
             ),
-            pack=dict(tokens=256, text_tokens=448, slots=12, rows=arg["rows"]),
+            pack=dict(tokens=256, text_tokens=640, slots=16, rows=arg["rows"]),
             times=dict(mean=0.0, std=1.0, base_tokens=32, per_frame=0.1),
             caption_dropout=0.1,
             export_dtype="float16",

@@ -7,8 +7,10 @@ changes an entry of it. An unknown key or a wrong type is an error before anythi
 from __future__ import annotations
 
 import dataclasses
+import sys
 import types
 import typing
+from pathlib import Path
 from typing import Any
 
 
@@ -17,8 +19,13 @@ def read_config(flags: list[str], example: str) -> dict:
     from absl import flags as absl_flags
     from ml_collections import config_flags
 
-    if not any(f == "--config" or f.startswith("--config=") for f in flags):
-        raise ValueError(f"no --config given; for example --config={example}")
+    files = [f.split("=", 1)[1].split(":")[0] for f in flags if f.startswith("--config=")]
+    if not files:
+        raise ValueError(f"no --config=FILE given; for example --config={example}")
+    if not Path(files[-1]).exists():
+        raise FileNotFoundError(f"no config file {files[-1]}; for example --config={example}")
+    # So that a config can import its neighbours, as in `from configs.common import parse_arg`.
+    sys.path.insert(0, str(Path(files[-1]).resolve().parent.parent))
     values = absl_flags.FlagValues()
     config_flags.DEFINE_config_file("config", flag_values=values)
     try:

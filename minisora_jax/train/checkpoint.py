@@ -21,6 +21,7 @@ from flax import traverse_util
 from jax.sharding import NamedSharding
 from safetensors.numpy import load_file, save_file
 
+from minisora_jax.parallel.mesh import REPLICATED
 from minisora_jax.types import TrainState
 
 
@@ -40,9 +41,12 @@ class Checkpoints:
 
     def restore(self, abstract: TrainState, mesh: jax.sharding.Mesh, step: int | None = None) -> TrainState:
         """The newest state (or that of `step`), laid out on `mesh` as `abstract`'s types say."""
-        target = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, x.sharding.spec)), abstract
-        )
+
+        def on_mesh(x):  # eval_shape leaves out the sharding of what is replicated
+            spec = x.sharding.spec if x.sharding is not None else REPLICATED
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
+
+        target = jax.tree.map(on_mesh, abstract)
         step = self.latest() if step is None else step
         return self._manager.restore(step, args=ocp.args.StandardRestore(target))
 
