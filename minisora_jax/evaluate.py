@@ -19,14 +19,17 @@ Rows = list[tuple[np.ndarray, str]]  # (frames_THWC, label), for a contact sheet
 
 
 def evaluate_codec(codec: Codec, clips: Sequence[Clip]) -> tuple[dict, Rows]:
-    """{"psnr", "ssim", "clips", ...} of reconstructions of the posterior mean, and rows of original and reconstruction."""
+    """{"psnr", "ssim", ...} of reconstructions of the posterior mean, and rows of originals and reconstructions."""
     each, rows = [], []
     for i in tqdm(range(len(clips)), desc="codec", unit="clip"):
         clip = clips[i]
         scores, [(_, frames)] = reconstruct(codec, [clip])
         each.append(scores)
         if len(rows) < 32:
-            rows += [(clip.frames_THWC, clip.name), (frames, f"PSNR {scores['psnr']:.1f} dB, SSIM {scores['ssim']:.3f}")]
+            rows += [
+                (clip.frames_THWC, clip.name),
+                (frames, f"PSNR {scores['psnr']:.1f} dB, SSIM {scores['ssim']:.3f}"),
+            ]
     mean = {k: round(float(np.mean([s[k] for s in each])), 4) for k in ("psnr", "ssim")}
     return mean | {"psnr_worst": round(min(s["psnr"] for s in each), 4), "clips": len(clips), "codec": codec.hash}, rows
 

@@ -96,7 +96,9 @@ class Generator:
         if steps < 1:
             raise ValueError(f"steps={steps} must be at least 1")
         if self.config.text_features != 1:
-            raise ValueError("this model was trained on features of a text encoder; only byte captions are supported yet")
+            raise ValueError(
+                "this model was trained on features of a text encoder; only byte captions are supported yet"
+            )
         grids = [self.grid(r.size_THW) for r in requests]
         longest = 2 * max(int(np.prod(g)) for g in grids)
         rows = _fill_rows(grids, longest)

@@ -18,7 +18,9 @@ def add_arguments(parser):
     parser.add_argument("source", help="a folder of clips, or `shapes` for the procedural ones")
     parser.add_argument("out", help="the directory to write the data set to")
     parser.add_argument("--cell", type=int, default=16, help="pixels that heights and widths become multiples of")
-    parser.add_argument("--max-frames", type=int, default=121, help="longer clips give their first frames (default 121)")
+    parser.add_argument(
+        "--max-frames", type=int, default=121, help="longer clips give their first frames (default 121)"
+    )
     parser.add_argument("--no-captions", action="store_true", help="keep clips without captions (enough for a codec)")
     parser.add_argument("--strict", action="store_true", help="stop at the first bad file instead of skipping it")
     parser.add_argument("--count", type=int, default=1024, help="of procedural clips (default 1024)")

@@ -2,7 +2,7 @@
 
 examples:
   minisora train --config=configs/dit_tiny.py:data=data/latents --workdir=runs/model
-  minisora train --config=configs/dit_tiny.py:data=data/latents --config.run.steps=2000 --config.run.mesh.fsdp=4 --workdir=runs/m2
+  minisora train --config=configs/dit_tiny.py:data=data/latents --config.run.mesh.fsdp=4 --workdir=runs/m2
 
 Interrupted, the same command goes on from the last checkpoint, bit for bit. TensorBoard: tensorboard --logdir=WORKDIR
 """
@@ -17,7 +17,9 @@ TAKES_CONFIG = True
 def add_arguments(parser):
     parser.add_argument("--workdir", required=True, help="checkpoints, metrics and the exported model go here")
     parser.add_argument("--codec", default=None, help="the codec of the cache, for sample videos (default: bundled)")
-    parser.usage = "minisora train --config=FILE.py[:arg=value,...] [--config.key=value ...] --workdir=DIR [--codec=DIR]"
+    parser.usage = (
+        "minisora train --config=FILE.py[:arg=value,...] [--config.key=value ...] --workdir=DIR [--codec=DIR]"
+    )
 
 
 def run(args, config_flags):

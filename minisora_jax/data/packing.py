@@ -105,7 +105,9 @@ class _Bins:
         self._mask |= 1 << room
 
 
-def _cost_balanced(rows: list[np.ndarray], tokens: np.ndarray, batch: int, rng: np.random.Generator) -> list[np.ndarray]:
+def _cost_balanced(
+    rows: list[np.ndarray], tokens: np.ndarray, batch: int, rng: np.random.Generator
+) -> list[np.ndarray]:
     """Rows shuffled, then sorted by cost within windows of 32 steps, then the steps shuffled."""
     order = rng.permutation(len(rows))
     costs = np.array([np.sum(tokens[r].astype(np.float64) ** 2) for r in rows])
@@ -138,8 +140,8 @@ class PackPlan:
             steps = len(self._epoch(epoch)) // self.per_step
             if steps == 0:
                 raise ValueError(
-                    f"{len(self.tokens)} clips fill only {len(self._epoch(epoch))} rows of {self.config.tokens} tokens, "
-                    f"a step takes {self.per_step}: lower pack.rows or pack.tokens, or add clips"
+                    f"{len(self.tokens)} clips fill only {len(self._epoch(epoch))} rows of {self.config.tokens} "
+                    "tokens, a step takes {self.per_step}: lower pack.rows or pack.tokens, or add clips"
                 )
             self._first_step.append(self._first_step[-1] + steps)
         epoch = int(np.searchsorted(self._first_step, step, side="right")) - 1

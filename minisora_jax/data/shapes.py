@@ -150,11 +150,14 @@ def parse_caption(text: str) -> tuple[list[Object], str, bool]:
                 return objects, place["background"], pattern is _PHOTO
         matches = list(_CLAUSE.finditer(body))
         if matches and " and ".join(m[0] for m in matches) == body:
-            found = [Object(m["colour"], m["shape"], motions[m["phrase"]], m["size"] or "", m["speed"] or "") for m in matches]
+            found = [
+                Object(m["colour"], m["shape"], motions[m["phrase"]], m["size"] or "", m["speed"] or "")
+                for m in matches
+            ]
             return found, place["background"], False
     raise ValueError(
-        f"caption {text!r} is outside the shapes grammar; an example: 'a large red circle moves left slowly on a black "
-        f"background'. Colours {', '.join(COLOURS)}; shapes {', '.join(SHAPES)}; motions {', '.join(PHRASES.values())}; "
+        f"caption {text!r} is outside the shapes grammar; an example: 'a large red circle moves left slowly on a "
+        f"black background'. Colours {', '.join(COLOURS)}; shapes {', '.join(SHAPES)}; motions {', '.join(PHRASES.values())}; "
         f"backgrounds {', '.join(BACKGROUNDS)}, checkered"
     )
 

@@ -1,7 +1,7 @@
-"""The path from data to noise: rectified flow (Liu et al. 2022, arXiv:2209.03003; Lipman et al. 2022, arXiv:2210.02747).
+"""The path from data to noise: rectified flow (Liu et al. 2022, arXiv:2209.03003).
 
-    x_t = (1 - t) x + t e,    e ~ N(0, I),    t = 0 clean ... t = 1 noise
-    velocity  v = dx_t / dt = e - x          so   x = x_t - t v   and   e = x_t + (1 - t) v
+x_t = (1 - t) x + t e,    e ~ N(0, I),    t = 0 clean ... t = 1 noise
+velocity  v = dx_t / dt = e - x          so   x = x_t - t v   and   e = x_t + (1 - t) v
 """
 
 from __future__ import annotations

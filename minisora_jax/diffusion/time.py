@@ -1,8 +1,8 @@
 """Which noise levels to train on, and which to sample at.
 
-    u ~ N(mean, std),  t = sigmoid(u)                      logit-normal (Esser et al. 2024, arXiv:2403.03206, eq. 19)
-    t' = s t / (1 + (s - 1) t),  s = sqrt(n / n_base)      shift by token count (same paper, eq. 23): n tokens of one
-                                                           clip carry more redundant signal, so need more noise
+u ~ N(mean, std),  t = sigmoid(u)                      logit-normal (Esser et al. 2024, arXiv:2403.03206, eq. 19)
+t' = s t / (1 + (s - 1) t),  s = sqrt(n / n_base)      shift by token count (same paper, eq. 23): n tokens of one
+                                                       clip carry more redundant signal, so need more noise
 """
 
 from __future__ import annotations

@@ -16,7 +16,6 @@ import dataclasses
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec as P
 
 from minisora_jax.models.layers import MLP, Attention, Einsum, Norm, per_slot_mean, per_token
 from minisora_jax.models.rope import rope_angles, sinusoids
@@ -111,7 +110,9 @@ class DiT(nn.Module):
         if cfg.remat != "none":
             policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if cfg.remat == "matmuls" else None
             block = nn.remat(Block, policy=policy, prevent_cse=False)
-        stack = nn.scan(block, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=nn.broadcast, length=cfg.depth)
+        stack = nn.scan(
+            block, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=nn.broadcast, length=cfg.depth
+        )
         x, _ = stack(cfg, name="blocks")(x, inputs)
 
         # ---- Head

@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     from minisora_jax.models.dit import DiTConfig
 
 
-def forward_flops(cfg: DiTConfig, tokens: float, text: float, self_pairs: float, cross_pairs: float, text_pairs: float) -> float:
+def forward_flops(
+    cfg: DiTConfig, tokens: float, text: float, self_pairs: float, cross_pairs: float, text_pairs: float
+) -> float:
     """Of one forward pass over so many video tokens, refined caption tokens, and query-key pairs of each attention."""
     D, E = cfg.width, cfg.text_width
     head = 2 * cfg.token_width * D + (256 + 192) * D + 9 * D * D

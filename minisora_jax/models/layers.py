@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
+from minisora_jax.models.rope import rotate
 from minisora_jax.parallel.attention import attend
 from minisora_jax.parallel.mesh import fsdp_spec, shard
-from minisora_jax.models.rope import rotate
 
 
 def sharded(init, axis: int):
@@ -44,7 +44,7 @@ class Einsum(nn.Module):
 
 
 class Norm(nn.Module):
-    """x / rms(x) over the last axis in float32 (Zhang & Sennrich 2019, arXiv:1910.07467), with a learned scale or without."""
+    """x / rms(x) over the last axis, in float32 (Zhang & Sennrich 2019, arXiv:1910.07467)."""
 
     learned: bool = True
     epsilon: float = 1e-6

@@ -44,7 +44,9 @@ class VAEConfig:
                 f"so {len(self.multipliers) - 1} entries"
             )
         if any(self.base * m % 2 for m in self.multipliers):
-            raise ValueError(f"base={self.base} times multipliers={self.multipliers} must be even: upsampling halves it")
+            raise ValueError(
+                f"base={self.base} times multipliers={self.multipliers} must be even: upsampling halves it"
+            )
 
     @property
     def time_factor(self) -> int:

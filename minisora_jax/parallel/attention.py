@@ -15,7 +15,7 @@ def attend(
     """
     logits = jnp.einsum("bsnk,btnk->bnst", q_BSNK, k_BTNK, preferred_element_type=jnp.float32)
     logits = logits * q_BSNK.shape[-1] ** -0.5
-    same = (q_segment_BS[:, None, :, None] == kv_segment_BT[:, None, None, :])
+    same = q_segment_BS[:, None, :, None] == kv_segment_BT[:, None, None, :]
     logits = jnp.where(same, logits, -1e30)
     top = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
     weights = jnp.where(same, jnp.exp(logits - top), 0.0)

@@ -14,7 +14,8 @@ import dataclasses
 import math
 
 import jax
-from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 AXES = ("data", "fsdp", "ring", "ulysses", "tensor")
 

@@ -50,7 +50,9 @@ def loss_terms(task: CodecTask, params, frames_BTHWC, key):
     return {name: (v, jnp.ones_like(v)) for name, v in terms.items()}
 
 
-def train_codec(task: CodecTask, workdir: Path, clips: Sequence[Clip], held_out: Sequence[Clip], describe: dict) -> Codec:
+def train_codec(
+    task: CodecTask, workdir: Path, clips: Sequence[Clip], held_out: Sequence[Clip], describe: dict
+) -> Codec:
     """Train on `clips`, log reconstructions of `held_out`, and export to WORKDIR/export. Returns the codec."""
     vae = VAE(task.vae)
 
@@ -101,7 +103,9 @@ def reconstruct(codec: Codec, clips: Sequence[Clip]) -> tuple[dict[str, float], 
         a, b = (np.asarray(f, np.float32) / 255.0 for f in (clip.frames_THWC, frames))
         # A clip's PSNR is that of its mean squared error, so that an exact frame cannot make it infinite.
         mse = max(float(np.mean((a - b) ** 2)), 1e-10)
-        scores.append({"psnr": -10.0 * np.log10(mse), "ssim": float(jnp.mean(pix.ssim(jnp.asarray(a), jnp.asarray(b))))})
+        scores.append(
+            {"psnr": -10.0 * np.log10(mse), "ssim": float(jnp.mean(pix.ssim(jnp.asarray(a), jnp.asarray(b))))}
+        )
         pairs.append((clip, frames))
     return {k: float(np.mean([s[k] for s in scores])) for k in ("psnr", "ssim")}, pairs
 

@@ -66,9 +66,7 @@ def make_optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformat
             )
         )
     else:
-        update = optax.adamw(
-            schedule, b1=config.b1, b2=config.b2, weight_decay=config.weight_decay, mask=matrices
-        )
+        update = optax.adamw(schedule, b1=config.b1, b2=config.b2, weight_decay=config.weight_decay, mask=matrices)
     return optax.chain(optax.clip_by_global_norm(config.clip), update)
 
 
