@@ -141,7 +141,7 @@ class PackPlan:
             if steps == 0:
                 raise ValueError(
                     f"{len(self.tokens)} clips fill only {len(self._epoch(epoch))} rows of {self.config.tokens} "
-                    "tokens, a step takes {self.per_step}: lower pack.rows or pack.tokens, or add clips"
+                    f"tokens, a step takes {self.per_step}: lower pack.rows or pack.tokens, or add clips"
                 )
             self._first_step.append(self._first_step[-1] + steps)
         epoch = int(np.searchsorted(self._first_step, step, side="right")) - 1

@@ -156,9 +156,10 @@ def parse_caption(text: str) -> tuple[list[Object], str, bool]:
             ]
             return found, place["background"], False
     raise ValueError(
-        f"caption {text!r} is outside the shapes grammar; an example: 'a large red circle moves left slowly on a "
-        f"black background'. Colours {', '.join(COLOURS)}; shapes {', '.join(SHAPES)}; motions {', '.join(PHRASES.values())}; "
-        f"backgrounds {', '.join(BACKGROUNDS)}, checkered"
+        f"caption {text!r} is outside the shapes grammar, an example of which is "
+        f"'a large red circle moves left slowly on a black background'. Colours: {', '.join(COLOURS)}; "
+        f"shapes: {', '.join(SHAPES)}; motions: {', '.join(PHRASES.values())}; "
+        f"backgrounds: {', '.join(BACKGROUNDS)}, checkered"
     )
 
 
