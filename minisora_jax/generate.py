@@ -21,8 +21,8 @@ from minisora_jax.diffusion.sampler import STEPS
 from minisora_jax.diffusion.time import TimeConfig, sampling_times
 from minisora_jax.models.codec import Codec
 from minisora_jax.models.dit import DiT, DiTConfig
+from minisora_jax.models.files import load_model, model_hash
 from minisora_jax.models.text import encode_bytes
-from minisora_jax.train.checkpoint import load_model, model_hash
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,7 +135,7 @@ class Generator:
                 at += 2 * n
             segments.append(row_segments), with_caption.append(row_with), without.append(row_without)
             noise.append(row_noise)
-        batch = jax.tree.map(jnp.asarray, pack_segments(segments, pack, self.config.token_width))
+        batch = jax.tree.map(jnp.asarray, pack_segments(segments, pack))
         twins = (jnp.asarray(np.stack(with_caption), jnp.int32), jnp.asarray(np.stack(without), jnp.int32))
         x = jnp.asarray(np.stack(noise))
         times = sampling_times(self.times, steps, batch)

@@ -32,7 +32,6 @@ def run(args, config_flags):
     from minisora_jax.data.latents import Latents
     from minisora_jax.models.codec import Codec
     from minisora_jax.train.diffusion_task import DiffusionTask, train_diffusion
-    from minisora_jax.train.samples import sample_videos
 
     task = build(DiffusionTask, config)
     codec = Codec.load(args.codec or CODEC)
@@ -41,3 +40,23 @@ def run(args, config_flags):
     sample = sample_videos(task, codec, prompts, Path(args.workdir)) if prompts else None
     where = train_diffusion(task, Path(args.workdir), latents, config | {"data": data}, export, sample)
     print(f"model exported to {where}")
+
+
+def sample_videos(task, codec, prompts, workdir):
+    """A `sample` for `train`: each prompt of the config as a TensorBoard video, and all on one contact sheet."""
+    import jax
+
+    from minisora_jax.data.video import contact_sheet
+    from minisora_jax.generate import Generator, Request
+
+    requests = [Request(p["prompt"], tuple(p["size_THW"]), seed=i) for i, p in enumerate(prompts)]
+
+    def sample(step, params, metrics):
+        videos = Generator(codec, task.dit, task.times, jax.device_get(params)).generate(requests, progress=False)
+        for i, (request, frames) in enumerate(zip(requests, videos)):
+            metrics.video(step, f"sample/{i}", frames, request.fps)
+        (workdir / "samples").mkdir(exist_ok=True)
+        sheet = workdir / "samples" / f"step_{step:07d}.png"
+        contact_sheet(sheet, [(frames, r.prompt) for r, frames in zip(requests, videos)])
+
+    return sample

@@ -193,10 +193,10 @@ def grid_positions(size_thw: tuple[int, int, int]) -> np.ndarray:
     return np.stack(np.meshgrid(*map(np.arange, size_thw), indexing="ij"), axis=-1).reshape(-1, 3).astype(np.int32)
 
 
-def pack_segments(rows: list[list[Segment]], config: PackConfig, token_width: int) -> PackedBatch:
+def pack_segments(rows: list[list[Segment]], config: PackConfig) -> PackedBatch:
     """A PackedBatch of NumPy arrays from the segments of each row."""
     B, S, L, G = len(rows), config.tokens, config.text_tokens, config.slots
-    text = rows[0][0].text_LE
+    text, token_width = rows[0][0].text_LE, rows[0][0].tokens_nP.shape[1]
     batch = PackedBatch(
         tokens_BSP=np.zeros((B, S, token_width), np.float32),
         segment_BS=np.zeros((B, S), np.int32),

@@ -18,8 +18,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from minisora_jax.models.files import export_model, load_model, model_hash
 from minisora_jax.models.vae import VAE, VAEConfig
-from minisora_jax.train.checkpoint import export_model, load_model, model_hash
 
 
 @dataclasses.dataclass(frozen=True)

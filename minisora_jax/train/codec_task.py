@@ -61,8 +61,10 @@ def train_codec(
         return vae.init(key, frames, key)
 
     def batches(start: int) -> Iterator:
-        for frames in crop_batches(clips, task, start):
-            yield frames, {"clips": float(task.batch)}
+        options = {"crop_THW": task.crop_THW, "batch": task.batch}
+        options |= {"accumulate": task.run.optim.accumulate, "seed": task.run.seed}
+        for frames in crop_batches(clips, range(start, task.run.steps), **options):
+            yield frames, {"clips": float(task.batch * task.run.optim.accumulate)}
 
     def sample(step: int, params, metrics: Metrics):
         codec = Codec(task.vae, jax.device_get(params), *_unit_stats(task.vae))

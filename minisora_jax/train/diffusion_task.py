@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
@@ -16,8 +16,9 @@ from minisora_jax.data.packing import PackConfig, Segment, pack_segments
 from minisora_jax.diffusion.loss import flow_matching_loss
 from minisora_jax.diffusion.time import TimeConfig
 from minisora_jax.models.dit import DiT, DiTConfig
+from minisora_jax.models.files import export_model
 from minisora_jax.models.text import encode_bytes
-from minisora_jax.train.checkpoint import export_model
+from minisora_jax.train.flops import count_work
 from minisora_jax.train.loop import RunConfig, train
 from minisora_jax.types import PackedBatch
 
@@ -41,7 +42,7 @@ def example_batch(task: DiffusionTask) -> PackedBatch:
     """The smallest batch the model can be initialised with: one token in one row."""
     text = encode_bytes("") if task.dit.text_features == 1 else np.zeros((4, task.dit.text_features), np.float32)
     one = Segment(np.zeros((1, task.dit.token_width), np.float32), np.zeros(1, bool), (1, 1, 1), text, 8.0)
-    return pack_segments([[one]], PackConfig(tokens=1, text_tokens=4, slots=1, rows=1), task.dit.token_width)
+    return pack_segments([[one]], PackConfig(tokens=1, text_tokens=4, slots=1, rows=1))
 
 
 def train_diffusion(
@@ -58,13 +59,19 @@ def train_diffusion(
         batch = jax.tree.map(jnp.asarray, example_batch(task))
         return model.init(key, batch.tokens_BSP, jnp.zeros((1, 1)), batch)
 
+    def batches(start: int) -> Iterator:
+        options = {"pack": task.pack, "patch": task.dit.patch, "known": task.known}
+        options |= {"caption_dropout": task.caption_dropout, "accumulate": task.run.optim.accumulate}
+        for batch, rows in packed_batches(latents, range(start, task.run.steps), seed=task.run.seed, **options):
+            yield batch, count_work(task.dit, task.pack, rows)
+
     state = train(
         task.run,
         workdir,
         name="diffusion",
         init_params=init_params,
         loss_fn=lambda params, batch, key: flow_matching_loss(model, task.times, params, batch, key),
-        batches=lambda start: packed_batches(latents, task, start),
+        batches=batches,
         describe=describe,
         sample=sample,
     )

@@ -6,15 +6,11 @@ the dense program does: every slot of every row, attention between all pairs of 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 
+from minisora_jax.data.packing import PackConfig
+from minisora_jax.models.dit import DiTConfig
 from minisora_jax.models.text import BYTES_PER_TOKEN
-
-if TYPE_CHECKING:
-    from minisora_jax.data.packing import PackConfig
-    from minisora_jax.models.dit import DiTConfig
 
 
 def forward_flops(
