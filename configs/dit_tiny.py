@@ -45,7 +45,7 @@ def get_config(arg=None):
                 steps=arg["steps"],
                 log_every=50,
                 save_every=500,
-                sample_every=0,
+                sample_every=1000,
                 optim=dict(name="muon", learning_rate=3e-3, warmup=200, final=0.02, b1=0.95, b2=0.99, ema=0.999),
                 mesh=dict(data=-1, fsdp=1),
             ),

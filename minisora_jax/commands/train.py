@@ -54,8 +54,7 @@ def sample_videos(task, codec, prompts, workdir):
     def sample(step, params, metrics):
         videos = Generator(codec, task.dit, task.times, jax.device_get(params)).generate(requests, progress=False)
         for i, (request, frames) in enumerate(zip(requests, videos)):
-            metrics.video(step, f"sample/{i}", frames, request.fps)
-        (workdir / "samples").mkdir(exist_ok=True)
+            metrics.video(step, f"sample{i}", frames, request.fps)
         sheet = workdir / "samples" / f"step_{step:07d}.png"
         contact_sheet(sheet, [(frames, r.prompt) for r, frames in zip(requests, videos)])
 

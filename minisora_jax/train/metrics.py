@@ -8,7 +8,10 @@ from pathlib import Path
 import jax
 import numpy as np
 from tensorboardX import SummaryWriter
+from tensorboardX.proto.summary_pb2 import Summary
 from tqdm import tqdm
+
+from minisora_jax.data.video import write_video
 
 
 class Metrics:
@@ -19,6 +22,8 @@ class Metrics:
         if not self.main:
             return
         self._path = workdir / "metrics.jsonl"
+        self._samples = workdir / "samples"
+        self._samples.mkdir(exist_ok=True)
         self._keep_rows_until(start)
         self._file = self._path.open("a", encoding="utf-8")
         self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=start or None)
@@ -34,12 +39,14 @@ class Metrics:
         self._bar.set_postfix({k: f"{values[k]:.4g}" for k in ("loss", "tokens_per_s") if k in values}, refresh=False)
 
     def video(self, step: int, name: str, frames_THWC: np.ndarray, fps: float) -> None:
-        if self.main:
-            self._board.add_video(name, frames_THWC.transpose(0, 3, 1, 2)[None], step, fps=fps)
-
-    def image(self, step: int, name: str, image_HWC: np.ndarray) -> None:
-        if self.main:
-            self._board.add_image(name, image_HWC, step, dataformats="HWC")
+        """A GIF in WORKDIR/samples, and the same in TensorBoard's image tab, where it plays."""
+        if not self.main:
+            return
+        path = self._samples / f"{name}_{step:07d}.gif"
+        write_video(path, frames_THWC, fps, upscale=max(1, 128 // max(frames_THWC.shape[1:3])))
+        height, width = frames_THWC.shape[1:3]
+        picture = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=path.read_bytes())
+        self._board.file_writer.add_summary(Summary(value=[Summary.Value(tag=name, image=picture)]), step)
 
     def advance(self) -> None:
         if self.main:
