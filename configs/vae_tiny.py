@@ -12,7 +12,7 @@ from configs.common import parse_arg
 
 
 def get_config(arg=None):
-    arg = parse_arg(arg, data="shapes:train:100000", held_out="", steps=2300)
+    arg = parse_arg(arg, data="shapes:train:100000", held_out="", steps=2300, start="", decoder_only=False, lr=5e-3)
     if arg["data"].startswith("shapes") and not arg["held_out"]:
         arg["held_out"] = "shapes:heldout:1000"
     return ConfigDict(
@@ -33,12 +33,14 @@ def get_config(arg=None):
             l2=4.0,
             kl=1e-4,
             export_dtype="float16",
+            start=arg["start"],
+            decoder_only=arg["decoder_only"],
             run=dict(
                 steps=arg["steps"],
                 log_every=50,
                 save_every=400,
                 sample_every=1000,
-                optim=dict(name="muon", learning_rate=5e-3, warmup=100, final=0.02, b1=0.95, b2=0.99, ema=0.998),
+                optim=dict(name="muon", learning_rate=arg["lr"], warmup=100, final=0.02, b1=0.95, b2=0.99, ema=0.998),
                 mesh=dict(data=-1, fsdp=1),
             ),
         )

@@ -20,6 +20,7 @@ import numpy as np
 from minisora_jax.data.loader import crop_batches
 from minisora_jax.models.codec import Codec, to_float
 from minisora_jax.models.vae import VAE, VAEConfig
+from minisora_jax.parallel.mesh import like
 from minisora_jax.train.loop import RunConfig, train
 from minisora_jax.train.metrics import Metrics
 from minisora_jax.types import Clip
@@ -34,15 +35,24 @@ class CodecTask:
     l2: float = 4.0
     kl: float = 1e-4
     export_dtype: str = "float32"
+    start: str = ""  # an exported codec to go on from; "" for random weights
+    decoder_only: bool = False  # keep the encoder, and so the meaning of latents, as `start` has it
 
     def __post_init__(self):
         self.vae.latent_size(self.crop_THW)
+        if self.decoder_only and not self.start:
+            raise ValueError("decoder_only=True needs a trained encoder: set start to an exported codec")
 
 
 def loss_terms(task: CodecTask, params, frames_BTHWC, key):
     """Per-clip values of each term, all of weight 1."""
     x = to_float(frames_BTHWC)
-    y, mean, logvar = VAE(task.vae).apply(params, x, key)
+    vae = VAE(task.vae)
+    mean, logvar, _ = vae.apply(params, x, method="encode")
+    if task.decoder_only:
+        mean, logvar = jax.lax.stop_gradient((mean, logvar))
+    z = mean + jnp.exp(0.5 * logvar) * like(jax.random.normal(key, mean.shape), mean)
+    y, _ = vae.apply(params, z, method="decode")
     per_clip = lambda v: jnp.mean(v.reshape(v.shape[0], -1), axis=1)
     l1, l2 = per_clip(jnp.abs(x - y)), per_clip((x - y) ** 2)
     kl = per_clip(0.5 * (mean**2 + jnp.exp(logvar) - 1.0 - logvar))
@@ -54,11 +64,13 @@ def train_codec(
     task: CodecTask, workdir: Path, clips: Sequence[Clip], held_out: Sequence[Clip], describe: dict
 ) -> Codec:
     """Train on `clips`, log reconstructions of `held_out`, and export to WORKDIR/export. Returns the codec."""
-    vae = VAE(task.vae)
+    start = Codec.load(task.start) if task.start else None
+    if start and start.config != task.vae:
+        raise ValueError(f"the codec to start from, {task.start}, has another shape: {start.config}, not {task.vae}")
 
     def init_params(key):
         frames = jnp.zeros((1, *task.crop_THW, 3))
-        return vae.init(key, frames, key)
+        return jax.tree.map(jnp.asarray, start.params) if start else VAE(task.vae).init(key, frames)
 
     def batches(start: int) -> Iterator:
         options = {"crop_THW": task.crop_THW, "batch": task.batch}
@@ -68,7 +80,7 @@ def train_codec(
 
     def sample(step: int, params, metrics: Metrics):
         codec = Codec(task.vae, jax.device_get(params), *_unit_stats(task.vae))
-        scores, pairs = reconstruct(codec, [held_out[i] for i in range(8)])
+        scores, pairs = reconstruct(codec, [held_out[i] for i in range(min(8, len(held_out)))])
         metrics.scalars(step, {f"held_out/{k}": v for k, v in scores.items()})
         clip, frames = pairs[0]
         metrics.video(step, "reconstruction", np.concatenate([clip.frames_THWC, frames], axis=2), clip.fps)
@@ -84,7 +96,11 @@ def train_codec(
         sample=sample,
     )
     raw = Codec(task.vae, jax.device_get(state.ema), *_unit_stats(task.vae))
-    codec = dataclasses.replace(raw, **latent_statistics(raw, clips))
+    if task.decoder_only:
+        statistics = {"latent_mean": start.latent_mean, "latent_std": start.latent_std}
+    else:
+        statistics = latent_statistics(raw, clips)
+    codec = dataclasses.replace(raw, **statistics)
     codec.export(workdir / "export", describe, task.export_dtype)
     return Codec.load(workdir / "export")
 
