@@ -16,7 +16,7 @@ from minisora_jax.data.packing import PackConfig, Segment, pack_segments
 from minisora_jax.diffusion.loss import flow_matching_loss
 from minisora_jax.diffusion.time import TimeConfig
 from minisora_jax.models.dit import DiT, DiTConfig
-from minisora_jax.models.files import export_model
+from minisora_jax.models.files import export_model, load_model
 from minisora_jax.models.text import encode_bytes
 from minisora_jax.train.flops import count_work
 from minisora_jax.train.loop import RunConfig, train
@@ -32,6 +32,7 @@ class DiffusionTask:
     known: KnownConfig = KnownConfig()
     caption_dropout: float = 0.1
     export_dtype: str = "float32"
+    start: str = ""  # an exported model to go on from, of the same shape; "" for random weights
 
     def __post_init__(self):
         if not 0 <= self.caption_dropout < 1:
@@ -55,7 +56,11 @@ def train_diffusion(
     model = DiT(task.dit)
     _check_latents(task, latents)
 
+    start = load_model(task.start)[0] if task.start else None
+
     def init_params(key):
+        if start:
+            return jax.tree.map(jnp.asarray, start)
         batch = jax.tree.map(jnp.asarray, example_batch(task))
         return model.init(key, batch.tokens_BSP, jnp.zeros((1, 1)), batch)
 
