@@ -18,6 +18,7 @@ from minisora_jax.diffusion.time import TimeConfig
 from minisora_jax.models.dit import DiT, DiTConfig
 from minisora_jax.models.files import export_model, load_model
 from minisora_jax.models.text import encode_bytes
+from minisora_jax.parallel.mesh import like
 from minisora_jax.train.flops import count_work
 from minisora_jax.train.loop import RunConfig, train
 from minisora_jax.types import PackedBatch
@@ -59,10 +60,9 @@ def train_diffusion(
     start = load_model(task.start)[0] if task.start else None
 
     def init_params(key):
-        if start:
-            return jax.tree.map(jnp.asarray, start)
         batch = jax.tree.map(jnp.asarray, example_batch(task))
-        return model.init(key, batch.tokens_BSP, jnp.zeros((1, 1)), batch)
+        params = model.init(key, batch.tokens_BSP, jnp.zeros((1, 1)), batch)
+        return jax.tree.map(_in_place_of, start, params) if start else params
 
     def batches(start: int) -> Iterator:
         options = {"pack": task.pack, "patch": task.dit.patch, "known": task.known}
@@ -83,6 +83,13 @@ def train_diffusion(
     config = {"kind": "dit", "dit": dataclasses.asdict(task.dit), "times": dataclasses.asdict(task.times)}
     export_model(workdir / "export", state.ema, config | export | {"training": describe}, dtype=task.export_dtype)
     return workdir / "export"
+
+
+def _in_place_of(loaded: np.ndarray, fresh: jax.Array) -> jax.Array:
+    """A loaded parameter, laid out as the fresh one that it replaces."""
+    if loaded.shape != fresh.shape:
+        raise ValueError(f"a parameter of the model to start from is {loaded.shape}, dit here wants {fresh.shape}")
+    return like(jnp.asarray(loaded), fresh)
 
 
 def _check_latents(task: DiffusionTask, latents) -> None:
