@@ -1,0 +1,52 @@
+"""The checker is right about true clips, and can say no."""
+
+import collections
+
+import numpy as np
+import pytest
+
+from minisora_jax.checker import check
+from minisora_jax.data.shapes import COLOURS, MOTIONS, PHRASES, SHAPES, Shapes, parse_caption
+
+
+@pytest.mark.parametrize("split", ["train", "heldout"])
+def test_true_clips_pass(split):
+    clips, hits = Shapes(split, 250), collections.defaultdict(list)
+    for i in range(250):
+        for attribute, good in check(clips[i].frames_THWC, clips[i].caption).items():
+            hits[attribute].append(good)
+    assert set(hits) == {"colour", "shape", "motion", "permanence"}
+    assert {k: np.mean(v) >= 0.99 for k, v in hits.items()} == dict.fromkeys(hits, True)
+
+
+def test_a_wrong_word_is_noticed():
+    clips, rng = Shapes("train", 400), np.random.default_rng(0)
+    passed = collections.defaultdict(list)
+    swaps = {"colour": list(COLOURS), "shape": list(SHAPES), "motion": [PHRASES[m] for m in MOTIONS[:13]]}
+    for i in range(150):
+        clip = clips[i]
+        said, _, is_image = parse_caption(clip.caption)
+        for attribute, words in swaps.items():
+            true = getattr(said[0], attribute)
+            true = PHRASES[true] if attribute == "motion" else true
+            if true not in words or (attribute == "motion" and is_image) or len(said) > 1:
+                continue
+            wrong = str(rng.choice([w for w in words if w != true]))
+            passed[attribute].append(check(clip.frames_THWC, wrong.join(clip.caption.split(true, 1)))[attribute])
+    assert all(len(v) > 50 for v in passed.values())
+    assert {k: np.mean(v) <= 0.03 for k, v in passed.items()} == dict.fromkeys(passed, True)
+
+
+def test_an_object_that_never_comes_back_is_noticed():
+    clip = next(c for c in map(Shapes("train", 500).__getitem__, range(500)) if "behind" in c.caption)
+    assert check(clip.frames_THWC, clip.caption)["permanence"]
+    gone = clip.frames_THWC.copy()
+    hidden = len(gone) // 2
+    gone[hidden:] = gone[hidden]  # the wall stays, the object does not return
+    assert not check(gone, clip.caption)["permanence"]
+
+
+def test_noise_shows_nothing():
+    noise = np.random.default_rng(0).integers(0, 255, (9, 48, 48, 3)).astype(np.uint8)
+    answer = check(noise, "a large red circle moves left slowly on a black background")
+    assert not answer["shape"] and not answer["motion"]

@@ -1,0 +1,125 @@
+"""The pack plan: every clip once, nothing over the limits, pure, and full."""
+
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from minisora_jax.data.known import KnownConfig
+from minisora_jax.data.packing import (
+    PackConfig,
+    PackPlan,
+    Segment,
+    pack_rows,
+    pack_segments,
+    patchify,
+    token_counts,
+    unpatchify,
+)
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    st.lists(st.tuples(st.integers(1, 64), st.integers(1, 32)), min_size=1, max_size=200),
+    st.integers(0, 5),
+    st.integers(1, 9),
+)
+def test_every_clip_once_and_no_row_overfull(clips, epoch, slots):
+    tokens, text = np.array(clips).T
+    config = PackConfig(tokens=64, text_tokens=48, slots=slots, rows=4, window=50)
+    rows = pack_rows(tokens, text, config, seed=3, epoch=epoch)
+    assert sorted(np.concatenate(rows)) == list(range(len(clips)))
+    for row in rows:
+        assert tokens[row].sum() <= 64 and text[row].sum() <= 48 and len(row) <= slots
+    again = pack_rows(tokens, text, config, seed=3, epoch=epoch)
+    assert all(np.array_equal(a, b) for a, b in zip(rows, again))
+
+
+def test_epochs_differ():
+    tokens = np.random.default_rng(0).integers(1, 64, 500)
+    a, b = (pack_rows(tokens, np.ones(500, int), PackConfig(64, 64, 16, 4), 0, e) for e in (0, 1))
+    assert not all(np.array_equal(x, y) for x, y in zip(a, b))
+
+
+def test_rows_are_full_on_images_and_video_where_padding_and_buckets_are_not():
+    path = Path(__file__).parent.parent / "docs" / "packing_table.py"
+    spec = importlib.util.spec_from_file_location("packing_table", path)
+    table = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(table)
+    config = PackConfig(tokens=4096, text_tokens=8192, slots=128, rows=8)
+    shares = table.useful_shares(table.web_mix(2000), (1, 2, 2), config)
+    assert shares["packed (this project)"] >= 0.97
+    assert shares["packed (this project)"] > shares["bucketed by (t, h, w)"] > shares["padded to the longest"]
+
+
+def test_rows_of_a_step_have_like_cost():
+    tokens = np.random.default_rng(0).integers(1, 1024, 4000)
+    cost = lambda rows: np.array([np.sum(tokens[r].astype(float) ** 2) for r in rows])
+    rows = pack_rows(tokens, np.ones(4000, int), PackConfig(1024, 1024, 64, rows=16), 0, 0)
+    costs = cost(rows)[: len(rows) // 16 * 16]
+    straggler = lambda c: np.mean(c.reshape(-1, 16).max(1) / c.reshape(-1, 16).mean(1))
+    assert straggler(costs) < 0.7 * straggler(np.random.default_rng(1).permutation(costs)) + 0.3
+    assert straggler(costs) < 1.2
+
+
+def test_a_clip_too_long_for_a_row_is_named():
+    with pytest.raises(ValueError, match=r"clip 1 has 99 video and 4 caption tokens, a row 64"):
+        pack_rows(np.array([3, 99]), np.array([4, 4]), PackConfig(64, 64, 4, 1), 0, 0)
+
+
+def test_a_plan_goes_on_where_it_was_left():
+    tokens = np.random.default_rng(0).integers(1, 64, 300)
+    make = lambda: PackPlan(tokens, np.ones(300, int), PackConfig(64, 64, 16, 4), seed=1, per_step=8)
+    whole, late = make(), make()
+    steps = [whole.rows(n) for n in range(60)]
+    for n in (59, 7, 30):  # a fresh plan asked in any order
+        assert all(np.array_equal(a, b) for a, b in zip(late.rows(n), steps[n]))
+    epoch_of = [whole.place(n)[0] for n in range(60)]
+    assert epoch_of == sorted(epoch_of) and epoch_of[-1] >= 1
+    first = [i for n in range(60) if epoch_of[n] == 0 for r in steps[n] for i in r]
+    assert len(first) == len(set(first))
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.integers(1, 3), st.integers(1, 4), st.integers(1, 4), st.integers(1, 3), st.sampled_from([1, 2]))
+def test_unpatchify_undoes_patchify(t, h, w, c, p):
+    x = np.random.default_rng(0).standard_normal((t, h * p, w * p, c))
+    patches = patchify(x, (1, p, p))
+    assert patches.shape == (t, h, w, p * p * c)
+    np.testing.assert_array_equal(patches[0, 0, 0].reshape(p, p, c), x[0, :p, :p])
+    np.testing.assert_array_equal(unpatchify(patches, (1, p, p)), x)
+
+
+def test_latents_that_are_not_whole_patches_are_refused():
+    with pytest.raises(ValueError, match="clip 1 has latents 1x3x2"):
+        token_counts(np.array([(1, 2, 2, 4), (1, 3, 2, 4)]), (1, 2, 2))
+
+
+def test_a_row_is_laid_out_clip_after_clip():
+    make = lambda n, size: Segment(np.full((n, 2), n, np.float32), np.ones(n, bool), size, np.full((4, 1), n), 8.0)
+    batch = pack_segments([[make(4, (1, 2, 2)), make(3, (3, 1, 1))]], PackConfig(9, 12, 3, 1))
+    assert batch.segment_BS.tolist() == [[1, 1, 1, 1, 2, 2, 2, 0, 0]]
+    assert batch.text_segment_BL.tolist() == [[1] * 4 + [2] * 4 + [0] * 4]
+    assert batch.position_BS3[0, 4:7].tolist() == [[0, 0, 0], [1, 0, 0], [2, 0, 0]]
+    assert batch.size_BG3[0].tolist() == [[1, 2, 2], [3, 1, 1], [0, 0, 0]]
+    with pytest.raises(ValueError, match="row 0 is full: 12 of 9"):
+        pack_segments([[make(4, (1, 2, 2))] * 3], PackConfig(9, 12, 3, 1))
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(1, 6), st.integers(1, 4), st.integers(1, 4), st.integers(0, 10_000))
+def test_known_tokens_always_leave_something_to_learn(t, h, w, seed):
+    every = KnownConfig(0.2, 0.1, 0.1, 0.2, 0.1, 0.1, 0.2)
+    known = every.draw((t, h, w), np.random.default_rng(seed))
+    assert known.shape == (t, h, w) and not known.all()
+
+
+def test_known_shares_are_kept():
+    config = KnownConfig()
+    draws = [config.draw((5, 2, 2), np.random.default_rng(i)) for i in range(3000)]
+    first_only = np.mean([d[0].all() and not d[1:].any() for d in draws])
+    assert abs(np.mean([not d.any() for d in draws]) - 0.6) < 0.05
+    assert first_only >= config.first - 0.02
