@@ -1,0 +1,64 @@
+"""Runs that are killed go on bit for bit; runs that go wrong say so."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from train_tiny import make_cache, run
+
+from minisora_jax.train.loop import NonFiniteLoss
+
+STEPS = 40
+
+
+def losses(workdir) -> dict[int, str]:
+    """The loss of each step, as the digits that were written."""
+    rows = [json.loads(line) for line in (Path(workdir) / "metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in rows] == list(range(1, len(rows) + 1))
+    return {r["step"]: repr((r["loss"], r["grad_norm"])) for r in rows}
+
+
+def start(workdir, cache) -> subprocess.Popen:
+    script = Path(__file__).with_name("train_tiny.py")
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
+    return subprocess.Popen([sys.executable, script, workdir, cache, str(STEPS)], env=environment)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("cache") / "latents"
+    make_cache(directory)
+    return directory
+
+
+def test_a_run_killed_at_five_moments_goes_on_bit_for_bit(cache, tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert start(whole, cache).wait(timeout=300) == 0
+    for kill_after in (2, 7, 12, 20, 31):  # steps logged; the kill falls somewhere behind
+        process = start(killed, cache)
+        log = killed / "metrics.jsonl"
+        while process.poll() is None and not (log.exists() and len(log.read_text().splitlines()) >= kill_after):
+            time.sleep(0.005)
+        assert process.poll() is None, "the run ended before it could be killed"
+        process.kill()
+        process.wait()
+    assert start(killed, cache).wait(timeout=300) == 0
+    assert losses(killed) == losses(whole)
+    assert len(losses(whole)) == STEPS
+    weights = [(w / "export" / "model.safetensors").read_bytes() for w in (whole, killed)]
+    assert weights[0] == weights[1]
+
+
+def test_a_workdir_of_another_config_is_refused(cache, tmp_path):
+    run(tmp_path, cache, 2)
+    with pytest.raises(ValueError, match=r"begun with another config \(config.steps: 2 -> 3\)"):
+        run(tmp_path, cache, 3)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(cache, tmp_path):
+    with pytest.raises(NonFiniteLoss, match="lower optim.learning_rate"):
+        run(tmp_path, cache, 30, learning_rate=1e38, clip=1e30)

@@ -1,0 +1,50 @@
+"""A run for test_train.py to start, kill and start again: python tests/train_tiny.py WORKDIR CACHE STEPS."""
+
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+
+jax.config.update("jax_platforms", "cpu")
+
+from minisora_jax.data.latents import Latents, write_latents  # noqa: E402
+from minisora_jax.data.packing import PackConfig  # noqa: E402
+from minisora_jax.models.dit import DiTConfig  # noqa: E402
+from minisora_jax.models.text import encode_bytes  # noqa: E402
+from minisora_jax.train.diffusion_task import DiffusionTask, train_diffusion  # noqa: E402
+from minisora_jax.train.loop import RunConfig  # noqa: E402
+from minisora_jax.train.optim import OptimConfig  # noqa: E402
+from minisora_jax.types import LatentClip  # noqa: E402
+
+
+def make_cache(directory) -> None:
+    rng = np.random.default_rng(0)
+
+    def clips():
+        for i in range(60):
+            t, h, w = rng.integers(1, 4), *(2 * rng.integers(1, 3, 2))
+            mean = rng.standard_normal((t, h, w, 4)).astype(np.float32)
+            caption = f"clip number {i}"
+            yield LatentClip(mean, np.full_like(mean, 0.1), encode_bytes(caption), caption, 8.0, str(i))
+
+    text = {"encoder": "bytes"}
+    write_latents(directory, clips(), codec_hash="test", text=text, empty_text_LE=encode_bytes(""))
+
+
+def task(steps: int, **optim) -> DiffusionTask:
+    return DiffusionTask(
+        dit=DiTConfig(latent_channels=4, patch=(1, 2, 2), width=32, depth=1, heads=2, text_width=64, text_depth=0),
+        pack=PackConfig(tokens=16, text_tokens=128, slots=8, rows=2),
+        run=RunConfig(
+            steps=steps, log_every=1, save_every=3, sample_every=0, optim=OptimConfig(warmup=2, accumulate=2, **optim)
+        ),
+    )
+
+
+def run(workdir, cache, steps: int, **optim):
+    return train_diffusion(task(steps, **optim), Path(workdir), Latents(cache), {"steps": steps} | optim, {})
+
+
+if __name__ == "__main__":
+    run(sys.argv[1], sys.argv[2], int(sys.argv[3]))
