@@ -24,7 +24,11 @@ def losses(workdir) -> dict[int, str]:
 
 def start(workdir, cache) -> subprocess.Popen:
     script = Path(__file__).with_name("train_tiny.py")
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
+    environment = os.environ | {
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
+        "JAX_COMPILATION_CACHE_DIR": str(cache.parent / "compiled"),  # the seven starts compile once
+        "JAX_PERSISTENT_COMPILATION_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
     return subprocess.Popen([sys.executable, script, workdir, cache, str(STEPS)], env=environment)
 
 
@@ -35,9 +39,16 @@ def cache(tmp_path_factory):
     return directory
 
 
-def test_a_run_killed_at_five_moments_goes_on_bit_for_bit(cache, tmp_path):
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    assert start(whole, cache).wait(timeout=300) == 0
+@pytest.fixture(scope="module")
+def whole(cache, tmp_path_factory):
+    """The workdir of a run that nothing disturbed."""
+    workdir = tmp_path_factory.mktemp("runs") / "whole"
+    assert start(workdir, cache).wait(timeout=300) == 0
+    return workdir
+
+
+def test_a_run_killed_at_five_moments_goes_on_bit_for_bit(whole, cache, tmp_path):
+    killed = tmp_path / "killed"
     for kill_after in (2, 7, 12, 20, 31):  # steps logged; the kill falls somewhere behind
         process = start(killed, cache)
         log = killed / "metrics.jsonl"
@@ -53,12 +64,23 @@ def test_a_run_killed_at_five_moments_goes_on_bit_for_bit(cache, tmp_path):
     assert weights[0] == weights[1]
 
 
-def test_a_workdir_of_another_config_is_refused(cache, tmp_path):
-    run(tmp_path, cache, 2)
-    with pytest.raises(ValueError, match=r"begun with another config \(config.steps: 2 -> 3\)"):
-        run(tmp_path, cache, 3)
+def test_the_loss_falls(whole):
+    rows = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
+    assert sum(r["loss"] for r in rows[-10:]) < 0.95 * sum(r["loss"] for r in rows[:10])
+    assert all(0 <= r["padding_share"] < 0.5 and r["useful_flops_per_s"] < r["hardware_flops_per_s"] for r in rows)
+
+
+def test_a_workdir_of_another_config_is_refused(whole, cache):
+    with pytest.raises(ValueError, match=r"begun with another config \(config.steps: 40 -> 3\)"):
+        run(whole, cache, 3)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(cache, tmp_path):
     with pytest.raises(NonFiniteLoss, match="lower optim.learning_rate"):
         run(tmp_path, cache, 30, learning_rate=1e38, clip=1e30)
+
+
+def test_rows_that_do_not_divide_over_the_devices_are_refused(cache, tmp_path):
+    with pytest.raises(ValueError, match=r"6 rows a batch .* data=8 x fsdp=1 .* multiple of 8"):
+        run(tmp_path, cache, 2, rows=6)
+    assert not (tmp_path / "metrics.jsonl").exists()

@@ -22,7 +22,7 @@ def make_cache(directory) -> None:
     rng = np.random.default_rng(0)
 
     def clips():
-        for i in range(60):
+        for i in range(100):
             t, h, w = rng.integers(1, 4), *(2 * rng.integers(1, 3, 2))
             mean = rng.standard_normal((t, h, w, 4)).astype(np.float32)
             caption = f"clip number {i}"
@@ -32,18 +32,18 @@ def make_cache(directory) -> None:
     write_latents(directory, clips(), codec_hash="test", text=text, empty_text_LE=encode_bytes(""))
 
 
-def task(steps: int, **optim) -> DiffusionTask:
+def task(steps: int, rows: int = 8, **optim) -> DiffusionTask:
     return DiffusionTask(
         dit=DiTConfig(latent_channels=4, patch=(1, 2, 2), width=32, depth=1, heads=2, text_width=64, text_depth=0),
-        pack=PackConfig(tokens=16, text_tokens=128, slots=8, rows=2),
+        pack=PackConfig(tokens=16, text_tokens=128, slots=8, rows=rows),
         run=RunConfig(
             steps=steps, log_every=1, save_every=3, sample_every=0, optim=OptimConfig(warmup=2, accumulate=2, **optim)
         ),
     )
 
 
-def run(workdir, cache, steps: int, **optim):
-    return train_diffusion(task(steps, **optim), Path(workdir), Latents(cache), {"steps": steps} | optim, {})
+def run(workdir, cache, steps: int, **changes):
+    return train_diffusion(task(steps, **changes), Path(workdir), Latents(cache), {"steps": steps} | changes, {})
 
 
 if __name__ == "__main__":

@@ -62,6 +62,17 @@ def make_mesh(config: MeshConfig = MeshConfig(), devices=None) -> jax.sharding.M
     return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Explicit,) * len(AXES), devices=devices)
 
 
+def require_divisible(rows: int, mesh: jax.sharding.Mesh) -> None:
+    """ValueError unless `rows` of a batch can be divided evenly over the hosts and the mesh."""
+    parts = math.lcm(math.prod(mesh.shape[axis] for axis in ROWS), jax.process_count())
+    if rows % parts:
+        named = " x ".join(f"{axis}={mesh.shape[axis]}" for axis in ROWS)
+        raise ValueError(
+            f"{rows} rows a batch cannot be divided over mesh {named} and {jax.process_count()} hosts: make "
+            f"pack.rows (a codec's batch) a multiple of {parts}"
+        )
+
+
 def shard(x: jax.Array, spec: P) -> jax.Array:
     """x laid out as `spec` on the mesh in use; x itself where no mesh is set."""
     return x if jax.sharding.get_abstract_mesh().empty else jax.sharding.reshard(x, spec)

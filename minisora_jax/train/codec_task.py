@@ -89,6 +89,7 @@ def train_codec(
         task.run,
         workdir,
         name="codec",
+        rows=task.batch,
         init_params=init_params,
         loss_fn=lambda params, frames, key: loss_terms(task, params, frames, key),
         batches=batches,

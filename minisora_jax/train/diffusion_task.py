@@ -74,6 +74,7 @@ def train_diffusion(
         task.run,
         workdir,
         name="diffusion",
+        rows=task.pack.rows,
         init_params=init_params,
         loss_fn=lambda params, batch, key: flow_matching_loss(model, task.times, params, batch, key),
         batches=batches,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -14,7 +15,7 @@ from typing import Any
 
 import jax
 
-from minisora_jax.parallel.mesh import MeshConfig, make_mesh, place
+from minisora_jax.parallel.mesh import MeshConfig, make_mesh, place, require_divisible
 from minisora_jax.train.checkpoint import Checkpoints
 from minisora_jax.train.metrics import Metrics
 from minisora_jax.train.optim import OptimConfig, learning_rate, make_optimizer
@@ -50,6 +51,7 @@ def train(
     workdir: Path,
     *,
     name: str,
+    rows: int,
     init_params: Callable[[jax.Array], Any],
     loss_fn: LossFn,
     batches: Callable[[int], Iterator[tuple[Any, dict[str, float]]]],
@@ -58,21 +60,22 @@ def train(
 ) -> TrainState:
     """Train for `config.steps` steps under `workdir`, from its newest checkpoint where it has one.
 
-    `init_params(key)` draws the parameters. `batches(start)` yields, from step `start` on, a pytree of NumPy
-    arrays (A, B, ...) and the batch's counts: `tokens`, `useful_tokens`, `useful_flops`, `hardware_flops` where
-    known. `sample(step, ema_params, metrics)` writes sample videos. `describe` is the whole configuration: a
-    workdir that was begun with another one is refused.
+    `rows` is the length of B on all devices together. `init_params(key)` draws the parameters. `batches(start)`
+    yields, from step `start` on, a pytree of NumPy arrays (A, B, ...) and the batch's counts: `tokens`,
+    `useful_tokens`, `useful_flops`, `hardware_flops` where known. `sample(step, ema_params, metrics)` writes sample
+    videos. `describe` is the whole configuration: a workdir that was begun with another one is refused.
     """
     # ---- Mesh
     mesh = make_mesh(config.mesh)
-    with jax.set_mesh(mesh):
+    require_divisible(rows, mesh)
+    with jax.set_mesh(mesh), contextlib.ExitStack() as stack:
         # ---- Init or restore: checkpoint, else random; the data state is the step
         workdir.mkdir(parents=True, exist_ok=True)
         _refuse_another_config(workdir, describe)
         key = jax.random.key(config.seed)
         optimizer = make_optimizer(config.optim, config.steps)
         init = jax.jit(lambda k: init_state(init_params(k), optimizer))
-        checkpoints = Checkpoints(workdir / "checkpoints", keep=config.keep)
+        checkpoints = stack.enter_context(contextlib.closing(Checkpoints(workdir / "checkpoints", keep=config.keep)))
         if checkpoints.latest() is None:
             state = init(jax.random.fold_in(key, 2**31 - 1))
         else:
@@ -86,7 +89,7 @@ def train(
         step_fn = jax.jit(
             functools.partial(train_step, loss_fn=loss_fn, optimizer=optimizer, config=config.optim), donate_argnums=0
         )
-        metrics = Metrics(workdir, start=start, steps=config.steps, name=name)
+        metrics = stack.enter_context(contextlib.closing(Metrics(workdir, start=start, steps=config.steps, name=name)))
         schedule = learning_rate(config.optim, config.steps)
         pending, window, since = None, [], time.perf_counter()
         stream = iter(batches(start))
@@ -110,8 +113,6 @@ def train(
                 since = time.perf_counter()
             if step % config.save_every == 0 or step == config.steps:
                 checkpoints.save(step, state)
-        checkpoints.close()
-        metrics.close()
         return state
 
 
