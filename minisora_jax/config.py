@@ -1,12 +1,14 @@
 """From a config file and the command line to the frozen dataclasses the code runs on.
 
 ml_collections is seen only here and in configs/: `--config=configs/x.py:arg=...` names the file, `--config.a.b=1`
-changes an entry of it. An unknown key or a wrong type is an error before anything is compiled.
+changes an entry, whether the file names it or leaves it at its default. An unknown key or a wrong type is an
+error before anything is compiled.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import runpy
 import sys
 import types
 import typing
@@ -14,27 +16,48 @@ from pathlib import Path
 from typing import Any
 
 
-def read_config(flags: list[str], example: str) -> dict:
-    """The config as a plain dict. `flags` are the command line's `--config...` arguments."""
-    from absl import flags as absl_flags
-    from ml_collections import config_flags
+def read_config(flags: list[str], cls: type, example: str) -> dict:
+    """The config as a plain dict: the defaults of the dataclass `cls`, the file's entries, then the flags'.
 
-    files = [f.split("=", 1)[1].split(":")[0] for f in flags if f.startswith("--config=")]
+    `flags` are the command line's `--config...` arguments. The file may have entries that `cls` has not.
+    """
+    from absl import flags as absl_flags
+    from ml_collections import ConfigDict, config_flags
+
+    files = [f.removeprefix("--config=") for f in flags if f.startswith("--config=")]
     if not files:
         raise ValueError(f"no --config=FILE given; for example --config={example}")
-    if not Path(files[-1]).exists():
-        raise FileNotFoundError(f"no config file {files[-1]}; for example --config={example}")
+    name, _, argument = files[-1].partition(":")
+    if not Path(name).is_file():
+        raise FileNotFoundError(f"no config file {name}; for example --config={example}")
     # So that a config can import its neighbours, as in `from configs.common import parse_arg`.
-    sys.path.insert(0, str(Path(files[-1]).resolve().parent.parent))
+    sys.path.insert(0, str(Path(name).resolve().parent.parent))
+    entries = runpy.run_path(name)["get_config"](argument or None).to_dict()
+    config = ConfigDict(_over(dataclasses.asdict(cls()), entries))
     values = absl_flags.FlagValues()
-    config_flags.DEFINE_config_file("config", flag_values=values)
+    rest = ["minisora", *(f for f in flags if not f.startswith("--config="))]
     try:
-        extra = values(["minisora", *flags])[1:]
-    except (absl_flags.Error, KeyError, AttributeError) as error:
-        raise ValueError(f"{error}") from error
+        config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=rest)
+        extra = values(rest)[1:]
+    except (absl_flags.Error, KeyError, AttributeError, TypeError) as error:
+        said = " ".join(str(error.args[0]).split())
+        raise ValueError(f"in {' '.join(rest[1:])}: {said}") from error
     if extra:
         raise ValueError(f"unrecognised arguments: {' '.join(extra)}")
     return values.config.to_dict()
+
+
+def _over(defaults: dict, entries: dict) -> dict:
+    """`defaults` with `entries` in their place, nested dicts entry by entry; whole numbers fit floats."""
+    merged = dict(defaults)
+    for name, value in entries.items():
+        default = defaults.get(name)
+        if isinstance(default, dict) and isinstance(value, dict):
+            value = _over(default, value)
+        elif isinstance(default, float) and type(value) is int:
+            value = float(value)
+        merged[name] = value
+    return merged
 
 
 def build(cls: type, values: dict, at: str = "config") -> Any:

@@ -23,15 +23,14 @@ def add_arguments(parser):
 
 
 def run(args, config_flags):
-    from minisora_jax.config import build, read_config
-
-    config = read_config(config_flags, "configs/dit_tiny.py:data=data/latents")
-    data, prompts = config.pop("data"), config.pop("prompts", ())
-
     from minisora_jax.bundled import CODEC
+    from minisora_jax.config import build, read_config
     from minisora_jax.data.latents import Latents
     from minisora_jax.models.codec import Codec
     from minisora_jax.train.diffusion_task import DiffusionTask, train_diffusion
+
+    config = read_config(config_flags, DiffusionTask, "configs/dit_tiny.py:data=data/latents")
+    data, prompts = config.pop("data"), config.pop("prompts", ())
 
     task = build(DiffusionTask, config)
     codec = Codec.load(args.codec or CODEC)

@@ -21,14 +21,11 @@ def add_arguments(parser):
 
 def run(args, config_flags):
     from minisora_jax.config import build, read_config
-
-    config = read_config(config_flags, "configs/vae_tiny.py")
-    data = config.pop("data")
-    held_out_data = config.pop("held_out", "")
-
     from minisora_jax.data.prepare import hold_out, open_clips
     from minisora_jax.train.codec_task import CodecTask, train_codec
 
+    config = read_config(config_flags, CodecTask, "configs/vae_tiny.py")
+    data, held_out_data = config.pop("data"), config.pop("held_out", "")
     task = build(CodecTask, config)
     clips = open_clips(data)
     clips, held_out = (clips, open_clips(held_out_data)) if held_out_data else hold_out(clips)

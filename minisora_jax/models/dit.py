@@ -44,8 +44,8 @@ class DiTConfig:
             raise ValueError(f"text_width={self.text_width} must be a multiple of 64, the text heads' width")
         if self.remat not in ("none", "matmuls", "full"):
             raise ValueError(f"remat={self.remat!r} must be 'none', 'matmuls' or 'full'")
-        if self.patch[0] != 1:
-            raise ValueError(f"patch={self.patch}: the time patch must be 1, as latent frames come as 1 + k")
+        if len(self.patch) != 3 or self.patch[0] != 1:
+            raise ValueError(f"patch={self.patch} must be (1, y, x): latent frames come as 1 + k, so one at a time")
 
     @property
     def token_width(self) -> int:

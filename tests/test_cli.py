@@ -1,0 +1,67 @@
+"""The command line teaches, fails in sentences, and costs nothing before there is work."""
+
+import subprocess
+import sys
+import time
+
+import pytest
+
+from minisora_jax.cli import VERBS, main
+
+
+def test_help_is_quick_and_imports_no_jax():
+    script = "import sys; from minisora_jax.cli import main; main(['--help']); print('jax' in sys.modules)"
+    since = time.perf_counter()
+    out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    assert time.perf_counter() - since < 1.0
+    assert out.rstrip().endswith("False") and all(verb in out for verb in VERBS)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_each_verb_shows_an_example(verb, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([verb, "--help"])
+    assert stop.value.code == 0
+    out = capsys.readouterr().out
+    assert f"  minisora {verb}" in out and ("example" in out)
+
+
+def test_importing_everything_touches_no_device():
+    script = """
+import importlib, pkgutil
+import minisora_jax
+for module in pkgutil.walk_packages(minisora_jax.__path__, "minisora_jax."):
+    importlib.import_module(module.name)
+from jax._src import xla_bridge
+print(len(list(pkgutil.walk_packages(minisora_jax.__path__))) > 8, dict(xla_bridge._backends))
+"""
+    out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    assert out.strip() == "True {}"
+
+
+@pytest.mark.parametrize(
+    "argv, sentence",
+    [
+        (["generate"], "no prompt given; for example"),
+        (["generate", "x", "--size", "large"], "--size 'large' must be HEIGHTxWIDTH in pixels, such as 48x64"),
+        (["generate", "x", "--frames", "16"], "frames=16 must be 1 + 4*k; use 13 or 17"),
+        (["generate", "x", "--size", "50x48"], "height=50 must be a multiple of 16; use 48 or 64"),
+        (["generate", "x", "--model", "/nowhere"], "/nowhere is not an exported model: model.safetensors is missing"),
+        (["encode", "nowhere", "out"], "run `minisora prepare CLIPS_FOLDER nowhere` first"),
+        (["train", "--workdir", "w"], "no --config=FILE given; for example --config=configs/dit_tiny.py"),
+        (["train-vae", "--workdir", "w", "--config=configs/vae_tiny.py:x=1"], "config argument 'x=1': give data="),
+    ],
+)
+def test_what_a_user_can_mend_is_said_in_a_sentence(argv, sentence, capsys):
+    assert main(argv) == 2
+    error = capsys.readouterr().err
+    assert sentence in error and "Traceback" not in error
+
+
+def test_unknown_verbs_and_flags_are_refused(capsys):
+    for argv in (["fly"], ["demo", "--speed=3"]):
+        with pytest.raises(SystemExit) as stop:
+            main(argv)
+        assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert "unknown verb 'fly'; the verbs are demo" in error and "--speed=3" in error

@@ -1,0 +1,87 @@
+"""A wrong config is refused in a sentence that names the entry and the fix; every config in configs/ is right."""
+
+import dataclasses
+
+import pytest
+
+from configs.common import parse_arg
+from minisora_jax.config import build, read_config
+from minisora_jax.train.codec_task import CodecTask
+from minisora_jax.train.diffusion_task import DiffusionTask
+
+
+def test_every_config_builds_and_flags_reach_it():
+    config = read_config(["--config=configs/vae_tiny.py:steps=7,lr=1e-4", "--config.run.mesh.fsdp=2"], CodecTask, "")
+    data, held_out = config.pop("data"), config.pop("held_out")
+    task = build(CodecTask, config)
+    assert (data, held_out) == ("shapes:train:100000", "shapes:heldout:1000")
+    assert task.run.steps == 7 and task.run.optim.learning_rate == 1e-4 and task.run.mesh.fsdp == 2
+
+    config = read_config(
+        ["--config=configs/dit_tiny.py:data=d,rows=4", "--config.run.optim.accumulate=2", "--config.known.box=0"],
+        DiffusionTask,
+        "",
+    )
+    assert config.pop("data") == "d" and config.pop("prompts")
+    task = build(DiffusionTask, config)
+    assert (
+        task.pack.rows == 4 and task.run.optim.accumulate == 2 and task.known.box == 0.0 and task.dit.patch == (1, 2, 2)
+    )
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ([], "no --config=FILE given; for example --config=configs/x.py"),
+        (["--config=configs/none.py"], "no config file configs/none.py"),
+        (["--config=configs/vae_tiny.py:stepz=3"], "'stepz=3': give data=..., held_out=..., steps=..."),
+        (["--config=configs/vae_tiny.py", "--config.run.stepz=3"], "stepz"),
+        (["--config=configs/vae_tiny.py", "--config.run.steps=many"], "many"),
+        (["--config=configs/vae_tiny.py", "--speed=3"], "speed"),
+        (["--config=configs/dit_tiny.py"], "name the latent cache"),
+    ],
+)
+def test_wrong_flags_are_named(flags, message):
+    with pytest.raises((ValueError, FileNotFoundError)) as error:
+        read_config(flags, CodecTask, "configs/x.py")
+    assert message in str(error.value)
+
+
+@dataclasses.dataclass(frozen=True)
+class Inner:
+    rate: float = 0.1
+
+
+@dataclasses.dataclass(frozen=True)
+class Outer:
+    inner: Inner = Inner()
+    sizes: tuple[int, ...] = (1,)
+    on: bool = False
+    count: int = 1
+    note: str | None = None
+
+
+def test_build_makes_dataclasses_of_dicts():
+    assert build(Outer, {"inner": {"rate": 1}, "sizes": [2, 3], "on": True, "note": None}) == Outer(
+        Inner(1), (2, 3), True
+    )
+
+
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        ({"inner": {"rats": 1}}, "config.inner.rats is not a setting; config.inner has rate"),
+        ({"count": "3"}, "config.count='3' must be int"),
+        ({"count": True}, "config.count=True must be int"),
+        ({"count": 1.5}, "config.count=1.5 must be int"),
+        ({"on": 1}, "config.on=1 must be bool"),
+    ],
+)
+def test_build_refuses_what_does_not_fit(values, message):
+    with pytest.raises(ValueError, match=message.replace(".", r"\.")):
+        build(Outer, values)
+
+
+def test_arguments_take_the_type_of_their_default():
+    values = parse_arg("steps=3,lr=1e-3,fast=true,name=x", steps=1, lr=0.1, fast=False, name="")
+    assert values == {"steps": 3, "lr": 1e-3, "fast": True, "name": "x"}

@@ -1,0 +1,87 @@
+"""Batches are a function of (seed, step): a resumed run sees what the uninterrupted one would have."""
+
+import jax
+import numpy as np
+import pytest
+from train_tiny import make_cache
+
+from minisora_jax.data.known import KnownConfig
+from minisora_jax.data.latents import Latents
+from minisora_jax.data.loader import crop_batches, packed_batches
+from minisora_jax.data.packing import PackConfig
+from minisora_jax.data.shapes import Shapes
+
+OPTIONS = dict(patch=(1, 2, 2), known=KnownConfig(), caption_dropout=0.2, accumulate=2, seed=3)
+PACK = PackConfig(tokens=16, text_tokens=128, slots=8, rows=2)
+
+
+@pytest.fixture(scope="module")
+def latents(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("cache") / "latents"
+    make_cache(directory)
+    return Latents(directory)
+
+
+def packed(latents, steps, **changes):
+    return list(packed_batches(latents, steps, **(OPTIONS | {"pack": PACK} | changes)))
+
+
+def equal(a, b):
+    return all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+
+
+def test_starting_late_gives_the_later_batches(latents):
+    whole, late = packed(latents, range(0, 12)), packed(latents, range(7, 12))
+    assert equal(whole[7:], late)
+    assert not equal(whole[0][0], whole[1][0])
+    assert not equal(whole[0][0], packed(latents, range(1), seed=4)[0][0])
+
+
+def test_batches_have_one_shape_and_their_counts_match(latents):
+    for batch, sizes in packed(latents, range(6)):
+        assert batch.tokens_BSP.shape == (2, 2, 16, 16) and batch.text_BLE.shape == (2, 2, 128, 1)
+        assert len(sizes) == 4  # rows of a step
+        for row, segments in zip(sizes, batch.segment_BS.reshape(4, 16)):
+            assert np.count_nonzero(segments) == sum(t * h * w // 4 for t, h, w, _ in row)
+            assert segments.max() == len(row)
+
+
+def test_an_epoch_shows_every_clip_once(latents):
+    from minisora_jax.data.packing import PackPlan, token_counts
+
+    plan = PackPlan(*token_counts(latents.sizes, (1, 2, 2)), PACK, 3, 4)
+    seen, step = [], 0
+    while plan.place(step)[0] == 0:
+        seen += [int(i) for row in plan.rows(step) for i in row]
+        step += 1
+    assert len(seen) == len(set(seen)) and len(seen) > 0.9 * len(latents)
+
+
+def test_captions_are_dropped_at_their_rate(latents):
+    empty = sum(int((np.diff(np.r_[0, s]) > 0).sum()) for b, _ in packed(latents, range(1)) for s in b.segment_BS[0])
+    assert empty  # there are segments
+    lengths = {True: [], False: []}
+    for dropped in (True, False):
+        share = 0.999 if dropped else 0.0
+        for batch, _ in packed(latents, range(4), caption_dropout=share):
+            lengths[dropped] += [int((batch.text_segment_BL[0, 0] == 1).sum())]
+    assert set(lengths[True]) == {4} and min(lengths[False]) > 4
+
+
+def test_crops_are_cuts_of_clips():
+    clips = Shapes("train", 20, size_THW=(9, 48, 48))
+    options = dict(crop_THW=(5, 32, 16), batch=3, accumulate=2, seed=0)
+    whole, late = list(crop_batches(clips, range(4), **options)), list(crop_batches(clips, range(2, 4), **options))
+    assert whole[0].shape == (2, 3, 5, 32, 16, 3) and whole[0].dtype == np.uint8
+    assert equal(whole[2:], late)
+    cut = whole[0][0, 0]
+    views = (np.lib.stride_tricks.sliding_window_view(clips[i].frames_THWC, (5, 32, 16), (0, 1, 2)) for i in range(20))
+    assert any((v == cut.transpose(3, 0, 1, 2)).all((3, 4, 5, 6)).any() for v in views)
+
+
+def test_clips_that_are_all_too_small_are_an_error():
+    batches = crop_batches(
+        Shapes("train", 5, size_THW=(5, 32, 32)), range(1), crop_THW=(5, 64, 64), batch=1, accumulate=1, seed=0
+    )
+    with pytest.raises(ValueError, match=r"all smaller than crop_THW=\(5, 64, 64\): lower it"):
+        next(batches)

@@ -1,0 +1,143 @@
+"""The codec's algebra: causal, streaming exactly, frames 1 + 4k <-> latents 1 + k."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from minisora_jax.models.vae import VAE, Conv, VAEConfig, average_down, depth_to_space, duplicate_up, space_to_depth
+
+PLAIN = VAEConfig(base=4, multipliers=(1, 2, 2), residual_blocks=1, time_down=(True, True), latent_channels=3)
+WAN_LIKE = VAEConfig(base=4, multipliers=(1, 1, 2, 2), residual_blocks=1, latent_channels=2)
+TINY = dataclasses.replace(PLAIN, patch=2, shortcuts=True)
+CONFIGS = {"plain": PLAIN, "wan": WAN_LIKE, "tiny": TINY}
+
+
+def make(config: VAEConfig):
+    """(module, parameters with no zeros in them, so that every layer counts)."""
+    vae = VAE(config)
+    params = jax.jit(vae.init)(jax.random.key(0), jnp.zeros((1, 5, 16, 16, 3)))
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    noisy = [p + 0.1 * jax.random.normal(k, p.shape) for p, k in zip(leaves, keys)]
+    return vae, jax.tree.unflatten(tree, noisy)
+
+
+@pytest.fixture(scope="module", params=CONFIGS)
+def codec(request):
+    return make(CONFIGS[request.param])
+
+
+def clip(frames: int, seed: int = 0) -> jax.Array:
+    return jax.random.uniform(jax.random.key(seed), (2, frames, 16, 32, 3), minval=-1.0)
+
+
+@pytest.mark.parametrize("chunks", [(1, 4, 4), (5, 4), (1, 8)])
+def test_streaming_equals_whole(codec, chunks):
+    vae, params = codec
+    x = clip(9)
+    mean, logvar, _ = vae.apply(params, x, method="encode")
+    y, _ = vae.apply(params, mean, method="decode")
+
+    past, parts, at = None, [], 0
+    for n in chunks:
+        *moments, past = vae.apply(params, x[:, at : at + n], past, method="encode")
+        parts.append(moments)
+        at += n
+    for whole, pieces in zip((mean, logvar), zip(*parts)):
+        np.testing.assert_allclose(jnp.concatenate(pieces, axis=1), whole, rtol=0, atol=1e-5 * np.abs(whole).max())
+
+    past, frames, at = None, [], 0
+    for n in chunks:
+        latents = 1 + (n - 1) // 4 if at == 0 else n // 4
+        part, past = vae.apply(params, mean[:, at : at + latents], past, method="decode")
+        assert part.shape[1] == n
+        frames.append(part)
+        at += latents
+    np.testing.assert_allclose(jnp.concatenate(frames, axis=1), y, rtol=0, atol=1e-5 * np.abs(y).max())
+
+
+def test_the_future_changes_nothing_before_it(codec):
+    vae, params = codec
+    x = clip(9)
+    other = x.at[:, 5:].set(clip(9, seed=1)[:, 5:])
+    mean, changed = (vae.apply(params, v, method="encode")[0] for v in (x, other))
+    np.testing.assert_allclose(mean[:, :2], changed[:, :2], atol=1e-6)
+    assert np.abs(mean[:, 2] - changed[:, 2]).max() > 1e-3
+    y, changed = (vae.apply(params, z, method="decode")[0] for z in (mean, mean.at[:, 2].add(1.0)))
+    np.testing.assert_allclose(y[:, :5], changed[:, :5], atol=1e-6)
+    assert np.abs(y[:, 5:] - changed[:, 5:]).max() > 1e-3
+
+
+def test_an_image_is_the_first_frame_of_a_clip(codec):
+    vae, params = codec
+    x = clip(5)
+    image, video = (vae.apply(params, v, method="encode")[0] for v in (x[:, :1], x))
+    assert image.shape[1] == 1
+    np.testing.assert_allclose(image, video[:, :1], atol=1e-6)
+
+
+@pytest.mark.parametrize("frames", [1, 5, 13])
+def test_shapes_are_those_announced(codec, frames):
+    vae, params = codec
+    x = clip(frames)
+    mean, logvar, _ = jax.eval_shape(lambda: vae.apply(params, x, method="encode"))
+    size = vae.config.latent_size(x.shape[1:4])
+    assert mean.shape == logvar.shape == (2, *size, vae.config.latent_channels)
+    y = jax.eval_shape(lambda: vae.apply(params, jnp.zeros(mean.shape), method="decode")[0])
+    assert y.shape == x.shape
+
+
+@given(st.integers(0, 40), st.integers(1, 40), st.integers(1, 40), st.sampled_from(sorted(CONFIGS)))
+def test_sizes_go_there_and_back(k, h, w, name):
+    config = CONFIGS[name]
+    pixels = config.pixel_size((1 + k, h, w))
+    assert pixels == (1 + 4 * k, h * config.space_factor, w * config.space_factor)
+    assert config.latent_size(pixels) == (1 + k, h, w)
+
+
+def test_sizes_off_the_grid_name_the_fix():
+    with pytest.raises(ValueError, match=r"frames=16 must be 1 \+ 4\*k; use 13 or 17"):
+        TINY.latent_size((16, 32, 32))
+    with pytest.raises(ValueError, match="height=20 must be a multiple of 8"):
+        TINY.latent_size((17, 20, 32))
+    with pytest.raises(ValueError, match="time_down"):
+        dataclasses.replace(PLAIN, time_down=(True,))
+
+
+@pytest.mark.parametrize("kernel, stride", [((3, 3, 3), (1, 1)), ((3, 1, 1), (2, 1)), ((1, 3, 3), (1, 2))])
+def test_stacked_taps_are_a_3d_convolution(kernel, stride):
+    x = jax.random.normal(jax.random.key(0), (2, 7, 6, 8, 5))
+    conv = Conv(4, kernel, stride=stride)
+    params = conv.init(jax.random.key(1), x)
+    space = ((kernel[1] - 1) // 2,) * 2
+    reference = jax.lax.conv_general_dilated(
+        x,
+        params["params"]["kernel"],
+        (stride[0], stride[1], stride[1]),
+        ((0, 0), space, space),
+        dimension_numbers=("NDHWC", "DHWIO", "NDHWC"),
+    )
+    np.testing.assert_allclose(conv.apply(params, x), reference, atol=1e-5)
+
+
+def test_space_to_depth_inverts():
+    x = jax.random.normal(jax.random.key(0), (1, 2, 4, 6, 3))
+    deep = space_to_depth(x, 2)
+    assert deep.shape == (1, 2, 2, 3, 12)
+    np.testing.assert_array_equal(deep[0, 0, 0, 0].reshape(2, 2, 3), x[0, 0, :2, :2])
+    np.testing.assert_array_equal(depth_to_space(deep, 2), x)
+
+
+def test_shortcuts_keep_means_and_values():
+    x = jnp.ones((1, 5, 4, 4, 4)) * jnp.arange(4.0)
+    down = average_down(x, 2, 16)
+    assert down.shape == (1, 3, 2, 2, 16)
+    np.testing.assert_allclose(down[:, 1:].mean(-1), 1.5)  # every group averages all-present neighbours
+    up = duplicate_up(jnp.arange(3.0).reshape(1, 3, 1, 1, 1) + jnp.zeros((1, 3, 2, 2, 8)), 2, 4, first=True)
+    assert up.shape == (1, 5, 4, 4, 4)
+    np.testing.assert_array_equal(up[0, :, 0, 0, 0], [0, 1, 1, 2, 2])
