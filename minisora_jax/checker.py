@@ -66,7 +66,8 @@ def check(frames_THWC: np.ndarray, caption: str) -> dict[str, bool]:
 def observe(frames_THWC: np.ndarray, count: int = 1) -> list[Seen]:
     """The `count` most prominent objects of a clip, largest first (fewer where fewer are seen)."""
     x = frames_THWC.astype(np.float32)
-    gap = np.linalg.norm(x[..., None, :] - _PALETTE, axis=-1)  # (T, H, W, colours)
+    # Distances to the palette, (T, H, W, colours), from |a - b|^2 = a a - 2 a b + b b
+    gap = np.sqrt(np.maximum((x * x).sum(-1, keepdims=True) - 2 * x @ _PALETTE.T + (_PALETTE**2).sum(-1), 0.0))
     nearest = np.argmin(gap, axis=-1)
     sure = (np.min(gap, axis=-1) < 70.0) & (nearest < _OBJECTS)
     totals = np.bincount(nearest[sure], minlength=_OBJECTS)[:_OBJECTS]
@@ -109,24 +110,24 @@ def _near_the_blob(cover_THW: np.ndarray) -> np.ndarray:
     """Coverage without specks far from the frame's main blob."""
     T, H, W = cover_THW.shape
     y, x = np.mgrid[0:H, 0:W] + 0.5
-    box = np.stack([_blur(c) for c in cover_THW])
+    box = _blur(cover_THW, 2)
     peak = box.reshape(T, -1).argmax(1)
     py, px = (peak // W + 0.5)[:, None, None], (peak % W + 0.5)[:, None, None]
     radius = np.sqrt(np.maximum(cover_THW.sum((1, 2)), 4.0))[:, None, None]
     return np.where(np.hypot(x - px, y - py) < 1.6 * radius + 2.0, cover_THW, 0.0)
 
 
-def _blur(image_HW: np.ndarray, k: int = 2) -> np.ndarray:
-    """Mean over (2k + 1)^2 neighbours."""
-    sums = np.pad(np.pad(image_HW, k).cumsum(0).cumsum(1), ((1, 0), (1, 0)))
+def _blur(image: np.ndarray, k: int) -> np.ndarray:
+    """Mean over (2k + 1)^2 neighbours, (..., H, W)."""
+    sums = np.pad(image, [(0, 0)] * (image.ndim - 2) + [(k + 1, k)] * 2).cumsum(-2).cumsum(-1)
     n = 2 * k + 1
-    return (sums[n:, n:] - sums[:-n, n:] - sums[n:, :-n] + sums[:-n, :-n]) / n**2
+    return (sums[..., n:, n:] - sums[..., :-n, n:] - sums[..., n:, :-n] + sums[..., :-n, :-n]) / n**2
 
 
 def _shape(cover, path, area_T, visible_T, wall_W) -> str:
     """The shape whose drawing overlaps the blob best over the clear frames, at the blob's place.
 
-    Drawings of a few sizes and edge widths are tried, since a codec or a model may soften edges.
+    Drawings of a few sizes are tried, sharp and blurred, since a codec or a model may soften edges and corners.
     """
     clear = visible_T & (area_T >= 0.6 * area_T.max())
     if wall_W.any():  # the whole blob in sight of the wall
@@ -144,9 +145,8 @@ def _shape(cover, path, area_T, visible_T, wall_W) -> str:
         radius = np.sqrt(area_T[clear] / _UNIT_AREA[shape])[:, None, None]
         overlaps = []
         for scale in (0.92, 1.0, 1.08):
-            edge = distance(shape, dx, dy, radius * scale)
-            for softness in (1.0, 2.5):
-                drawn = np.clip(0.5 - edge / softness, 0.0, 1.0)
+            sharp = np.clip(0.5 - distance(shape, dx, dy, radius * scale), 0.0, 1.0)
+            for drawn in (sharp, _blur(sharp, 1), _blur(_blur(sharp, 1), 1)):
                 overlaps.append(np.minimum(drawn, c).sum((1, 2)) / np.maximum(drawn, c).sum((1, 2)))
         scores[shape] = float(np.mean(np.max(overlaps, axis=0)))
     best = max(scores, key=scores.get)

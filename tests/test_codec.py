@@ -4,12 +4,14 @@ import dataclasses
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from minisora_jax.bundled import CODEC, MODEL
 from minisora_jax.data.shapes import Shapes
-from minisora_jax.models.codec import Codec
+from minisora_jax.models.codec import Codec, to_float
+from minisora_jax.models.vae import VAE as VideoVAE
 from minisora_jax.models.vae import VAEConfig
 from minisora_jax.train.codec_task import CodecTask, reconstruct, train_codec
 from minisora_jax.train.loop import RunConfig
@@ -74,6 +76,18 @@ def test_streaming_decodes_what_whole_decoding_does(trained):
     chunks = list(codec.stream(mean))
     assert [c.shape[1] for c in chunks] == [1, 2, 2]
     np.testing.assert_array_equal(np.concatenate(chunks, axis=1), codec.decode(mean))
+
+
+def test_the_bundled_codec_streams_to_a_hundred_thousandth():
+    codec = Codec.load(CODEC)
+    vae, clip = VideoVAE(codec.config), Shapes("heldout", 1, size_THW=(9, 32, 48))[0]
+    mean, _, _ = vae.apply(codec.params, to_float(jnp.asarray(clip.frames_THWC[None])), method="encode")
+    whole, _ = vae.apply(codec.params, mean, method="decode")
+    past, parts = None, []
+    for i in range(mean.shape[1]):
+        part, past = vae.apply(codec.params, mean[:, i : i + 1], past, method="decode")
+        parts.append(part)
+    np.testing.assert_allclose(jnp.concatenate(parts, axis=1), whole, rtol=0, atol=1e-5)
 
 
 def test_scores_are_the_textbooks():

@@ -13,8 +13,8 @@ from minisora_jax.diffusion.loss import flow_matching_loss
 from minisora_jax.diffusion.time import TimeConfig
 from minisora_jax.models.dit import DiT, DiTConfig
 from minisora_jax.models.text import encode_bytes
-from minisora_jax.models.vae import VAEConfig
-from minisora_jax.parallel.mesh import MeshConfig, make_mesh, place
+from minisora_jax.models.vae import VAE, VAEConfig
+from minisora_jax.parallel.mesh import BATCH, MeshConfig, make_mesh, place
 from minisora_jax.train.codec_task import CodecTask, loss_terms
 from minisora_jax.train.optim import OptimConfig, learning_rate, make_optimizer
 from minisora_jax.train.step import init_state, train_step
@@ -160,8 +160,6 @@ def test_the_codecs_loss_is_the_same_on_eight_devices():
     )
     task = CodecTask(vae=vae, crop_THW=(5, 8, 8), batch=8)
     frames = np.random.default_rng(0).integers(0, 256, (8, 5, 8, 8, 3)).astype(np.uint8)
-    from minisora_jax.models.vae import VAE
-
     params = jax.device_get(jax.jit(VAE(vae).init)(jax.random.key(0), jnp.zeros((1, 5, 8, 8, 3))))
 
     def value_and_grad(mesh):
@@ -170,7 +168,8 @@ def test_the_codecs_loss_is_the_same_on_eight_devices():
             return jnp.sum(values * weights)
 
         with jax.set_mesh(mesh):
-            return jax.device_get(jax.jit(jax.value_and_grad(loss))(params, place(frames, mesh, P(("data", "fsdp")))))
+            placed = jax.tree.map(jnp.asarray, params), place(frames, mesh, BATCH)
+            return jax.device_get(jax.jit(jax.value_and_grad(loss))(*placed))
 
     (one, grad), (eight, grad_8) = (
         value_and_grad(make_mesh(MeshConfig(), d)) for d in (jax.devices()[:1], jax.devices())

@@ -1,7 +1,7 @@
 """Which noise levels to train on, and which to sample at.
 
 u ~ N(mean, std),  t = sigmoid(u)                      logit-normal (Esser et al. 2024, arXiv:2403.03206, eq. 19)
-t' = s t / (1 + (s - 1) t),  s = sqrt(n / n_base)      shift by token count (same paper, eq. 23): n tokens of one
+t' = s t / (s t + 1 - t),      s = sqrt(n / n_base)      shift by token count (same paper, eq. 23): n tokens of one
                                                        clip carry more redundant signal, so need more noise
 """
 
@@ -30,7 +30,7 @@ def shift(time: jax.Array, tokens: jax.Array, base_tokens: int) -> jax.Array:
     if not base_tokens:
         return time
     s = jnp.sqrt(jnp.maximum(tokens, 1) / base_tokens)
-    return s * time / (1.0 + (s - 1.0) * time)
+    return s * time / (s * time + (1.0 - time))
 
 
 def tokens_of_segment(batch: PackedBatch) -> jax.Array:

@@ -22,6 +22,8 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
+from minisora_jax.parallel.mesh import unfold
+
 
 @dataclasses.dataclass(frozen=True)
 class VAEConfig:
@@ -121,7 +123,7 @@ class Conv(nn.Module):
         y = jax.lax.conv_general_dilated(
             x, kernel, (self.stride[1],) * 2, (pad, pad), dimension_numbers=("NHWC", "HWIO", "NHWC")
         )
-        return y.reshape(B, frames, *y.shape[1:]) + bias.astype(x.dtype)
+        return unfold(y, x_BTHWC) + bias.astype(x.dtype)
 
 
 class CausalConv(nn.Module):
@@ -170,7 +172,7 @@ class FrameAttention(nn.Module):
         qkv = Conv(3 * C, (1, 1, 1), name="qkv")(ChannelNorm(name="norm")(x_BTHWC))
         qkv = rearrange(rearrange(qkv, "b t h w c -> b t (h w) c"), "b t s c -> (b t) s 1 c")
         out = jax.nn.dot_product_attention(*jnp.split(qkv, 3, axis=-1))
-        out = rearrange(rearrange(out, "(b t) s 1 c -> b t s c", b=B), "b t (h w) c -> b t h w c", h=H)
+        out = rearrange(unfold(out, x_BTHWC), "b t (h w) 1 c -> b t h w c", h=H)
         return x_BTHWC + Conv(C, (1, 1, 1), name="out", zero_init=True)(out)
 
 

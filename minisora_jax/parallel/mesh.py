@@ -14,6 +14,7 @@ import dataclasses
 import math
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -84,6 +85,13 @@ def like(x: jax.Array, other: jax.Array) -> jax.Array:
         return x
     spec = jax.typeof(other).sharding.spec
     return jax.sharding.reshard(x, P(*(spec[i] if i < len(spec) else None for i in range(x.ndim))))
+
+
+def unfold(x: jax.Array, other: jax.Array) -> jax.Array:
+    """(B * T, ...) -> (B, T, ...), B laid out as in `other` (B, ...): undoes a fold of frames into rows."""
+    shape = (other.shape[0], -1, *x.shape[1:])
+    spec = None if jax.sharding.get_abstract_mesh().empty else P(jax.typeof(other).sharding.spec[0])
+    return jnp.reshape(x, shape, out_sharding=spec)
 
 
 def fsdp_spec(shape: tuple[int, ...], axis: int) -> P:

@@ -53,7 +53,7 @@ def loss_terms(task: CodecTask, params, frames_BTHWC, key):
         mean, logvar = jax.lax.stop_gradient((mean, logvar))
     z = mean + jnp.exp(0.5 * logvar) * like(jax.random.normal(key, mean.shape), mean)
     y, _ = vae.apply(params, z, method="decode")
-    per_clip = lambda v: jnp.mean(v.reshape(v.shape[0], -1), axis=1)
+    per_clip = lambda v: jnp.mean(v, axis=range(1, v.ndim))
     l1, l2 = per_clip(jnp.abs(x - y)), per_clip((x - y) ** 2)
     kl = per_clip(0.5 * (mean**2 + jnp.exp(logvar) - 1.0 - logvar))
     terms = {"loss": l1 + 0.5 * task.l2 * l2 + task.kl * kl, "l1": l1, "mse": l2, "kl": kl}
