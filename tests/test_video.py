@@ -6,6 +6,7 @@ import pytest
 from PIL import Image
 
 from minisora_jax.data import video
+from minisora_jax.data.contact_sheet import contact_sheet
 
 
 def moving_square(T=9, H=48, W=64):
@@ -182,7 +183,7 @@ def test_contact_sheet_shows_every_clip(tmp_path):
         (moving_square(T=1, H=32, W=32), "a photo"),
         (np.zeros((5, 300, 200, 3), np.uint8), ""),
     ]
-    video.contact_sheet(tmp_path / "sheet.png", clips, columns_of_frames=4)
+    contact_sheet(tmp_path / "sheet.png", clips, columns_of_frames=4)
     sheet = np.asarray(Image.open(tmp_path / "sheet.png"))
     red = (sheet == (220, 60, 40)).all(-1)
     assert red.sum() >= 5 * 16 * 16  # four frames of the first clip and one of the second, at least at full size

@@ -26,8 +26,9 @@ def run(args, _):
     since = time.perf_counter()
     from minisora_jax.bundled import CODEC, MODEL
     from minisora_jax.checker import check
+    from minisora_jax.data.contact_sheet import contact_sheet
     from minisora_jax.data.shapes import FPS, caption, sample_scene
-    from minisora_jax.data.video import contact_sheet, write_video
+    from minisora_jax.data.video import write_video
     from minisora_jax.generate import Generator, Request
 
     generator = Generator.load(MODEL, CODEC)

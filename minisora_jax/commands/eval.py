@@ -31,7 +31,7 @@ def add_arguments(parser):
 
 def run(args, _):
     from minisora_jax.bundled import CODEC, MODEL
-    from minisora_jax.data.video import contact_sheet
+    from minisora_jax.data.contact_sheet import contact_sheet
     from minisora_jax.evaluate import evaluate_codec, evaluate_model
     from minisora_jax.generate import Generator
     from minisora_jax.models.codec import Codec

@@ -38,7 +38,8 @@ def run(args, _):
     size_HW = parse_size(args.size)
 
     from minisora_jax.bundled import CODEC, MODEL
-    from minisora_jax.data.video import contact_sheet, write_video
+    from minisora_jax.data.contact_sheet import contact_sheet
+    from minisora_jax.data.video import write_video
     from minisora_jax.generate import Generator, Request
 
     generator = Generator.load(args.model or MODEL, args.codec or CODEC)

@@ -45,7 +45,7 @@ def sample_videos(task, codec, prompts, workdir):
     """A `sample` for `train`: each prompt of the config as a TensorBoard video, and all on one contact sheet."""
     import jax
 
-    from minisora_jax.data.video import contact_sheet
+    from minisora_jax.data.contact_sheet import contact_sheet
     from minisora_jax.generate import Generator, Request
 
     requests = [Request(p["prompt"], tuple(p["size_THW"]), seed=i) for i, p in enumerate(prompts)]
