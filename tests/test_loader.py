@@ -8,10 +8,10 @@ from train_tiny import make_cache
 from minisora_jax.data.known import KnownConfig
 from minisora_jax.data.latents import Latents
 from minisora_jax.data.loader import crop_batches, packed_batches
-from minisora_jax.data.packing import PackConfig
+from minisora_jax.data.packing import PackConfig, PackPlan, token_counts
 from minisora_jax.data.shapes import Shapes
 
-OPTIONS = dict(patch=(1, 2, 2), known=KnownConfig(), caption_dropout=0.2, accumulate=2, seed=3)
+PATCH = (1, 2, 2)
 PACK = PackConfig(tokens=16, text_tokens=128, slots=8, rows=2)
 
 
@@ -22,8 +22,13 @@ def latents(tmp_path_factory):
     return Latents(directory)
 
 
-def packed(latents, steps, **changes):
-    return list(packed_batches(latents, steps, **(OPTIONS | {"pack": PACK} | changes)))
+def plan(latents, seed: int = 3) -> PackPlan:
+    return PackPlan(*token_counts(latents.sizes, PATCH), PACK, seed, per_step=4)
+
+
+def packed(latents, steps, seed: int = 3, dropout: float = 0.2):
+    options = dict(patch=PATCH, known=KnownConfig(), caption_dropout=dropout)
+    return list(packed_batches(latents, plan(latents, seed), steps, **options))
 
 
 def equal(a, b):
@@ -47,12 +52,9 @@ def test_batches_have_one_shape_and_their_counts_match(latents):
 
 
 def test_an_epoch_shows_every_clip_once(latents):
-    from minisora_jax.data.packing import PackPlan, token_counts
-
-    plan = PackPlan(*token_counts(latents.sizes, (1, 2, 2)), PACK, 3, 4)
-    seen, step = [], 0
-    while plan.place(step)[0] == 0:
-        seen += [int(i) for row in plan.rows(step) for i in row]
+    seen, step, planned = [], 0, plan(latents)
+    while planned.place(step)[0] == 0:
+        seen += [int(i) for row in planned.rows(step) for i in row]
         step += 1
     assert len(seen) == len(set(seen)) and len(seen) > 0.9 * len(latents)
 
@@ -63,7 +65,7 @@ def test_captions_are_dropped_at_their_rate(latents):
     lengths = {True: [], False: []}
     for dropped in (True, False):
         share = 0.999 if dropped else 0.0
-        for batch, _ in packed(latents, range(4), caption_dropout=share):
+        for batch, _ in packed(latents, range(4), dropout=share):
             lengths[dropped] += [int((batch.text_segment_BL[0, 0] == 1).sum())]
     assert set(lengths[True]) == {4} and min(lengths[False]) > 4
 

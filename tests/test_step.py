@@ -130,6 +130,7 @@ def train_on(mesh_config: MeshConfig, devices, optim: OptimConfig, steps: int = 
         step = jax.jit(functools.partial(train_step, loss_fn=loss_fn, optimizer=optimizer, config=optim))
         for _ in range(steps):
             state, metrics = step(state, place(batch, mesh), jax.random.key(1))
+        assert step._cache_size() == 1  # a state of other types would be compiled for again, minutes for a large model
         specs = jax.tree.map(lambda p: p.sharding.spec, state.params)
     return jax.device_get(state), jax.device_get(metrics), specs
 
@@ -176,6 +177,23 @@ def test_the_codecs_loss_is_the_same_on_eight_devices():
     )
     np.testing.assert_allclose(eight, one, rtol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4 * (np.abs(a).max() + 1e-3)), grad, grad_8)
+
+
+def test_a_codecs_state_keeps_its_types():
+    task = CodecTask(
+        vae=VAEConfig(base=4, multipliers=(1, 2), residual_blocks=1, time_down=(True,)), crop_THW=(5, 8, 8)
+    )
+    optimizer = make_optimizer(task.run.optim, 100)
+    frames = jnp.zeros((1, 2, 5, 8, 8, 3), jnp.uint8)
+    loss_fn = lambda params, frames, key: loss_terms(task, params, frames, key)
+
+    def two(key):
+        state = init_state(VAE(task.vae).init(key, jnp.zeros((1, 5, 8, 8, 3))), optimizer)
+        return state, train_step(state, frames, key, loss_fn=loss_fn, optimizer=optimizer, config=task.run.optim)[0]
+
+    before, after = jax.eval_shape(two, jax.random.key(0))
+    kinds = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype, x.weak_type), tree)
+    assert kinds(before) == kinds(after)
 
 
 def test_meshes_that_do_not_fit_are_refused():

@@ -14,7 +14,7 @@ import numpy as np
 
 from minisora_jax.data.known import KnownConfig
 from minisora_jax.data.latents import Latents
-from minisora_jax.data.packing import PackConfig, PackPlan, pack_segments, token_counts, training_segment
+from minisora_jax.data.packing import PackPlan, pack_segments, training_segment
 from minisora_jax.types import Clip, PackedBatch
 
 
@@ -59,17 +59,15 @@ def crop_batches(
 
 def packed_batches(
     latents: Latents,
+    plan: PackPlan,
     steps: range,
     *,
-    pack: PackConfig,
     patch: tuple[int, int, int],
     known: KnownConfig,
     caption_dropout: float,
-    accumulate: int,
-    seed: int,
 ) -> Iterator[tuple[PackedBatch, list[np.ndarray]]]:
     """(PackedBatch (A, B, ...), the (t, h, w, L) of the clips of each of the step's rows on all hosts), one a step."""
-    plan = PackPlan(*token_counts(latents.sizes, patch), pack, seed, accumulate * pack.rows)
+    pack, seed, accumulate = plan.config, plan.seed, plan.per_step // plan.config.rows
 
     def segment(epoch: int, i: int):
         # Seeded by the clip and the epoch, never by its place, so that packing changes nothing about a clip.

@@ -285,7 +285,7 @@ class Encoder(nn.Module):
         x = nn.silu(ChannelNorm(name="norm_out")(x))
         x = CausalConv(2 * cfg.latent_channels, name="conv_out")(x, history)
         # A narrow posterior to begin with: at unit width its noise would hide the first thousand steps' signal.
-        narrow = lambda key, shape: jnp.where(jnp.arange(shape[0]) < cfg.latent_channels, 0.0, -6.0)
+        narrow = lambda key, shape: -6.0 * (jnp.arange(shape[0]) >= cfg.latent_channels).astype(jnp.float32)
         return Conv(2 * cfg.latent_channels, (1, 1, 1), bias_init=narrow, name="moments")(x)
 
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from minisora_jax.data.known import KnownConfig
 from minisora_jax.data.loader import packed_batches
-from minisora_jax.data.packing import PackConfig, Segment, pack_segments
+from minisora_jax.data.packing import PackConfig, PackPlan, Segment, pack_segments, token_counts
 from minisora_jax.diffusion.loss import flow_matching_loss
 from minisora_jax.diffusion.time import TimeConfig
 from minisora_jax.models.dit import DiT, DiTConfig
@@ -64,10 +64,13 @@ def train_diffusion(
         params = model.init(key, batch.tokens_BSP, jnp.zeros((1, 1)), batch)
         return jax.tree.map(_in_place_of, start, params) if start else params
 
+    rows_per_step = task.run.optim.accumulate * task.pack.rows
+    plan = PackPlan(*token_counts(latents.sizes, task.dit.patch), task.pack, task.run.seed, rows_per_step)
+    plan.place(0)  # raises now where the clips do not fill a step
+
     def batches(start: int) -> Iterator:
-        options = {"pack": task.pack, "patch": task.dit.patch, "known": task.known}
-        options |= {"caption_dropout": task.caption_dropout, "accumulate": task.run.optim.accumulate}
-        for batch, rows in packed_batches(latents, range(start, task.run.steps), seed=task.run.seed, **options):
+        options = {"patch": task.dit.patch, "known": task.known, "caption_dropout": task.caption_dropout}
+        for batch, rows in packed_batches(latents, plan, range(start, task.run.steps), **options):
             yield batch, count_work(task.dit, task.pack, rows)
 
     state = train(

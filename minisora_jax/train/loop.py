@@ -74,7 +74,9 @@ def train(
         _refuse_another_config(workdir, describe)
         key = jax.random.key(config.seed)
         optimizer = make_optimizer(config.optim, config.steps)
-        init = jax.jit(lambda k: init_state(init_params(k), optimizer))
+        # It runs once: on CPUs, LLVM's optimisation of the random draws would take minutes and save nothing.
+        quick = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
+        init = jax.jit(lambda k: init_state(init_params(k), optimizer), compiler_options=quick)
         checkpoints = stack.enter_context(contextlib.closing(Checkpoints(workdir / "checkpoints", keep=config.keep)))
         if checkpoints.latest() is None:
             state = init(jax.random.fold_in(key, 2**31 - 1))

@@ -89,10 +89,10 @@ def _matrix_axes(params):
 
 def _on_whole_matrices(inner: optax.GradientTransformation) -> optax.GradientTransformation:
     """`inner` on gradients and parameters gathered to every device, its updates cut up again as the parameters are."""
-    gather = lambda tree: jax.tree.map(lambda x: shard(x, P()), tree)
+    gather = lambda tree: jax.tree.map(lambda x: shard(x, P(*(None,) * x.ndim)), tree)
 
     def update(grads, state, params):
         updates, state = inner.update(gather(grads), state, gather(params))
         return jax.tree.map(like, updates, params), state
 
-    return optax.GradientTransformation(lambda params: inner.init(gather(params)), update)
+    return optax.GradientTransformation(lambda params: gather(inner.init(gather(params))), update)
