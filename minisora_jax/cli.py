@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import keyword
 import os
 import sys
 
@@ -14,6 +15,8 @@ VERBS = {
     "encode": "turn a data set into a latent cache with a trained codec",
     "train": "train the diffusion transformer on a latent cache",
     "generate": "make videos and images from prompts",
+    "import": "turn published weights into a model of this project",
+    "export": "write a model in the published layout",
     "eval": "score a codec (PSNR, SSIM) or a model (does the video show what its caption says?)",
 }
 
@@ -53,7 +56,8 @@ def main(argv: list[str] | None = None) -> int:
     verb, rest = argv[0], argv[1:]
     if verb not in VERBS:
         top.error(f"unknown verb {verb!r}; the verbs are {', '.join(VERBS)}")
-    command = importlib.import_module(f"minisora_jax.commands.{verb.replace('-', '_')}")
+    module = verb.replace("-", "_") + ("_" if keyword.iskeyword(verb) else "")
+    command = importlib.import_module(f"minisora_jax.commands.{module}")
     parser = argparse.ArgumentParser(
         prog=f"minisora {verb}", description=command.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

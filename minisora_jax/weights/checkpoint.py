@@ -1,0 +1,136 @@
+"""Published checkpoint files, read one tensor at a time.
+
+    model.safetensors | a directory | model.safetensors.index.json (sharded) | model.pth, .pt, .bin (torch's zip format)
+
+Nothing is held but the tensor asked for: a 14 B model needs no second copy in memory. Torch files are read without
+torch: a zip of raw storages and a pickle of views on them, of which only tensors in containers are accepted.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import zipfile
+from collections import OrderedDict
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+from safetensors import safe_open
+
+_TORCH_DTYPES = {
+    "DoubleStorage": np.float64,
+    "FloatStorage": np.float32,
+    "HalfStorage": np.float16,
+    "BFloat16Storage": ml_dtypes.bfloat16,
+    "LongStorage": np.int64,
+    "IntStorage": np.int32,
+    "BoolStorage": np.bool_,
+}
+
+
+class CheckpointError(ValueError):
+    """A checkpoint cannot be read, or does not hold what its family says."""
+
+
+class Checkpoint:
+    """The tensors of a checkpoint by name. `names` is known at once; `read` takes one from disk."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self._where = {name: file for file in _files(self.path) for name in file.names}
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._where)
+
+    def read(self, name: str) -> np.ndarray:
+        return self._where[name].read(name)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._where[name].shape(name)
+
+
+def _files(path: Path) -> list:
+    if path.is_dir():
+        for pattern in ("*.index.json", "*.safetensors", "*.bin", "*.pth", "*.pt"):
+            if found := sorted(path.glob(pattern)):
+                return [f for p in found for f in _files(p)]
+        raise CheckpointError(f"{path} has no checkpoint: no *.safetensors, *.index.json, *.bin, *.pth or *.pt in it")
+    if not path.exists():
+        raise FileNotFoundError(f"no checkpoint {path}")
+    if path.name.endswith(".index.json"):
+        shards = sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
+        if missing := [s for s in shards if not (path.parent / s).exists()]:
+            raise CheckpointError(f"{path} names {len(missing)} shards that are not beside it, {missing[0]} first")
+        return [f for s in shards for f in _files(path.parent / s)]
+    return [_Safetensors(path) if path.suffix == ".safetensors" else _TorchFile(path)]
+
+
+class _Safetensors:
+    def __init__(self, path: Path):
+        try:
+            self._file = safe_open(path, framework="numpy")
+        except Exception as error:
+            raise CheckpointError(f"{path} is not a whole safetensors file: {error}") from error
+        self.names = list(self._file.keys())
+
+    def read(self, name: str) -> np.ndarray:
+        return self._file.get_tensor(name)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._file.get_slice(name).get_shape())
+
+
+class _TorchFile:
+    def __init__(self, path: Path):
+        if not zipfile.is_zipfile(path):
+            raise CheckpointError(f"{path} is not a torch file of the zip format (torch >= 1.6), or is cut short")
+        self._zip = zipfile.ZipFile(path)
+        member = next(n for n in self._zip.namelist() if n.endswith("data.pkl"))
+        self._root = member.removesuffix("data.pkl")
+        tree = _TensorUnpickler(self._zip.open(member)).load()
+        while isinstance(tree, dict) and len(tree) and not any(isinstance(v, _View) for v in tree.values()):
+            inner = [tree[k] for k in ("state_dict", "model", "module", "ema") if isinstance(tree.get(k), dict)]
+            if not inner:
+                raise CheckpointError(f"{path} holds no tensors by name: its keys are {list(tree)[:8]}")
+            tree = inner[0]
+        self._views = {k: v for k, v in tree.items() if isinstance(v, _View)}
+        self.names = list(self._views)
+
+    def read(self, name: str) -> np.ndarray:
+        view = self._views[name]
+        flat = np.frombuffer(self._zip.read(f"{self._root}data/{view.storage[0]}"), view.storage[1])
+        strides = [s * flat.itemsize for s in view.stride]
+        return np.lib.stride_tricks.as_strided(flat[view.offset :], view.shape, strides, writeable=False)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._views[name].shape
+
+
+class _View:
+    """A tensor of a torch file: (key, dtype) of its storage, and its place in it."""
+
+    def __init__(self, storage, offset, shape, stride, *_):
+        self.storage, self.offset, self.shape, self.stride = storage, offset, tuple(shape), tuple(stride)
+
+
+class _TensorUnpickler(pickle.Unpickler):
+    """Accepts tensors in plain containers; anything else in the file could run code, and is refused."""
+
+    _ALLOWED = {
+        ("collections", "OrderedDict"): OrderedDict,
+        ("torch._utils", "_rebuild_tensor_v2"): _View,
+        ("torch._utils", "_rebuild_parameter"): lambda view, *_: view,
+    }
+
+    def find_class(self, module, name):
+        if module == "torch" and name in _TORCH_DTYPES:
+            return _TORCH_DTYPES[name]
+        if (module, name) not in self._ALLOWED:
+            raise CheckpointError(f"the torch file asks for {module}.{name}: only tensors by name are read")
+        return self._ALLOWED[module, name]
+
+    def persistent_load(self, storage):
+        _, dtype, key, _, _ = storage  # "storage", its type, its key, its device, its length
+        return key, dtype
