@@ -87,6 +87,13 @@ def like(x: jax.Array, other: jax.Array) -> jax.Array:
     return jax.sharding.reshard(x, P(*(spec[i] if i < len(spec) else None for i in range(x.ndim))))
 
 
+def lookup(table: jax.Array, ids: jax.Array) -> jax.Array:
+    """table[ids], laid out as `ids`; (V, D), (...) -> (..., D). The table must be whole on every device."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return table[ids]
+    return table.at[ids].get(out_sharding=P(*jax.typeof(ids).sharding.spec, None))
+
+
 def unfold(x: jax.Array, other: jax.Array) -> jax.Array:
     """(B * T, ...) -> (B, T, ...), B laid out as in `other` (B, ...): undoes a fold of frames into rows."""
     shape = (other.shape[0], -1, *x.shape[1:])

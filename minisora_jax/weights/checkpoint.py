@@ -44,6 +44,9 @@ class Checkpoint:
     def names(self) -> list[str]:
         return list(self._where)
 
+    def __contains__(self, name: str) -> bool:
+        return name in self._where
+
     def read(self, name: str) -> np.ndarray:
         return self._where[name].read(name)
 

@@ -31,6 +31,7 @@ class Rule:
     pattern: str = ""  # einops, theirs -> ours; "" keeps the axes
     sizes: tuple[tuple[str, int], ...] = ()  # of axes that the pattern splits
     layers: int = 0  # our leading axis stacks this many of theirs
+    aliases: tuple[str, ...] = ()  # other names that the same tensor is stored by
 
     @property
     def names(self) -> list[str]:
@@ -47,14 +48,22 @@ class Rule:
         return rearrange(array, f"{ours}->{theirs}", **named)
 
 
-def import_params(checkpoint: Checkpoint, rules: Sequence[Rule], abstract: Any, *, progress: bool = True) -> Any:
+def import_params(
+    checkpoint: Checkpoint,
+    rules: Sequence[Rule],
+    abstract: Any,
+    *,
+    ignored: tuple[str, ...] = (),
+    progress: bool = True,
+) -> Any:
     """Our parameter tree from a checkpoint, each leaf of `abstract`'s shape, dtype and sharding (where it has one).
 
-    `abstract` is a tree of `jax.ShapeDtypeStruct`s. Tensors are read, placed and dropped one after another.
+    `abstract` is a tree of `jax.ShapeDtypeStruct`s. Tensors are read, placed and dropped one after another. Those whose
+    names begin with one of `ignored` are left alone.
     CheckpointError names every missing and extra tensor, and the first that does not fit.
     """
     targets = traverse_util.flatten_dict(abstract, sep="/")
-    _check_names(checkpoint, rules, targets)
+    _check_names(checkpoint, rules, targets, ignored)
     leaves = {}
     for rule in tqdm(rules, desc="importing", unit="tensor", disable=not progress):
         target = targets[rule.ours]
@@ -62,10 +71,11 @@ def import_params(checkpoint: Checkpoint, rules: Sequence[Rule], abstract: Any, 
     return traverse_util.unflatten_dict(leaves, sep="/")
 
 
-def _check_names(checkpoint: Checkpoint, rules: Sequence[Rule], targets: dict) -> None:
-    wanted = [name for rule in rules for name in rule.names]
+def _check_names(checkpoint: Checkpoint, rules: Sequence[Rule], targets: dict, ignored: tuple[str, ...]) -> None:
     have = set(checkpoint.names)
-    missing, extra = [n for n in wanted if n not in have], sorted(have - set(wanted))
+    missing = [n for rule in rules for n in rule.names if not have & {n, *rule.aliases}]
+    known = {n for rule in rules for n in (*rule.names, *rule.aliases)}
+    extra = sorted(n for n in have - known if not n.startswith(ignored))
     if missing or extra:
         said = [
             f"{len(x)} {kind} ({', '.join(x[:4])}{', ...' if len(x) > 4 else ''})"
@@ -81,6 +91,7 @@ def _check_names(checkpoint: Checkpoint, rules: Sequence[Rule], targets: dict) -
 def _read(checkpoint: Checkpoint, rule: Rule, target) -> np.ndarray:
     layers = []
     for name in rule.names:
+        name = next(n for n in (name, *rule.aliases) if n in checkpoint)
         try:
             layers.append(rule.to_ours(checkpoint.read(name)))
         except Exception as error:
@@ -90,7 +101,7 @@ def _read(checkpoint: Checkpoint, rule: Rule, target) -> np.ndarray:
     array = np.stack(layers) if rule.layers else layers[0]
     if array.shape != target.shape:
         raise CheckpointError(
-            f"{rule.names[0]} of shape {checkpoint.shape(rule.names[0])} gives {rule.ours} the shape {array.shape}, "
+            f"{name} of shape {checkpoint.shape(name)} gives {rule.ours} the shape {array.shape}, "
             f"which is {target.shape} in this preset"
         )
     return array

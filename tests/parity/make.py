@@ -12,15 +12,19 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from random_weights import draw, draw_input
+from random_weights import draw, draw_ids, draw_input
 from safetensors.numpy import save_file
 
 FIXTURES = Path(__file__).with_name("fixtures")
 
 
 def fill(model: torch.nn.Module) -> torch.nn.Module:
+    drawn = set()  # a tied tensor has several names, of which the first counts
     with torch.no_grad():
         for name, tensor in model.state_dict().items():
+            if tensor.data_ptr() in drawn:
+                continue
+            drawn.add(tensor.data_ptr())
             tensor.copy_(torch.from_numpy(draw(name, tuple(tensor.shape))))
     return model.eval()
 
@@ -68,6 +72,44 @@ def wan_vae() -> None:
     save("wan_vae", results, published=names_and_shapes(AutoencoderKLWan))
 
 
+def t5() -> None:
+    from transformers import T5Config, T5EncoderModel, UMT5Config, UMT5EncoderModel
+
+    small = dict(vocab_size=50, d_model=24, d_kv=8, d_ff=40, num_layers=3, num_heads=3, feed_forward_proj="gated-gelu")
+    full = {
+        "t5-v1.1-xxl": T5Config(d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64, **GATED),
+        "byt5-xxl": T5Config(vocab_size=384, d_model=4672, d_kv=64, d_ff=12352, num_layers=36, num_heads=64, **GATED),
+        "umt5-xxl": UMT5Config(vocab_size=256384, d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64),
+    }
+    results, published = {}, {}
+    for family, model_class, config_class in (("t5", T5EncoderModel, T5Config), ("umt5", UMT5EncoderModel, UMT5Config)):
+        model = fill(model_class(config_class(**small)))
+        for length, kept in ((7, 7), (300, 300), (12, 5)):  # 300: beyond the last distance bucket
+            ids = torch.from_numpy(draw_ids(f"ids {length}", (2, length), 50))
+            mask = torch.zeros_like(ids)
+            mask[:, :kept] = 1
+            out = model(input_ids=ids, attention_mask=mask).last_hidden_state[:, :kept]
+            results[f"{family} {length} {kept}"] = out.detach().numpy()
+        ids = torch.from_numpy(draw_ids("ids 7", (2, 7), 50))
+        names = ["shared.weight"]
+        for part in ("SelfAttention.q.weight", "SelfAttention.relative_attention_bias.weight", "layer_norm.weight"):
+            names.append(f"encoder.block.0.layer.0.{part}")
+        names.append("encoder.block.1.layer.1.DenseReluDense.wi_0.weight")
+        loss = (model(input_ids=ids).last_hidden_state ** 2 * weigh((2, 7, 24))).mean()
+        results |= {f"{family} {k}": v for k, v in gradients(model, loss, names).items()}
+    for name, config in full.items():
+        model_class = UMT5EncoderModel if name.startswith("umt5") else T5EncoderModel
+        published[name] = names_and_shapes(lambda model_class=model_class, config=config: model_class(config))
+    save("t5", results, published=published)
+
+
+GATED = dict(feed_forward_proj="gated-gelu")
+
+
+def weigh(shape: tuple[int, ...]) -> torch.Tensor:
+    return torch.from_numpy(draw_input("weights of the loss", shape))
+
+
 def torch_file() -> None:
     """A file of torch's own format, with what occurs in published ones: half precision, views, a nested dict."""
     base = torch.arange(12, dtype=torch.float32).reshape(3, 4)
@@ -87,4 +129,5 @@ def torch_file() -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     wan_vae()
+    t5()
     torch_file()
