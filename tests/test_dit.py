@@ -87,3 +87,19 @@ def test_the_caption_matters(params):
     apply = jax.jit(lambda x: DiT(CONFIG).apply(params, x.tokens_BSP, times(x), x))
     a, b = apply(batch), apply(other)
     assert float(jnp.abs(a - b).max()) > 1e-3
+
+
+def test_bfloat16_computes_on_float32_parameters(params):
+    batch = pack([[0, 1]], 20, 48, 2)
+    half = DiT(dataclasses.replace(CONFIG, dtype="bfloat16"))
+
+    def value_and_grad(model):
+        loss = lambda p: jnp.mean(jnp.sin(model.apply(p, batch.tokens_BSP, times(batch), batch)))
+        return jax.jit(jax.value_and_grad(loss))(params)
+
+    (value, grads), (reference, exact) = value_and_grad(half), value_and_grad(DiT(CONFIG))
+    assert half.apply(params, batch.tokens_BSP, times(batch), batch).dtype == jnp.float32
+    np.testing.assert_allclose(value, reference, atol=0.02)
+    norm = lambda tree: float(jnp.sqrt(sum(jnp.sum(g**2) for g in jax.tree.leaves(tree))))
+    assert {g.dtype for g in jax.tree.leaves(grads)} == {jnp.dtype("float32")}
+    assert norm(jax.tree.map(jnp.subtract, grads, exact)) < 0.1 * norm(exact)
