@@ -177,13 +177,8 @@ def _motion(x, cover, path, area_T, visible_T, wall: bool) -> tuple[str, bool]:
     scroll = _texture_scroll(x, cover)
     if abs(scroll) > 3.0 and abs(way[0] - scroll) < max(3.5, 0.4 * abs(scroll)):
         return ("pan-left" if scroll > 0 else "pan-right"), hidden
-    # Turning around the middle of the path
-    rel = track - (track.max(0) + track.min(0)) / 2
-    reach = np.hypot(*rel.T)
-    if len(seen) >= 6 and reach.min() > 0.45 * reach.max() and reach.max() > 1.5:
-        turn = np.unwrap(np.arctan2(rel[:, 1], rel[:, 0]))
-        if abs(turn[-1] - turn[0]) > 1.25 * np.pi:
-            return "orbit", hidden
+    if len(seen) >= 6 and _turn(track) > 1.25 * np.pi:
+        return "orbit", hidden
     # Coming back along an axis
     steps = np.diff(track, axis=0)
     for axis in (0, 1):
@@ -203,6 +198,20 @@ def _motion(x, cover, path, area_T, visible_T, wall: bool) -> tuple[str, bool]:
         return "unclear", hidden
     unit = way / length
     return max(DIRECTIONS, key=lambda d: float(unit @ np.array(DIRECTIONS[d]) / np.hypot(*DIRECTIONS[d]))), hidden
+
+
+def _turn(track: np.ndarray) -> float:
+    """Radians that a path (T, 2) turns around the circle fitted to it (Kasa 1976); 0 for what is no circle."""
+    away = track - track.mean(0)
+    if np.hypot(*np.ptp(away, axis=0)) < 3.0:
+        return 0.0
+    (x, y, rest), *_ = np.linalg.lstsq(np.c_[2 * away, np.ones(len(away))], (away**2).sum(1), rcond=None)
+    radius = np.sqrt(max(rest + x * x + y * y, 1e-9))
+    spoke = away - (x, y)
+    if np.std(np.hypot(*spoke.T)) > 0.3 * radius:
+        return 0.0
+    angle = np.unwrap(np.arctan2(spoke[:, 1], spoke[:, 0]))
+    return abs(angle[-1] - angle[0])
 
 
 def _texture_scroll(x: np.ndarray, cover: np.ndarray) -> float:
