@@ -80,9 +80,9 @@ class Generator:
         self,
         requests: Sequence[Request],
         *,
-        steps: int = 25,
+        steps: int = 20,
         guidance: float = 3.0,
-        sampler: str = "euler",
+        sampler: str = "heun",
         tokens_at_once: int = 8192,
         progress: bool = True,
     ) -> list[np.ndarray]:

@@ -21,11 +21,11 @@ def add_arguments(parser):
     parser.add_argument("--data", default="shapes:heldout:256", help="clips for `codec` (default shapes:heldout:256)")
     parser.add_argument("--codec", default=None, help="an exported codec (default: the bundled one)")
     parser.add_argument("--model", default=None, help="an exported model (default: the bundled one)")
-    parser.add_argument("--count", type=int, default=256, help="videos made by `model` (default 256)")
+    parser.add_argument("--count", type=int, default=206, help="videos made by `model` (default 206)")
     parser.add_argument("--split", default="heldout", choices=("train", "heldout"), help="of the captions for `model`")
-    parser.add_argument("--steps", type=int, default=25)
+    parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--guidance", type=float, default=3.0)
-    parser.add_argument("--sampler", default="euler", choices=("euler", "heun"))
+    parser.add_argument("--sampler", default="heun", choices=("euler", "heun"))
     parser.add_argument("--out", default="eval", help="directory for scores.json and the contact sheets (default eval)")
 
 

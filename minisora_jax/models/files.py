@@ -24,6 +24,7 @@ def export_model(directory: str | Path, params: Any, config: dict, *, dtype: str
     flat = traverse_util.flatten_dict(jax.device_get(params), sep="/")
     arrays = {k: np.ascontiguousarray(np.asarray(v, dtype)) for k, v in flat.items()}
     save_file(arrays, directory / "model.safetensors.partial")
+    os.chmod(directory / "model.safetensors.partial", 0o644)  # safetensors leaves it to its owner alone
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     (directory / "config.json.partial").write_text(text, encoding="utf-8")
     for name in ("model.safetensors", "config.json"):
