@@ -66,7 +66,7 @@ def test_a_run_killed_at_five_moments_goes_on_bit_for_bit(whole, cache, tmp_path
 
 def test_the_loss_falls(whole):
     rows = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
-    assert sum(r["loss"] for r in rows[-10:]) < 0.95 * sum(r["loss"] for r in rows[:10])
+    assert sum(r["loss"] for r in rows[-10:]) < 0.85 * sum(r["loss"] for r in rows[:10])
     assert all(0 <= r["padding_share"] < 0.5 and r["useful_flops_per_s"] < r["hardware_flops_per_s"] for r in rows)
 
 
