@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minisora_jax.models.vae import VAE, Conv, VAEConfig, average_down, depth_to_space, duplicate_up, space_to_depth
+from minisora_jax.models.vae import VAE, Conv, VAEConfig, average_down, duplicate_up, patchify, unpatchify
 
 PLAIN = VAEConfig(base=4, multipliers=(1, 2, 2), residual_blocks=1, time_down=(True, True), latent_channels=3)
 WAN_LIKE = VAEConfig(base=4, multipliers=(1, 1, 2, 2), residual_blocks=1, latent_channels=2)
@@ -128,19 +128,25 @@ def test_stacked_taps_are_a_3d_convolution(kernel, stride):
     np.testing.assert_allclose(conv.apply(params, x), reference, atol=1e-5)
 
 
-def test_space_to_depth_inverts():
+def test_patchify_inverts():
     x = jax.random.normal(jax.random.key(0), (1, 2, 4, 6, 3))
-    deep = space_to_depth(x, 2)
+    deep = patchify(x, 2)
     assert deep.shape == (1, 2, 2, 3, 12)
-    np.testing.assert_array_equal(deep[0, 0, 0, 0].reshape(2, 2, 3), x[0, 0, :2, :2])
-    np.testing.assert_array_equal(depth_to_space(deep, 2), x)
+    np.testing.assert_array_equal(deep[0, 0, 0, 0].reshape(3, 2, 2), x[0, 0, :2, :2].T)  # channel, column, row
+    np.testing.assert_array_equal(unpatchify(deep, 2), x)
+
+
+def test_average_down_is_average_pooling_where_the_width_stays():
+    x_BTHWC = np.random.default_rng(0).normal(size=(2, 4, 4, 6, 3)).astype(np.float32)
+    pooled = x_BTHWC.reshape(2, 2, 2, 2, 2, 3, 2, 3).mean(axis=(2, 4, 6))
+    np.testing.assert_allclose(average_down(jnp.asarray(x_BTHWC), 2, 2, 3), pooled, atol=1e-6)
 
 
 def test_shortcuts_keep_means_and_values():
     x = jnp.ones((1, 5, 4, 4, 4)) * jnp.arange(4.0)
-    down = average_down(x, 2, 16)
+    down = average_down(x, 2, 2, 16)
     assert down.shape == (1, 3, 2, 2, 16)
     np.testing.assert_allclose(down[:, 1:].mean(-1), 1.5)  # every group averages all-present neighbours
-    up = duplicate_up(jnp.arange(3.0).reshape(1, 3, 1, 1, 1) + jnp.zeros((1, 3, 2, 2, 8)), 2, 4, first=True)
+    up = duplicate_up(jnp.arange(3.0).reshape(1, 3, 1, 1, 1) + jnp.zeros((1, 3, 2, 2, 8)), 2, 2, 4, first=True)
     assert up.shape == (1, 5, 4, 4, 4)
     np.testing.assert_array_equal(up[0, :, 0, 0, 0], [0, 1, 1, 2, 2])

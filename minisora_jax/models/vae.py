@@ -1,13 +1,14 @@
 """The video codec: a causal 3-D convolutional VAE, frames 1 + 4k <-> latents 1 + k, images are one frame.
 
-    x_BTHWC -> [space-to-depth] -> conv -> down stages -> middle (residual, attention, residual) -> head -> mean, logvar
-    z_Bthwc -> conv -> middle -> up stages -> head -> [depth-to-space] -> x_BTHWC
+    x_BTHWC -> [patchify] -> conv -> down stages -> middle (residual, attention, residual) -> head -> mean, logvar
+    z_Bthwc -> conv -> middle -> up stages -> head -> [unpatchify] -> x_BTHWC
 
 Every temporal convolution looks only backwards, so the first frame is coded as an image and a clip can be
 coded chunk by chunk: a `History` hands each convolution the last frames it saw, and the result is the same as
-coding the whole clip at once. The architecture is a superset of the Wan 2.1 VAE (Wan Team 2025, arXiv:2503.20314,
-section 4.1): with `patch=1` the layers, the treatment of the first frame in time resampling and the
-norms are Wan's. The bottleneck is a diagonal Gaussian (Kingma & Welling 2013, arXiv:1312.6114).
+coding the whole clip at once. The architecture is a superset of the VAEs of Wan 2.1 (Wan Team 2025,
+arXiv:2503.20314, section 4.1; the defaults) and Wan 2.2 (`patch=2, shortcuts=True, halve_up=False`): layers, norms,
+the order of folded pixels and the treatment of the first frame in time resampling are theirs. The bottleneck is a
+diagonal Gaussian (Kingma & Welling 2013, arXiv:1312.6114).
 
 A 3-D convolution runs as one 2-D convolution over frames with the time taps stacked as input channels: XLA's
 CPU backward of the 3-D form is several times slower, and on accelerators the two forms are the same matmul.
@@ -37,6 +38,8 @@ class VAEConfig:
     patch: int = 1  # pixels folded into channels before the encoder, each way
     attention: bool = True  # single-head attention within a frame, in the middle
     shortcuts: bool = False  # parameter-free paths around each resampling stage, as in Wan 2.2 and DC-AE
+    halve_up: bool = True  # upsampling halves the channels (Wan 2.1) or keeps them (Wan 2.2)
+    decoder_base: int | None = None  # base of the decoder; None: as the encoder
     dtype: str = "float32"  # of the computation; parameters are float32
 
     def __post_init__(self):
@@ -209,9 +212,10 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Twice the height and width at half the channels; twice the frames after the first where `time`."""
+    """Twice the height and width; twice the frames after the first where `time`."""
 
     time: bool
+    features: int
 
     @nn.compact
     def __call__(self, x, history: History):
@@ -223,7 +227,7 @@ class Upsample(nn.Module):
             doubled = rearrange(doubled, "b t h w (two c) -> b (t two) h w c", two=2)
             x = jnp.concatenate([first, doubled], axis=1)
         x = jnp.repeat(jnp.repeat(x, 2, axis=2), 2, axis=3)
-        return Conv(c // 2, (1, 3, 3), name="space")(x)
+        return Conv(self.features, (1, 3, 3), name="space")(x)
 
     def _remember_nothing(self, conv, rest, history):
         """A clip of one frame: the convolution runs on zeros only so that its parameters exist."""
@@ -231,37 +235,52 @@ class Upsample(nn.Module):
         return conv(jnp.pad(padded, ((0, 0), (0, 1), (0, 0), (0, 0), (0, 0))))[:, :0]
 
 
-# On an explicit mesh a reshape may split or merge one axis at a time, hence the steps.
+def into_channels(x_BTHWC: jax.Array, axis: int, n: int) -> jax.Array:
+    """Groups of n neighbours along one of the axes 1..3 (time, height, width) become n channels for each one.
+
+    One axis a call: on an explicit mesh a reshape may split or merge only one at a time.
+    """
+    if n == 1:
+        return x_BTHWC
+    moved = jnp.moveaxis(x_BTHWC, axis, -2)
+    return jnp.moveaxis(rearrange(moved, "... (s n) c -> ... s (c n)", n=n), -2, axis)
 
 
-def space_to_depth(x_BTHWC: jax.Array, p: int) -> jax.Array:
-    """p x p pixels into channels, ordered (row, column, channel)."""
-    x = rearrange(x_BTHWC, "b t h (w q) c -> b t h w (q c)", q=p) if p > 1 else x_BTHWC
-    return rearrange(x, "b t (h p) w c -> b t h w (p c)", p=p) if p > 1 else x
+def out_of_channels(x_BTHWC: jax.Array, axis: int, n: int) -> jax.Array:
+    """The inverse of `into_channels`."""
+    if n == 1:
+        return x_BTHWC
+    moved = jnp.moveaxis(x_BTHWC, axis, -2)
+    return jnp.moveaxis(rearrange(moved, "... s (c n) -> ... (s n) c", n=n), -2, axis)
 
 
-def depth_to_space(x_BTHWC: jax.Array, p: int) -> jax.Array:
-    x = rearrange(x_BTHWC, "b t h w (p c) -> b t (h p) w c", p=p) if p > 1 else x_BTHWC
-    return rearrange(x, "b t h w (q c) -> b t h (w q) c", q=p) if p > 1 else x
+def patchify(x_BTHWC: jax.Array, p: int) -> jax.Array:
+    """p x p pixels into channels, ordered (channel, column, row) as in Wan 2.2."""
+    return into_channels(into_channels(x_BTHWC, 3, p), 2, p)
 
 
-def average_down(x_BTHWC: jax.Array, time: int, features: int) -> jax.Array:
-    """The stage's input at its output's size: (time, 2, 2) neighbours into channels, averaged in groups.
+def unpatchify(x_BTHWC: jax.Array, p: int) -> jax.Array:
+    return out_of_channels(out_of_channels(x_BTHWC, 2, p), 3, p)
 
-    DC-AE's residual autoencoding (Chen et al. 2024, arXiv:2410.10733). One zero frame before the clip makes the
-    first frame a group of its own; a later chunk, of even length, has none.
+
+def average_down(x_BTHWC: jax.Array, time: int, space: int, features: int) -> jax.Array:
+    """The stage's input at its output's size: (time, space, space) neighbours into channels, averaged in groups.
+
+    DC-AE's residual autoencoding (Chen et al. 2024, arXiv:2410.10733), Wan 2.2's `AvgDown3D`. One zero frame before
+    the clip makes the first frame a group of its own; a later chunk, of even length, has none.
     """
     pad = -x_BTHWC.shape[1] % time
-    x = space_to_depth(jnp.pad(x_BTHWC, ((0, 0), (pad, 0), (0, 0), (0, 0), (0, 0))), 2)
-    x = rearrange(x, "b (t k) h w c -> b t h w (c k)", k=time) if time > 1 else x
+    x = jnp.pad(x_BTHWC, ((0, 0), (pad, 0), (0, 0), (0, 0), (0, 0)))
+    for axis, n in ((1, time), (2, space), (3, space)):
+        x = into_channels(x, axis, n)
     return jnp.mean(rearrange(x, "b t h w (c g) -> b t h w c g", c=features), axis=-1)
 
 
-def duplicate_up(x_BTHWC: jax.Array, time: int, features: int, first: bool) -> jax.Array:
-    """The inverse in shape of `average_down`: repeated channels out into (time, 2, 2) neighbours."""
-    x = jnp.repeat(x_BTHWC, features * 4 * time // x_BTHWC.shape[-1], axis=-1)
-    x = rearrange(x, "b t h w (c k) -> b (t k) h w c", k=time) if time > 1 else x
-    x = depth_to_space(x, 2)
+def duplicate_up(x_BTHWC: jax.Array, time: int, space: int, features: int, first: bool) -> jax.Array:
+    """The inverse in shape of `average_down` (Wan 2.2's `DupUp3D`): repeated channels out into the neighbours."""
+    x = jnp.repeat(x_BTHWC, features * space**2 * time // x_BTHWC.shape[-1], axis=-1)
+    for axis, n in ((3, space), (2, space), (1, time)):
+        x = out_of_channels(x, axis, n)
     return x[:, time - 1 :] if first else x
 
 
@@ -271,16 +290,17 @@ class Encoder(nn.Module):
     @nn.compact
     def __call__(self, x_BTHWC, history: History):
         cfg = self.config
-        x = space_to_depth(x_BTHWC, cfg.patch)
+        x = patchify(x_BTHWC, cfg.patch)
         x = CausalConv(cfg.base * cfg.multipliers[0], name="conv_in")(x, history)
         for i, multiplier in enumerate(cfg.multipliers):
             stage_in = x
             for j in range(cfg.residual_blocks):
                 x = Residual(cfg.base * multiplier, name=f"stage{i}_residual{j}")(x, history)
-            if i < len(cfg.time_down):
+            down = i < len(cfg.time_down)
+            if down:
                 x = Downsample(cfg.time_down[i], name=f"stage{i}_down")(x, history)
-                if cfg.shortcuts:
-                    x = x + average_down(stage_in, 1 + cfg.time_down[i], x.shape[-1])
+            if cfg.shortcuts and (down or x.shape[-1] == stage_in.shape[-1]):
+                x = x + average_down(stage_in, 1 + (down and cfg.time_down[i]), 1 + down, x.shape[-1])
         x = Middle(x.shape[-1], cfg.attention, name="middle")(x, history)
         x = nn.silu(ChannelNorm(name="norm_out")(x))
         x = CausalConv(2 * cfg.latent_channels, name="conv_out")(x, history)
@@ -295,7 +315,7 @@ class Decoder(nn.Module):
     @nn.compact
     def __call__(self, z_Bthwc, history: History):
         cfg = self.config
-        widths = [cfg.base * m for m in reversed(cfg.multipliers)]
+        widths = [(cfg.decoder_base or cfg.base) * m for m in reversed(cfg.multipliers)]
         x = Conv(cfg.latent_channels, (1, 1, 1), name="latents")(z_Bthwc)
         x = CausalConv(widths[0], name="conv_in")(x, history)
         x = Middle(widths[0], cfg.attention, name="middle")(x, history)
@@ -304,12 +324,13 @@ class Decoder(nn.Module):
             for j in range(cfg.residual_blocks + 1):
                 x = Residual(width, name=f"stage{i}_residual{j}")(x, history)
             if i < len(cfg.time_down):
-                x = Upsample(cfg.time_down[-1 - i], name=f"stage{i}_up")(x, history)
+                time = cfg.time_down[-1 - i]
+                x = Upsample(time, width // 2 if cfg.halve_up else width, name=f"stage{i}_up")(x, history)
                 if cfg.shortcuts:
-                    x = x + duplicate_up(stage_in, 1 + cfg.time_down[-1 - i], x.shape[-1], history.first)
+                    x = x + duplicate_up(stage_in, 1 + time, 2, x.shape[-1], history.first)
         x = nn.silu(ChannelNorm(name="norm_out")(x))
         x = CausalConv(3 * cfg.patch**2, name="conv_out")(x, history)
-        return depth_to_space(x, cfg.patch)
+        return unpatchify(x, cfg.patch)
 
 
 class VAE(nn.Module):
