@@ -7,6 +7,7 @@ An array whose rank is known carries its axes as a suffix (`tokens_BSP`):
     G  clip slots per row     P  patch vector (patch_t * patch_h * patch_w * c)
     L  text tokens per row    E  text feature width      D  model width
     N  attention heads        K  head width              F  mlp width
+    I  image tokens per row
 
 This module imports nothing of minisora_jax, and importing it touches no device.
 """
@@ -64,6 +65,8 @@ class PackedBatch:
     text_segment_BL: jax.Array  # int32
     fps_BG: jax.Array  # float32 frames per second of the clip in slot g; 0 where the slot is empty
     size_BG3: jax.Array  # int32 (t, h, w) of the clip's patch grid; 0 where the slot is empty
+    image_BIE: jax.Array | None = None  # an image encoder's tokens, for models that attend to them
+    image_segment_BI: jax.Array | None = None  # int32
 
 
 @struct.dataclass

@@ -10,6 +10,7 @@ import pytest
 from minisora_jax.data.packing import PackConfig, Segment, pack_segments
 from minisora_jax.models.dit import DiT, DiTConfig
 from minisora_jax.models.text import encode_bytes
+from minisora_jax.train.flops import count_work
 
 CONFIG = DiTConfig(latent_channels=4, patch=(1, 2, 2), width=64, depth=2, heads=2, text_width=64, dtype="float32")
 SIZES = [(3, 2, 2), (1, 3, 2), (2, 2, 3), (1, 1, 1)]
@@ -103,3 +104,33 @@ def test_bfloat16_computes_on_float32_parameters(params):
     norm = lambda tree: float(jnp.sqrt(sum(jnp.sum(g**2) for g in jax.tree.leaves(tree))))
     assert {g.dtype for g in jax.tree.leaves(grads)} == {jnp.dtype("float32")}
     assert norm(jax.tree.map(jnp.subtract, grads, exact)) < 0.1 * norm(exact)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        dict(modulation="block", caption="label", classes=5, facts=False, text_depth=0),
+        dict(modulation="single", caption="projected", facts=False, groups=("spatial", "temporal"), positions="fixed"),
+    ],
+)
+def test_counted_operations_are_those_compiled(changes):
+    """XLA counts a scanned layer once, so the model here has one. It counts softmax and norms too, so allow 6%."""
+    cfg = dataclasses.replace(CONFIG, depth=1, width=192, **{"text_features": 1} | changes)
+    text = {} if cfg.caption == "refined" else {"text_LE": np.zeros((8, 1), np.int32 if cfg.classes else np.float32)}
+    size = (4, 8, 8)
+    clip = Segment(np.zeros((256, cfg.token_width), np.float32), np.zeros(256, bool), size, encode_bytes("x" * 63), 8.0)
+    clip = dataclasses.replace(clip, **text)
+    pack = PackConfig(tokens=256, text_tokens=len(clip.text_LE), slots=1, rows=2)
+    batch = jax.tree.map(jnp.asarray, pack_segments([[clip], [clip]], pack))
+    arguments = (batch.tokens_BSP, jnp.zeros((2, 256)), batch)
+    params = jax.eval_shape(DiT(cfg).init, jax.random.key(0), *arguments)
+    compiled = jax.jit(DiT(cfg).apply).lower(params, *arguments).compile()
+    rows = [np.array([[4, 16, 16, len(clip.text_LE)]])] * 2
+    counted = count_work(cfg, pack, rows)
+    assert counted["useful_tokens"] == counted["tokens"] == 512
+    np.testing.assert_allclose(counted["hardware_flops"] / 3, compiled.cost_analysis()["flops"], rtol=0.06)
+    if cfg.groups == ("joint",):
+        assert counted["useful_flops"] == counted["hardware_flops"]
+    else:
+        assert counted["useful_flops"] < counted["hardware_flops"]

@@ -44,7 +44,21 @@ class Einsum(nn.Module):
 
 
 class Norm(nn.Module):
-    """x / rms(x) over the last axis, in float32 (Zhang & Sennrich 2019, arXiv:1910.07467)."""
+    """x / rms(x) over the last `axes` axes, in float32 (Zhang & Sennrich 2019, arXiv:1910.07467)."""
+
+    axes: int = 1
+    epsilon: float = 1e-6
+
+    @nn.compact
+    def __call__(self, x):
+        x32 = x.astype(jnp.float32)
+        over = tuple(range(-self.axes, 0))
+        y = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=over, keepdims=True) + self.epsilon)
+        return (y * self.param("scale", nn.initializers.ones, x.shape[-self.axes :])).astype(x.dtype)
+
+
+class LayerNorm(nn.Module):
+    """(x - mean) / std over the last axis, in float32 (Ba et al. 2016, arXiv:1607.06450)."""
 
     learned: bool = True
     epsilon: float = 1e-6
@@ -52,35 +66,43 @@ class Norm(nn.Module):
     @nn.compact
     def __call__(self, x):
         x32 = x.astype(jnp.float32)
+        x32 = x32 - jnp.mean(x32, axis=-1, keepdims=True)
         y = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.epsilon)
         if self.learned:
             y = y * self.param("scale", nn.initializers.ones, (x.shape[-1],))
+            y = y + self.param("bias", nn.initializers.zeros, (x.shape[-1],))
         return y.astype(x.dtype)
 
 
 class Attention(nn.Module):
-    """Multi-head attention of x to `context` (x itself by default) within segments, with normalised q and k.
+    """Multi-head attention of x to itself, or to the tokens of `caption` and `image`, within segments.
 
-    q and k pass an RMS norm over the head (QK-norm: Dehghani et al. 2023, arXiv:2302.05442), then the rotation.
+    q and k pass an RMS norm (QK-norm: Dehghani et al. 2023, arXiv:2302.05442), then the rotation. Contexts are
+    (tokens_BLE, segment_BL); the results for caption and image are summed, as in IP-Adapter (Ye et al. 2023,
+    arXiv:2308.06721).
     """
 
     heads: int
+    qk_norm: str = "head"  # over each head, over "all" of them, or "none"
     out_scale: float = 1.0
 
     @nn.compact
-    def __call__(self, x_BSD, segment_BS, angles_BSk=None, context_BLD=None, context_segment_BL=None):
+    def __call__(self, x_BSD, segment_BS, angles_BSk=None, caption=None, image=None):
         D = x_BSD.shape[-1]
         N, K = self.heads, D // self.heads
-        context, context_segment = x_BSD, segment_BS
-        if context_BLD is not None:
-            context, context_segment = context_BLD, context_segment_BL
-        q = Einsum("bsd,dnk->bsnk", (D, N, K), name="q")(x_BSD)
-        k = Einsum("bsd,dnk->bsnk", (context.shape[-1], N, K), name="k")(context)
-        v = Einsum("bsd,dnk->bsnk", (context.shape[-1], N, K), name="v")(context)
-        q, k = Norm(name="q_norm")(q), Norm(name="k_norm")(k)
+        project = lambda name, x: Einsum("bsd,dnk->bsnk", (x.shape[-1], N, K), name=name)(x)
+        norm = lambda name, x: Norm({"head": 1, "all": 2}[self.qk_norm], name=name)(x)
+        if self.qk_norm == "none":
+            norm = lambda name, x: x
+        context, context_segment = caption or (x_BSD, segment_BS)
+        q = norm("q_norm", project("q", x_BSD))
+        k, v = norm("k_norm", project("k", context)), project("v", context)
         if angles_BSk is not None:
             q, k = rotate(q, angles_BSk), rotate(k, angles_BSk)
         out = attend(q, k, v, segment_BS, context_segment)
+        if image:
+            k, v = norm("image_k_norm", project("image_k", image[0])), project("image_v", image[0])
+            out = out + attend(q, k, v, segment_BS, image[1])
         return Einsum("bsnk,nkd->bsd", (N, K, D), inputs=2, scale=self.out_scale, name="out")(out)
 
 
@@ -92,7 +114,7 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, x_BSD):
-        D, F = x_BSD.shape[-1], int(x_BSD.shape[-1] * self.ratio)
+        D, F = x_BSD.shape[-1], round(x_BSD.shape[-1] * self.ratio)
         h = nn.gelu(Einsum("bsd,df->bsf", (D, F), name="up")(x_BSD), approximate=True)
         return Einsum("bsf,fd->bsd", (F, D), scale=self.out_scale, name="down")(h)
 

@@ -40,3 +40,19 @@ def sinusoids(value: jax.Array, width: int, max_period: float = 10_000.0) -> jax
     frequency = jnp.exp(-jnp.log(max_period) * jnp.arange(width // 2, dtype=jnp.float32) / (width // 2))
     angles = value.astype(jnp.float32)[..., None] * frequency
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+
+def fixed_positions(
+    position_BS3: jax.Array, size_BS3: jax.Array, width: int, base_grid: int
+) -> tuple[jax.Array, jax.Array]:
+    """Sinusoids of each token's place in its frame and of its frame, both (B, S, width) float32.
+
+    Half of the channels for x, then half for y, sines before cosines, as in DiT; the grid of a frame is stretched onto
+    `base_grid` x `base_grid`, as in PixArt. The frame's number is not stretched, and an image has none, as in Latte.
+    """
+    t, y, x = (position_BS3[..., i].astype(jnp.float32) for i in range(3))
+    stretch = lambda index, n: index * base_grid / jnp.maximum(n, 1.0)
+    y, x = stretch(y, size_BS3[..., 1]), stretch(x, size_BS3[..., 2])
+    swap = lambda emb: jnp.concatenate(jnp.split(emb, 2, axis=-1)[::-1], axis=-1)
+    within = jnp.concatenate([swap(sinusoids(x, width // 2)), swap(sinusoids(y, width // 2))], axis=-1)
+    return within, jnp.where(size_BS3[..., :1] > 1, swap(sinusoids(t, width)), 0.0)

@@ -32,20 +32,28 @@ class Rule:
     sizes: tuple[tuple[str, int], ...] = ()  # of axes that the pattern splits
     layers: int = 0  # our leading axis stacks this many of theirs
     aliases: tuple[str, ...] = ()  # other names that the same tensor is stored by
+    copies: int = 0  # theirs is stored this many times over, by a name with {i}
+    part: tuple[int, int] = (0, 1)  # (i, n): ours is part i of n equal parts of theirs along its first axis
+    negate: bool = False
 
     @property
     def names(self) -> list[str]:
-        return [self.theirs.format(i=i) for i in range(self.layers)] if self.layers else [self.theirs]
+        count = self.layers or self.copies
+        return [self.theirs.format(i=i) for i in range(count)] if count else [self.theirs]
 
     def to_ours(self, tensor: np.ndarray) -> np.ndarray:
+        i, n = self.part
+        tensor = np.split(tensor, n)[i] if n > 1 else tensor
+        tensor = -tensor if self.negate else tensor
         return rearrange(tensor, self.pattern, **dict(self.sizes)) if self.pattern else tensor
 
     def to_theirs(self, array: np.ndarray) -> np.ndarray:
+        """Of a tensor that several rules share parts of, this rule's part."""
+        array = -array if self.negate else array
         if not self.pattern:
             return array
         theirs, ours = self.pattern.split("->")
-        named = {k: v for k, v in self.sizes if k in theirs}
-        return rearrange(array, f"{ours}->{theirs}", **named)
+        return rearrange(array, f"{ours}->{theirs}", **dict(self.sizes))
 
 
 def import_params(
@@ -98,6 +106,10 @@ def _read(checkpoint: Checkpoint, rule: Rule, target) -> np.ndarray:
             raise CheckpointError(
                 f"{name} of shape {checkpoint.shape(name)} does not fit {rule.ours}: {error}"
             ) from error
+    if rule.copies and not all(np.array_equal(layers[0], other) for other in layers[1:]):
+        raise CheckpointError(
+            f"{rule.theirs} is stored {rule.copies} times and should be the same each time, but is not"
+        )
     array = np.stack(layers) if rule.layers else layers[0]
     if array.shape != target.shape:
         raise CheckpointError(
@@ -118,10 +130,17 @@ def _place(array: np.ndarray, target):
 def export_params(params: Any, rules: Sequence[Rule]) -> Iterator[tuple[str, np.ndarray]]:
     """(their name, tensor) of every parameter: the inverse of `import_params`."""
     flat = traverse_util.flatten_dict(params, sep="/")
+    parts: dict[str, list[np.ndarray]] = {}  # of tensors that several rules share
     for rule in rules:
         array = np.asarray(jax.device_get(flat[rule.ours]))
         for i, name in enumerate(rule.names):
-            yield name, np.asarray(rule.to_theirs(array[i] if rule.layers else array), order="C")
+            tensor = rule.to_theirs(array[i] if rule.layers else array)
+            if rule.part[1] > 1:
+                parts.setdefault(name, []).append(tensor)
+                if len(parts[name]) < rule.part[1]:
+                    continue
+                tensor = np.concatenate(parts.pop(name))
+            yield name, np.asarray(tensor, order="C")
 
 
 def save_sharded(directory: str | Path, tensors: Iterator[tuple[str, np.ndarray]], stem: str, shard_bytes: int = 2**32):

@@ -1,0 +1,107 @@
+"""What a clip is generated from, beside its noise: its caption or class, its size, an image.
+
+The modules here are the published families' (see models/dit.py); which of them a model has, its config says.
+"""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from minisora_jax.models.layers import Einsum, LayerNorm, per_slot_mean, sharded
+from minisora_jax.models.rope import sinusoids
+from minisora_jax.models.text import TextRefiner
+from minisora_jax.parallel.mesh import lookup, shard
+from minisora_jax.types import PackedBatch
+
+
+def caption_tokens(cfg, batch: PackedBatch) -> tuple[tuple[jax.Array, jax.Array] | None, jax.Array | None]:
+    """((tokens_BLD, segment_BL) for cross-attention or None, mean of each slot's tokens (B, G, E) or None)."""
+    text_BLE, segment_BL, slots = batch.text_BLE, batch.text_segment_BL, batch.fps_BG.shape[1]
+    if cfg.caption == "label":
+        return None, per_slot_mean(Labels(cfg.classes, cfg.width, name="labels")(text_BLE), segment_BL, slots)
+    if cfg.caption == "projected":
+        return (Projection(cfg.width, cfg.dtype, name="text")(text_BLE), segment_BL), None
+    refiner = TextRefiner(
+        cfg.text_width, cfg.text_depth, cfg.text_width // 64, cfg.text_features, cfg.dtype, name="text"
+    )
+    text_BLE, segment_BL = refiner(text_BLE, segment_BL)
+    return (text_BLE, segment_BL), per_slot_mean(text_BLE.astype(jnp.float32), segment_BL, slots)
+
+
+class Labels(nn.Module):
+    """Class ids (B, L, 1) -> (B, L, D): a clip's caption is one token, its class (DiT)."""
+
+    classes: int
+    width: int
+
+    @nn.compact
+    def __call__(self, ids_BL1):
+        table = self.param("embedding", sharded(nn.initializers.normal(0.02), 0), (self.classes, self.width))
+        return lookup(shard(table, P(None, None)), ids_BL1[..., 0])
+
+
+class Projection(nn.Module):
+    """Caption features to the model's width by two layers, each token by itself (PixArt, Wan)."""
+
+    width: int
+    dtype: str
+
+    @nn.compact
+    def __call__(self, text_BLE):
+        E, D = text_BLE.shape[-1], self.width
+        h = nn.gelu(Einsum("ble,ed->bld", (E, D), name="up")(text_BLE.astype(self.dtype)), approximate=True)
+        return Einsum("bld,de->ble", (D, D), name="down")(h)
+
+
+class ImageTokens(nn.Module):
+    """An image encoder's tokens to the model's width: (tokens_BID, segment_BI) (Wan's image-to-video)."""
+
+    width: int
+    features: int
+    dtype: str
+
+    @nn.compact
+    def __call__(self, batch: PackedBatch):
+        E, D = self.features, self.width
+        x = LayerNorm(epsilon=1e-5, name="norm_in")(batch.image_BIE.astype(self.dtype))
+        x = nn.gelu(Einsum("bie,ed->bid", (E, E), name="up")(x), approximate=False)
+        x = Einsum("bie,ed->bid", (E, D), name="down")(x)
+        return LayerNorm(epsilon=1e-5, name="norm_out")(x), batch.image_segment_BI
+
+
+class ClipCondition(nn.Module):
+    """What joins the noise level for a whole clip, by slot (B, G, D); None where the model has nothing of the kind."""
+
+    config: object
+
+    @nn.compact
+    def __call__(self, batch: PackedBatch, pooled_BGE: jax.Array | None):
+        cfg = self.config
+        D = cfg.width
+        if cfg.caption == "label":
+            return pooled_BGE
+        if cfg.facts:
+            facts_BG4 = jnp.concatenate([batch.size_BG3.astype(jnp.float32), batch.fps_BG[..., None]], axis=-1)
+            facts_BGx = sinusoids(facts_BG4, 64, max_period=1000.0).reshape(*batch.fps_BG.shape, 4 * 64)
+            pooled = Einsum("bge,ed->bgd", (cfg.text_width, D), name="pooled_text")(pooled_BGE)
+            return pooled + Einsum("bge,ed->bgd", (4 * 64, D), name="facts")(facts_BGx)
+        if cfg.size_pixels:
+            pixels_BG2 = cfg.size_pixels * batch.size_BG3[..., 1:].astype(jnp.float32)
+            aspect_BG1 = pixels_BG2[..., :1] / jnp.maximum(pixels_BG2[..., 1:], 1.0)
+            sides_BGx = SizeEmbedding(D // 3, name="sides")(pixels_BG2).reshape(*batch.fps_BG.shape, 2 * (D // 3))
+            return jnp.concatenate([sides_BGx, SizeEmbedding(D // 3, name="aspect")(aspect_BG1)[..., 0, :]], axis=-1)
+        return None
+
+
+class SizeEmbedding(nn.Module):
+    """Numbers (B, G, n) -> (B, G, n, width): PixArt's embedding of a picture's sides and aspect."""
+
+    width: int
+
+    @nn.compact
+    def __call__(self, value_BGn):
+        h = Einsum("bgne,ed->bgnd", (256, self.width), name="up")(sinusoids(value_BGn, 256))
+        return Einsum("bgnd,de->bgne", (self.width, self.width), name="down")(nn.silu(h))

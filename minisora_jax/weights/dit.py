@@ -1,0 +1,237 @@
+"""Diffusion transformers: DiT, SiT, PixArt-alpha, Latte and Wan 2.1, in diffusers' layout and in their own.
+
+A layout is a table from our modules to their names; `rules` reads it for any size of the family.
+"""
+
+from __future__ import annotations
+
+from minisora_jax.models.dit import DiTConfig
+from minisora_jax.weights.rules import Rule
+
+_XL = dict(latent_channels=4, out_channels=8, width=1152, depth=28, heads=16, qk_norm="none", rope=False)
+_XL |= dict(positions="fixed", cross_norm=False, facts=False)
+_CLASSES = _XL | dict(modulation="block", caption="label", classes=1001)
+_CAPTIONS = _XL | dict(modulation="single", caption="projected", text_features=4096)
+_WAN = dict(modulation="single", qk_norm="all", positions="none", caption="projected", facts=False, text_features=4096)
+_WAN_14B = _WAN | dict(width=5120, depth=40, heads=40, mlp_ratio=13_824 / 5120)
+
+CONFIGS = {
+    "dit-xl-2-256": DiTConfig(**_CLASSES),
+    "dit-xl-2-512": DiTConfig(**_CLASSES, base_grid=32),
+    "sit-xl-2-256": DiTConfig(**_CLASSES, level="1 - t"),
+    "pixart-alpha-256": DiTConfig(**_CAPTIONS),
+    "pixart-alpha-512": DiTConfig(**_CAPTIONS, base_grid=32),
+    "pixart-alpha-1024": DiTConfig(**_CAPTIONS, base_grid=32, size_pixels=16),
+    "latte-1": DiTConfig(**_CAPTIONS, base_grid=32, groups=("spatial", "temporal")),
+    "wan2.1-t2v-1.3b": DiTConfig(**_WAN, width=1536, depth=30, heads=12, mlp_ratio=8960 / 1536),
+    "wan2.1-t2v-14b": DiTConfig(**_WAN_14B),
+    "wan2.1-i2v-14b": DiTConfig(**_WAN_14B, latent_channels=36, out_channels=16, image_features=1280),
+}
+
+_PIXART = {
+    "patch_in": "pos_embed.proj",
+    "time1": "adaln_single.emb.timestep_embedder.linear_1",
+    "time2": "adaln_single.emb.timestep_embedder.linear_2",
+    "modulation": "adaln_single.linear",
+    "text/up": "caption_projection.linear_1",
+    "text/down": "caption_projection.linear_2",
+    "clip/sides/up": "adaln_single.emb.resolution_embedder.linear_1",
+    "clip/sides/down": "adaln_single.emb.resolution_embedder.linear_2",
+    "clip/aspect/up": "adaln_single.emb.aspect_ratio_embedder.linear_1",
+    "clip/aspect/down": "adaln_single.emb.aspect_ratio_embedder.linear_2",
+    "modulation_out": "scale_shift_table",
+    "patch_out": "proj_out",
+    "joint": "transformer_blocks.{i}.",
+    "spatial": "transformer_blocks.{i}.",
+    "temporal": "temporal_transformer_blocks.{i}.",
+    "block modulation": "scale_shift_table",
+    "self_attention/q": "attn1.to_q",
+    "self_attention/k": "attn1.to_k",
+    "self_attention/v": "attn1.to_v",
+    "self_attention/out": "attn1.to_out.0",
+    "cross_attention/q": "attn2.to_q",
+    "cross_attention/k": "attn2.to_k",
+    "cross_attention/v": "attn2.to_v",
+    "cross_attention/out": "attn2.to_out.0",
+    "mlp/up": "ff.net.0.proj",
+    "mlp/down": "ff.net.2",
+}
+_DIT = _PIXART | {
+    "time1": "transformer_blocks.{i}.norm1.emb.timestep_embedder.linear_1",
+    "time2": "transformer_blocks.{i}.norm1.emb.timestep_embedder.linear_2",
+    "labels": "transformer_blocks.{i}.norm1.emb.class_embedder.embedding_table.weight",
+    "modulation_out": "proj_out_1",
+    "patch_out": "proj_out_2",
+    "block modulation": "norm1.linear",
+}
+_DIT_OWN = {
+    "patch_in": "x_embedder.proj",
+    "time1": "t_embedder.mlp.0",
+    "time2": "t_embedder.mlp.2",
+    "labels": "y_embedder.embedding_table.weight",
+    "modulation_out": "final_layer.adaLN_modulation.1",
+    "patch_out": "final_layer.linear",
+    "joint": "blocks.{i}.",
+    "block modulation": "adaLN_modulation.1",
+    "self_attention/qkv": "attn.qkv",
+    "self_attention/out": "attn.proj",
+    "mlp/up": "mlp.fc1",
+    "mlp/down": "mlp.fc2",
+}
+_WAN_DIFFUSERS = _PIXART | {
+    "patch_in": "patch_embedding",
+    "time1": "condition_embedder.time_embedder.linear_1",
+    "time2": "condition_embedder.time_embedder.linear_2",
+    "modulation": "condition_embedder.time_proj",
+    "text/up": "condition_embedder.text_embedder.linear_1",
+    "text/down": "condition_embedder.text_embedder.linear_2",
+    "image/norm_in": "condition_embedder.image_embedder.norm1",
+    "image/up": "condition_embedder.image_embedder.ff.net.0.proj",
+    "image/down": "condition_embedder.image_embedder.ff.net.2",
+    "image/norm_out": "condition_embedder.image_embedder.norm2",
+    "joint": "blocks.{i}.",
+    "self_attention/q_norm": "attn1.norm_q",
+    "self_attention/k_norm": "attn1.norm_k",
+    "cross_norm": "norm2",
+    "cross_attention/q_norm": "attn2.norm_q",
+    "cross_attention/k_norm": "attn2.norm_k",
+    "cross_attention/image_k": "attn2.add_k_proj",
+    "cross_attention/image_v": "attn2.add_v_proj",
+    "cross_attention/image_k_norm": "attn2.norm_added_k",
+    "mlp/up": "ffn.net.0.proj",
+    "mlp/down": "ffn.net.2",
+}
+_WAN_OWN = {
+    "patch_in": "patch_embedding",
+    "time1": "time_embedding.0",
+    "time2": "time_embedding.2",
+    "modulation": "time_projection.1",
+    "text/up": "text_embedding.0",
+    "text/down": "text_embedding.2",
+    "image/norm_in": "img_emb.proj.0",
+    "image/up": "img_emb.proj.1",
+    "image/down": "img_emb.proj.3",
+    "image/norm_out": "img_emb.proj.4",
+    "modulation_out": "head.modulation",
+    "patch_out": "head.head",
+    "joint": "blocks.{i}.",
+    "block modulation": "modulation",
+    **{f"self_attention/{x}": f"self_attn.{x}" for x in ("q", "k", "v")},
+    **{f"cross_attention/{x}": f"cross_attn.{x}" for x in ("q", "k", "v")},
+    "self_attention/out": "self_attn.o",
+    "cross_attention/out": "cross_attn.o",
+    "self_attention/q_norm": "self_attn.norm_q",
+    "self_attention/k_norm": "self_attn.norm_k",
+    "cross_norm": "norm3",
+    "cross_attention/q_norm": "cross_attn.norm_q",
+    "cross_attention/k_norm": "cross_attn.norm_k",
+    "cross_attention/image_k": "cross_attn.k_img",
+    "cross_attention/image_v": "cross_attn.v_img",
+    "cross_attention/image_k_norm": "cross_attn.norm_k_img",
+    "mlp/up": "ffn.0",
+    "mlp/down": "ffn.2",
+}
+
+LAYOUTS = {"pixart": _PIXART, "dit": _DIT, "dit-own": _DIT_OWN, "wan": _WAN_DIFFUSERS, "wan-own": _WAN_OWN}
+# Fixed tables that some files store and we compute.
+IGNORED = ("pos_embed.pos_embed", "pos_embed", "temp_pos_embed", "freqs")
+
+
+def layout_of(cfg: DiTConfig, names: list[str] | None = None) -> str:
+    """Which of LAYOUTS a checkpoint with tensors of these names is in; without names, diffusers' for this family."""
+    own = names is not None and not {"x_embedder.proj.weight", "head.head.weight"}.isdisjoint(names)
+    if cfg.level == "1 - t" or (own and cfg.caption == "label"):
+        return "dit-own"
+    if cfg.rope:
+        return "wan-own" if own else "wan"
+    return "dit" if cfg.caption == "label" else "pixart"
+
+
+def rules(cfg: DiTConfig, layout: str) -> list[Rule]:
+    """The name map of a model of any size of these families; ValueError for one that no published layout has."""
+    if cfg.caption == "refined" or cfg.positions == "learned" or cfg.modulation == "shared":
+        raise ValueError(
+            f"caption={cfg.caption!r}, positions={cfg.positions!r}, modulation={cfg.modulation!r}: this is the "
+            f"project's own architecture, which no published layout has"
+        )
+    names, wan = LAYOUTS[layout], cfg.rope
+    patch = (("p", cfg.patch[1]), ("q", cfg.patch[2]))
+
+    def linear(ours: str, theirs: str, kernel: str = "o i -> i o", bias: str = "", **options) -> list[Rule]:
+        return [
+            Rule(f"params/{ours}/kernel", f"{theirs}.weight", kernel, **options),
+            Rule(f"params/{ours}/bias", f"{theirs}.bias", bias, **options),
+        ]
+
+    copied = cfg.depth if layout == "dit" else 0  # diffusers' DiT stores the embedders in every block
+    found = linear(
+        "patch_in", names["patch_in"], "d c 1 p q -> (p q c) d" if wan else "d c p q -> (p q c) d", sizes=patch
+    )
+    found += linear("time1", names["time1"], copies=copied) + linear("time2", names["time2"], copies=copied)
+    if cfg.caption == "label":
+        found.append(Rule("params/labels/embedding", names["labels"], copies=copied))
+    else:
+        found += linear("text/up", names["text/up"]) + linear("text/down", names["text/down"])
+    if cfg.size_pixels:
+        for part in ("clip/sides/up", "clip/sides/down", "clip/aspect/up", "clip/aspect/down"):
+            found += linear(part, names[part])
+    if cfg.image_features:
+        for part in ("image/up", "image/down"):
+            found += linear(part, names[part])
+        for part in ("image/norm_in", "image/norm_out"):
+            found += _norm(f"params/{part}", names[part])
+    if cfg.modulation == "single":
+        found += linear("modulation", names["modulation"])
+        found.append(Rule("params/modulation_out", names["modulation_out"], "1 s d -> s d" if wan else ""))
+    else:
+        found += linear("modulation_out", names["modulation_out"])
+    # SiT's velocity points from noise to data, against ours.
+    found += linear("patch_out", names["patch_out"], negate=cfg.level == "1 - t")
+    for group in cfg.groups:
+        found += _block(cfg, group, names)
+    return found
+
+
+def _norm(ours: str, theirs: str, layers: int = 0) -> list[Rule]:
+    return [
+        Rule(f"{ours}/scale", f"{theirs}.weight", layers=layers),
+        Rule(f"{ours}/bias", f"{theirs}.bias", layers=layers),
+    ]
+
+
+def _block(cfg: DiTConfig, group: str, names: dict[str, str]) -> list[Rule]:
+    ours, theirs, heads = f"params/blocks/{group}", names[group], (("n", cfg.heads),)
+
+    def rule(module: str, kind: str, key: str, pattern: str = "", **options) -> Rule:
+        name = theirs + names[key] + (f".{kind}" if kind else "")
+        sizes = heads if "(n k)" in pattern else (("s", 6),) if "(s d)" in pattern else ()
+        return Rule(f"{ours}/{module}", name, pattern, sizes, cfg.depth, **options)
+
+    def attention(name: str, image: bool) -> list[Rule]:
+        found = []
+        for i, part in enumerate(("q", "k", "v", *(("image_k", "image_v") if image else ()))):
+            fused = f"{name}/qkv" in names
+            key, options = (f"{name}/qkv", {"part": (i, 3)}) if fused else (f"{name}/{part}", {})
+            found.append(rule(f"{name}/{part}/kernel", "weight", key, "(n k) d -> d n k", **options))
+            found.append(rule(f"{name}/{part}/bias", "bias", key, "(n k) -> n k", **options))
+        found.append(rule(f"{name}/out/kernel", "weight", f"{name}/out", "d (n k) -> n k d"))
+        found.append(rule(f"{name}/out/bias", "bias", f"{name}/out"))
+        if cfg.qk_norm == "all":
+            for part in ("q_norm", "k_norm", *(("image_k_norm",) if image else ())):
+                found.append(rule(f"{name}/{part}/scale", "weight", f"{name}/{part}", "(n k) -> n k"))
+        return found
+
+    if cfg.modulation == "block":
+        found = [rule("modulation/kernel", "weight", "block modulation", "o i -> i o")]
+        found.append(rule("modulation/bias", "bias", "block modulation"))
+    else:
+        found = [rule("modulation", "", "block modulation", "1 s d -> (s d)" if cfg.rope else "s d -> (s d)")]
+    found += attention("self_attention", False)
+    if cfg.caption != "label" and group != "temporal":
+        found += attention("cross_attention", cfg.image_features > 0)
+        if cfg.cross_norm:
+            found += _norm(f"{ours}/cross_norm", theirs + names["cross_norm"], cfg.depth)
+    for part in ("up", "down"):
+        found.append(rule(f"mlp/{part}/kernel", "weight", f"mlp/{part}", "o i -> i o"))
+        found.append(rule(f"mlp/{part}/bias", "bias", f"mlp/{part}"))
+    return found

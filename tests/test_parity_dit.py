@@ -1,0 +1,294 @@
+"""DiT, SiT, PixArt, Latte and Wan against diffusers: values, gradients, names, packing (parity/make_dit.py)."""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from einops import rearrange
+from flax import traverse_util
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+
+sys.path.insert(0, str(Path(__file__).parent / "parity"))
+from random_weights import draw, draw_ids, draw_input  # noqa: E402
+
+from minisora_jax.data.packing import PackConfig, Segment, pack_segments  # noqa: E402
+from minisora_jax.models.dit import DiT, DiTConfig  # noqa: E402
+from minisora_jax.parallel.mesh import BATCH, MeshConfig, make_mesh, place  # noqa: E402
+from minisora_jax.types import PackedBatch  # noqa: E402
+from minisora_jax.weights.checkpoint import Checkpoint  # noqa: E402
+from minisora_jax.weights.dit import CONFIGS, IGNORED, layout_of, rules  # noqa: E402
+from minisora_jax.weights.rules import export_params, import_params  # noqa: E402
+
+FIXTURES = Path(__file__).parent / "parity/fixtures"
+_IMAGE = dict(width=24, depth=2, heads=2, dtype="float32", base_grid=8)
+_I2V = dict(latent_channels=9, out_channels=4, image_features=6)
+_WAN = dict(latent_channels=4, width=32, depth=2, heads=2, mlp_ratio=40 / 32, text_features=10, dtype="float32")
+SMALL = {
+    "wan": dataclasses.replace(CONFIGS["wan2.1-t2v-1.3b"], **_WAN),
+    "i2v": dataclasses.replace(CONFIGS["wan2.1-i2v-14b"], **_WAN | _I2V),
+    "dit": dataclasses.replace(CONFIGS["dit-xl-2-256"], **_IMAGE, classes=11),
+    "sit": dataclasses.replace(CONFIGS["sit-xl-2-256"], **_IMAGE, classes=11),
+    "plain": dataclasses.replace(CONFIGS["pixart-alpha-512"], **_IMAGE, text_features=10),
+    "sized": dataclasses.replace(CONFIGS["pixart-alpha-1024"], **_IMAGE, text_features=10),
+    "latte": dataclasses.replace(CONFIGS["latte-1"], **_IMAGE, text_features=10),
+}  # fmt: skip
+
+
+def relative(ours, theirs):
+    return float(np.abs(ours - theirs).max() / np.abs(theirs).max())
+
+
+def published_names(config: DiTConfig, layout: str) -> dict[str, tuple[int, ...]]:
+    """Every tensor of a checkpoint of this layout, with its shape."""
+    flat = traverse_util.flatten_dict(abstract(config), sep="/")
+    blank = {k: np.broadcast_to(np.float32(0), v.shape) for k, v in flat.items()}
+    return {k: v.shape for k, v in _export_blank(blank, rules(config, layout))}
+
+
+def _export_blank(blank, found):
+    """What `export_params` yields, without the memory."""
+    parts = {}
+    for rule in found:
+        for i, name in enumerate(rule.names):
+            tensor = rule.to_theirs(blank[rule.ours][i] if rule.layers else blank[rule.ours])
+            parts.setdefault(name, []).append(tensor.shape)
+    for name, shapes in parts.items():
+        yield name, np.broadcast_to(np.float32(0), (sum(s[0] for s in shapes), *shapes[0][1:]) if shapes[0] else ())
+
+
+def abstract(config: DiTConfig):
+    text = np.zeros((1, config.text_features), np.int32 if config.classes else np.float32)
+    clip = Clip(np.zeros((config.latent_channels, 1, 2, 2)), text, 0.0)
+    batch = jax.tree.map(jnp.asarray, packed(config, [[clip]])[0])
+    return jax.eval_shape(
+        DiT(config).init, jax.random.key(0), batch.tokens_BSP, jnp.zeros(batch.segment_BS.shape), batch
+    )
+
+
+def write(config: DiTConfig, layout: str, path: Path) -> Path:
+    """A checkpoint of that layout. Copies of a tensor are drawn once."""
+    copied = {name: rule.names[0] for rule in rules(config, layout) if rule.copies for name in rule.names}
+    names = published_names(config, layout)
+    save_file({k: draw(copied.get(k, k), shape) for k, shape in names.items()}, path)
+    return path
+
+
+def loaded(config: DiTConfig, layout: str, directory: Path):
+    file = write(config, layout, directory / f"{layout}.safetensors")
+    return import_params(Checkpoint(file), rules(config, layout), abstract(config), ignored=IGNORED, progress=False)
+
+
+@pytest.fixture(scope="module")
+def params(tmp_path_factory):
+    """The parameters of each small model, loaded from a file in diffusers' layout."""
+    directory = tmp_path_factory.mktemp("dit")
+    found = {name: loaded(SMALL[name], layout_of(SMALL[name]), directory) for name in SMALL if name != "sit"}
+    # SiT's numbers are made by DiT, which is what it is but for the sense of time and of the velocity.
+    save_file(dict(export_params(found["dit"], rules(SMALL["dit"], "dit-own"))), directory / "sit.safetensors")
+    own = Checkpoint(directory / "sit.safetensors")
+    found["sit"] = import_params(own, rules(SMALL["sit"], "dit-own"), abstract(SMALL["sit"]), progress=False)
+    return found
+
+
+# ---- Clips in, predictions out
+
+
+@dataclasses.dataclass
+class Clip:
+    x_cthw: np.ndarray
+    text_LE: np.ndarray  # features, or the class
+    time: np.ndarray | float  # in [0, 1], one for each token or for all
+
+
+def packed(config, rows: list[list[Clip]]) -> tuple[PackedBatch, np.ndarray]:
+    """The clips of each row as a batch, and their times (B, S)."""
+    _, p, q = config.patch
+    to_tokens = lambda x: rearrange(x, "c t (h p) (w q) -> t h w (p q c)", p=p, q=q).astype(np.float32)
+    segments, times = [], []
+    for row in rows:
+        grids = [to_tokens(clip.x_cthw) for clip in row]
+        count = [grid[..., 0].size for grid in grids]
+        times.append(np.concatenate([np.broadcast_to(clip.time, n) for clip, n in zip(row, count)]))
+        segments.append(
+            [
+                Segment(grid.reshape(n, -1), np.zeros(n, bool), grid.shape[:3], clip.text_LE, 8.0)
+                for clip, grid, n in zip(row, grids, count)
+            ]
+        )
+    tokens = max(map(len, times)) + 3
+    text = max(sum(len(clip.text_LE) for clip in row) for row in rows) // 4 * 4 + 4
+    slots = max(map(len, rows))
+    batch = pack_segments(segments, PackConfig(tokens=tokens, text_tokens=text, slots=slots, rows=len(rows)))
+    if config.image_features:
+        image = draw_input("image", (1, 5, config.image_features))
+        of_row = np.repeat(np.arange(1, slots + 1, dtype=np.int32), 5)
+        batch = batch.replace(
+            image_BIE=np.tile(image, (len(rows), slots, 1)), image_segment_BI=np.tile(of_row, (len(rows), 1))
+        )
+    time_BS = np.stack([np.pad(t, (0, tokens - len(t))) for t in times]).astype(np.float32)
+    return batch, time_BS
+
+
+def to_latents(config, y_SP, size_thw) -> np.ndarray:
+    (t, h, w), (_, p, q) = size_thw, config.patch
+    h, w = h // p, w // q
+    return rearrange(y_SP[: t * h * w], "(t h w) (p q c) -> c t (h p) (w q)", t=t, h=h, w=w, p=p, q=q)
+
+
+def predict(config, params, rows: list[list[Clip]]) -> list[np.ndarray]:
+    """The prediction for each clip, (C, t, h, w), row by row."""
+    batch, time_BS = packed(config, rows)
+    y_BSP = np.asarray(jax.jit(DiT(config).apply)(params, batch.tokens_BSP, time_BS, batch))
+    found = []
+    for row, y_SP in zip(rows, y_BSP):
+        for clip in row:
+            size = clip.x_cthw.shape[1:]
+            found.append(to_latents(config, y_SP, size))
+            y_SP = y_SP[found[-1].size // config.out_width :]
+    return found
+
+
+def text_of(length: int, index: int) -> np.ndarray:
+    return draw_input(f"text {length}", (2, length, 10))[index]
+
+
+def video_clips(size, length: int, time) -> list[Clip]:
+    """The two clips of a fixture of Wan or Latte."""
+    x = draw_input(f"latents {'x'.join(map(str, size))}", (2, 4, *size))
+    return [Clip(x[i], text_of(length, i), np.broadcast_to(time, (2,) + np.shape(time)[1:])[i]) for i in range(2)]
+
+
+def image_clips(name: str, count: int, size_hw, texts, time) -> list[Clip]:
+    x = draw_input(f"latents {name}", (count, 4, *size_hw))
+    return [Clip(x[i][:, None], texts[i], time) for i in range(count)]
+
+
+def cases() -> dict[str, tuple[str, list[Clip], str]]:
+    """By name: the small model, the clips, and the fixture's entry, (clips, C, [t,] h, w)."""
+    found = {}
+    for (t, h, w), length, time in (((3, 4, 6), 7, 437.0), ((1, 2, 10), 12, 3.0), ((5, 6, 2), 1, 1000.0)):
+        size = f"{t}x{h}x{w} {length}"
+        found[f"wan {size}"] = "wan", video_clips((t, h, w), length, time / 1000), f"t2v {size} {time}"
+        each = np.linspace(0, 1, 2 * t * h * w // 4).reshape(2, -1)
+        found[f"wan each {size}"] = "wan", video_clips((t, h, w), length, each), f"each {size}"
+    x, text = draw_input("i2v 3x4x6", (1, 9, 3, 4, 6))[0], draw_input("text 512", (1, 512, 10))[0]
+    found["i2v"] = "i2v", [Clip(x, text, 0.437)], "i2v 3x4x6"
+    labels = draw_ids("labels", (3,), 11).astype(np.int32)[:, None, None]
+    for side, time in ((16, 437.0), (12, 3.0)):
+        found[f"dit {side}"] = "dit", image_clips(str(side), 3, (side, side), labels, time / 1000), f"{side} {time}"
+    found["sit 16"] = "sit", image_clips("16", 3, (16, 16), labels, 1 - 0.3), "16 0.3"
+    for family in ("plain", "sized"):
+        for (h, w), length, time in (((16, 16), 7, 437.0), ((12, 20), 3, 3.0)):
+            texts = [text_of(length, i) for i in range(2)]
+            clips = image_clips(f"{h}x{w}", 2, (h, w), texts, time / 1000)
+            found[f"{family} {h}x{w}"] = family, clips, f"{family} {h}x{w} {length} {time}"
+    for (t, h, w), length, time in (((3, 16, 16), 7, 437.0), ((1, 12, 20), 3, 3.0), ((5, 4, 8), 2, 999.0)):
+        clips = video_clips((t, h, w), length, time / 1000)
+        found[f"latte {t}x{h}x{w}"] = "latte", clips, f"{t}x{h}x{w} {length} {time}"
+    return found
+
+
+FILE = {"i2v": "wan", "sit": "dit", "plain": "pixart", "sized": "pixart"}  # of a small model, else its own name
+
+
+def reference(model: str) -> dict[str, np.ndarray]:
+    return load_file(FIXTURES / f"{FILE.get(model, model)}.safetensors")
+
+
+def published(model: str) -> dict[str, dict[str, list]]:
+    with safe_open(FIXTURES / f"{model}.safetensors", framework="numpy") as file:
+        return json.loads(file.metadata()["published"])
+
+
+@pytest.mark.parametrize("case", cases())
+def test_values_are_the_references(params, case):
+    model, clips, entry = cases()[case]
+    sign = -1 if model == "sit" else 1  # SiT's velocity points from noise to data
+    theirs = reference(model)[entry]
+    for ours, their in zip(predict(SMALL[model], params[model], [[clip] for clip in clips]), theirs):
+        assert relative(sign * ours.reshape(their.shape), their) < 1e-4
+
+
+@pytest.mark.parametrize("model", ["wan", "dit", "plain", "sized", "latte"])
+def test_gradients_are_the_references(params, model):
+    cfg = SMALL[model]
+    of = {"wan": "wan 3x4x6 7", "dit": "dit 16", "plain": "plain 12x20", "sized": "sized 12x20", "latte": "latte 5x4x8"}
+    clips = cases()[of[model]][1]
+    if model == "dit":
+        clips = [dataclasses.replace(clip, time=0.437) for clip in clips]
+    batch, time_BS = packed(cfg, [[clip] for clip in clips])
+    size = clips[0].x_cthw.shape[1:]
+    shape = (len(clips), cfg.out_channels or 4, *(size if model in ("wan", "latte") else size[1:]))
+    weights = draw_input("weights of the loss", shape).reshape(len(clips), shape[1], *size)
+    weights_BSP = np.stack([packed(cfg, [[Clip(w, clips[0].text_LE, 0.0)]])[0].tokens_BSP[0] for w in weights])
+
+    def loss(params):
+        y = DiT(cfg).apply(params, batch.tokens_BSP, time_BS, batch)
+        return jnp.sum(y * weights_BSP) / weights.size
+
+    layout = rules(cfg, layout_of(cfg))
+    grads = dict(export_params(jax.jit(jax.grad(loss))(params[model]), layout))
+    prefix = f"{model} grad/" if model in ("plain", "sized") else "grad/"
+    checked = {k.removeprefix(prefix): v for k, v in reference(model).items() if k.startswith(prefix)}
+    assert len(checked) >= 3
+    for name, their in checked.items():
+        assert relative(grads[name], their) < 1e-4, name
+
+
+@pytest.mark.parametrize("model", SMALL)
+def test_packed_is_clip_by_clip(params, model):
+    """Clips of several sizes in one row give what each gives alone."""
+    clips = [clip for of, clips, _ in cases().values() if of == model for clip in clips][:5]
+    alone = predict(SMALL[model], params[model], [[clip] for clip in clips])
+    for a, b in zip(predict(SMALL[model], params[model], [clips]), alone):
+        assert relative(a, b) < 1e-5
+
+
+@pytest.mark.parametrize("model", ["wan", "latte", "dit"])
+def test_it_runs_on_a_mesh(params, model):
+    clips = [clip for of, clips, _ in cases().values() if of == model for clip in clips][:2] * 4
+    batch, time_BS = packed(SMALL[model], [[clip] for clip in clips])
+    alone = jax.jit(DiT(SMALL[model]).apply)(params[model], batch.tokens_BSP, time_BS, batch)
+    mesh = make_mesh(MeshConfig(data=2, fsdp=4))
+    with jax.set_mesh(mesh):
+        on_mesh, times = place(batch, mesh, BATCH), place(time_BS, mesh, BATCH)
+        y = jax.jit(DiT(SMALL[model]).apply)(params[model], on_mesh.tokens_BSP, times, on_mesh)
+    assert relative(np.asarray(y), np.asarray(alone)) < 1e-5
+
+
+# ---- Files
+
+
+PUBLISHED = [(file, name) for file in ("wan", "dit", "pixart", "latte") for name in published(file)]
+
+
+@pytest.mark.parametrize("file, name", PUBLISHED)
+def test_every_published_tensor_has_its_place(file, name):
+    config = CONFIGS[name]
+    theirs = {}
+    for key, (shape, count) in published(file)[name].items():
+        theirs |= {key.replace("{i}", str(i)): tuple(shape) for i in range(count)}
+    theirs = {k: v for k, v in theirs.items() if not k.startswith(IGNORED) or k.startswith("pos_embed.proj")}
+    assert published_names(config, layout_of(config)) == theirs
+    parameters = {"wan2.1-t2v-1.3b": 1_418_996_800, "wan2.1-t2v-14b": 14_288_491_584}
+    if name in parameters:
+        assert sum(int(np.prod(shape)) for shape in theirs.values()) == parameters[name]
+
+
+@pytest.mark.parametrize(
+    "model, layout", [("wan", "wan-own"), ("i2v", "wan-own"), ("dit", "dit-own"), ("sit", "dit-own")]
+)
+def test_the_authors_own_files_hold_the_same(params, model, layout, tmp_path):
+    cfg = SMALL[model]
+    own = list(export_params(params[model], rules(cfg, layout)))
+    save_file(dict(own), tmp_path / "own.safetensors")
+    checkpoint = Checkpoint(tmp_path / "own.safetensors")
+    assert layout_of(cfg, checkpoint.names) == layout
+    again = import_params(checkpoint, rules(cfg, layout), abstract(cfg), progress=False)
+    jax.tree.map(np.testing.assert_array_equal, again, jax.tree.map(np.asarray, params[model]))
