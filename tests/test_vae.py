@@ -9,12 +9,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minisora_jax.models.vae import VAE, Conv, VAEConfig, average_down, duplicate_up, patchify, unpatchify
+from minisora_jax.models.vae import VAE, VAEConfig
+from minisora_jax.models.vae_layers import Conv, average_down, duplicate_up, patchify, unpatchify
 
 PLAIN = VAEConfig(base=4, multipliers=(1, 2, 2), residual_blocks=1, time_down=(True, True), latent_channels=3)
 WAN_LIKE = VAEConfig(base=4, multipliers=(1, 1, 2, 2), residual_blocks=1, latent_channels=2)
 TINY = dataclasses.replace(PLAIN, patch=2, shortcuts=True)
-CONFIGS = {"plain": PLAIN, "wan": WAN_LIKE, "tiny": TINY}
+WAN_22_LIKE = dataclasses.replace(WAN_LIKE, multipliers=(1, 2, 2), time_down=(True, True), patch=2, shortcuts=True)
+WAN_22_LIKE = dataclasses.replace(WAN_22_LIKE, halve_up=False, decoder_base=6)
+CONFIGS = {"plain": PLAIN, "wan": WAN_LIKE, "wan2.2": WAN_22_LIKE, "tiny": TINY}
 
 
 def make(config: VAEConfig):
