@@ -8,6 +8,7 @@ torch: a zip of raw storages and a pickle of views on them, of which only tensor
 
 from __future__ import annotations
 
+import copy
 import json
 import pickle
 import zipfile
@@ -38,7 +39,16 @@ class Checkpoint:
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        self._where = {name: file for file in _files(self.path) for name in file.names}
+        self._where = {name: (file, name) for file in _files(self.path) for name in file.names}
+
+    def within(self, prefixes: tuple[str, ...]) -> Checkpoint:
+        """The tensors under the first of `prefixes` that there is, named without it; all of them if there is none."""
+        for prefix in prefixes:
+            if part := {k.removeprefix(prefix): v for k, v in self._where.items() if k.startswith(prefix)}:
+                found = copy.copy(self)
+                found._where = part
+                return found
+        return self
 
     @property
     def names(self) -> list[str]:
@@ -48,10 +58,16 @@ class Checkpoint:
         return name in self._where
 
     def read(self, name: str) -> np.ndarray:
-        return self._where[name].read(name)
+        file, stored = self._where[name]
+        return file.read(stored)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return self._where[name].shape(name)
+        file, stored = self._where[name]
+        return file.shape(stored)
+
+    def dtype(self, name: str) -> np.dtype:
+        file, stored = self._where[name]
+        return file.dtype(stored)
 
 
 def _files(path: Path) -> list:
@@ -84,6 +100,10 @@ class _Safetensors:
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._file.get_slice(name).get_shape())
 
+    def dtype(self, name: str) -> np.dtype:
+        # An empty slice: safetensors' own names of types are not NumPy's.
+        return self.read(name).dtype if not self.shape(name) else self._file.get_slice(name)[:0].dtype
+
 
 class _TorchFile:
     def __init__(self, path: Path):
@@ -109,6 +129,9 @@ class _TorchFile:
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self._views[name].shape
+
+    def dtype(self, name: str) -> np.dtype:
+        return np.dtype(self._views[name].storage[1])
 
 
 class _View:

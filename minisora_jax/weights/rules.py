@@ -9,6 +9,7 @@ extra or misshapen in a checkpoint is known before any tensor is moved.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -27,28 +28,37 @@ from minisora_jax.weights.checkpoint import Checkpoint, CheckpointError
 @dataclasses.dataclass(frozen=True)
 class Rule:
     ours: str  # path in our tree, joined by "/"
-    theirs: str  # a tensor's name; with `layers`, a name with {i}
+    theirs: str  # a tensor's name; with `layers`, a name with {i}; with `fuses`, one with {fused}
     pattern: str = ""  # einops, theirs -> ours; "" keeps the axes
     sizes: tuple[tuple[str, int], ...] = ()  # of axes that the pattern splits
     layers: int = 0  # our leading axis stacks this many of theirs
     aliases: tuple[str, ...] = ()  # other names that the same tensor is stored by
     copies: int = 0  # theirs is stored this many times over, by a name with {i}
     part: tuple[int, int] = (0, 1)  # (i, n): ours is part i of n equal parts of theirs along its first axis
+    fuses: tuple[
+        str, ...
+    ] = ()  # ours is made of several of theirs, named by these; the pattern's first axis counts them
     negate: bool = False
 
     @property
-    def names(self) -> list[str]:
-        count = self.layers or self.copies
-        return [self.theirs.format(i=i) for i in range(count)] if count else [self.theirs]
+    def names_by_layer(self) -> list[list[str]]:
+        """Of each layer or copy, the tensors that it is made of: one of them unless the rule fuses several."""
+        count = self.layers or self.copies or 1
+        return [[self.theirs.format(i=i, fused=fused) for fused in self.fuses or ("",)] for i in range(count)]
 
-    def to_ours(self, tensor: np.ndarray) -> np.ndarray:
+    @property
+    def names(self) -> list[str]:
+        return [name for layer in self.names_by_layer for name in layer]
+
+    def to_ours(self, *tensors: np.ndarray) -> np.ndarray:
+        """Ours, or one layer of it, of the tensors that it is made of."""
         i, n = self.part
-        tensor = np.split(tensor, n)[i] if n > 1 else tensor
+        tensor = np.stack(tensors) if self.fuses else np.split(tensors[0], n)[i] if n > 1 else tensors[0]
         tensor = -tensor if self.negate else tensor
         return rearrange(tensor, self.pattern, **dict(self.sizes)) if self.pattern else tensor
 
     def to_theirs(self, array: np.ndarray) -> np.ndarray:
-        """Of a tensor that several rules share parts of, this rule's part."""
+        """The inverse: of a tensor that several rules share parts of, this rule's part; what we fuse, stacked."""
         array = -array if self.negate else array
         if not self.pattern:
             return array
@@ -62,12 +72,14 @@ def import_params(
     abstract: Any,
     *,
     ignored: tuple[str, ...] = (),
+    keep_dtype: bool = False,
     progress: bool = True,
 ) -> Any:
     """Our parameter tree from a checkpoint, each leaf of `abstract`'s shape, dtype and sharding (where it has one).
 
-    `abstract` is a tree of `jax.ShapeDtypeStruct`s. Tensors are read, placed and dropped one after another. Those whose
-    names begin with one of `ignored` are left alone.
+    `abstract` is a tree of `jax.ShapeDtypeStruct`s. Tensors are read, placed and dropped one after another: beyond the
+    result, memory holds one tensor. Those whose names begin with one of `ignored` are left alone. With `keep_dtype`
+    leaves have the dtype that they are stored in.
     CheckpointError names every missing and extra tensor, and the first that does not fit.
     """
     targets = traverse_util.flatten_dict(abstract, sep="/")
@@ -75,7 +87,7 @@ def import_params(
     leaves = {}
     for rule in tqdm(rules, desc="importing", unit="tensor", disable=not progress):
         target = targets[rule.ours]
-        leaves[rule.ours] = _place(_read(checkpoint, rule, target), target)
+        leaves[rule.ours] = _place(_read(checkpoint, rule, target, keep_dtype), target)
     return traverse_util.unflatten_dict(leaves, sep="/")
 
 
@@ -96,31 +108,30 @@ def _check_names(checkpoint: Checkpoint, rules: Sequence[Rule], targets: dict, i
         raise CheckpointError(f"the rules leave out or invent parameters of ours: {sorted(ours ^ set(targets))[:4]}")
 
 
-def _read(checkpoint: Checkpoint, rule: Rule, target) -> np.ndarray:
-    layers = []
-    for name in rule.names:
-        name = next(n for n in (name, *rule.aliases) if n in checkpoint)
+def _read(checkpoint: Checkpoint, rule: Rule, target, keep_dtype: bool) -> np.ndarray:
+    """The leaf that `rule` gives, a tensor at a time into its place."""
+    stored_as = lambda name: next(n for n in (name, *rule.aliases) if n in checkpoint)
+    layers = [[stored_as(name) for name in names] for names in rule.names_by_layer]
+    stored_dtypes = (checkpoint.dtype(name) for names in layers for name in names)
+    array = np.empty(target.shape, functools.reduce(np.promote_types, stored_dtypes) if keep_dtype else target.dtype)
+    shape = target.shape[1:] if rule.layers else target.shape
+    for i, names in enumerate(layers):
+        stored = f"{' and '.join(names)} of shape {checkpoint.shape(names[0])}"
         try:
-            layers.append(rule.to_ours(checkpoint.read(name)))
+            layer = rule.to_ours(*(checkpoint.read(name) for name in names))
         except Exception as error:
+            raise CheckpointError(f"{stored} does not fit {rule.ours}: {error}") from error
+        if layer.shape != shape:
+            raise CheckpointError(f"{stored} gives {rule.ours} the shape {layer.shape}, which is {shape} here")
+        if rule.copies and i and not np.array_equal(layer.astype(array.dtype), array):
             raise CheckpointError(
-                f"{name} of shape {checkpoint.shape(name)} does not fit {rule.ours}: {error}"
-            ) from error
-    if rule.copies and not all(np.array_equal(layers[0], other) for other in layers[1:]):
-        raise CheckpointError(
-            f"{rule.theirs} is stored {rule.copies} times and should be the same each time, but is not"
-        )
-    array = np.stack(layers) if rule.layers else layers[0]
-    if array.shape != target.shape:
-        raise CheckpointError(
-            f"{name} of shape {checkpoint.shape(name)} gives {rule.ours} the shape {array.shape}, "
-            f"which is {target.shape} in this preset"
-        )
+                f"{rule.theirs} is stored {rule.copies} times and should be the same each time, but is not"
+            )
+        array[i if rule.layers else ...] = layer
     return array
 
 
 def _place(array: np.ndarray, target):
-    array = np.asarray(array, target.dtype)
     sharding = getattr(target, "sharding", None)
     if sharding is None:
         return array
@@ -128,19 +139,21 @@ def _place(array: np.ndarray, target):
 
 
 def export_params(params: Any, rules: Sequence[Rule]) -> Iterator[tuple[str, np.ndarray]]:
-    """(their name, tensor) of every parameter: the inverse of `import_params`."""
+    """(their name, tensor) of every parameter: the inverse of `import_params`. A leaf may be a function giving it."""
     flat = traverse_util.flatten_dict(params, sep="/")
     parts: dict[str, list[np.ndarray]] = {}  # of tensors that several rules share
     for rule in rules:
-        array = np.asarray(jax.device_get(flat[rule.ours]))
-        for i, name in enumerate(rule.names):
+        leaf = flat[rule.ours]
+        array = np.asarray(jax.device_get(leaf() if callable(leaf) else leaf))
+        for i, names in enumerate(rule.names_by_layer):
             tensor = rule.to_theirs(array[i] if rule.layers else array)
             if rule.part[1] > 1:
-                parts.setdefault(name, []).append(tensor)
-                if len(parts[name]) < rule.part[1]:
+                parts.setdefault(names[0], []).append(tensor)
+                if len(parts[names[0]]) < rule.part[1]:
                     continue
-                tensor = np.concatenate(parts.pop(name))
-            yield name, np.asarray(tensor, order="C")
+                tensor = np.concatenate(parts.pop(names[0]))
+            for name, fused in zip(names, tensor if rule.fuses else [tensor]):
+                yield name, np.asarray(fused, order="C")
 
 
 def save_sharded(directory: str | Path, tensors: Iterator[tuple[str, np.ndarray]], stem: str, shard_bytes: int = 2**32):

@@ -1,0 +1,111 @@
+"""CLIP's text encoder, as OpenAI (Radford et al. 2021, arXiv:2103.00020) and OpenCLIP (arXiv:2212.07143) trained it.
+
+    x = token[ids] + position[0, 1, ..]
+    x = x + attention(norm(x)),   causal
+    x = x + act(norm(x) W_1) W_2
+    features = norm(x),   pooled = features at the caption's end token (W_projection)
+
+Several captions may share a row: positions restart in each, attention stays within its segment.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from minisora_jax.models.layers import Einsum, LayerNorm, fill_runs, run_starts, sharded
+from minisora_jax.parallel.attention import attend
+from minisora_jax.parallel.mesh import lookup, shard
+
+ACTIVATIONS = {
+    "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),  # OpenAI's
+    "gelu": lambda x: nn.gelu(x, approximate=False),  # OpenCLIP's
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class CLIPConfig:
+    """Shape of the encoder. The defaults are those of OpenAI's ViT-L/14."""
+
+    vocabulary: int = 49_408
+    width: int = 768
+    heads: int = 12
+    mlp: int = 3072
+    depth: int = 12
+    positions: int = 77  # tokens of a caption at most
+    activation: str = "quick_gelu"
+    projection: int | None = 768  # width of the pooled features; None: they are not projected
+    end: int | None = None  # the token that ends a caption; None: the highest id in it, as in the published models
+    dtype: str = "float32"  # of the computation
+
+    def __post_init__(self):
+        if self.width % self.heads:
+            raise ValueError(f"width={self.width} must be a multiple of heads={self.heads}")
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(f"activation={self.activation!r} must be one of {', '.join(ACTIVATIONS)}")
+
+
+class CLIPBlock(nn.Module):
+    config: CLIPConfig
+
+    @nn.compact
+    def __call__(self, x_BLD, segment_BL):
+        cfg = self.config
+        D, N, F, L = cfg.width, cfg.heads, cfg.mlp, x_BLD.shape[1]
+        h = LayerNorm(epsilon=1e-5, name="attention_norm")(x_BLD)
+        qkv_BL3NK = Einsum("bld,dpnk->blpnk", (D, 3, N, D // N), name="qkv")(h)
+        # Causal within a row, and `attend` keeps the segments apart: every place sees at least itself.
+        past_only_1LL = jnp.where(jnp.tri(L, dtype=bool), 0.0, -1e30)[None]
+        q, k, v = (qkv_BL3NK[:, :, i] for i in range(3))
+        h = attend(q, k, v, segment_BL, segment_BL, bias_NST=past_only_1LL)
+        x_BLD = x_BLD + Einsum("blnk,nkd->bld", (N, D // N, D), inputs=2, name="out")(h)
+        h = LayerNorm(epsilon=1e-5, name="mlp_norm")(x_BLD)
+        h = ACTIVATIONS[cfg.activation](Einsum("bld,df->blf", (D, F), name="up")(h))
+        return x_BLD + Einsum("blf,fd->bld", (F, D), name="down")(h), None
+
+
+class CLIPEncoder(nn.Module):
+    config: CLIPConfig
+
+    @nn.compact
+    def __call__(self, ids_BL: jax.Array, segment_BL: jax.Array, slots: int = 1) -> tuple[jax.Array, jax.Array]:
+        """(features_BLD, pooled_BGE) of (B, L) int32 ids and segments 1..slots (0 for padding), G = slots.
+
+        Zeros on padding and for slots without a caption; NaN beyond the positions that the model knows.
+        """
+        cfg = self.config
+        tokens = self.param("embedding", sharded(nn.initializers.normal(0.02), 0), (cfg.vocabulary, cfg.width))
+        places = self.param("positions", nn.initializers.normal(0.01), (cfg.positions, cfg.width))
+        index_BL = jnp.zeros_like(segment_BL) + jnp.arange(segment_BL.shape[1])
+        position_BL = index_BL - fill_runs(index_BL, run_starts(segment_BL))
+        known_BL = position_BL < cfg.positions
+        x = lookup(shard(tokens, P(None, None)), ids_BL) + lookup(places, jnp.where(known_BL, position_BL, 0))
+        x = x.astype(cfg.dtype)
+        stack = nn.scan(
+            CLIPBlock, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=nn.broadcast, length=cfg.depth
+        )
+        x, _ = stack(cfg, name="blocks")(x, segment_BL)
+        x = jnp.where(segment_BL[..., None] > 0, LayerNorm(epsilon=1e-5, name="norm")(x), 0)
+        ends_BGL = end_places(cfg, ids_BL, segment_BL, slots)
+        pooled_BGE = jnp.einsum("bgl,bld->bgd", ends_BGL.astype(x.dtype), x)
+        if cfg.projection is not None:
+            pooled_BGE = Einsum("bgd,de->bge", (cfg.width, cfg.projection), bias=False, name="projection")(pooled_BGE)
+        # A caption that is too long spoils itself, and no other of its row.
+        too_long_BL = ~known_BL & (segment_BL > 0)
+        too_long_BG = jnp.any(ends_BGL & too_long_BL[:, None, :], axis=-1)
+        spoil = lambda features, where: jnp.where(where[..., None], jnp.nan, features)
+        return spoil(x, too_long_BL), spoil(pooled_BGE, too_long_BG)
+
+
+def end_places(cfg: CLIPConfig, ids_BL: jax.Array, segment_BL: jax.Array, slots: int) -> jax.Array:
+    """(B, G, L) bool: the first end token of each caption, its first token where it has none."""
+    inside_BGL = segment_BL[:, None, :] == jnp.arange(1, slots + 1)[:, None]
+    score_BL = ids_BL + 1 if cfg.end is None else 1 + (ids_BL == cfg.end)
+    score_BGL = jnp.where(inside_BGL, score_BL[:, None, :], 0)
+    best_BG1 = jnp.max(score_BGL, axis=-1, keepdims=True)
+    is_best_BGL = inside_BGL & (score_BGL == best_BG1)
+    return is_best_BGL & (jnp.cumsum(is_best_BGL, axis=-1) == 1)
