@@ -1,4 +1,7 @@
-"""Wan 2.1's VAE against diffusers' AutoencoderKLWan: values, gradients, names. Fixtures: tests/parity/make.py."""
+"""The VAEs of Wan 2.1 and 2.2 against diffusers and their own code: values, gradients, names, both layouts.
+
+Fixtures: tests/parity/make.py and make_codecs.py.
+"""
 
 import dataclasses
 import json
@@ -16,7 +19,6 @@ from safetensors.numpy import load_file, save_file
 sys.path.insert(0, str(Path(__file__).parent / "parity"))
 from random_weights import draw, draw_input  # noqa: E402
 
-from minisora_jax.bundled import CODEC  # noqa: E402
 from minisora_jax.cli import main  # noqa: E402
 from minisora_jax.models.codec import Codec  # noqa: E402
 from minisora_jax.models.vae import VAE  # noqa: E402
@@ -25,9 +27,14 @@ from minisora_jax.weights.checkpoint import Checkpoint, CheckpointError  # noqa:
 from minisora_jax.weights.presets import CODECS  # noqa: E402
 from minisora_jax.weights.rules import export_params, import_params, save_sharded  # noqa: E402
 
-FIXTURE = Path(__file__).parent / "parity/fixtures/wan_vae.safetensors"
-SMALL = dataclasses.replace(wan_vae.CONFIG, base=4, latent_channels=3)
-RULES = wan_vae.rules(SMALL)
+FIXTURES = Path(__file__).parent / "parity/fixtures"
+PRESETS = {"wan_vae": "wan2.1-vae", "wan22_vae": "wan2.2-vae"}
+FULL = {"wan_vae": wan_vae.WAN_21, "wan22_vae": wan_vae.WAN_22}
+SMALL = {
+    "wan_vae": dataclasses.replace(wan_vae.WAN_21, base=4, latent_channels=3),
+    "wan22_vae": dataclasses.replace(wan_vae.WAN_22, base=4, decoder_base=8, latent_channels=3),
+}
+PARAMETERS = {"wan_vae": 126_892_531, "wan22_vae": 704_688_668}
 
 
 def abstract(config):
@@ -38,110 +45,171 @@ def to_jax(x_BCTHW):
     return jnp.asarray(np.moveaxis(x_BCTHW, 1, -1))
 
 
+def to_torch(x_BTHWC):
+    return np.moveaxis(np.asarray(x_BTHWC), -1, 1)
+
+
 def relative(ours, theirs):
     return float(np.abs(ours - theirs).max() / np.abs(theirs).max())
 
 
-@pytest.fixture(scope="module")
-def file(tmp_path_factory):
-    """The small model's weights as a published file would hold them."""
-    tensors = {}
-    flat = traverse_util.flatten_dict(abstract(SMALL), sep="/")
-    for rule in RULES:
-        shape = rule.to_theirs(np.zeros(flat[rule.ours].shape)).shape
-        tensors[rule.theirs] = draw(rule.theirs, shape)
-    path = tmp_path_factory.mktemp("wan") / "diffusion_pytorch_model.safetensors"
+def published_file(config, path, layout="diffusers", drawn_as="diffusers"):
+    """The small model as a published file of a layout would hold it, with weights drawn by a layout's names."""
+    flat, tensors = traverse_util.flatten_dict(abstract(config), sep="/"), {}
+    for rule, drawn in zip(wan_vae.rules(config, layout), wan_vae.rules(config, drawn_as)):
+        tensors[rule.theirs] = draw(drawn.theirs, rule.to_theirs(np.zeros(flat[rule.ours].shape)).shape)
     save_file(tensors, path)
     return path
 
 
-@pytest.fixture(scope="module")
-def params(file):
-    return import_params(Checkpoint(file), RULES, abstract(SMALL), progress=False)
+def facts(fixture, key):
+    with safe_open(FIXTURES / f"{fixture}.safetensors", framework="numpy") as file:
+        return json.loads(file.metadata()[key])
 
 
-@pytest.mark.parametrize("size", [(1, 16, 24), (5, 24, 16), (13, 16, 16)])
-def test_values_are_the_references(params, size):
-    reference, name = load_file(FIXTURE), "x".join(map(str, size))
-    x = np.clip(draw_input(f"pixels {name}", (2, 3, *size)), -1, 1)
-    mean, logvar, _ = VAE(SMALL).apply(params, to_jax(x), method="encode")
-    moments = np.moveaxis(np.concatenate([mean, logvar], -1), -1, 1)
-    assert relative(moments, reference[f"moments {name}"]) < 1e-4
-    z = draw_input(f"latents {name}", (2, 3, *SMALL.latent_size(size)))
-    y, _ = VAE(SMALL).apply(params, to_jax(z), method="decode")
-    assert relative(np.moveaxis(np.clip(y, -1, 1), -1, 1), reference[f"decoded {name}"]) < 1e-4
+@dataclasses.dataclass
+class Case:
+    family: str
+    config: object
+    file: Path
+    params: dict
+    reference: dict
+
+    def input(self, key):
+        """The reference's input of this name; a result's shape tells the batch."""
+        what, size = key.split()
+        T, H, W = map(int, size.split("x"))
+        batch = len(self.reference[f"moments {size}"])
+        if what == "decoded":
+            return draw_input(f"latents {size}", (batch, 3, *self.config.latent_size((T, H, W))))
+        return np.clip(draw_input(f"pixels {size}", (batch, 3, T, H, W)), -1, 1)
+
+    def output(self, params, key):
+        x = to_jax(self.input(key))
+        if key.startswith("decoded"):
+            return jnp.clip(VAE(self.config).apply(params, x, method="decode")[0], -1, 1)
+        return jnp.concatenate(VAE(self.config).apply(params, x, method="encode")[:2], -1)
 
 
-def test_gradients_are_the_references(params):
-    reference = load_file(FIXTURE)
-    x = to_jax(np.clip(draw_input("pixels 5x24x16", (2, 3, 5, 24, 16)), -1, 1))
-    z = to_jax(draw_input("latents 5x24x16", (2, 3, 2, 3, 2)))
+@pytest.fixture(scope="module", params=SMALL)
+def case(request, tmp_path_factory):
+    family, config = request.param, SMALL[request.param]
+    file = published_file(config, tmp_path_factory.mktemp(family) / "diffusion_pytorch_model.safetensors")
+    params = import_params(Checkpoint(file), wan_vae.rules(config), abstract(config), progress=False)
+    return Case(family, config, file, params, load_file(FIXTURES / f"{family}.safetensors"))
 
-    def encoded(params):
-        mean, logvar, _ = VAE(SMALL).apply(params, x, method="encode")
-        return jnp.mean(jnp.concatenate([mean, logvar], -1) ** 2)
 
-    def decoded(params):
-        return jnp.mean(jnp.clip(VAE(SMALL).apply(params, z, method="decode")[0], -1, 1) ** 2)
+def test_values_are_the_references(case):
+    keys = [k for k in case.reference if not k.startswith("grad/")]
+    assert len(keys) == 6
+    for key in keys:
+        assert relative(to_torch(case.output(case.params, key)), case.reference[key]) < 1e-4, key
 
+
+def test_gradients_are_the_references(case):
+    size = next(k.split()[1] for k in case.reference if k.startswith("moments 5x"))
     grads = {}
-    for loss, side in ((encoded, "encoder/"), (decoded, "decoder/")):
-        tree = jax.jit(jax.grad(loss))(params)
-        grads |= {n: g for rule in RULES if side in rule.ours for n, g in export_params(tree, [rule])}
-    checked = [k.removeprefix("grad/") for k in reference if k.startswith("grad/")]
+    for key, side in ((f"moments {size}", "encoder/"), (f"decoded {size}", "decoder/")):
+        tree = jax.jit(jax.grad(lambda p, key=key: jnp.mean(case.output(p, key) ** 2)))(case.params)
+        rules = [rule for rule in wan_vae.rules(case.config) if side in rule.ours]
+        grads |= dict(export_params(tree, rules))
+    checked = [k.removeprefix("grad/") for k in case.reference if k.startswith("grad/")]
     assert len(checked) == 6
     for name in checked:
-        assert relative(grads[name], reference[f"grad/{name}"]) < 1e-4, name
+        assert relative(grads[name], case.reference[f"grad/{name}"]) < 1e-4, name
 
 
-def test_every_published_tensor_has_its_place():
-    with safe_open(FIXTURE, framework="numpy") as file:
-        published = {k: tuple(v) for k, v in json.loads(file.metadata()["published"]).items()}
-    flat = traverse_util.flatten_dict(abstract(wan_vae.CONFIG), sep="/")
-    rules = wan_vae.rules(wan_vae.CONFIG)
+@pytest.mark.parametrize("family", FULL)
+@pytest.mark.parametrize("layout", wan_vae.LAYOUTS)
+def test_every_published_tensor_has_its_place(family, layout):
+    fixture, key = (family, "published") if layout == "diffusers" else ("wan_original", "published")
+    published = facts(fixture, key) if layout == "diffusers" else facts(fixture, key)[family]
+    assert wan_vae.layout_of(list(published)) == layout
+    flat = traverse_util.flatten_dict(abstract(FULL[family]), sep="/")
+    rules = wan_vae.rules(FULL[family], layout)
     assert {rule.ours for rule in rules} == set(flat)
-    blank = lambda rule: np.lib.stride_tricks.as_strided(np.zeros(1), flat[rule.ours].shape, [0] * flat[rule.ours].ndim)
-    assert {rule.theirs: rule.to_theirs(blank(rule)).shape for rule in rules} == published
-    assert sum(np.prod(s) for s in published.values()) == 126_892_531
+    blank = lambda shape: np.lib.stride_tricks.as_strided(np.zeros(1), shape, [0] * len(shape))
+    shapes = {rule.theirs: list(rule.to_theirs(blank(flat[rule.ours].shape)).shape) for rule in rules}
+    assert shapes == published
+    assert sum(np.prod(s) for s in published.values()) == PARAMETERS[family]
 
 
-def test_the_round_trip_is_exact(params, file, tmp_path):
+def test_wans_own_layout_gives_the_same_model(case, tmp_path):
+    path = published_file(case.config, tmp_path / "Wan_VAE.safetensors", "wan")
+    file = Checkpoint(path)
+    assert wan_vae.layout_of(file.names) == "wan"
+    again = import_params(file, wan_vae.rules(case.config, "wan"), abstract(case.config), progress=False)
+    jax.tree.map(np.testing.assert_array_equal, again, case.params)
+
+
+def test_values_are_those_of_wans_own_code(case, tmp_path):
+    path = published_file(case.config, tmp_path / "Wan_VAE.safetensors", "wan", drawn_as="wan")
+    params = import_params(Checkpoint(path), wan_vae.rules(case.config, "wan"), abstract(case.config), progress=False)
+    reference = load_file(FIXTURES / "wan_original.safetensors")
+    size = "5x24x16" if case.family == "wan_vae" else "5x48x16"
+    x = to_jax(np.clip(draw_input(f"pixels {size}", (1, 3, *map(int, size.split("x")))), -1, 1))
+    mean = to_torch(VAE(case.config).apply(params, x, method="encode")[0])
+    assert relative(mean, reference[f"{case.family} mean"]) < 1e-4
+    z = to_jax(draw_input(f"latents {size}", mean.shape))
+    y = to_torch(VAE(case.config).apply(params, z, method="decode")[0])
+    assert relative(np.clip(y, -1, 1), reference[f"{case.family} decoded"]) < 1e-4
+
+
+def test_the_round_trip_is_exact(case, tmp_path):
     whole, shards = tmp_path / "whole", tmp_path / "shards"
-    save_sharded(whole, export_params(params, RULES), "model")
-    save_sharded(shards, export_params(params, RULES), "model", shard_bytes=100_000)
+    rules = wan_vae.rules(case.config)
+    save_sharded(whole, export_params(case.params, rules), "model")
+    save_sharded(shards, export_params(case.params, rules), "model", shard_bytes=100_000)
     assert len(list(shards.glob("*.safetensors"))) > 3
-    before = load_file(file)
+    before = load_file(case.file)
     for directory in (whole, shards):
         again = Checkpoint(directory)
         assert set(again.names) == set(before)
         assert all(np.array_equal(again.read(k), v) for k, v in before.items())
 
 
-def test_import_and_export_from_the_command_line(file, tmp_path, monkeypatch, capsys):
-    preset = dataclasses.replace(CODECS["wan2.1-vae"], config=SMALL, latent_mean=(0.1, 0.2, 0.3), latent_std=(1, 2, 3))
-    monkeypatch.setitem(CODECS, "wan2.1-vae", preset)
-    assert main(["import", "wan2.1-vae", str(file.parent), f"--out={tmp_path / 'codec'}"]) == 0
-    codec = Codec.load(tmp_path / "codec")
-    assert codec.hash in capsys.readouterr().out and codec.latent_std.tolist() == [1, 2, 3]
-    assert main(["export", str(tmp_path / "codec"), str(tmp_path / "again")]) == 0
-    again = Checkpoint(tmp_path / "again")
-    assert all(np.array_equal(again.read(k), v) for k, v in load_file(file).items())
-    assert main(["export", str(CODEC), str(tmp_path / "not")]) == 2
-    assert "Wan 2.1's layout has patch=1" in capsys.readouterr().err
+def test_import_and_export_from_the_command_line(case, tmp_path, monkeypatch, capsys):
+    name = PRESETS[case.family]
+    statistics = {"latent_mean": (0.1, 0.2, 0.3), "latent_std": (1, 2, 3)}
+    monkeypatch.setitem(CODECS, name, dataclasses.replace(CODECS[name], config=case.config, **statistics))
+    original = published_file(case.config, tmp_path / "original.safetensors", "wan")
+    for i, path in enumerate((case.file.parent, original)):
+        out = tmp_path / f"codec{i}"
+        assert main(["import", name, str(path), f"--out={out}"]) == 0
+        codec = Codec.load(out)
+        assert codec.hash in capsys.readouterr().out and codec.latent_std.tolist() == [1, 2, 3]
+        assert main(["export", str(out), str(tmp_path / f"again{i}")]) == 0
+        again = Checkpoint(tmp_path / f"again{i}")
+        assert all(np.array_equal(again.read(k), v) for k, v in load_file(case.file).items())
 
 
-def test_what_does_not_fit_is_named(params, file, tmp_path):
-    tensors = load_file(file)
-    path = tmp_path / "model.safetensors"
+@pytest.mark.parametrize("family", FULL)
+def test_statistics_are_of_the_latents_width(family):
+    preset = CODECS[PRESETS[family]]
+    assert len(preset.latent_mean) == len(preset.latent_std) == preset.config.latent_channels
+    assert preset.config == FULL[family]
+
+
+def test_another_architecture_is_refused():
+    with pytest.raises(ValueError, match="attention=False.*Wan's layouts have .*attention=True"):
+        wan_vae.rules(dataclasses.replace(wan_vae.WAN_21, attention=False))
+    with pytest.raises(ValueError, match="either halve_up"):
+        wan_vae.rules(dataclasses.replace(wan_vae.WAN_22, halve_up=True))
+
+
+def test_what_does_not_fit_is_named(tmp_path):
+    config = SMALL["wan_vae"]
+    rules, path = wan_vae.rules(config), tmp_path / "model.safetensors"
+    tensors = load_file(published_file(config, path))
     changed = {k: v for k, v in tensors.items() if k != "quant_conv.bias"} | {"more.weight": np.zeros(3, np.float32)}
     save_file(changed, path)
     with pytest.raises(CheckpointError, match=r"1 missing \(quant_conv.bias\) and 1 extra \(more.weight\)"):
-        import_params(Checkpoint(path), RULES, abstract(SMALL), progress=False)
+        import_params(Checkpoint(path), rules, abstract(config), progress=False)
     save_file(tensors | {"quant_conv.bias": np.zeros(8, np.float32)}, path)
     with pytest.raises(
         CheckpointError, match=r"quant_conv.bias of shape \(8,\) gives .*moments/bias.* which is \(6,\)"
     ):
-        import_params(Checkpoint(path), RULES, abstract(SMALL), progress=False)
+        import_params(Checkpoint(path), rules, abstract(config), progress=False)
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(CheckpointError, match="not a whole safetensors file"):
         Checkpoint(path)

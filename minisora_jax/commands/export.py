@@ -1,26 +1,53 @@
-"""Write a model of this project as safetensors in the published layout (diffusers' names), the inverse of import.
+"""Write a model of this project as safetensors in the published layout, the inverse of import.
 
 examples:
   minisora export models/wan-vae exported/vae
+  minisora export models/umt5 exported/text_encoder
 
-The tensors of an imported model come back bit for bit. A codec is written as diffusers' AutoencoderKLWan.
+The tensors of an imported model come back bit for bit: codecs by diffusers' names (AutoencoderKLWan, AutoencoderKL),
+text encoders by transformers' (T5EncoderModel, UMT5EncoderModel, CLIPTextModel), with the config.json of each, so that
+their `from_pretrained` reads the directory.
 """
 
 from __future__ import annotations
 
 
 def add_arguments(parser):
-    parser.add_argument("model", help="a codec that `minisora import` or `minisora train-vae` wrote")
+    parser.add_argument("model", help="a codec or text encoder that `minisora import` or `minisora train-vae` wrote")
     parser.add_argument("out", help="the directory to write to")
     parser.add_argument("--shard-gb", type=float, default=4.0, help="size of a file at most, GiB (default 4)")
 
 
 def run(args, _):
-    from minisora_jax.models.codec import Codec
-    from minisora_jax.weights import wan_vae
+    import json
+    from pathlib import Path
+
+    from minisora_jax.models.files import open_model
     from minisora_jax.weights.rules import export_params, save_sharded
 
-    codec = Codec.load(args.model)
-    tensors = export_params(codec.params, wan_vae.rules(codec.config))
-    save_sharded(args.out, tensors, "diffusion_pytorch_model", shard_bytes=int(args.shard_gb * 2**30))
+    leaves, config = open_model(args.model)
+    rules, theirs, stem = published(config, args.model)
+    save_sharded(args.out, export_params(leaves, rules), stem, shard_bytes=int(args.shard_gb * 2**30))
+    (Path(args.out) / "config.json").write_text(json.dumps(theirs, indent=2) + "\n", encoding="utf-8")
     print(f"{args.model} written to {args.out}")
+
+
+def published(config: dict, model: str):
+    """(rules, their config, stem of the weight files) of a saved model's config."""
+    from minisora_jax.models.clip import CLIPConfig
+    from minisora_jax.models.files import config_fields
+    from minisora_jax.models.t5 import T5Config
+    from minisora_jax.models.vae import VAEConfig
+    from minisora_jax.weights import clip, sd_vae, t5, wan_vae
+
+    kind = config.get("kind")
+    if kind == "vae":
+        cfg = VAEConfig(**config_fields(config["vae"]))
+        family = sd_vae if cfg.images else wan_vae
+        statistics = config["latent_mean"], config["latent_std"]
+        return family.rules(cfg), family.published_config(cfg, *statistics), "diffusion_pytorch_model"
+    if kind in ("t5", "clip"):
+        family, config_class = {"t5": (t5, T5Config), "clip": (clip, CLIPConfig)}[kind]
+        cfg = config_class(**config_fields(config[kind]))
+        return family.rules(cfg), family.published_config(cfg), "model"
+    raise ValueError(f"{model} holds a {kind!r} model: vae, t5 and clip have a published layout")

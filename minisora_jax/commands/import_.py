@@ -2,24 +2,44 @@
 
 examples:
   minisora import wan2.1-vae Wan2.1-T2V-1.3B-Diffusers/vae --out=models/wan-vae
+  minisora import umt5-xxl models_t5_umt5-xxl-enc-bf16.pth --out=models/umt5
   minisora eval codec --codec=models/wan-vae --data=data/clips
 
-PATH is a file (safetensors, or torch's pth, pt, bin), a directory with one, or the index of a sharded one. Nothing is
-downloaded. A tensor that is missing, extra or misshapen is named.
+PATH is a file (safetensors, or torch's pth, pt, bin), a directory with one, or the index of a sharded one, in the
+layout of diffusers or transformers or in the authors' own. Nothing is downloaded. A tensor that is missing, extra or
+misshapen is named.
 """
 
 from __future__ import annotations
 
+import logging
+
+logger = logging.getLogger("minisora")
+
 
 def add_arguments(parser):
-    from minisora_jax.weights.presets import CODECS
+    from minisora_jax.weights.presets import CODECS, TEXT_ENCODERS
 
-    parser.add_argument("preset", choices=CODECS, help="; ".join(f"{k}: {p.what}" for k, p in CODECS.items()))
-    parser.add_argument("path", help="the published file or directory")
+    parser.add_argument("preset", metavar="PRESET", choices=CODECS | TEXT_ENCODERS, help="one of those listed below")
+    parser.add_argument("path", metavar="PATH", help="the published file or directory")
     parser.add_argument("--out", required=True, help="the directory to write the model to")
+    parser.add_argument("--dtype", choices=DTYPES, help="precision to keep the weights in (default: the published)")
+    table = lambda presets: "".join(f"  {name:<15}{preset.what}\n" for name, preset in presets.items())
+    parser.epilog = f"codecs:\n{table(CODECS)}\ntext encoders:\n{table(TEXT_ENCODERS)}"
+
+
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 def run(args, _):
+    from minisora_jax.weights.presets import CODECS
+
+    export = import_codec if args.preset in CODECS else import_text_encoder
+    what, digest = export(args.preset, args.path, args.out, args.dtype)
+    print(f"{what} {digest} written to {args.out}")
+
+
+def import_codec(name: str, path: str, out: str, dtype: str | None) -> tuple[str, str]:
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -28,13 +48,40 @@ def run(args, _):
     from minisora_jax.models.vae import VAE
     from minisora_jax.weights.checkpoint import Checkpoint
     from minisora_jax.weights.presets import CODECS
-    from minisora_jax.weights.rules import import_params
 
-    preset = CODECS[args.preset]
+    preset = CODECS[name]
     side = preset.config.space_factor
     frames = jax.ShapeDtypeStruct((1, 1, side, side, 3), jnp.float32)
     abstract = jax.eval_shape(VAE(preset.config).init, jax.random.key(0), frames)
-    params = import_params(Checkpoint(args.path), preset.rules(preset.config), abstract)
+    params = read(Checkpoint(path).within(preset.within), preset.family, preset.config, abstract)
     statistics = (np.asarray(s, np.float32) for s in (preset.latent_mean, preset.latent_std))
-    codec = Codec(preset.config, params, *statistics)
-    print(f"codec {codec.export(args.out, {'imported': args.preset})} written to {args.out}")
+    return "codec", Codec(preset.config, params, *statistics).export(out, {"imported": name}, dtype)
+
+
+def import_text_encoder(name: str, path: str, out: str, dtype: str | None) -> tuple[str, str]:
+    import jax
+    import jax.numpy as jnp
+
+    from minisora_jax.models.encoder import TextEncoder
+    from minisora_jax.weights import clip
+    from minisora_jax.weights.checkpoint import Checkpoint
+    from minisora_jax.weights.presets import TEXT_ENCODERS
+
+    preset = TEXT_ENCODERS[name]
+    checkpoint, config = Checkpoint(path).within(preset.within), preset.config
+    if preset.family is clip:
+        config = clip.fit(config, checkpoint.names)
+        if config != preset.config:
+            logger.info("%s holds no text_projection: the pooled features stay unprojected", path)
+    ids = jax.ShapeDtypeStruct((1, 8), jnp.int32)
+    abstract = jax.eval_shape(TextEncoder(config, {}).module.init, jax.random.key(0), ids, ids)
+    params = read(checkpoint, preset.family, config, abstract)
+    return "text encoder", TextEncoder(config, params).export(out, {"imported": name}, dtype)
+
+
+def read(checkpoint, family, config, abstract):
+    """The parameters in NumPy, in the precision they are stored in."""
+    from minisora_jax.weights.rules import import_params
+
+    rules = family.rules(config, family.layout_of(checkpoint.names))
+    return import_params(checkpoint, rules, abstract, ignored=family.IGNORED, keep_dtype=True)

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from minisora_jax.models.files import export_model, load_model, model_hash
+from minisora_jax.models.files import config_fields, export_model, load_model, model_hash
 from minisora_jax.models.vae import VAE, VAEConfig
 
 
@@ -36,11 +36,10 @@ class Codec:
         params, config = load_model(directory)
         if config.get("kind") != "vae":
             raise ValueError(f"{directory} holds a {config.get('kind')!r} model, not a codec ('vae')")
-        vae = {k: tuple(v) if isinstance(v, list) else v for k, v in config["vae"].items()}
         stats = (np.asarray(config[k], np.float32) for k in ("latent_mean", "latent_std"))
-        return cls(VAEConfig(**vae), params, *stats, hash=model_hash(directory))
+        return cls(VAEConfig(**config_fields(config["vae"])), params, *stats, hash=model_hash(directory))
 
-    def export(self, directory: str | Path, training: dict, dtype: str = "float32") -> str:
+    def export(self, directory: str | Path, training: dict, dtype: str | None = "float32") -> str:
         """Write the codec for `load`; `training` is the record of how it was made. Returns its hash."""
         config = {
             "kind": "vae",

@@ -5,6 +5,7 @@ The hash of both names the model in latent caches and in the metadata of what it
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -14,11 +15,15 @@ from typing import Any
 import jax
 import numpy as np
 from flax import traverse_util
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 
-def export_model(directory: str | Path, params: Any, config: dict, *, dtype: str = "float32") -> str:
-    """Write params and config to `directory`, each file atomically, and return the model's hash."""
+def export_model(directory: str | Path, params: Any, config: dict, *, dtype: str | None = "float32") -> str:
+    """Write params and config to `directory`, each file atomically, and return the model's hash.
+
+    `dtype` None keeps the leaves'. NumPy leaves that are as wanted are written from where they are, without a copy.
+    """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     flat = traverse_util.flatten_dict(jax.device_get(params), sep="/")
@@ -32,8 +37,23 @@ def export_model(directory: str | Path, params: Any, config: dict, *, dtype: str
     return model_hash(directory)
 
 
-def load_model(directory: str | Path) -> tuple[Any, dict]:
-    """(params as float32 NumPy, config) of an exported model; FileNotFoundError names what is missing."""
+def load_model(directory: str | Path, dtype: str | None = "float32") -> tuple[Any, dict]:
+    """(NumPy params, config) of an exported model; FileNotFoundError names what is missing. `dtype` None: as stored."""
+    config = load_config(directory)
+    flat = load_file(Path(directory) / "model.safetensors")
+    params = {k: v.astype(dtype or v.dtype, copy=False) for k, v in flat.items()}
+    return traverse_util.unflatten_dict(params, sep="/"), config
+
+
+def open_model(directory: str | Path) -> tuple[Any, dict]:
+    """`load_model` whose leaves are functions that read them from disk, as stored."""
+    config = load_config(directory)
+    file = safe_open(Path(directory) / "model.safetensors", framework="numpy")
+    leaves = {name: functools.partial(file.get_tensor, name) for name in file.keys()}
+    return traverse_util.unflatten_dict(leaves, sep="/"), config
+
+
+def load_config(directory: str | Path) -> dict:
     directory = Path(directory)
     for name in ("model.safetensors", "config.json"):
         if not (directory / name).exists():
@@ -41,14 +61,19 @@ def load_model(directory: str | Path) -> tuple[Any, dict]:
                 f"{directory} is not an exported model: {name} is missing. "
                 f"`minisora train-vae` and `minisora train` write one to WORKDIR/export"
             )
-    flat = load_file(directory / "model.safetensors")
-    params = traverse_util.unflatten_dict({k: v.astype(np.float32) for k, v in flat.items()}, sep="/")
-    return params, json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    return json.loads((directory / "config.json").read_text(encoding="utf-8"))
+
+
+def config_fields(saved: dict) -> dict:
+    """The fields of a frozen config from JSON, which has lists for tuples."""
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()}
 
 
 def model_hash(directory: str | Path) -> str:
     """First 16 hex digits of the SHA-256 over the model's weights and config."""
     digest = hashlib.sha256()
     for name in ("model.safetensors", "config.json"):
-        digest.update((Path(directory) / name).read_bytes())
+        with open(Path(directory) / name, "rb") as file:
+            while chunk := file.read(2**24):
+                digest.update(chunk)
     return digest.hexdigest()[:16]

@@ -3,30 +3,70 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from types import ModuleType
 
+from minisora_jax.models.clip import CLIPConfig
+from minisora_jax.models.t5 import T5Config
 from minisora_jax.models.vae import VAEConfig
-from minisora_jax.weights import wan_vae
-from minisora_jax.weights.rules import Rule
+from minisora_jax.weights import clip, sd_vae, t5, wan_vae
 
 
 @dataclasses.dataclass(frozen=True)
 class CodecPreset:
-    """A video codec: its shape, its name map, and the statistics that its latents are normalised by."""
+    """A codec: its shape, its family of name maps, and the statistics that its latents are normalised by."""
 
     what: str
     config: VAEConfig
-    rules: Callable[[VAEConfig], list[Rule]]
+    family: ModuleType  # of weights/: its `rules`, `layout_of` and `IGNORED`
     latent_mean: tuple[float, ...]
     latent_std: tuple[float, ...]
+    within: tuple[str, ...] = ()  # prefixes of its tensors in files of a whole pipeline
+
+
+@dataclasses.dataclass(frozen=True)
+class TextPreset:
+    """A text encoder: its shape and its family of name maps."""
+
+    what: str
+    config: T5Config | CLIPConfig
+    family: ModuleType
+    within: tuple[str, ...] = ()
 
 
 CODECS = {
     "wan2.1-vae": CodecPreset(
-        "Wan 2.1's video VAE, 127 M parameters: vae/ of Wan-AI/Wan2.1-T2V-1.3B-Diffusers and its siblings",
-        wan_vae.CONFIG,
-        wan_vae.rules,
-        wan_vae.LATENT_MEAN,
-        wan_vae.LATENT_STD,
+        "video, 4x8x8, 127 M parameters: vae/ of Wan2.1-T2V-1.3B-Diffusers, or Wan2.1_VAE.pth",
+        wan_vae.WAN_21,
+        wan_vae,
+        wan_vae.WAN_21_MEAN,
+        wan_vae.WAN_21_STD,
     ),
+    "wan2.2-vae": CodecPreset(
+        "video, 4x16x16, 705 M parameters: vae/ of Wan2.2-TI2V-5B-Diffusers, or Wan2.2_VAE.pth",
+        wan_vae.WAN_22,
+        wan_vae,
+        wan_vae.WAN_22_MEAN,
+        wan_vae.WAN_22_STD,
+    ),
+    "sd-vae": CodecPreset(
+        "images, 8x8, 84 M parameters: sd-vae-ft-mse, or vae/ of Stable Diffusion 1 and 2, or their whole file",
+        sd_vae.CONFIG,
+        sd_vae,
+        sd_vae.MEAN,
+        sd_vae.SD_STD,
+        sd_vae.WITHIN,
+    ),
+    "sdxl-vae": CodecPreset(
+        "images, 8x8, 84 M parameters: sdxl-vae, or vae/ of stable-diffusion-xl-base-1.0, or its whole file",
+        sd_vae.CONFIG,
+        sd_vae,
+        sd_vae.MEAN,
+        sd_vae.SDXL_STD,
+        sd_vae.WITHIN,
+    ),
+}
+
+TEXT_ENCODERS = {
+    **{name: TextPreset(t5.ABOUT[name.split("-")[0]], config, t5) for name, config in t5.CONFIGS.items()},
+    **{name: TextPreset(clip.ABOUT[name], config, clip, clip.WITHIN[name]) for name, config in clip.CONFIGS.items()},
 }

@@ -22,6 +22,11 @@ CONFIGS = {
     "umt5-xl": T5Config(256_384, 2048, 32, 64, 5120, 24, shared_bias=False),
     "umt5-xxl": T5Config(256_384, 4096, 64, 64, 10_240, 24, shared_bias=False),
 }
+ABOUT = {
+    "t5": "Raffel et al. 2020, in its v1.1 form",
+    "byt5": "Xue et al. 2021: bytes, any language",
+    "umt5": "Chung et al. 2023: 107 languages; Wan's text encoder is umt5-xxl",
+}
 # Of whole encoder-decoder checkpoints, what the encoder has no use for.
 IGNORED = ("decoder.", "lm_head.")
 
@@ -82,3 +87,22 @@ def rules(cfg: T5Config, layout: str = "transformers") -> list[Rule]:
 def layout_of(tensor_names: list[str]) -> str:
     """Which of LAYOUTS a checkpoint is in, by the name of its embedding."""
     return "wan" if _WAN["embedding"] in tensor_names else "transformers"
+
+
+def published_config(cfg: T5Config) -> dict:
+    """config.json of transformers' T5EncoderModel (T5 v1.1, ByT5) or UMT5EncoderModel."""
+    family = "T5" if cfg.shared_bias else "UMT5"
+    return {
+        "architectures": [f"{family}EncoderModel"],
+        "model_type": family.lower(),
+        "vocab_size": cfg.vocabulary,
+        "d_model": cfg.width,
+        "d_kv": cfg.head_width,
+        "d_ff": cfg.mlp,
+        "num_layers": cfg.depth,
+        "num_heads": cfg.heads,
+        "feed_forward_proj": "gated-gelu",
+        "relative_attention_num_buckets": cfg.buckets,
+        "relative_attention_max_distance": cfg.max_distance,
+        "layer_norm_epsilon": 1e-6,
+    }
