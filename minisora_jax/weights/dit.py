@@ -134,26 +134,34 @@ _WAN_OWN = {
 
 LAYOUTS = {"pixart": _PIXART, "dit": _DIT, "dit-own": _DIT_OWN, "wan": _WAN_DIFFUSERS, "wan-own": _WAN_OWN}
 # Fixed tables that some files store and we compute.
-IGNORED = ("pos_embed.pos_embed", "pos_embed", "temp_pos_embed", "freqs")
+IGNORED = ("pos_embed", "temp_pos_embed", "freqs")
 
 
-def layout_of(cfg: DiTConfig, names: list[str] | None = None) -> str:
-    """Which of LAYOUTS a checkpoint with tensors of these names is in; without names, diffusers' for this family."""
-    own = names is not None and not {"x_embedder.proj.weight", "head.head.weight"}.isdisjoint(names)
-    if cfg.level == "1 - t" or (own and cfg.caption == "label"):
-        return "dit-own"
-    if cfg.rope:
-        return "wan-own" if own else "wan"
-    return "dit" if cfg.caption == "label" else "pixart"
+def layout_of(tensor_names: list[str]) -> str:
+    """Which of LAYOUTS a checkpoint is in, by the names of its first and last layers."""
+    signs = {"x_embedder.proj.weight": "dit-own", "head.head.weight": "wan-own", "proj_out_1.weight": "dit"}
+    signs["patch_embedding.weight"] = "wan"
+    return next((layout for name, layout in signs.items() if name in tensor_names), "pixart")
 
 
-def rules(cfg: DiTConfig, layout: str) -> list[Rule]:
-    """The name map of a model of any size of these families; ValueError for one that no published layout has."""
+def published_layout(cfg: DiTConfig) -> str:
+    """The layout a model of this family is exported in: diffusers', or SiT's own, which diffusers has no class for."""
+    if cfg.caption == "label":
+        return "dit-own" if cfg.level == "1 - t" else "dit"
+    return "wan" if cfg.rope else "pixart"
+
+
+def rules(cfg: DiTConfig, layout: str | None = None) -> list[Rule]:
+    """The name map of a model of any size of these families; ValueError for one that no published layout has.
+
+    A file of SiT is told from one of DiT by the config only: their names are the same.
+    """
     if cfg.caption == "refined" or cfg.positions == "learned" or cfg.modulation == "shared":
         raise ValueError(
             f"caption={cfg.caption!r}, positions={cfg.positions!r}, modulation={cfg.modulation!r}: this is the "
             f"project's own architecture, which no published layout has"
         )
+    layout = layout or published_layout(cfg)
     names, wan = LAYOUTS[layout], cfg.rope
     patch = (("p", cfg.patch[1]), ("q", cfg.patch[2]))
 
@@ -235,3 +243,51 @@ def _block(cfg: DiTConfig, group: str, names: dict[str, str]) -> list[Rule]:
         found.append(rule(f"mlp/{part}/kernel", "weight", f"mlp/{part}", "o i -> i o"))
         found.append(rule(f"mlp/{part}/bias", "bias", f"mlp/{part}"))
     return found
+
+
+def published_config(cfg: DiTConfig) -> dict:
+    """The config.json of diffusers' class for this family; of SiT, its authors' arguments."""
+    shape = {
+        "num_attention_heads": cfg.heads,
+        "attention_head_dim": cfg.width // cfg.heads,
+        "in_channels": cfg.latent_channels,
+        "out_channels": cfg.out_channels or cfg.latent_channels,
+        "num_layers": cfg.depth,
+    }
+    if cfg.rope:
+        return {
+            "_class_name": "WanTransformer3DModel",
+            **shape,
+            "patch_size": list(cfg.patch),
+            "text_dim": cfg.text_features,
+            "freq_dim": 256,
+            "ffn_dim": round(cfg.width * cfg.mlp_ratio),
+            "cross_attn_norm": cfg.cross_norm,
+            "qk_norm": "rms_norm_across_heads",
+            "eps": 1e-6,
+            "image_dim": cfg.image_features or None,
+            "added_kv_proj_dim": cfg.width if cfg.image_features else None,
+        }
+    if cfg.level == "1 - t":
+        side = {"input_size": cfg.base_grid * cfg.patch[1], "patch_size": cfg.patch[1]}
+        size = {"in_channels": cfg.latent_channels, "hidden_size": cfg.width, "depth": cfg.depth}
+        return side | size | {"num_heads": cfg.heads, "num_classes": cfg.classes - 1, "learn_sigma": True}
+    stretch = 2 if cfg.size_pixels else 1  # PixArt's larger pictures: their positions are those of half the grid
+    pictures = {
+        **shape,
+        "sample_size": cfg.base_grid * cfg.patch[1] * stretch,
+        "patch_size": cfg.patch[1],
+        "activation_fn": "gelu-approximate",
+        "attention_bias": True,
+        "norm_elementwise_affine": False,
+        "norm_eps": 1e-6,
+    }
+    if cfg.caption == "label":
+        known = {"norm_type": "ada_norm_zero", "num_embeds_ada_norm": cfg.classes - 1}
+        return {"_class_name": "DiTTransformer2DModel", **pictures, **known}
+    known = {"norm_type": "ada_norm_single", "num_embeds_ada_norm": 1000, "cross_attention_dim": cfg.width}
+    known["caption_channels"] = cfg.text_features
+    if "temporal" in cfg.groups:
+        return {"_class_name": "LatteTransformer3DModel", **pictures, **known, "video_length": 16}
+    sized = {"interpolation_scale": stretch, "use_additional_conditions": cfg.size_pixels > 0}
+    return {"_class_name": "PixArtTransformer2DModel", **pictures, **known, **sized}
