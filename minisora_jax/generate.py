@@ -1,6 +1,7 @@
 """From prompts to videos: pack requests into rows, integrate the flow, decode.
 
-A request's noise comes from its own seed, so its video does not depend on what it is generated with.
+A request's noise, at the start and at every step of a stochastic sampler, comes from its own seed, so its video does
+not depend on what it is generated with.
 """
 
 from __future__ import annotations
@@ -16,9 +17,12 @@ import numpy as np
 from tqdm import tqdm
 
 from minisora_jax.data.packing import PackConfig, Segment, pack_segments, unpatchify
-from minisora_jax.diffusion.guidance import guide
-from minisora_jax.diffusion.sampler import STEPS
-from minisora_jax.diffusion.time import TimeConfig, sampling_times
+from minisora_jax.diffusion.adaptive import dopri5
+from minisora_jax.diffusion.denoiser import Denoiser
+from minisora_jax.diffusion.guidance import GuidanceConfig, guide, rescale, twins
+from minisora_jax.diffusion.objective import ObjectiveConfig
+from minisora_jax.diffusion.sampler import SAMPLERS, SamplerConfig
+from minisora_jax.diffusion.time import TimeConfig, latest_time, sampling_times, token_times
 from minisora_jax.models.codec import Codec
 from minisora_jax.models.dit import DiT, DiTConfig
 from minisora_jax.models.files import load_model, model_hash
@@ -37,34 +41,49 @@ class Request:
 
 @dataclasses.dataclass(frozen=True)
 class Generator:
-    """A trained diffusion transformer with its codec."""
+    """A trained diffusion transformer with its codec, and, for autoguidance, a worse one on the same latents."""
 
     codec: Codec
     config: DiTConfig
     times: TimeConfig
     params: dict
     hash: str = ""
+    objective: ObjectiveConfig = ObjectiveConfig()
+    worse: tuple[DiTConfig, dict] | None = None
 
     @classmethod
-    def load(cls, model: str | Path, codec: str | Path) -> Generator:
-        """From the directories exported by `minisora train` and `minisora train-vae`."""
-        params, config = load_model(model)
-        if config.get("kind") != "dit":
-            raise ValueError(f"{model} holds a {config.get('kind')!r} model, not a diffusion transformer ('dit')")
+    def load(cls, model: str | Path, codec: str | Path, guide_model: str | Path | None = None) -> Generator:
+        """From the directories exported by `minisora train` and `minisora train-vae`.
+
+        `guide_model` is the worse model of autoguidance, trained with the same codec, patch and objective.
+        """
         codec_ = Codec.load(codec)
-        if config["codec"] != codec_.hash:
-            raise ValueError(
-                f"{model} was trained on latents of codec {config['codec']}, but {codec} is codec {codec_.hash}: "
-                f"their latents mean different things; give the codec it was trained with"
-            )
-        dit = DiTConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in config["dit"].items()})
-        params = jax.tree.map(jnp.asarray, params)
-        return cls(codec_, dit, TimeConfig(**config["times"]), params, model_hash(model))
+        params, dit, config = _load_dit(model, codec, codec_)
+        times, objective = TimeConfig(**config["times"]), ObjectiveConfig(**config.get("objective", {}))
+        worse = None
+        if guide_model is not None:
+            worse_params, worse_dit, worse_config = _load_dit(guide_model, codec, codec_)
+            theirs = ObjectiveConfig(**worse_config.get("objective", {}))
+            for name, ours, other in (
+                ("patch", dit.patch, worse_dit.patch),
+                ("text_features", dit.text_features, worse_dit.text_features),
+                ("path", objective.path, theirs.path),
+                ("prediction", objective.prediction, theirs.prediction),
+            ):
+                if ours != other:
+                    raise ValueError(f"the guide model has {name}={other!r}, the model {ours!r}: they must be the same")
+            worse = (worse_dit, worse_params)
+        return cls(codec_, dit, times, params, model_hash(model), objective, worse)
 
     @property
     def cell(self) -> int:
         """Pixels per token along y and x: what sizes must be multiples of."""
         return self.codec.config.space_factor * self.config.patch[1]
+
+    @property
+    def copies(self) -> int:
+        """Segments of a request: with and without its caption, or the one that both models of autoguidance see."""
+        return 1 if self.worse else 2
 
     def grid(self, size_THW: tuple[int, int, int]) -> tuple[int, int, int]:
         """(t, h, w) tokens of a clip of that size; ValueError names the sizes that would do."""
@@ -81,68 +100,86 @@ class Generator:
         requests: Sequence[Request],
         *,
         steps: int = 20,
-        guidance: float = 3.0,
-        sampler: str = "heun",
+        guidance: float | GuidanceConfig = 3.0,
+        sampler: str | SamplerConfig = "heun",
         tokens_at_once: int = 8192,
         progress: bool = True,
     ) -> list[np.ndarray]:
         """uint8 (T, H, W, 3) for each request, in order.
 
-        `steps` sampler steps ("euler": one model call each; "heun": two), guidance 1 for none. Requests are packed
-        into rows, and rows run together up to `tokens_at_once` tokens.
+        A guidance scale (1 for none) or all of guidance; the name of a sampler and its steps or, in place of both, all
+        of the sampler. Requests are packed into rows, and rows run together up to `tokens_at_once` tokens.
         """
-        if sampler not in STEPS:
-            raise ValueError(f"sampler={sampler!r} must be one of {', '.join(STEPS)}")
-        if steps < 1:
-            raise ValueError(f"steps={steps} must be at least 1")
+        if isinstance(sampler, str):
+            sampler = SamplerConfig(sampler, steps)
+        if not isinstance(guidance, GuidanceConfig):
+            guidance = GuidanceConfig(float(guidance))
         if self.config.text_features != 1:
             raise ValueError(
                 "this model was trained on features of a text encoder; only byte captions are supported yet"
             )
         grids = [self.grid(r.size_THW) for r in requests]
-        longest = 2 * max(int(np.prod(g)) for g in grids)
-        rows = _fill_rows(grids, longest)
+        longest = self.copies * max(int(np.prod(g)) for g in grids)
+        rows = _fill_rows(grids, longest, self.copies)
         at_once = max(1, tokens_at_once // longest)
         chunks = [rows[i : i + at_once] for i in range(0, len(rows), at_once)]
         videos: list[np.ndarray | None] = [None] * len(requests)
-        with tqdm(total=len(chunks) * steps, desc="sampling", unit="step", disable=not progress) as bar:
+        ticks = 1 if sampler.name == "dopri5" else sampler.steps
+        with tqdm(total=len(chunks) * ticks, desc="sampling", unit="step", disable=not progress) as bar:
             for chunk in chunks:
                 padded = chunk + [chunk[-1]] * (min(at_once, len(rows)) - len(chunk))  # one shape, one compilation
-                for i, latents in self._sample(padded, requests, grids, longest, steps, guidance, sampler, bar):
+                for i, latents in self._sample(padded, requests, grids, longest, guidance, sampler, bar):
                     videos[i] = latents
         return self._decode(videos, progress)
 
-    def _sample(self, rows, requests, grids, length, steps, guidance, sampler, bar):
+    def _sample(self, rows, requests, grids, length, guidance, sampler, bar):
         """(request, latents_thwc) of each request of the rows."""
         none = encode_bytes("")
-        text = max(sum(len(encode_bytes(requests[i].prompt)) + len(none) for i in row) for row in rows)
-        slots = 2 * max(len(row) for row in rows)
+        captions = [[encode_bytes(r.prompt), none][: self.copies] for r in requests]
+        text = max(sum(len(c) for i in row for c in captions[i]) for row in rows)
+        slots = self.copies * max(len(row) for row in rows)
         pack = PackConfig(tokens=length, text_tokens=-(-text // 64) * 64, slots=slots, rows=len(rows))
-        segments, with_caption, without, noise = [], [], [], []
+        segments, with_caption, without = [], [], []
         for row in rows:
             twins = np.arange(length)
             row_with, row_without, row_segments, at = twins.copy(), twins.copy(), [], 0
-            row_noise = np.zeros((length, self.config.token_width), np.float32)
             for i in row:
                 n = int(np.prod(grids[i]))
-                draw = np.random.default_rng(requests[i].seed).standard_normal((n, self.config.token_width), np.float32)
-                blank, known = np.zeros_like(draw), np.zeros(n, bool)
-                for caption in (encode_bytes(requests[i].prompt), none):
-                    row_segments.append(Segment(blank, known, grids[i], caption, requests[i].fps))
-                row_noise[at : at + 2 * n] = np.concatenate([draw, draw])
-                row_with[at : at + 2 * n] = np.tile(np.arange(at, at + n), 2)
-                row_without[at : at + 2 * n] = np.tile(np.arange(at + n, at + 2 * n), 2)
-                at += 2 * n
+                blank, known = np.zeros((n, self.config.token_width), np.float32), np.zeros(n, bool)
+                row_segments += [Segment(blank, known, grids[i], caption, requests[i].fps) for caption in captions[i]]
+                end = at + self.copies * n
+                row_with[at:end] = np.tile(np.arange(at, at + n), self.copies)
+                row_without[at:end] = np.tile(np.arange(end - n, end), self.copies)
+                at = end
             segments.append(row_segments), with_caption.append(row_with), without.append(row_without)
-            noise.append(row_noise)
         batch = jax.tree.map(jnp.asarray, pack_segments(segments, pack))
-        twins = (jnp.asarray(np.stack(with_caption), jnp.int32), jnp.asarray(np.stack(without), jnp.int32))
-        x = jnp.asarray(np.stack(noise))
-        times = sampling_times(self.times, steps, batch)
-        for k in range(steps):
-            x = _step(self.config, sampler, self.params, batch, x, times[k], times[k + 1], *twins, guidance)
-            x.block_until_ready()
+
+        path, latest = self.objective.along, latest_time(self.objective.along, self.objective.prediction)
+        models = [(self.config, self.params)] + ([self.worse] if self.worse else [])
+        configs, params = tuple(c for c, _ in models), tuple(p for _, p in models)
+        static = (configs, self.objective, guidance.rescale)
+        inputs = (
+            params,
+            batch,
+            jnp.asarray(np.stack(with_caption), jnp.int32),
+            jnp.asarray(np.stack(without), jnp.int32),
+        )
+        inputs += (guidance.scale, guidance.interval)
+        noise = lambda step: jnp.asarray(self._noise(rows, requests, grids, length, step))
+        x = noise(0)
+        if path.explodes:
+            x = x * path.sigma(latest)
+        if sampler.name == "dopri5":
+            x = _integrate(static, self.times, latest, sampler.tolerance, x, inputs).block_until_ready()
             bar.update()
+        else:
+            times = sampling_times(self.times, sampler.steps, batch, path, sampler.grid, latest)
+            past = SAMPLERS[sampler.name].begin(x, times[0])
+            for k in range(sampler.steps):
+                fresh = noise(k + 1) if sampler.noise else None
+                x, past = _step(static, sampler.name, x, times[k], times[k + 1], past, fresh, sampler.noise, inputs)
+                x.block_until_ready()
+                bar.update()
         x = np.asarray(x)
         done = set()
         for b, row in enumerate(rows):
@@ -153,7 +190,21 @@ class Generator:
                     patches = x[b, at : at + n].reshape(*grids[i], -1)
                     yield i, unpatchify(patches, self.config.patch)
                     done.add(i)
-                at += 2 * n
+                at += self.copies * n
+
+    def _noise(self, rows, requests, grids, length, step):
+        """Standard normal (B, S, P) for a sampler step (0: the start), of each request's own seed, equal for its twins."""
+        noise = np.zeros((len(rows), length, self.config.token_width), np.float32)
+        for b, row in enumerate(rows):
+            at = 0
+            for i in row:
+                seed = (requests[i].seed, step) if step else requests[i].seed
+                shape = (int(np.prod(grids[i])), self.config.token_width)
+                draw = np.random.default_rng(seed).standard_normal(shape, np.float32)
+                for _ in range(self.copies):
+                    noise[b, at : at + len(draw)] = draw
+                    at += len(draw)
+        return noise
 
     def _decode(self, latents: list[np.ndarray], progress: bool) -> list[np.ndarray]:
         """Decoded clips; those of one size go through the codec together."""
@@ -170,11 +221,25 @@ class Generator:
         return videos
 
 
-def _fill_rows(grids: list[tuple[int, int, int]], length: int) -> list[list[int]]:
-    """First-fit decreasing of requests, each taking twice its tokens (with and without caption)."""
+def _load_dit(model: str | Path, codec: str | Path, loaded: Codec) -> tuple[dict, DiTConfig, dict]:
+    """(parameters, model config, whole exported config) of a model that was trained with that codec."""
+    params, config = load_model(model)
+    if config.get("kind") != "dit":
+        raise ValueError(f"{model} holds a {config.get('kind')!r} model, not a diffusion transformer ('dit')")
+    if config["codec"] != loaded.hash:
+        raise ValueError(
+            f"{model} was trained on latents of codec {config['codec']}, but {codec} is codec {loaded.hash}: "
+            f"their latents mean different things; give the codec it was trained with"
+        )
+    dit = DiTConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in config["dit"].items()})
+    return jax.tree.map(jnp.asarray, params), dit, config
+
+
+def _fill_rows(grids: list[tuple[int, int, int]], length: int, copies: int) -> list[list[int]]:
+    """First-fit decreasing of requests, each taking `copies` times its tokens."""
     rows, room = [], []
     for i in sorted(range(len(grids)), key=lambda i: -int(np.prod(grids[i]))):
-        need = 2 * int(np.prod(grids[i]))
+        need = copies * int(np.prod(grids[i]))
         for r, left in enumerate(room):
             if left >= need:
                 rows[r].append(i)
@@ -186,10 +251,35 @@ def _fill_rows(grids: list[tuple[int, int, int]], length: int) -> list[list[int]
     return rows
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _step(config: DiTConfig, sampler: str, params, batch, x_BSP, time_BS, next_BS, with_caption_BS, without_BS, scale):
-    def velocity(x_BSP, time_BS):
-        v_BSP = DiT(config).apply(params, x_BSP, time_BS, batch)
-        return guide(v_BSP, with_caption_BS, without_BS, scale)
+def _denoiser(static, inputs) -> Denoiser:
+    """The guided model. static: (configs, objective, rescale); configs has the worse model second, if there is one."""
+    configs, objective, share = static
+    params, batch, with_caption_BS, without_BS, scale, interval = inputs
+    path = objective.along
 
-    return STEPS[sampler](velocity, x_BSP, time_BS, next_BS)
+    def predict(x_BSP, time_BS):
+        seen = path.model_input(x_BSP, time_BS)
+        good_BSP, *worse_BSP = (DiT(c).apply(p, *seen, batch) for c, p in zip(configs, params))
+        if worse_BSP:
+            worse_BSP = worse_BSP[0]
+        else:
+            good_BSP, worse_BSP = twins(good_BSP, with_caption_BS, without_BS)
+        p_BSP = guide(good_BSP, worse_BSP, time_BS, scale, interval)
+        if share:
+            unknown_BS, slots = jnp.where(batch.known_BS, 0, batch.segment_BS), batch.fps_BG.shape[1]
+            p_BSP = rescale(path, objective.prediction, p_BSP, good_BSP, x_BSP, time_BS, unknown_BS, slots, share)
+        return p_BSP
+
+    return Denoiser(predict, path, objective.prediction)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _step(static, sampler: str, x_BSP, time_BS, next_BS, past, noise_BSP, eta, inputs):
+    return SAMPLERS[sampler].step(_denoiser(static, inputs), x_BSP, time_BS, next_BS, past, noise_BSP, eta)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _integrate(static, times: TimeConfig, latest, tolerance, x_BSP, inputs):
+    batch = inputs[1]
+    time_at = lambda u: jnp.minimum(token_times(times, u, batch), latest)
+    return dopri5(_denoiser(static, inputs), x_BSP, time_at, tolerance)[0]

@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from minisora_jax.data.packing import PackConfig, Segment, pack_segments
-from minisora_jax.diffusion.loss import flow_matching_loss
+from minisora_jax.diffusion.loss import diffusion_loss
 from minisora_jax.diffusion.time import TimeConfig
 from minisora_jax.models.dit import DiT, DiTConfig
 from minisora_jax.models.text import encode_bytes
@@ -124,7 +124,7 @@ def train_on(mesh_config: MeshConfig, devices, optim: OptimConfig, steps: int = 
         params = model.init(key, one.tokens_BSP, jnp.zeros((1, 16)), one)
         return init_state(params, optimizer)
 
-    loss_fn = lambda params, b, key: flow_matching_loss(model, TimeConfig(), params, b, key)
+    loss_fn = lambda params, b, key: diffusion_loss(model, TimeConfig(), params, b, key)
     with jax.set_mesh(mesh):
         state = jax.jit(init)(jax.random.key(0))
         step = jax.jit(functools.partial(train_step, loss_fn=loss_fn, optimizer=optimizer, config=optim))

@@ -51,7 +51,8 @@ def sample_videos(task, codec, prompts, workdir):
     requests = [Request(p["prompt"], tuple(p["size_THW"]), seed=i) for i, p in enumerate(prompts)]
 
     def sample(step, params, metrics):
-        videos = Generator(codec, task.dit, task.times, jax.device_get(params)).generate(requests, progress=False)
+        generator = Generator(codec, task.dit, task.times, jax.device_get(params), objective=task.objective)
+        videos = generator.generate(requests, progress=False)
         for i, (request, frames) in enumerate(zip(requests, videos)):
             metrics.video(step, f"sample{i}", frames, request.fps)
         sheet = workdir / "samples" / f"step_{step:07d}.png"

@@ -1,4 +1,4 @@
-"""The training objective: squared error of the velocity, per token and before any reduction."""
+"""The training objective: weighted squared error of the prediction, per token and before any reduction."""
 
 from __future__ import annotations
 
@@ -7,22 +7,35 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from minisora_jax.diffusion.path import interpolate, velocity
+from minisora_jax.diffusion.objective import ObjectiveConfig, weight
+from minisora_jax.diffusion.path import target
 from minisora_jax.diffusion.time import TimeConfig, training_times
 from minisora_jax.models.dit import DiT
 from minisora_jax.parallel.mesh import like
 from minisora_jax.types import PackedBatch
 
+FLOW_MATCHING = ObjectiveConfig()
 
-def flow_matching_loss(
-    model: DiT, times: TimeConfig, params: Any, batch: PackedBatch, key: jax.Array
+
+def diffusion_loss(
+    model: DiT,
+    times: TimeConfig,
+    params: Any,
+    batch: PackedBatch,
+    key: jax.Array,
+    objective: ObjectiveConfig = FLOW_MATCHING,
 ) -> dict[str, tuple[jax.Array, jax.Array]]:
-    """{"loss": (values_BS, weights_BS)}: the mean over P of (v - v_theta)^2; weight 0 on padding and known tokens."""
+    """{"loss": (values_BS, weights_BS)}: w(t) times the mean over P of (p - p_theta)^2.
+
+    weights_BS, by which step.py averages, is 1 on tokens to be made and 0 on padding and known tokens.
+    """
+    path = objective.along
     noise_key, time_key = jax.random.split(key)
     noise_BSP = like(jax.random.normal(noise_key, batch.tokens_BSP.shape), batch.tokens_BSP)
-    time_BS = training_times(times, batch, time_key)
-    x_BSP = interpolate(batch.tokens_BSP, noise_BSP, time_BS[..., None])
-    v_BSP = model.apply(params, x_BSP, time_BS, batch)
-    error_BS = jnp.mean((v_BSP - velocity(batch.tokens_BSP, noise_BSP)) ** 2, axis=-1)
+    time_BS = training_times(times, batch, time_key, path)
+    x_BSP = path.mix(batch.tokens_BSP, noise_BSP, time_BS[..., None])
+    p_BSP = model.apply(params, *path.model_input(x_BSP, time_BS), batch)
+    wanted_BSP = target(path, objective.prediction, batch.tokens_BSP, noise_BSP, time_BS[..., None])
+    error_BS = jnp.mean((p_BSP - wanted_BSP) ** 2, axis=-1) * weight(objective, time_BS)
     counted_BS = ((batch.segment_BS > 0) & ~batch.known_BS).astype(jnp.float32)
     return {"loss": (error_BS, counted_BS)}

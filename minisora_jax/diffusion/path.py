@@ -1,23 +1,177 @@
-"""The path from data to noise: rectified flow (Liu et al. 2022, arXiv:2209.03003).
+"""Paths from data to noise, and the one algebra between what a model may predict.
 
-x_t = (1 - t) x + t e,    e ~ N(0, I),    t = 0 clean ... t = 1 noise
-velocity  v = dx_t / dt = e - x          so   x = x_t - t v   and   e = x_t + (1 - t) v
+    x_t = a(t) x + s(t) e,      e ~ N(0, I),      t = 0 clean ... t = 1 noise
+
+Every prediction is p = c_x x + c_e e. With x_t that is two equations in x and e, so any prediction gives any other:
+
+    | a    s   | |x|   |x_t|          clean     (0: x)    c = (1, 0)
+    |          | | | = |   |          noise     (e)       c = (0, 1)
+    | c_x  c_e | |e|   | p |          velocity  (dx_t/dt) c = (a', s')
+                                      v                   c = (-s, a) / sqrt(a^2 + s^2)
+
+v is Salimans & Ho's (2022, arXiv:2202.00512) where a^2 + s^2 = 1; the root extends it to the other paths. On "ve" it is
+(minus) the network F of EDM for data of unit variance (Karras et al. 2022, arXiv:2206.00364, table 1):
+x = c_skip x_t - c_out v with c_skip = 1 / (s^2 + 1) and c_out = s / sqrt(s^2 + 1); `model_input` has c_in and c_noise.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+
 import jax
+import jax.numpy as jnp
+import numpy as np
+
+SIGMA_MAX = 80.0  # EDM's largest noise, for data of unit variance
 
 
-def interpolate(x: jax.Array, noise: jax.Array, time: jax.Array) -> jax.Array:
-    """x_t; `time` broadcasts against x."""
-    return (1.0 - time) * x + time * noise
+@dataclasses.dataclass(frozen=True)
+class Path:
+    """alpha(t) and sigma(t) of any array of times, and the time at which sigma / alpha has a given value."""
+
+    alpha: Callable[[jax.Array], jax.Array]
+    sigma: Callable[[jax.Array], jax.Array]
+    time_of: Callable[[jax.Array], jax.Array]
+    explodes: bool = False  # the variance of x_t grows far beyond the data's
+
+    def slopes(self, time: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """(a', s'). sigma' of "vp" and "cosine" is infinite at 0, so times below 1e-6 count as 1e-6."""
+        time = jnp.maximum(time, 1e-6)
+        one = jnp.ones_like(time)
+        return jax.jvp(self.alpha, (time,), (one,))[1], jax.jvp(self.sigma, (time,), (one,))[1]
+
+    def ratio(self, time: jax.Array) -> jax.Array:
+        """sigma / alpha: the noise level of EDM. Infinite where nothing of the data is left."""
+        return self.sigma(time) / self.alpha(time)
+
+    def mix(self, x: jax.Array, noise: jax.Array, time: jax.Array) -> jax.Array:
+        """x_t; `time` broadcasts against x."""
+        return self.alpha(time) * x + self.sigma(time) * noise
+
+    def model_input(self, x_BSP: jax.Array, time_BS: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """What the model is shown of x_t and t: on an exploding path x_t at unit variance and t = s / (1 + s)."""
+        if not self.explodes:
+            return x_BSP, time_BS
+        sigma_BS = self.sigma(time_BS)
+        return x_BSP * jax.lax.rsqrt(1.0 + sigma_BS**2)[..., None], sigma_BS / (1.0 + sigma_BS)
 
 
-def velocity(x: jax.Array, noise: jax.Array) -> jax.Array:
-    return noise - x
+# ---- Variance-preserving paths are known by log alpha; sigma = sqrt(1 - alpha^2)
 
 
-def clean(x_t: jax.Array, v: jax.Array, time: jax.Array) -> jax.Array:
-    """The data that a velocity at time t points to."""
-    return x_t - time * v
+def _preserving(log_alpha, time_of) -> Path:
+    sigma = lambda t: jnp.sqrt(-jnp.expm1(2.0 * log_alpha(t)))
+    return Path(lambda t: jnp.exp(log_alpha(t)), sigma, time_of)
+
+
+BETA_MIN, BETA_MAX = 0.1, 20.0  # per unit of time: DDPM's 1e-4 ... 0.02 a step, times 1000 steps
+
+
+def _vp_time(ratio):
+    rise, log_alpha = BETA_MAX - BETA_MIN, 0.5 * jnp.log1p(jnp.square(ratio))
+    return (jnp.sqrt(0.25 * BETA_MIN**2 + rise * log_alpha) - 0.5 * BETA_MIN) / (0.5 * rise)
+
+
+OFFSET = 0.008
+_angle = lambda t: (t + OFFSET) / (1.0 + OFFSET) * (0.5 * math.pi)
+_cos_start = math.cos(OFFSET / (1.0 + OFFSET) * 0.5 * math.pi)
+_cosine_alpha = lambda t: jnp.cos(_angle(t)) / _cos_start
+
+
+def _cosine_sigma(t):
+    """sqrt(1 - alpha^2), as cos^2 u - cos^2 v = sin(u + v) sin(v - u), which does not cancel."""
+    start, at = OFFSET / (1.0 + OFFSET) * 0.5 * math.pi, _angle(t)
+    return jnp.sqrt(jnp.sin(start + at) * jnp.sin(at - start)) / _cos_start
+
+
+def _cosine_time(ratio):
+    return jnp.arccos(_cos_start / jnp.sqrt(1.0 + jnp.square(ratio))) * ((1.0 + OFFSET) / (0.5 * math.pi)) - OFFSET
+
+
+# ---- DDPM's own table of 1000 steps: timestep k of diffusers is t = (k + 1) / 1000, linear in sigma / alpha between
+
+DDPM_STEPS = 1000
+
+
+@functools.cache
+def ddpm_ratios() -> np.ndarray:
+    """sigma / alpha at t = 0, 1/1000, ... 1; float64 (1001,)."""
+    kept = np.cumprod(1.0 - np.linspace(1e-4, 0.02, DDPM_STEPS))
+    return np.concatenate([[0.0], np.sqrt((1.0 - kept) / kept)])
+
+
+_KNOTS = np.linspace(0.0, 1.0, DDPM_STEPS + 1)
+_ddpm_ratio = lambda t: jnp.interp(t, _KNOTS, ddpm_ratios())
+
+PATHS = {
+    # Rectified flow: Liu et al. 2022, arXiv:2209.03003; Lipman et al. 2022, arXiv:2210.02747
+    "linear": Path(lambda t: 1.0 - t, lambda t: t, lambda r: r / (1.0 + r)),
+    # Trigonometric: Albergo & Vanden-Eijnden 2022, arXiv:2209.15571; SiT's GVP, arXiv:2401.08740
+    "gvp": Path(
+        lambda t: jnp.cos(0.5 * math.pi * t),
+        lambda t: jnp.sin(0.5 * math.pi * t),
+        lambda r: jnp.arctan(r) / (0.5 * math.pi),
+    ),
+    # DDPM in continuous time: Song et al. 2020, arXiv:2011.13456, eq. 32
+    "vp": _preserving(lambda t: -0.25 * t**2 * (BETA_MAX - BETA_MIN) - 0.5 * t * BETA_MIN, _vp_time),
+    # DDPM as published, Ho et al. 2020, arXiv:2006.11239
+    "ddpm": Path(
+        lambda t: jax.lax.rsqrt(1.0 + jnp.square(_ddpm_ratio(t))),
+        lambda t: _ddpm_ratio(t) * jax.lax.rsqrt(1.0 + jnp.square(_ddpm_ratio(t))),
+        lambda r: jnp.interp(r, ddpm_ratios(), _KNOTS),
+    ),
+    # Nichol & Dhariwal 2021, arXiv:2102.09672, eq. 17
+    "cosine": Path(_cosine_alpha, _cosine_sigma, _cosine_time),
+    # EDM, with time proportional to sigma: Karras et al. 2022, arXiv:2206.00364
+    "ve": Path(jnp.ones_like, lambda t: SIGMA_MAX * t, lambda r: r / SIGMA_MAX, explodes=True),
+}
+
+
+def _v(path: Path, time: jax.Array) -> tuple[jax.Array, jax.Array]:
+    a, s = path.alpha(time), path.sigma(time)
+    scale = jax.lax.rsqrt(a**2 + s**2)
+    return -s * scale, a * scale
+
+
+PREDICTIONS = {  # (c_x, c_e) at a time
+    "velocity": Path.slopes,
+    "noise": lambda path, time: (jnp.zeros_like(time), jnp.ones_like(time)),
+    "clean": lambda path, time: (jnp.ones_like(time), jnp.zeros_like(time)),
+    "v": _v,
+}
+
+
+def target(path: Path, prediction: str, x: jax.Array, noise: jax.Array, time: jax.Array) -> jax.Array:
+    """What the model should predict; `time` broadcasts against x."""
+    c_x, c_e = PREDICTIONS[prediction](path, time)
+    return c_x * x + c_e * noise
+
+
+def determinant(path: Path, prediction: str, time: jax.Array) -> jax.Array:
+    """a c_e - s c_x: an error d of the prediction is one of -s d / determinant of x, and a d / determinant of e."""
+    c_x, c_e = PREDICTIONS[prediction](path, time)
+    return path.alpha(time) * c_e - path.sigma(time) * c_x
+
+
+def solve(path: Path, prediction: str, p: jax.Array, x_t: jax.Array, time: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(x, e) of a prediction p at x_t; `time` broadcasts against x_t.
+
+    Finite everywhere. Where x_t and p do not determine x (noise, at alpha = 0) or e (clean, at sigma = 0) that
+    one is meaningless: the determinant is kept at least 1e-6 from zero.
+    """
+    c_x, c_e = PREDICTIONS[prediction](path, time)
+    a, s, det = path.alpha(time), path.sigma(time), determinant(path, prediction, time)
+    det = jnp.where(jnp.abs(det) < 1e-6, jnp.copysign(1e-6, det), det)
+    x = p if prediction == "clean" else (c_e * x_t - s * p) / det
+    noise = p if prediction == "noise" else (a * p - c_x * x_t) / det
+    return x, noise
+
+
+def convert(path: Path, given: str, wanted: str, p: jax.Array, x_t: jax.Array, time: jax.Array) -> jax.Array:
+    """One prediction as another, at the same x_t."""
+    if given == wanted:
+        return p
+    return target(path, wanted, *solve(path, given, p, x_t, time), time)

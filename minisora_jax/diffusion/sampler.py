@@ -1,28 +1,132 @@
-"""Samplers: from noise at time 1 to data at time 0 along dx/dt = v(x, t). One step each; the loop is the caller's.
+"""Samplers: from noise to data, one step each; the loop is the caller's.
 
-Times are per token, so known tokens (time 0 before and after a step) do not move.
+    step(denoiser, x_BSP, time_BS, next_BS, past, noise_BSP, eta) -> (x_BSP, past)
+
+Times are per token, and a token whose time does not change does not move: known tokens stay at 0. Multistep samplers
+carry `past`, what they remember of earlier steps (multistep.py); the others carry (). `noise_BSP` is fresh standard
+normal noise for the stochastic ones, drawn by the caller, who knows which request each token belongs to; None for
+none. `eta` is the share of the noise that is renewed. "dopri5" (adaptive.py) chooses its own steps.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 
-Velocity = Callable[[jax.Array, jax.Array], jax.Array]  # (x_BSP, time_BS) -> v_BSP
-
-
-def euler_step(velocity: Velocity, x_BSP: jax.Array, time_BS: jax.Array, next_BS: jax.Array) -> jax.Array:
-    """First order, one model call: x + (t' - t) v(x, t)."""
-    return x_BSP + (next_BS - time_BS)[..., None] * velocity(x_BSP, time_BS)
+from minisora_jax.diffusion.denoiser import Denoiser, where_moving
+from minisora_jax.diffusion.multistep import Past, begin, dpmpp_2m, unipc
+from minisora_jax.diffusion.time import GRIDS
 
 
-def heun_step(velocity: Velocity, x_BSP: jax.Array, time_BS: jax.Array, next_BS: jax.Array) -> jax.Array:
-    """Second order, two model calls: the mean of the slopes at both ends of an Euler step (Heun 1900)."""
+def euler(denoiser: Denoiser, x_BSP, time_BS, next_BS, past=(), noise_BSP=None, eta=None):
+    """First order, one model call: x + (t' - t) v(x, t). On the linear and "ve" paths this is DDIM."""
+    return x_BSP + (next_BS - time_BS)[..., None] * denoiser.velocity(x_BSP, time_BS), past
+
+
+def heun(denoiser: Denoiser, x_BSP, time_BS, next_BS, past=(), noise_BSP=None, eta=None):
+    """Second order, two model calls: the mean of the slopes at both ends of an Euler step (Heun 1900).
+
+    On "ve" with the grid "karras" this is EDM's sampler (Karras et al. 2022, arXiv:2206.00364, algorithm 1). As there,
+    and in diffusers, the step onto clean data is Euler's, but not where the model predicts the velocity itself, which
+    it can at t' = 0 as well (diffusers' FlowMatchHeun ends with Euler there too).
+    """
     step = (next_BS - time_BS)[..., None]
-    v = velocity(x_BSP, time_BS)
-    v_next = velocity(x_BSP + step * v, next_BS)
-    return x_BSP + step * 0.5 * (v + v_next)
+    v = denoiser.velocity(x_BSP, time_BS)
+    v_next = denoiser.velocity(x_BSP + step * v, next_BS)
+    if denoiser.prediction != "velocity":
+        v_next = jnp.where((next_BS > 0)[..., None], v_next, v)
+    return where_moving(time_BS, next_BS, x_BSP + step * 0.5 * (v + v_next), x_BSP), past
 
 
-STEPS = {"euler": euler_step, "heun": heun_step}
+def ddim(denoiser: Denoiser, x_BSP, time_BS, next_BS, past=(), noise_BSP=None, eta=0.0):
+    """x' = a' x + s' (sqrt(1 - q) e + sqrt(q) z),   q = eta^2 (1 - r^2),   r = (s'/a') / (s/a),   z ~ N(0, I).
+
+    First order, one model call, exact if x and e stayed as they are. Song et al. 2020, arXiv:2010.02502, eq. 12 and 16,
+    for any path: there r^2 = (1 - A') A / (A' (1 - A)) with A = a^2. eta 0 is deterministic; 1 is the ancestral sampler
+    of DDPM with its smaller variance (Ho et al. 2020, arXiv:2006.11239, eq. 7).
+    """
+    clean_BSP, e_BSP = denoiser.clean_and_noise(x_BSP, time_BS)
+    if noise_BSP is not None:
+        renewed = eta**2 * (1.0 - denoiser.fall(time_BS, next_BS) ** 2)
+        e_BSP = jnp.sqrt(1.0 - renewed) * e_BSP + jnp.sqrt(renewed) * noise_BSP
+    moved = denoiser.path.mix(clean_BSP, e_BSP, next_BS[..., None])
+    return where_moving(time_BS, next_BS, moved, x_BSP), past
+
+
+def euler_maruyama(denoiser: Denoiser, x_BSP, time_BS, next_BS, past=(), noise_BSP=None, eta=1.0):
+    """One step of the reverse-time SDE  dx = (v + w e / (2 s)) dt + sqrt(w) dW,   w = 2 eta s (a s' - s a').
+
+    Every w >= 0 has the flow's marginals (Song et al. 2020, arXiv:2011.13456; SiT: Ma et al. 2024, arXiv:2401.08740,
+    eq. 6). This one is the forward diffusion g^2 times a, so it is finite at pure noise as well: 2t on the linear
+    path, that of EDM on "ve". Euler-Maruyama is of order 1 in distribution; the step onto clean data is DDIM's.
+    """
+    clean_BSP, e_BSP = denoiser.clean_and_noise(x_BSP, time_BS)
+    a, s = denoiser.path.alpha(time_BS), denoiser.path.sigma(time_BS)
+    a_slope, s_slope = denoiser.path.slopes(time_BS)
+    half_w_over_s = (eta * (a * s_slope - s * a_slope))[..., None]
+    step, s = (next_BS - time_BS)[..., None], s[..., None]
+    v_BSP = a_slope[..., None] * clean_BSP + s_slope[..., None] * e_BSP
+    moved = x_BSP + step * (v_BSP + half_w_over_s * e_BSP)
+    if noise_BSP is not None:
+        moved = moved + jnp.sqrt(-2.0 * step * half_w_over_s * s) * noise_BSP
+    last = denoiser.path.mix(clean_BSP, e_BSP, next_BS[..., None])
+    moved = jnp.where((next_BS > 0)[..., None], moved, last)
+    return where_moving(time_BS, next_BS, moved, x_BSP), past
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampler:
+    step: Callable
+    memory: int = 0  # earlier steps remembered
+    eta: float | None = None  # share of the noise renewed, by default; None: it has no such choice
+
+    def begin(self, x_BSP: jax.Array, time_BS: jax.Array) -> tuple[Past, ...]:
+        return begin(self.memory, x_BSP, time_BS)
+
+
+SAMPLERS = {
+    "euler": Sampler(euler),
+    "heun": Sampler(heun),
+    "ddim": Sampler(ddim, eta=0.0),
+    "ddpm": Sampler(ddim, eta=1.0),
+    "sde": Sampler(euler_maruyama, eta=1.0),
+    "dpm++2m": Sampler(dpmpp_2m, memory=1),
+    "unipc": Sampler(unipc, memory=2),
+}
+
+SAMPLER_NAMES = (*SAMPLERS, "dopri5")
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplerConfig:
+    name: str = "heun"
+    steps: int = 20  # model calls, twice as many for "heun"; "dopri5" chooses its own
+    grid: str = "even"  # where the steps lie; diffusion/time.py
+    eta: float | None = None  # share of the noise renewed by the stochastic samplers; None: the sampler's own
+    tolerance: float = 1e-3  # of "dopri5"
+
+    def __post_init__(self):
+        if self.name not in SAMPLER_NAMES:
+            raise ValueError(f"sampler={self.name!r} must be one of {', '.join(SAMPLER_NAMES)}")
+        if self.steps < 1:
+            raise ValueError(f"steps={self.steps} must be at least 1")
+        if self.grid not in GRIDS:
+            raise ValueError(f"grid={self.grid!r} must be one of {', '.join(GRIDS)}")
+        if self.tolerance <= 0:
+            raise ValueError(f"tolerance={self.tolerance} must be above 0")
+        if self.eta is not None:
+            stochastic = [name for name, sampler in SAMPLERS.items() if sampler.eta is not None]
+            if self.name not in stochastic:
+                raise ValueError(f"eta={self.eta} is for {', '.join(stochastic)}; {self.name} has no noise")
+            if self.eta < 0 or (self.eta > 1 and self.name != "sde"):
+                raise ValueError(f"eta={self.eta} must be in [0, 1] (above 1 only for sde)")
+
+    @property
+    def noise(self) -> float:
+        """eta, 0 for the deterministic samplers."""
+        if self.name == "dopri5":
+            return 0.0
+        return (SAMPLERS[self.name].eta or 0.0) if self.eta is None else self.eta

@@ -1,8 +1,12 @@
 """Which noise levels to train on, and which to sample at.
 
-u ~ N(mean, std),  t = sigmoid(u)                      logit-normal (Esser et al. 2024, arXiv:2403.03206, eq. 19)
-t' = s t / (s t + 1 - t),      s = sqrt(n / n_base)      shift by token count (same paper, eq. 23): n tokens of one
+t = sigmoid(u),  u ~ N(mean, std)                      "logit-normal" (Esser et al. 2024, arXiv:2403.03206, eq. 19)
+t ~ U(0, 1)                                            "uniform"
+sigma / alpha at t = exp(u),  u ~ N(mean, std)         "edm" (Karras et al. 2022, arXiv:2206.00364: -1.2, 1.2)
+t' = s t / (s t + 1 - t),      s = sqrt(n / n_base)      shift by token count (Esser et al., eq. 23): n tokens of one
                                                        clip carry more redundant signal, so need more noise
+
+On the linear path, sigma / alpha = t / (1 - t), so that "edm" and "logit-normal" are the same there.
 """
 
 from __future__ import annotations
@@ -11,18 +15,35 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from minisora_jax.diffusion.path import DDPM_STEPS, PATHS, SIGMA_MAX, Path
 from minisora_jax.models.layers import fill_runs, per_token, run_starts
 from minisora_jax.parallel.mesh import like
 from minisora_jax.types import PackedBatch
 
+LINEAR = PATHS["linear"]
+
+LAWS = {  # a standard normal draw as a time
+    "logit-normal": lambda u, z, path: jax.nn.sigmoid(u),
+    "uniform": lambda u, z, path: jax.scipy.special.ndtr(z),
+    "edm": lambda u, z, path: jnp.minimum(path.time_of(jnp.exp(u)), 1.0),
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class TimeConfig:
-    mean: float = 0.0  # of the logit of time; above 0 trains more on noisy levels
+    mean: float = 0.0  # of the logit of time, or of the log of sigma / alpha; higher trains more on noisy levels
     std: float = 1.0
     base_tokens: int = 256  # clips of this many tokens are not shifted; 0 for no shift
     per_frame: float = 0.1  # share of clips whose frames have a level each (Diffusion Forcing)
+    law: str = "logit-normal"  # "uniform" takes neither mean nor std
+
+    def __post_init__(self):
+        if self.law not in LAWS:
+            raise ValueError(f"times.law={self.law!r} must be one of {', '.join(LAWS)}")
+        if self.std < 0:
+            raise ValueError(f"times.std={self.std} must not be negative")
 
 
 def shift(time: jax.Array, tokens: jax.Array, base_tokens: int) -> jax.Array:
@@ -39,7 +60,7 @@ def tokens_of_segment(batch: PackedBatch) -> jax.Array:
     return per_token(count_BG1, batch.segment_BS)[..., 0]
 
 
-def training_times(config: TimeConfig, batch: PackedBatch, key: jax.Array) -> jax.Array:
+def training_times(config: TimeConfig, batch: PackedBatch, key: jax.Array, path: Path = LINEAR) -> jax.Array:
     """A time per token (B, S): one draw per clip, or per frame for some clips; 0 where known."""
     clip_key, frame_key, which_key = jax.random.split(key, 3)
     draw = lambda sample, key: like(sample(key, batch.segment_BS.shape), batch.segment_BS)
@@ -48,13 +69,59 @@ def training_times(config: TimeConfig, batch: PackedBatch, key: jax.Array) -> ja
     of_clip = fill_runs(draw(jax.random.normal, clip_key), clip_starts)
     of_frame = fill_runs(draw(jax.random.normal, frame_key), frame_starts)
     per_frame = fill_runs(draw(jax.random.uniform, which_key), clip_starts) < config.per_frame
-    logit = config.mean + config.std * jnp.where(per_frame, of_frame, of_clip)
-    time = shift(jax.nn.sigmoid(logit), tokens_of_segment(batch), config.base_tokens)
-    return jnp.where(batch.known_BS, 0.0, time)
+    z = jnp.where(per_frame, of_frame, of_clip)
+    time = LAWS[config.law](config.mean + config.std * z, z, path)
+    return token_times(config, time, batch)
 
 
-def sampling_times(config: TimeConfig, steps: int, batch: PackedBatch) -> jax.Array:
-    """Times from 1 to 0 for each token, (steps + 1, B, S), shifted as in training; 0 throughout where known."""
-    even = jnp.linspace(1.0, 0.0, steps + 1)[:, None, None]
-    times = shift(even, tokens_of_segment(batch)[None], config.base_tokens)
-    return jnp.where(batch.known_BS[None], 0.0, times)
+def token_times(config: TimeConfig, time: jax.Array, batch: PackedBatch) -> jax.Array:
+    """Each token's own time from one before the shift (any shape that broadcasts with (B, S)); 0 where known."""
+    return jnp.where(batch.known_BS, 0.0, shift(time, tokens_of_segment(batch), config.base_tokens))
+
+
+# ---- Sampling
+
+
+def karras_levels(steps: int, largest: float = SIGMA_MAX, smallest: float = 0.002, rho: float = 7.0) -> np.ndarray:
+    """sigma / alpha of each step and 0: EDM's grid (Karras et al. 2022, eq. 5); (steps + 1,)."""
+    ramp = np.linspace(largest ** (1 / rho), smallest ** (1 / rho), steps)
+    return np.append(ramp**rho, 0.0)
+
+
+def _steps_of_ddpm(timesteps: np.ndarray) -> np.ndarray:
+    return np.append((np.round(timesteps) + 1) / DDPM_STEPS, 0.0)
+
+
+GRIDS = {  # (steps, path) -> times from the noisiest to 0, (steps + 1,), before the shift
+    "even": lambda n, path: np.linspace(1.0, 0.0, n + 1),
+    # Wan's (UniPC over flow sigmas in diffusers): the even one for a model whose lowest level is 1 / 1000
+    "wan": lambda n, path: np.append(np.linspace(1.0, 1 / 1000, n + 1)[:-1], 0.0),
+    "karras": lambda n, path: np.append(path.time_of(karras_levels(n, min(SIGMA_MAX, path.ratio(1.0)))[:-1]), 0.0),
+    # Whole steps of DDPM, as diffusers' DDPM and DDIM (its DPM-Solver and UniPC differ in the first two): Lin et
+    # al. 2023, arXiv:2305.08891, table 2
+    "leading": lambda n, path: _steps_of_ddpm(np.arange(n)[::-1] * (DDPM_STEPS // n)),
+    "linspace": lambda n, path: _steps_of_ddpm(np.linspace(DDPM_STEPS - 1, 0, n)),
+    "trailing": lambda n, path: _steps_of_ddpm(np.arange(DDPM_STEPS, 0, -DDPM_STEPS / n)[:n] - 1),
+}
+
+
+def latest_time(path: Path, prediction: str) -> float:
+    """Where sampling starts. Noise predicted at alpha = 0 says nothing of the data: then at sigma / alpha = 80."""
+    if prediction == "noise" and path.alpha(1.0) < 1e-3:
+        return float(path.time_of(SIGMA_MAX))
+    return 1.0
+
+
+def sampling_times(
+    config: TimeConfig,
+    steps: int,
+    batch: PackedBatch,
+    path: Path = LINEAR,
+    grid: str = "even",
+    latest: float = 1.0,
+) -> jax.Array:
+    """Falling times for each token, (steps + 1, B, S), shifted as in training; 0 at the end, and wherever known."""
+    if grid not in GRIDS:
+        raise ValueError(f"grid={grid!r} must be one of {', '.join(GRIDS)}")
+    times = jnp.asarray(GRIDS[grid](steps, path), jnp.float32)[:, None, None]
+    return jnp.minimum(token_times(config, times, batch), latest)

@@ -13,7 +13,8 @@ import numpy as np
 from minisora_jax.data.known import KnownConfig
 from minisora_jax.data.loader import packed_batches
 from minisora_jax.data.packing import PackConfig, PackPlan, Segment, pack_segments, token_counts
-from minisora_jax.diffusion.loss import flow_matching_loss
+from minisora_jax.diffusion.loss import diffusion_loss
+from minisora_jax.diffusion.objective import ObjectiveConfig
 from minisora_jax.diffusion.time import TimeConfig
 from minisora_jax.models.dit import DiT, DiTConfig
 from minisora_jax.models.files import export_model, load_model
@@ -30,6 +31,7 @@ class DiffusionTask:
     run: RunConfig = RunConfig()
     pack: PackConfig = PackConfig()
     times: TimeConfig = TimeConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
     known: KnownConfig = KnownConfig()
     caption_dropout: float = 0.1
     export_dtype: str = "float32"
@@ -79,12 +81,12 @@ def train_diffusion(
         name="diffusion",
         rows=task.pack.rows,
         init_params=init_params,
-        loss_fn=lambda params, batch, key: flow_matching_loss(model, task.times, params, batch, key),
+        loss_fn=lambda params, batch, key: diffusion_loss(model, task.times, params, batch, key, task.objective),
         batches=batches,
         describe=describe,
         sample=sample,
     )
-    config = {"kind": "dit", "dit": dataclasses.asdict(task.dit), "times": dataclasses.asdict(task.times)}
+    config = {"kind": "dit"} | {k: dataclasses.asdict(getattr(task, k)) for k in ("dit", "times", "objective")}
     export_model(workdir / "export", state.ema, config | export | {"training": describe}, dtype=task.export_dtype)
     return workdir / "export"
 
