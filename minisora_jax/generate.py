@@ -193,7 +193,7 @@ class Generator:
                 at += self.copies * n
 
     def _noise(self, rows, requests, grids, length, step):
-        """Standard normal (B, S, P) for a sampler step (0: the start), of each request's own seed, equal for its twins."""
+        """Standard normal (B, S, P) for a sampler step (0: the start), by each request's seed, equal for its twins."""
         noise = np.zeros((len(rows), length, self.config.token_width), np.float32)
         for b, row in enumerate(rows):
             at = 0

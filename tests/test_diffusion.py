@@ -1,4 +1,4 @@
-"""Rectified flow against closed forms: the path, the times, the samplers' orders, guidance."""
+"""Noise levels to train on and to sample at, and the loss, against closed forms."""
 
 import jax
 import jax.numpy as jnp
@@ -9,10 +9,9 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from minisora_jax.data.packing import PackConfig, Segment, pack_segments
-from minisora_jax.diffusion.guidance import guide
-from minisora_jax.diffusion.loss import flow_matching_loss
-from minisora_jax.diffusion.path import clean, interpolate, velocity
-from minisora_jax.diffusion.sampler import STEPS
+from minisora_jax.diffusion.loss import diffusion_loss
+from minisora_jax.diffusion.objective import WEIGHTS, ObjectiveConfig, weight
+from minisora_jax.diffusion.path import PATHS, PREDICTIONS, target
 from minisora_jax.diffusion.time import TimeConfig, sampling_times, shift, tokens_of_segment, training_times
 from minisora_jax.models.dit import DiT, DiTConfig
 from minisora_jax.models.text import encode_bytes
@@ -26,13 +25,6 @@ def batch(sizes, tokens=64, rows=1, known=lambda i, n: np.zeros(n, bool)):
     ]
     config = PackConfig(tokens=tokens, text_tokens=4 * len(sizes), slots=len(sizes), rows=rows)
     return jax.tree.map(jnp.asarray, pack_segments([segments] * rows, config))
-
-
-@given(st.floats(0, 1), st.floats(-5, 5), st.floats(-5, 5))
-def test_the_velocity_leads_back_to_the_data(t, x, noise):
-    x_t, v = interpolate(x, noise, t), velocity(x, noise)
-    np.testing.assert_allclose(clean(x_t, v, t), x, atol=1e-12)
-    np.testing.assert_allclose(x_t + (1 - t) * v, noise, atol=1e-12)
 
 
 @given(st.integers(1, 100_000), st.floats(0.01, 0.99))
@@ -54,6 +46,27 @@ def test_times_are_logit_normal_and_shifted_by_the_clips_own_size():
         unshifted = t / (s - (s - 1) * t)
         logit = np.log(unshifted / (1 - unshifted))
         assert stats.kstest(logit, stats.norm(0.3, 1.2).cdf).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("path", ["linear", "vp", "ve"])
+def test_laws_of_time(path):
+    b = batch([(1, 2, 2)] * 8, rows=500, tokens=32)
+    draw = lambda **fields: np.asarray(
+        training_times(TimeConfig(base_tokens=0, per_frame=0.0, **fields), b, jax.random.key(2), PATHS[path]), float
+    )[:, ::4].ravel()
+    assert stats.kstest(draw(law="uniform"), stats.uniform.cdf).pvalue > 1e-3
+    levels = np.log(PATHS[path].ratio(jnp.asarray(draw(law="edm", mean=-1.2, std=1.2))))
+    assert stats.kstest(levels, stats.norm(-1.2, 1.2).cdf).pvalue > 1e-3
+    with pytest.raises(ValueError, match="times.law='cosine' must be one of logit-normal, uniform, edm"):
+        TimeConfig(law="cosine")
+
+
+def test_on_the_linear_path_edms_law_is_the_logit_normal():
+    b = batch([(2, 2, 2)], rows=50, tokens=8)
+    one, other = (
+        training_times(TimeConfig(0.3, 1.2, law=law), b, jax.random.key(0)) for law in ("edm", "logit-normal")
+    )
+    np.testing.assert_allclose(one, other, rtol=1e-5)
 
 
 def test_times_are_equal_within_a_clip_or_a_frame_and_zero_where_known():
@@ -78,56 +91,42 @@ def test_sampling_times_run_from_noise_to_clean():
     assert (np.diff(times[:, 0, 2:8], axis=0) < 0).all()
 
 
-# ---- Samplers on a flow whose solution is known: Gaussian data N(m, s^2) has, at time t, mean (1 - t) m and
-# deviation d(t) = sqrt((1 - t)^2 s^2 + t^2), and dx/dt = v carries x(1) to m + (s / 1) x(1).
-
-M, S = 1.5, 0.4
-
-
-def gaussian_velocity(x, time_BS):
-    t = time_BS[..., None]
-    variance = (1 - t) ** 2 * S**2 + t**2
-    return -M + (t - (1 - t) * S**2) / variance * (x - (1 - t) * M)
-
-
-def end_error(name: str, steps: int) -> float:
-    with jax.enable_x64(True):
-        noise = jnp.linspace(-2.0, 2.0, 9, dtype=jnp.float64).reshape(1, 9, 1)
-        x, times = noise, np.linspace(1.0, 0.0, steps + 1)
-        for t, after in zip(times, times[1:]):
-            x = STEPS[name](gaussian_velocity, x, jnp.full((1, 9), t), jnp.full((1, 9), after))
-        return float(jnp.abs(x - (M + S * noise)).max())
-
-
-@pytest.mark.parametrize("name, order", [("euler", 1), ("heun", 2)])
-def test_samplers_converge_at_their_order(name, order):
-    errors = [end_error(name, n) for n in (40, 80, 160)]
-    measured = np.log2(np.array(errors[:-1]) / errors[1:])
-    np.testing.assert_allclose(measured, order, atol=0.2)
-
-
-@pytest.mark.parametrize("name", STEPS)
-def test_known_tokens_do_not_move(name):
-    x, time = jnp.ones((1, 3, 2)), jnp.array([[0.0, 1.0, 1.0]])
-    out = STEPS[name](lambda x, t: x + 1, x, time, 0.5 * time)
-    assert (out[:, 0] == 1).all() and (out[:, 1:] != 1).all()
-
-
-def test_guidance_mixes_each_token_with_its_twin():
-    v = jnp.array([[[1.0], [2.0], [10.0], [20.0], [7.0]]])
-    with_caption, without = jnp.array([[0, 1, 0, 1, 4]]), jnp.array([[2, 3, 2, 3, 4]])
-    guided = np.asarray(guide(v, with_caption, without, 3.0))[0, :, 0]
-    np.testing.assert_allclose(guided, [10 + 3 * (1 - 10), 20 + 3 * (2 - 20)] * 2 + [7], rtol=1e-6)
-    np.testing.assert_allclose(guide(v, with_caption, without, 1.0)[0, :2, 0], [1, 2])
-
-
 def test_the_loss_counts_only_what_is_to_be_made():
     known = lambda i, n: np.arange(n) < 2
     b = batch([(1, 2, 2)], tokens=6, known=known)
     model = DiT(DiTConfig(latent_channels=4, patch=(1, 1, 1), width=32, depth=1, heads=1, text_width=64, text_depth=0))
     params = model.init(jax.random.key(0), b.tokens_BSP, jnp.zeros((1, 6)), b)
-    values, weights = flow_matching_loss(model, TimeConfig(), params, b, jax.random.key(1))["loss"]
+    values, weights = diffusion_loss(model, TimeConfig(), params, b, jax.random.key(1))["loss"]
     assert weights[0].tolist() == [0, 0, 1, 1, 0, 0]
     # The head starts at zero, so the error is that of the velocity itself: the noise, as the tokens are zero.
     noise = jax.random.normal(jax.random.split(jax.random.key(1))[0], b.tokens_BSP.shape)
     np.testing.assert_allclose(values[0, 2:4], (noise**2).mean(-1)[0, 2:4], rtol=1e-5)
+
+
+@pytest.mark.parametrize("scheme", WEIGHTS)
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("path", PATHS)
+def test_every_objective_is_its_weighted_error(path, prediction, scheme):
+    """With a model that says zero: w(t) times the square of what it should have said; finite at known tokens."""
+    known = lambda i, n: np.arange(n) < 2
+    b = batch([(1, 2, 2), (2, 2, 2)], tokens=14, known=known)
+    seen = {}
+
+    class Zero:
+        def apply(self, params, x_BSP, time_BS, batch):
+            seen["x"], seen["time"] = x_BSP, time_BS
+            return jnp.zeros_like(x_BSP)
+
+    objective, key = ObjectiveConfig(path, prediction, scheme), jax.random.key(1)
+    values, weights = diffusion_loss(Zero(), TimeConfig(base_tokens=0), {}, b, key, objective)["loss"]
+    assert weights[0].tolist() == [0, 0, 1, 1, 0, 0, 1, 1, 1, 1, 1, 1, 0, 0] and np.isfinite(values).all()
+    noise_key, time_key = jax.random.split(key)
+    noise = jax.random.normal(noise_key, b.tokens_BSP.shape)
+    time = training_times(TimeConfig(base_tokens=0), b, time_key, PATHS[path])
+    wanted = target(PATHS[path], prediction, 0.0, noise, time[..., None])
+    expected = weight(objective, time) * (wanted**2).mean(-1)
+    np.testing.assert_allclose(jnp.where(weights > 0, values, 0), jnp.where(weights > 0, expected, 0), rtol=1e-5)
+    sigma = PATHS[path].sigma(time)[..., None]
+    scale = jnp.sqrt(1 + sigma**2) if path == "ve" else 1.0
+    np.testing.assert_allclose(seen["x"] * scale, sigma * noise, rtol=1e-4, atol=1e-6)
+    assert (seen["time"][0, :2] == 0).all() and (seen["time"] <= 1).all()

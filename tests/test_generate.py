@@ -4,11 +4,18 @@ import dataclasses
 import json
 import shutil
 
+import jax
 import numpy as np
 import pytest
+from tqdm import tqdm
 
 from minisora_jax.bundled import CODEC, MODEL
+from minisora_jax.diffusion.guidance import GuidanceConfig
+from minisora_jax.diffusion.objective import ObjectiveConfig
+from minisora_jax.diffusion.sampler import SAMPLER_NAMES, SamplerConfig
+from minisora_jax.diffusion.time import GRIDS
 from minisora_jax.generate import Generator, Request
+from minisora_jax.models.files import export_model, load_model
 
 RED = Request("a large red circle moves left slowly on a black background", (5, 32, 48), seed=1)
 BLUE = Request("a photo of a large blue square on a grey background", (1, 48, 32), seed=2)
@@ -53,6 +60,100 @@ def test_samplers_agree_in_the_end(generator):
     )
     coarse = generator.generate([photo], steps=2, sampler="euler", guidance=1.0, progress=False)[0].astype(int)
     assert np.abs(euler - heun).mean() < 0.5 * np.abs(coarse - heun).mean()
+
+
+@pytest.mark.parametrize("name", ["ddpm", "dopri5"])
+def test_nor_does_one_of_a_stochastic_or_an_adaptive_sampler(generator, name):
+    """Of an adaptive one up to its tolerance, as all rows take the same steps."""
+    sampler = SamplerConfig(name, steps=4, tolerance=1e-4)
+    alone, *_ = generator.generate([RED], sampler=sampler, progress=False)
+    _, together = generator.generate([BLUE, RED], sampler=sampler, progress=False)
+    assert np.abs(together.astype(int) - alone).max() <= 1
+    if name == "ddpm":
+        other = generator.generate([dataclasses.replace(RED, seed=9)], sampler=sampler, progress=False)[0]
+        assert np.abs(other.astype(int) - alone).mean() > 3
+
+
+def test_noise_is_of_the_seed_and_the_step_and_equal_for_twins(generator):
+    grids = [(2, 2, 3), (1, 2, 2)]
+    requests = [RED, BLUE]
+    one = generator._noise([[0, 1]], requests, grids, 40, 1)[0]
+    assert (one[:12] == one[12:24]).all() and (one[24:28] == one[28:32]).all() and not one[32:].any()
+    other = generator._noise([[1], [0]], requests, grids, 40, 1)
+    assert (other[0, :8] == one[24:32]).all() and (other[1, :24] == one[:24]).all()
+    assert (generator._noise([[0, 1]], requests, grids, 40, 2)[0, :32] != one[:32]).any()
+
+
+@pytest.mark.parametrize("sampler", [n for n in SAMPLER_NAMES if n not in ("euler", "heun")])
+def test_every_sampler_comes_to_a_like_picture(generator, sampler):
+    """The bundled model is sure enough of this caption that all samplers agree but for the place and the edges."""
+    photo = dataclasses.replace(BLUE, size_THW=(1, 32, 32))
+    wanted = generator.generate([photo], steps=20, progress=False)[0].astype(int)
+    ours = generator.generate([photo], sampler=SamplerConfig(sampler, 20), progress=False)[0].astype(int)
+    assert np.abs(ours.mean((0, 1, 2)) - wanted.mean((0, 1, 2))).max() < 25
+    if SamplerConfig(sampler).noise == 0:
+        assert np.abs(ours - wanted).mean() < 6
+
+
+@pytest.mark.parametrize("grid", [g for g in GRIDS if g not in ("even", "leading", "linspace", "trailing")])
+def test_grids_agree_in_the_end(generator, grid):
+    photo = dataclasses.replace(BLUE, size_THW=(1, 32, 32))
+    even, other = (
+        generator.generate([photo], sampler=SamplerConfig("unipc", 24, grid=g), guidance=1.0, progress=False)[0]
+        for g in ("even", grid)
+    )
+    assert np.abs(even.astype(int) - other).mean() < 3
+
+
+def test_guidance_can_be_limited_and_rescaled(generator):
+    options = dict(steps=6, progress=False)
+    none, full = (generator.generate([RED], guidance=g, **options)[0].astype(int) for g in (1.0, 6.0))
+    for config in (GuidanceConfig(6.0, interval=(0.2, 0.8)), GuidanceConfig(6.0, rescale=0.9)):
+        some = generator.generate([RED], guidance=config, **options)[0].astype(int)
+        assert np.abs(some - none).mean() > 0.5 and np.abs(some - full).mean() > 0.5
+    nowhere = generator.generate([RED], guidance=GuidanceConfig(6.0, interval=(0.0, 1e-9)), **options)[0]
+    assert np.abs(nowhere.astype(int) - none).max() <= 1
+
+
+def test_autoguidance_goes_away_from_a_worse_model(generator, tmp_path):
+    """By the model itself it is no guidance at all; a worse one makes a difference."""
+    none = generator.generate([RED], guidance=1.0, **OPTIONS)[0].astype(int)
+    itself = Generator.load(MODEL, CODEC, guide_model=MODEL)
+    assert np.abs(itself.generate([RED], guidance=4.0, **OPTIONS)[0] - none).max() <= 1
+    params, config = load_model(MODEL)
+    worse = jax.tree.map(lambda x: (0.97 * np.asarray(x, np.float32)).astype(x.dtype), params)
+    export_model(tmp_path / "worse", worse, config, dtype="float32")
+    guided = Generator.load(MODEL, CODEC, guide_model=tmp_path / "worse")
+    assert np.abs(guided.generate([RED], guidance=4.0, **OPTIONS)[0] - none).mean() > 0.5
+    config["objective"] = dataclasses.asdict(ObjectiveConfig(prediction="v"))
+    export_model(tmp_path / "other", params, config, dtype="float32")
+    with pytest.raises(ValueError, match="the guide model has prediction='v', the model 'velocity'"):
+        Generator.load(MODEL, CODEC, guide_model=tmp_path / "other")
+
+
+@pytest.mark.parametrize(
+    "path, prediction, sampler, grid",
+    [("ve", "v", "heun", "karras"), ("linear", "noise", "unipc", "even"), ("ddpm", "clean", "ddpm", "trailing")],
+)
+def test_other_objectives_are_read_back_and_sampled(generator, tmp_path, path, prediction, sampler, grid):
+    params, config = load_model(MODEL)
+    config["objective"] = dataclasses.asdict(ObjectiveConfig(path, prediction, "min-snr"))
+    export_model(tmp_path / "model", params, config, dtype="float32")
+    other = Generator.load(tmp_path / "model", CODEC)
+    assert other.objective == ObjectiveConfig(path, prediction, "min-snr") and generator.objective == ObjectiveConfig()
+    grids, rows = [other.grid(RED.size_THW)], [[0]]
+    latents = dict(
+        other._sample(
+            rows,
+            [RED],
+            grids,
+            2 * 2 * 2 * 3,
+            GuidanceConfig(2.0, rescale=0.5),
+            SamplerConfig(sampler, 3, grid),
+            tqdm(disable=True),
+        )
+    )
+    assert np.isfinite(latents[0]).all() and latents[0].std() > 0.01
 
 
 @pytest.mark.parametrize(

@@ -75,20 +75,19 @@ def _vp_time(ratio):
     return (jnp.sqrt(0.25 * BETA_MIN**2 + rise * log_alpha) - 0.5 * BETA_MIN) / (0.5 * rise)
 
 
-OFFSET = 0.008
-_angle = lambda t: (t + OFFSET) / (1.0 + OFFSET) * (0.5 * math.pi)
-_cos_start = math.cos(OFFSET / (1.0 + OFFSET) * 0.5 * math.pi)
-_cosine_alpha = lambda t: jnp.cos(_angle(t)) / _cos_start
+COSINE_OFFSET = 0.008
+_turn = 0.5 * math.pi / (1.0 + COSINE_OFFSET)  # alpha = cos(start + turn t) / cos(start)
+_start = COSINE_OFFSET * _turn
+_cosine_alpha = lambda t: jnp.cos(_start + _turn * t) / math.cos(_start)
 
 
 def _cosine_sigma(t):
     """sqrt(1 - alpha^2), as cos^2 u - cos^2 v = sin(u + v) sin(v - u), which does not cancel."""
-    start, at = OFFSET / (1.0 + OFFSET) * 0.5 * math.pi, _angle(t)
-    return jnp.sqrt(jnp.sin(start + at) * jnp.sin(at - start)) / _cos_start
+    return jnp.sqrt(jnp.sin(2.0 * _start + _turn * t) * jnp.sin(_turn * t)) / math.cos(_start)
 
 
 def _cosine_time(ratio):
-    return jnp.arccos(_cos_start / jnp.sqrt(1.0 + jnp.square(ratio))) * ((1.0 + OFFSET) / (0.5 * math.pi)) - OFFSET
+    return (jnp.arccos(math.cos(_start) / jnp.sqrt(1.0 + jnp.square(ratio))) - _start) / _turn
 
 
 # ---- DDPM's own table of 1000 steps: timestep k of diffusers is t = (k + 1) / 1000, linear in sigma / alpha between

@@ -82,10 +82,16 @@ def token_times(config: TimeConfig, time: jax.Array, batch: PackedBatch) -> jax.
 # ---- Sampling
 
 
-def karras_levels(steps: int, largest: float = SIGMA_MAX, smallest: float = 0.002, rho: float = 7.0) -> np.ndarray:
-    """sigma / alpha of each step and 0: EDM's grid (Karras et al. 2022, eq. 5); (steps + 1,)."""
+def karras_levels(steps: int, largest: float, smallest: float, rho: float = 7.0) -> np.ndarray:
+    """sigma / alpha of each step, and 0 at the end: EDM's grid (Karras et al. 2022, eq. 5); (steps + 1,)."""
     ramp = np.linspace(largest ** (1 / rho), smallest ** (1 / rho), steps)
     return np.append(ramp**rho, 0.0)
+
+
+def _levels_of(path: Path) -> tuple[float, float]:
+    """The largest and smallest sigma / alpha to sample at: EDM's, or those of the path where it ends earlier."""
+    first, largest = (float(r) for r in path.ratio(jnp.array([1.0 / DDPM_STEPS, 1.0])))
+    return largest if 0 < largest < 1e3 else SIGMA_MAX, 0.002 if path.explodes else max(0.002, first)
 
 
 def _steps_of_ddpm(timesteps: np.ndarray) -> np.ndarray:
@@ -96,7 +102,7 @@ GRIDS = {  # (steps, path) -> times from the noisiest to 0, (steps + 1,), before
     "even": lambda n, path: np.linspace(1.0, 0.0, n + 1),
     # Wan's (UniPC over flow sigmas in diffusers): the even one for a model whose lowest level is 1 / 1000
     "wan": lambda n, path: np.append(np.linspace(1.0, 1 / 1000, n + 1)[:-1], 0.0),
-    "karras": lambda n, path: np.append(path.time_of(karras_levels(n, min(SIGMA_MAX, path.ratio(1.0)))[:-1]), 0.0),
+    "karras": lambda n, path: np.append(path.time_of(karras_levels(n, *_levels_of(path))[:-1]), 0.0),
     # Whole steps of DDPM, as diffusers' DDPM and DDIM (its DPM-Solver and UniPC differ in the first two): Lin et
     # al. 2023, arXiv:2305.08891, table 2
     "leading": lambda n, path: _steps_of_ddpm(np.arange(n)[::-1] * (DDPM_STEPS // n)),

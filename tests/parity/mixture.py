@@ -12,11 +12,12 @@ WEIGHTS, MEANS, DEVIATIONS = np.array([0.5, 0.3, 0.2]), np.array([-1.2, 0.5, 1.6
 def clean(x_t, a, s, xp=np):
     """E[x | x_t] of any array; a and s broadcast against it. `xp` is numpy or jax.numpy."""
     x_t, a, s = x_t[..., None], xp.asarray(a)[..., None], xp.asarray(s)[..., None]
-    variance = a**2 * DEVIATIONS**2 + s**2
-    off = x_t - a * MEANS
-    log_p = np.log(WEIGHTS) - 0.5 * xp.log(variance) - 0.5 * off**2 / variance
+    weights, means, deviations = (v.astype(x_t.dtype) for v in (WEIGHTS, MEANS, DEVIATIONS))
+    variance = a**2 * deviations**2 + s**2
+    off = x_t - a * means
+    log_p = np.log(weights) - 0.5 * xp.log(variance) - 0.5 * off**2 / variance
     p = xp.exp(log_p - log_p.max(-1, keepdims=True))
-    estimate = MEANS + a * DEVIATIONS**2 / variance * off
+    estimate = means + a * deviations**2 / variance * off
     return (p * estimate).sum(-1) / p.sum(-1)
 
 
