@@ -24,6 +24,7 @@ setup(
         "einops>=0.8",
         "numpy>=2.1",
         "av>=15",
+        "diffrax>=0.7.2",
         "pillow>=11",
         "dm-pix>=0.4.4",
         "safetensors>=0.5",

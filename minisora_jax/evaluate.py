@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
@@ -59,5 +60,5 @@ def evaluate_model(generator: Generator, split: str, count: int, **options) -> t
         "counted": {k: len(v) for k, v in hits.items()},
         "by_motion": {k: share(v) for k, v in sorted(by_motion.items())},
         "model": generator.hash,
-        **options,
+        **{k: dataclasses.asdict(v) if dataclasses.is_dataclass(v) else v for k, v in options.items()},
     }, rows

@@ -46,6 +46,10 @@ print(len(list(pkgutil.walk_packages(minisora_jax.__path__))) > 8, dict(xla_brid
         (["generate", "x", "--size", "large"], "--size 'large' must be HEIGHTxWIDTH in pixels, such as 48x64"),
         (["generate", "x", "--frames", "16"], "frames=16 must be 1 + 4*k; use 13 or 17"),
         (["generate", "x", "--size", "50x48"], "height=50 must be a multiple of 16; use 48 or 64"),
+        (["generate", "x", "--sampler", "unipc", "--eta", "1"], "eta=1.0 is for ddim, ddpm, sde; unipc has no noise"),
+        (["generate", "x", "--guidance-interval", "half"], "--guidance-interval 'half' must be LOW-HIGH in times"),
+        (["eval", "model", "--guidance-interval", "0.8-0.2"], "guidance interval 0.8-0.2 must be two rising times"),
+        (["generate", "x", "--guide-model", "/nowhere"], "/nowhere is not an exported model"),
         (["generate", "x", "--model", "/nowhere"], "/nowhere is not an exported model: model.safetensors is missing"),
         (["encode", "nowhere", "out"], "run `minisora prepare CLIPS_FOLDER nowhere` first"),
         (["train", "--workdir", "w"], "no --config=FILE given; for example --config=configs/dit_tiny.py"),
@@ -56,6 +60,13 @@ def test_what_a_user_can_mend_is_said_in_a_sentence(argv, sentence, capsys):
     assert main(argv) == 2
     error = capsys.readouterr().err
     assert sentence in error and "Traceback" not in error
+
+
+def test_the_choices_are_those_of_the_code():
+    from minisora_jax.commands.generate import GRIDS, SAMPLERS
+    from minisora_jax.diffusion import sampler, time
+
+    assert SAMPLERS == sampler.SAMPLER_NAMES and GRIDS == tuple(time.GRIDS)
 
 
 def test_unknown_verbs_and_flags_are_refused(capsys):

@@ -52,7 +52,8 @@ def test_rescaling_gives_each_clip_the_spread_of_the_unguided_estimate(predictio
         given_ = [convert(path, "clean", prediction, clean, x_t, time[..., None]) for clean in (guided, good)]
         out = rescale(path, prediction, *given_, x_t, time, segment, 2, share)
         assert (out[0, 0] == given_[0][0, 0]).all() and np.isfinite(out).all()
-        clean = convert(path, prediction, "clean", out, x_t, time[..., None])
+        clean = np.asarray(convert(path, prediction, "clean", out, x_t, time[..., None]))
+        good, guided = np.asarray(good), np.asarray(guided)
     for at in (slice(1, 4), slice(4, 8)):
         whole = guided[0, at] * (np.std(good[0, at]) / np.std(guided[0, at]))
         np.testing.assert_allclose(clean[0, at], share * whole + (1 - share) * guided[0, at], rtol=1e-6)

@@ -15,6 +15,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from minisora_jax.commands.generate import add_sampling, sampling
+
 
 def add_arguments(parser):
     parser.add_argument("what", choices=("codec", "model"))
@@ -23,9 +25,7 @@ def add_arguments(parser):
     parser.add_argument("--model", default=None, help="an exported model (default: the bundled one)")
     parser.add_argument("--count", type=int, default=206, help="videos made by `model` (default 206)")
     parser.add_argument("--split", default="heldout", choices=("train", "heldout"), help="of the captions for `model`")
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--guidance", type=float, default=3.0)
-    parser.add_argument("--sampler", default="heun", choices=("euler", "heun"))
+    add_sampling(parser)
     parser.add_argument("--out", default="eval", help="directory for scores.json and the contact sheets (default eval)")
 
 
@@ -41,9 +41,10 @@ def run(args, _):
 
         scores, rows = evaluate_codec(Codec.load(args.codec or CODEC), open_clips(args.data))
     else:
-        generator = Generator.load(args.model or MODEL, args.codec or CODEC)
-        options = {"steps": args.steps, "guidance": args.guidance, "sampler": args.sampler}
+        options = sampling(args)
+        generator = Generator.load(args.model or MODEL, args.codec or CODEC, args.guide_model)
         scores, rows = evaluate_model(generator, args.split, args.count, **options)
+        scores["guide_model"] = args.guide_model
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     (out / f"{args.what}.json").write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")

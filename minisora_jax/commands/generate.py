@@ -5,6 +5,7 @@ examples:
   minisora generate "a photo of a small green cross on a navy background" --frames 1 --size 64x64
   minisora generate "a blue square grows on a grey background" "a red triangle moves up slowly on a brown background" \\
       --size 48x64 --frames 17 --seed 7 --out my_videos
+  minisora generate "a large red circle grows on a black background" --sampler unipc --steps 12 --guidance-interval 0.2-0.9
 
 The bundled model knows coloured shapes in motion; see --captions for what to say. Sizes are HEIGHTxWIDTH in pixels.
 """
@@ -20,9 +21,7 @@ def add_arguments(parser):
     parser.add_argument("--frames", type=int, default=17, help="1 + 4k frames; 1 for an image (default 17)")
     parser.add_argument("--fps", type=float, default=8.0, help="frames per second (default 8)")
     parser.add_argument("--seed", type=int, default=0, help="of the first prompt; the next ones count up (default 0)")
-    parser.add_argument("--steps", type=int, default=20, help="sampler steps (default 20)")
-    parser.add_argument("--guidance", type=float, default=3.0, help="how strictly to follow the prompt; 1 is none")
-    parser.add_argument("--sampler", default="heun", choices=("euler", "heun"))
+    add_sampling(parser)
     parser.add_argument("--model", default=None, help="an exported model (default: the bundled one)")
     parser.add_argument("--codec", default=None, help="its codec (default: the bundled one)")
     parser.add_argument("--out", default="minisora-out", help="directory for the files (default minisora-out)")
@@ -42,11 +41,12 @@ def run(args, _):
     from minisora_jax.data.video import write_video
     from minisora_jax.generate import Generator, Request
 
-    generator = Generator.load(args.model or MODEL, args.codec or CODEC)
+    options = sampling(args)
+    generator = Generator.load(args.model or MODEL, args.codec or CODEC, args.guide_model)
     requests = [
         Request(prompt, (args.frames, *size_HW), args.seed + i, args.fps) for i, prompt in enumerate(args.prompts)
     ]
-    videos = generator.generate(requests, steps=args.steps, guidance=args.guidance, sampler=args.sampler)
+    videos = generator.generate(requests, **options)
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     for request, frames in zip(requests, videos):
@@ -57,6 +57,67 @@ def run(args, _):
     sheet = out / "contact-sheet.png"
     contact_sheet(sheet, [(frames, r.prompt) for r, frames in zip(requests, videos)])
     print(sheet)
+
+
+# The names of diffusion/sampler.py and diffusion/time.py, without importing jax for --help; a test compares them.
+SAMPLERS = ("euler", "heun", "ddim", "ddpm", "sde", "dpm++2m", "unipc", "dopri5")
+GRIDS = ("even", "wan", "karras", "leading", "linspace", "trailing")
+
+
+def add_sampling(parser):
+    """The options of sampling, which `generate` and `eval` share."""
+    group = parser.add_argument_group("sampling")
+    group.add_argument(
+        "--sampler",
+        default="heun",
+        choices=SAMPLERS,
+        help="heun (default) calls the model twice a step, dopri5 as often as it needs, the others once; ddpm and sde "
+        "add noise at each step",
+    )
+    group.add_argument("--steps", type=int, default=20, help="sampler steps (default 20)")
+    group.add_argument("--grid", default="even", choices=GRIDS, help="where the steps lie in time (default even)")
+    group.add_argument(
+        "--eta", type=float, default=None, help="share of noise renewed by ddim (default 0), ddpm, sde (1)"
+    )
+    group.add_argument("--tolerance", type=float, default=1e-3, help="error of a step of dopri5 (default 1e-3)")
+    group.add_argument("--guidance", type=float, default=3.0, help="how strictly to follow the prompt; 1 is none")
+    group.add_argument(
+        "--guidance-interval",
+        default="0-1",
+        metavar="LOW-HIGH",
+        help="times to guide at, of 0 (clean) to 1 (noise), such as 0.2-0.8 (default 0-1)",
+    )
+    group.add_argument(
+        "--guidance-rescale",
+        type=float,
+        default=0.0,
+        help="share by which to undo the contrast that guidance adds, 0 (default) to 1",
+    )
+    group.add_argument(
+        "--guide-model",
+        default=None,
+        help="an exported worse model of the same codec: guide away from it (autoguidance), not from the empty prompt",
+    )
+
+
+def sampling(args) -> dict:
+    """The arguments of `Generator.generate` that they make."""
+    from minisora_jax.diffusion.guidance import GuidanceConfig
+    from minisora_jax.diffusion.sampler import SamplerConfig
+
+    return {
+        "sampler": SamplerConfig(args.sampler, args.steps, args.grid, args.eta, args.tolerance),
+        "guidance": GuidanceConfig(args.guidance, parse_interval(args.guidance_interval), args.guidance_rescale),
+    }
+
+
+def parse_interval(text: str) -> tuple[float, float]:
+    """(0.2, 0.8) from "0.2-0.8"."""
+    try:
+        low, high = (float(n) for n in text.split("-"))
+    except ValueError:
+        raise ValueError(f"--guidance-interval {text!r} must be LOW-HIGH in times, such as 0.2-0.8") from None
+    return low, high
 
 
 def parse_size(text: str) -> tuple[int, int]:
