@@ -166,14 +166,14 @@ class Generator:
         )
         inputs += (guidance.scale, guidance.interval)
         noise = lambda step: jnp.asarray(self._noise(rows, requests, grids, length, step))
-        x = noise(0)
-        if path.explodes:
-            x = x * path.sigma(latest)
         if sampler.name == "dopri5":
+            first = jnp.minimum(token_times(self.times, jnp.ones(()), batch), latest)
+            x = noise(0) * path.spread(first)[..., None]
             x = _integrate(static, self.times, latest, sampler.tolerance, x, inputs).block_until_ready()
             bar.update()
         else:
             times = sampling_times(self.times, sampler.steps, batch, path, sampler.grid, latest)
+            x = noise(0) * path.spread(times[0])[..., None]
             past = SAMPLERS[sampler.name].begin(x, times[0])
             for k in range(sampler.steps):
                 fresh = noise(k + 1) if sampler.noise else None

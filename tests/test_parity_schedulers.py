@@ -38,12 +38,14 @@ def model_of(path: DiffusionPath, prediction: str):
 
 def run(sampler, denoiser, start, times, eta=0.0, noisy=False, last=None):
     """The states before each step and at the end; `last` takes the last step instead."""
-    x = start * jnp.asarray(draw_input("x", SHAPE))[None]
+    drawn = lambda name: jnp.asarray(draw_input(name, SHAPE).astype(float))[None]  # of the precision in force
+    x = start * drawn("x")
+    assert x.dtype == jnp.result_type(float)
     times = [jnp.full((1, SHAPE[0]), t, x.dtype) for t in times]
     past, states = SAMPLERS[sampler].begin(x, times[0]), [x]
     step = jax.jit(lambda *args: SAMPLERS[sampler].step(denoiser, *args))
     for i, (time, after) in enumerate(zip(times, times[1:])):
-        noise = jnp.asarray(draw_input(f"noise {i}", SHAPE))[None] if noisy else None
+        noise = drawn(f"noise {i}") if noisy else None
         if last and i == len(times) - 2:
             x, past = last(denoiser, x, time, after)
         else:
@@ -110,7 +112,7 @@ def test_unipc_of_wan(precision, prediction):
     times = shift(jnp.asarray(grid("wan", "linear")), 9.0 * 256, 256)  # shift 3
     np.testing.assert_allclose(times, REFERENCE["unipc flow sigmas"], atol=2e-6)
     if prediction == "noise":
-        times = times.at[0].set(1 - 1e-6)  # at 1 itself the noise does not tell the data
+        times = times.at[0].set(1 - 1e-6)  # at 1 itself noise says nothing of the data
         if precision == "float32":
             pytest.skip("(x_t - e) / 1e-6 has no digits in float32: latest_time() starts such a model later")
     measured = error("unipc flow", run("unipc", model_of(PATHS["linear"], prediction), 1.0, times))

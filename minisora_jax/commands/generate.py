@@ -5,7 +5,7 @@ examples:
   minisora generate "a photo of a small green cross on a navy background" --frames 1 --size 64x64
   minisora generate "a blue square grows on a grey background" "a red triangle moves up slowly on a brown background" \\
       --size 48x64 --frames 17 --seed 7 --out my_videos
-  minisora generate "a large red circle grows on a black background" --sampler unipc --steps 12 --guidance-interval 0.2-0.9
+  minisora generate "a red circle grows on a black background" --sampler unipc --steps 12 --guidance-interval 0.2-0.9
 
 The bundled model knows coloured shapes in motion; see --captions for what to say. Sizes are HEIGHTxWIDTH in pixels.
 """

@@ -25,6 +25,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from minisora_jax.parallel.mesh import lookup
+
 SIGMA_MAX = 80.0  # EDM's largest noise, for data of unit variance
 
 
@@ -47,6 +49,10 @@ class Path:
         """sigma / alpha: the noise level of EDM. Infinite where nothing of the data is left."""
         return self.sigma(time) / self.alpha(time)
 
+    def spread(self, time: jax.Array) -> jax.Array:
+        """The standard deviation of x_t for data of unit variance, which latents are."""
+        return jnp.sqrt(self.alpha(time) ** 2 + self.sigma(time) ** 2)
+
     def mix(self, x: jax.Array, noise: jax.Array, time: jax.Array) -> jax.Array:
         """x_t; `time` broadcasts against x."""
         return self.alpha(time) * x + self.sigma(time) * noise
@@ -56,7 +62,7 @@ class Path:
         if not self.explodes:
             return x_BSP, time_BS
         sigma_BS = self.sigma(time_BS)
-        return x_BSP * jax.lax.rsqrt(1.0 + sigma_BS**2)[..., None], sigma_BS / (1.0 + sigma_BS)
+        return x_BSP / self.spread(time_BS)[..., None], sigma_BS / (1.0 + sigma_BS)
 
 
 # ---- Variance-preserving paths are known by log alpha; sigma = sqrt(1 - alpha^2)
@@ -102,8 +108,29 @@ def ddpm_ratios() -> np.ndarray:
     return np.concatenate([[0.0], np.sqrt((1.0 - kept) / kept)])
 
 
-_KNOTS = np.linspace(0.0, 1.0, DDPM_STEPS + 1)
-_ddpm_ratio = lambda t: jnp.interp(t, _KNOTS, ddpm_ratios())
+def _between(k: jax.Array, dtype) -> tuple[jax.Array, jax.Array]:
+    """The table's entries at k and k + 1; laid out over a mesh as k is."""
+    table = ddpm_ratios()
+    pairs = lookup(jnp.asarray(np.stack([table[:-1], table[1:]], -1), dtype), k)
+    return pairs[..., 0], pairs[..., 1]
+
+
+def _ddpm_ratio(t):
+    t = jnp.asarray(t) * DDPM_STEPS
+    k = jnp.clip(jnp.floor(t).astype(jnp.int32), 0, DDPM_STEPS - 1)
+    low, high = _between(k, t.dtype)
+    return low + (high - low) * (t - k)
+
+
+def _ddpm_time(ratio):
+    ratio = jnp.asarray(ratio)
+    k = jnp.zeros_like(ratio, jnp.int32)
+    for bit in (512, 256, 128, 64, 32, 16, 8, 4, 2, 1):  # the last entry that is not above the ratio
+        above = jnp.minimum(k + bit, DDPM_STEPS - 1)
+        k = jnp.where(_between(above, ratio.dtype)[0] <= ratio, above, k)
+    low, high = _between(k, ratio.dtype)
+    return (k + (ratio - low) / (high - low)) / DDPM_STEPS
+
 
 PATHS = {
     # Rectified flow: Liu et al. 2022, arXiv:2209.03003; Lipman et al. 2022, arXiv:2210.02747
@@ -120,7 +147,7 @@ PATHS = {
     "ddpm": Path(
         lambda t: jax.lax.rsqrt(1.0 + jnp.square(_ddpm_ratio(t))),
         lambda t: _ddpm_ratio(t) * jax.lax.rsqrt(1.0 + jnp.square(_ddpm_ratio(t))),
-        lambda r: jnp.interp(r, ddpm_ratios(), _KNOTS),
+        _ddpm_time,
     ),
     # Nichol & Dhariwal 2021, arXiv:2102.09672, eq. 17
     "cosine": Path(_cosine_alpha, _cosine_sigma, _cosine_time),
@@ -130,9 +157,8 @@ PATHS = {
 
 
 def _v(path: Path, time: jax.Array) -> tuple[jax.Array, jax.Array]:
-    a, s = path.alpha(time), path.sigma(time)
-    scale = jax.lax.rsqrt(a**2 + s**2)
-    return -s * scale, a * scale
+    spread = path.spread(time)
+    return -path.sigma(time) / spread, path.alpha(time) / spread
 
 
 PREDICTIONS = {  # (c_x, c_e) at a time

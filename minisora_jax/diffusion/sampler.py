@@ -18,6 +18,7 @@ import jax.numpy as jnp
 
 from minisora_jax.diffusion.denoiser import Denoiser, where_moving
 from minisora_jax.diffusion.multistep import Past, begin, dpmpp_2m, unipc
+from minisora_jax.diffusion.path import DDPM_STEPS
 from minisora_jax.diffusion.time import GRIDS
 
 
@@ -115,6 +116,8 @@ class SamplerConfig:
             raise ValueError(f"steps={self.steps} must be at least 1")
         if self.grid not in GRIDS:
             raise ValueError(f"grid={self.grid!r} must be one of {', '.join(GRIDS)}")
+        if self.grid in ("leading", "linspace", "trailing") and self.steps > DDPM_STEPS:
+            raise ValueError(f"steps={self.steps} must be at most {DDPM_STEPS} on the grid {self.grid!r}")
         if self.tolerance <= 0:
             raise ValueError(f"tolerance={self.tolerance} must be above 0")
         if self.eta is not None:

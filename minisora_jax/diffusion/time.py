@@ -99,7 +99,7 @@ def _steps_of_ddpm(timesteps: np.ndarray) -> np.ndarray:
 
 
 GRIDS = {  # (steps, path) -> times from the noisiest to 0, (steps + 1,), before the shift
-    "even": lambda n, path: np.linspace(1.0, 0.0, n + 1),
+    "even": lambda n, path: jnp.linspace(1.0, 0.0, n + 1),
     # Wan's (UniPC over flow sigmas in diffusers): the even one for a model whose lowest level is 1 / 1000
     "wan": lambda n, path: np.append(np.linspace(1.0, 1 / 1000, n + 1)[:-1], 0.0),
     "karras": lambda n, path: np.append(path.time_of(karras_levels(n, *_levels_of(path))[:-1]), 0.0),
