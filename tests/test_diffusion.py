@@ -15,6 +15,7 @@ from minisora_jax.diffusion.path import PATHS, PREDICTIONS, target
 from minisora_jax.diffusion.time import TimeConfig, sampling_times, shift, tokens_of_segment, training_times
 from minisora_jax.models.dit import DiT, DiTConfig
 from minisora_jax.models.text import encode_bytes
+from minisora_jax.parallel.mesh import BATCH, MeshConfig, make_mesh, place
 
 
 def batch(sizes, tokens=64, rows=1, known=lambda i, n: np.zeros(n, bool)):
@@ -130,3 +131,24 @@ def test_every_objective_is_its_weighted_error(path, prediction, scheme):
     scale = jnp.sqrt(1 + sigma**2) if path == "ve" else 1.0
     np.testing.assert_allclose(seen["x"] * scale, sigma * noise, rtol=1e-4, atol=1e-6)
     assert (seen["time"][0, :2] == 0).all() and (seen["time"] <= 1).all()
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_the_loss_is_the_same_on_a_mesh(path):
+    class Half:
+        def apply(self, params, x_BSP, time_BS, batch):
+            return 0.5 * x_BSP * time_BS[..., None]
+
+    def loss(b, key):
+        values, weights = diffusion_loss(Half(), TimeConfig(law="edm"), {}, b, key, ObjectiveConfig(path, "v", "edm"))[
+            "loss"
+        ]
+        return values * weights
+
+    b = batch([(1, 2, 2), (2, 2, 2)], tokens=14, rows=8)
+    alone = jax.jit(loss)(b, jax.random.key(0))
+    mesh = make_mesh(MeshConfig(data=4, fsdp=2))
+    with jax.set_mesh(mesh):
+        both = jax.jit(loss)(place(jax.tree.map(np.asarray, b), mesh, BATCH), jax.random.key(0))
+        assert both.sharding.spec[0] == ("data", "fsdp")
+    np.testing.assert_allclose(both, alone, rtol=1e-5, atol=1e-6)

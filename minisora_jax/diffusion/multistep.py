@@ -1,4 +1,4 @@
-"""Second-order samplers at one model call a step: they remember the estimates of earlier steps.
+"""Samplers of higher order at one model call a step: they remember the estimates of earlier steps.
 
 Both solve the flow exactly but for the change of the clean estimate D over the step, in l = log(a / s):
 
@@ -32,7 +32,7 @@ def begin(count: int, x_BSP: jax.Array, time_BS: jax.Array) -> tuple[Past, ...]:
 
 
 def dpmpp_2m(denoiser: Denoiser, x_BSP, time_BS, next_BS, past, noise_BSP=None, eta=None):
-    """DPM-Solver++(2M): Lu et al. 2022, arXiv:2211.01095, algorithm 2 (the midpoint form of diffusers)."""
+    """DPM-Solver++(2M), of second order: Lu et al. 2022, arXiv:2211.01095, algorithm 2 (the midpoint form of diffusers)."""
     clean_BSP, _ = denoiser.clean_and_noise(x_BSP, time_BS)
     moved = _extrapolated(denoiser, x_BSP, clean_BSP, time_BS, next_BS, past[0])
     return where_moving(time_BS, next_BS, moved, x_BSP), (Past(time_BS, x_BSP, clean_BSP),)
@@ -42,7 +42,7 @@ def unipc(denoiser: Denoiser, x_BSP, time_BS, next_BS, past, noise_BSP=None, eta
     """UniPC-2 with B(h) = exp(h) - 1, "bh2": Zhao et al. 2023, arXiv:2302.04867; Wan's sampler.
 
     The estimate made at a predicted state first corrects that state (UniC), then predicts the next one (UniP), which
-    at this order is the step of DPM-Solver++(2M).
+    at this order is the step of DPM-Solver++(2M). The corrector makes it of third order while steps are even.
     """
     clean_BSP, _ = denoiser.clean_and_noise(x_BSP, time_BS)
     corrected = _corrected(denoiser, clean_BSP, time_BS, *past)
