@@ -65,10 +65,11 @@ def test_samplers_agree_in_the_end(generator):
 @pytest.mark.parametrize("name", ["ddpm", "dopri5"])
 def test_nor_does_one_of_a_stochastic_or_an_adaptive_sampler(generator, name):
     """Of an adaptive one up to its tolerance, as all rows take the same steps."""
-    sampler = SamplerConfig(name, steps=4, tolerance=1e-2)
+    sampler = SamplerConfig(name, steps=4, tolerance=1e-3)
     alone, *_ = generator.generate([RED], sampler=sampler, progress=False)
     _, together = generator.generate([BLUE, RED], sampler=sampler, progress=False)
     off = np.abs(together.astype(int) - alone)
+    print(f"{name}: off by {off.mean():.3f} in the mean, {off.max()} at most, of 255")
     assert off.max() <= 1 if name == "ddpm" else off.mean() < 0.5
     if name == "ddpm":
         other = generator.generate([dataclasses.replace(RED, seed=9)], sampler=sampler, progress=False)[0]

@@ -32,7 +32,7 @@ def begin(count: int, x_BSP: jax.Array, time_BS: jax.Array) -> tuple[Past, ...]:
 
 
 def dpmpp_2m(denoiser: Denoiser, x_BSP, time_BS, next_BS, past, noise_BSP=None, eta=None):
-    """DPM-Solver++(2M), of second order: Lu et al. 2022, arXiv:2211.01095, algorithm 2 (the midpoint form of diffusers)."""
+    """DPM-Solver++(2M), of second order: Lu et al. 2022, arXiv:2211.01095, algorithm 2, in diffusers' midpoint form."""
     clean_BSP, _ = denoiser.clean_and_noise(x_BSP, time_BS)
     moved = _extrapolated(denoiser, x_BSP, clean_BSP, time_BS, next_BS, past[0])
     return where_moving(time_BS, next_BS, moved, x_BSP), (Past(time_BS, x_BSP, clean_BSP),)
