@@ -24,8 +24,8 @@ from minisora_jax.diffusion.objective import ObjectiveConfig
 from minisora_jax.diffusion.sampler import SAMPLERS, SamplerConfig
 from minisora_jax.diffusion.time import TimeConfig, latest_time, sampling_times, token_times
 from minisora_jax.models.codec import Codec
-from minisora_jax.models.dit import DiT, DiTConfig
-from minisora_jax.models.files import load_model, model_hash
+from minisora_jax.models.dit import DiT, DiTConfig, mean_of
+from minisora_jax.models.files import config_fields, load_model, model_hash
 from minisora_jax.models.text import encode_bytes
 
 
@@ -231,7 +231,7 @@ def _load_dit(model: str | Path, codec: str | Path, loaded: Codec) -> tuple[dict
             f"{model} was trained on latents of codec {config['codec']}, but {codec} is codec {loaded.hash}: "
             f"their latents mean different things; give the codec it was trained with"
         )
-    dit = DiTConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in config["dit"].items()})
+    dit = DiTConfig(**config_fields(config["dit"]))
     return jax.tree.map(jnp.asarray, params), dit, config
 
 
@@ -259,7 +259,7 @@ def _denoiser(static, inputs) -> Denoiser:
 
     def predict(x_BSP, time_BS):
         seen = path.model_input(x_BSP, time_BS)
-        good_BSP, *worse_BSP = (DiT(c).apply(p, *seen, batch) for c, p in zip(configs, params))
+        good_BSP, *worse_BSP = (mean_of(c, DiT(c).apply(p, *seen, batch)) for c, p in zip(configs, params))
         if worse_BSP:
             worse_BSP = worse_BSP[0]
         else:

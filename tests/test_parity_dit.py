@@ -17,12 +17,14 @@ from safetensors.numpy import load_file, save_file
 sys.path.insert(0, str(Path(__file__).parent / "parity"))
 from random_weights import draw, draw_ids, draw_input  # noqa: E402
 
+from minisora_jax.cli import main  # noqa: E402
 from minisora_jax.data.packing import PackConfig, Segment, pack_segments  # noqa: E402
-from minisora_jax.models.dit import DiT, DiTConfig  # noqa: E402
+from minisora_jax.models.dit import DiT, DiTConfig, abstract_params  # noqa: E402
 from minisora_jax.parallel.mesh import BATCH, MeshConfig, make_mesh, place  # noqa: E402
 from minisora_jax.types import PackedBatch  # noqa: E402
 from minisora_jax.weights.checkpoint import Checkpoint  # noqa: E402
 from minisora_jax.weights.dit import CONFIGS, IGNORED, layout_of, published_layout, rules  # noqa: E402
+from minisora_jax.weights.presets import TRANSFORMERS  # noqa: E402
 from minisora_jax.weights.rules import export_params, import_params  # noqa: E402
 
 FIXTURES = Path(__file__).parent / "parity/fixtures"
@@ -46,7 +48,7 @@ def relative(ours, theirs):
 
 def published_names(config: DiTConfig, layout: str | None = None) -> dict[str, tuple[int, ...]]:
     """Every tensor of a checkpoint of this layout, with its shape."""
-    flat = traverse_util.flatten_dict(abstract(config), sep="/")
+    flat = traverse_util.flatten_dict(abstract_params(config), sep="/")
     blank = {k: np.broadcast_to(np.float32(0), v.shape) for k, v in flat.items()}
     return {k: v.shape for k, v in _export_blank(blank, rules(config, layout))}
 
@@ -62,15 +64,6 @@ def _export_blank(blank, found):
         yield name, np.broadcast_to(np.float32(0), (sum(s[0] for s in shapes), *shapes[0][1:]) if shapes[0] else ())
 
 
-def abstract(config: DiTConfig):
-    text = np.zeros((1, config.text_features), np.int32 if config.classes else np.float32)
-    clip = Clip(np.zeros((config.latent_channels, 1, 2, 2)), text, 0.0)
-    batch = jax.tree.map(jnp.asarray, packed(config, [[clip]])[0])
-    return jax.eval_shape(
-        DiT(config).init, jax.random.key(0), batch.tokens_BSP, jnp.zeros(batch.segment_BS.shape), batch
-    )
-
-
 def write(config: DiTConfig, layout: str, path: Path) -> Path:
     """A checkpoint of that layout. Copies of a tensor are drawn once."""
     copied = {name: rule.names[0] for rule in rules(config, layout) if rule.copies for name in rule.names}
@@ -81,7 +74,9 @@ def write(config: DiTConfig, layout: str, path: Path) -> Path:
 
 def loaded(config: DiTConfig, layout: str, directory: Path):
     file = write(config, layout, directory / f"{layout}.safetensors")
-    return import_params(Checkpoint(file), rules(config, layout), abstract(config), ignored=IGNORED, progress=False)
+    return import_params(
+        Checkpoint(file), rules(config, layout), abstract_params(config), ignored=IGNORED, progress=False
+    )
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +87,7 @@ def params(tmp_path_factory):
     # SiT's numbers are made by DiT, which is what it is but for the sense of time and of the velocity.
     save_file(dict(export_params(found["dit"], rules(SMALL["dit"], "dit-own"))), directory / "sit.safetensors")
     own = Checkpoint(directory / "sit.safetensors")
-    found["sit"] = import_params(own, rules(SMALL["sit"], "dit-own"), abstract(SMALL["sit"]), progress=False)
+    found["sit"] = import_params(own, rules(SMALL["sit"], "dit-own"), abstract_params(SMALL["sit"]), progress=False)
     return found
 
 
@@ -290,5 +285,30 @@ def test_the_authors_own_files_hold_the_same(params, model, layout, tmp_path):
     save_file(dict(own) | table, tmp_path / "own.safetensors")
     checkpoint = Checkpoint(tmp_path / "own.safetensors")
     assert layout_of(checkpoint.names) == layout
-    again = import_params(checkpoint, rules(cfg, layout), abstract(cfg), ignored=IGNORED, progress=False)
+    again = import_params(checkpoint, rules(cfg, layout), abstract_params(cfg), ignored=IGNORED, progress=False)
     jax.tree.map(np.testing.assert_array_equal, again, jax.tree.map(np.asarray, params[model]))
+
+
+@pytest.mark.parametrize("model", SMALL)
+def test_import_and_export_from_the_command_line(params, model, tmp_path, monkeypatch, capsys):
+    preset = {"i2v": "wan2.1-i2v-14b", "sized": "pixart-alpha-1024", "plain": "pixart-alpha-512", "latte": "latte-1"}
+    preset |= {"wan": "wan2.1-t2v-1.3b", "dit": "dit-xl-2-256", "sit": "sit-xl-2-256"}
+    small = dataclasses.replace(TRANSFORMERS[preset[model]], config=SMALL[model])
+    monkeypatch.setitem(TRANSFORMERS, preset[model], small)
+    before = {k: v.astype("bfloat16") for k, v in export_params(params[model], rules(SMALL[model]))}
+    save_file(before, tmp_path / "theirs.safetensors")
+    assert main(["import", preset[model], str(tmp_path / "theirs.safetensors"), f"--out={tmp_path / 'ours'}"]) == 0
+    assert main(["export", str(tmp_path / "ours"), str(tmp_path / "again")]) == 0
+    after = Checkpoint(tmp_path / "again")
+    assert set(after.names) == set(before)
+    assert all(after.read(k).tobytes() == v.tobytes() for k, v in before.items())
+    written = json.loads((tmp_path / "again/config.json").read_text())
+    known = {"wan": {"ffn_dim": 40}, "i2v": {"image_dim": 6, "in_channels": 9}, "dit": {"num_embeds_ada_norm": 10}}
+    known |= {"sit": {"num_classes": 10}, "sized": {"use_additional_conditions": True}, "latte": {"video_length": 16}}
+    assert known.get(model, {"interpolation_scale": 1}).items() <= written.items()
+    broken = dict(before)
+    broken.pop(next(k for k in before if "attn1.to_q.bias" in k or "attn.qkv.bias" in k))
+    save_file(broken | {"lora.weight": np.zeros(3, np.float32)}, tmp_path / "broken.safetensors")
+    assert main(["import", preset[model], str(tmp_path / "broken.safetensors"), f"--out={tmp_path / 'no'}"]) == 2
+    said = capsys.readouterr().err
+    assert "1 missing" in said and "1 extra (lora.weight)" in said and not (tmp_path / "no").exists()

@@ -3,17 +3,18 @@
 examples:
   minisora export models/wan-vae exported/vae
   minisora export models/umt5 exported/text_encoder
+  minisora export models/wan exported/transformer
 
-The tensors of an imported model come back bit for bit: codecs by diffusers' names (AutoencoderKLWan, AutoencoderKL),
-text encoders by transformers' (T5EncoderModel, UMT5EncoderModel, CLIPTextModel), with the config.json of each, so that
-their `from_pretrained` reads the directory.
+The tensors of an imported model come back bit for bit: codecs and transformers by diffusers' names, text encoders by
+transformers' (T5EncoderModel, UMT5EncoderModel, CLIPTextModel), with the config.json of each, so that their
+`from_pretrained` reads the directory. SiT, which diffusers has no class for, keeps its authors' names.
 """
 
 from __future__ import annotations
 
 
 def add_arguments(parser):
-    parser.add_argument("model", help="a codec or text encoder that `minisora import` or `minisora train-vae` wrote")
+    parser.add_argument("model", help="a model that `minisora import`, `train-vae` or `train` wrote")
     parser.add_argument("out", help="the directory to write to")
     parser.add_argument("--shard-gb", type=float, default=4.0, help="size of a file at most, GiB (default 4)")
 
@@ -35,10 +36,11 @@ def run(args, _):
 def published(config: dict, model: str):
     """(rules, their config, stem of the weight files) of a saved model's config."""
     from minisora_jax.models.clip import CLIPConfig
+    from minisora_jax.models.dit import DiTConfig
     from minisora_jax.models.files import config_fields
     from minisora_jax.models.t5 import T5Config
     from minisora_jax.models.vae import VAEConfig
-    from minisora_jax.weights import clip, sd_vae, t5, wan_vae
+    from minisora_jax.weights import clip, dit, sd_vae, t5, wan_vae
 
     kind = config.get("kind")
     if kind == "vae":
@@ -50,4 +52,7 @@ def published(config: dict, model: str):
         family, config_class = {"t5": (t5, T5Config), "clip": (clip, CLIPConfig)}[kind]
         cfg = config_class(**config_fields(config[kind]))
         return family.rules(cfg), family.published_config(cfg), "model"
-    raise ValueError(f"{model} holds a {kind!r} model: vae, t5 and clip have a published layout")
+    if kind == "dit":
+        cfg = DiTConfig(**config_fields(config["dit"]))
+        return dit.rules(cfg), dit.published_config(cfg), "diffusion_pytorch_model"
+    raise ValueError(f"{model} holds a {kind!r} model: vae, dit, t5 and clip have a published layout")

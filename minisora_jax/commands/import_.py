@@ -3,6 +3,7 @@
 examples:
   minisora import wan2.1-vae Wan2.1-T2V-1.3B-Diffusers/vae --out=models/wan-vae
   minisora import umt5-xxl models_t5_umt5-xxl-enc-bf16.pth --out=models/umt5
+  minisora import wan2.1-t2v-1.3b Wan2.1-T2V-1.3B-Diffusers/transformer --out=models/wan
   minisora eval codec --codec=models/wan-vae --data=data/clips
 
 PATH is a file (safetensors, or torch's pth, pt, bin), a directory with one, or the index of a sharded one, in the
@@ -18,23 +19,29 @@ logger = logging.getLogger("minisora")
 
 
 def add_arguments(parser):
-    from minisora_jax.weights.presets import CODECS, TEXT_ENCODERS
+    from minisora_jax.weights.presets import CODECS, TEXT_ENCODERS, TRANSFORMERS
 
-    parser.add_argument("preset", metavar="PRESET", choices=CODECS | TEXT_ENCODERS, help="one of those listed below")
+    choices = CODECS | TRANSFORMERS | TEXT_ENCODERS
+    parser.add_argument("preset", metavar="PRESET", choices=choices, help="one of those listed below")
     parser.add_argument("path", metavar="PATH", help="the published file or directory")
     parser.add_argument("--out", required=True, help="the directory to write the model to")
     parser.add_argument("--dtype", choices=DTYPES, help="precision to keep the weights in (default: the published)")
-    table = lambda presets: "".join(f"  {name:<15}{preset.what}\n" for name, preset in presets.items())
-    parser.epilog = f"codecs:\n{table(CODECS)}\ntext encoders:\n{table(TEXT_ENCODERS)}"
+    table = lambda presets: "".join(f"  {name:<18}{preset.what}\n" for name, preset in presets.items())
+    parser.epilog = f"codecs:\n{table(CODECS)}\ndiffusion transformers:\n{table(TRANSFORMERS)}"
+    parser.epilog += f"\ntext encoders:\n{table(TEXT_ENCODERS)}"
 
 
 DTYPES = ("float32", "bfloat16", "float16")
 
 
 def run(args, _):
-    from minisora_jax.weights.presets import CODECS
+    from minisora_jax.weights.presets import CODECS, TRANSFORMERS
 
-    export = import_codec if args.preset in CODECS else import_text_encoder
+    export = import_text_encoder
+    if args.preset in CODECS:
+        export = import_codec
+    if args.preset in TRANSFORMERS:
+        export = import_transformer
     what, digest = export(args.preset, args.path, args.out, args.dtype)
     print(f"{what} {digest} written to {args.out}")
 
@@ -56,6 +63,21 @@ def import_codec(name: str, path: str, out: str, dtype: str | None) -> tuple[str
     params = read(Checkpoint(path).within(preset.within), preset.family, preset.config, abstract)
     statistics = (np.asarray(s, np.float32) for s in (preset.latent_mean, preset.latent_std))
     return "codec", Codec(preset.config, params, *statistics).export(out, {"imported": name}, dtype)
+
+
+def import_transformer(name: str, path: str, out: str, dtype: str | None) -> tuple[str, str]:
+    import dataclasses
+
+    from minisora_jax.models.dit import abstract_params
+    from minisora_jax.models.files import export_model
+    from minisora_jax.weights.checkpoint import Checkpoint
+    from minisora_jax.weights.presets import TRANSFORMERS
+
+    preset = TRANSFORMERS[name]
+    params = read(Checkpoint(path).within(preset.within), preset.family, preset.config, abstract_params(preset.config))
+    config = {"kind": "dit"} | {k: dataclasses.asdict(getattr(preset, k)) for k in ("times", "objective")}
+    config |= {"dit": dataclasses.asdict(preset.config), "training": {"imported": name}}
+    return "transformer", export_model(out, params, config, dtype=dtype)
 
 
 def import_text_encoder(name: str, path: str, out: str, dtype: str | None) -> tuple[str, str]:

@@ -15,6 +15,7 @@ Wan 2.1 (Wan Team 2025, arXiv:2503.20314). The defaults are this project's own m
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -211,6 +212,34 @@ class DiT(nn.Module):
             shift, scale = jnp.split(layer(nn.silu(condition_BSD)), 2, axis=-1)
         x = LayerNorm(learned=False)(x) * (1 + scale) + shift
         return Einsum("bsd,dp->bsp", (D, cfg.out_width), scale=0.0, name="patch_out")(x.astype(jnp.float32))
+
+
+def abstract_params(config: DiTConfig) -> Any:
+    """The parameter tree as `jax.ShapeDtypeStruct`s, float32: nothing is computed or allocated."""
+    one = lambda *shape, dtype=jnp.float32: jax.ShapeDtypeStruct((1, *shape), dtype)
+    ids = functools.partial(one, dtype=jnp.int32)
+    batch = PackedBatch(
+        tokens_BSP=one(1, config.token_width),
+        segment_BS=ids(1),
+        position_BS3=ids(1, 3),
+        known_BS=one(1, dtype=bool),
+        text_BLE=one(4, config.text_features, dtype=jnp.int32 if config.text_features == 1 else jnp.float32),
+        text_segment_BL=ids(4),
+        fps_BG=one(1),
+        size_BG3=ids(1, 3),
+        image_BIE=one(1, config.image_features) if config.image_features else None,
+        image_segment_BI=ids(1) if config.image_features else None,
+    )
+    return jax.eval_shape(DiT(config).init, jax.random.key(0), batch.tokens_BSP, one(1), batch)
+
+
+def mean_of(config: DiTConfig, y_BSP: jax.Array) -> jax.Array:
+    """The prediction itself, where a model predicts a variance beside it (DiT, PixArt, Latte); else y."""
+    c = config.latent_channels
+    if config.out_channels != 2 * c:
+        return y_BSP
+    pixels = config.patch[1] * config.patch[2]
+    return jnp.concatenate([y_BSP[..., 2 * c * i : 2 * c * i + c] for i in range(pixels)], axis=-1)
 
 
 def attention_segments(groups: tuple[str, ...], batch: PackedBatch) -> dict[str, jax.Array]:

@@ -114,7 +114,7 @@ class _TorchFile:
         self._root = member.removesuffix("data.pkl")
         tree = _TensorUnpickler(self._zip.open(member)).load()
         while isinstance(tree, dict) and len(tree) and not any(isinstance(v, _View) for v in tree.values()):
-            inner = [tree[k] for k in ("state_dict", "model", "module", "ema") if isinstance(tree.get(k), dict)]
+            inner = [tree[k] for k in ("ema", "state_dict", "model", "module") if isinstance(tree.get(k), dict)]
             if not inner:
                 raise CheckpointError(f"{path} holds no tensors by name: its keys are {list(tree)[:8]}")
             tree = inner[0]

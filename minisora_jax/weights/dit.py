@@ -5,6 +5,8 @@ A layout is a table from our modules to their names; `rules` reads it for any si
 
 from __future__ import annotations
 
+from minisora_jax.diffusion.objective import ObjectiveConfig
+from minisora_jax.diffusion.time import TimeConfig
 from minisora_jax.models.dit import DiTConfig
 from minisora_jax.weights.rules import Rule
 
@@ -26,6 +28,21 @@ CONFIGS = {
     "wan2.1-t2v-1.3b": DiTConfig(**_WAN, width=1536, depth=30, heads=12, mlp_ratio=8960 / 1536),
     "wan2.1-t2v-14b": DiTConfig(**_WAN_14B),
     "wan2.1-i2v-14b": DiTConfig(**_WAN_14B, latent_channels=36, out_channels=16, image_features=1280),
+}
+
+# What they learned: DDPM's noise, and flows from noise to data. Their noise levels are not shifted in training.
+_NOISE, _FLOW = ObjectiveConfig(path="ddpm", prediction="noise"), ObjectiveConfig()
+OBJECTIVES = {name: _FLOW if name.startswith(("sit", "wan")) else _NOISE for name in CONFIGS}
+TIMES = {
+    name: TimeConfig(base_tokens=0, per_frame=0.0, law="logit-normal" if name.startswith("wan") else "uniform")
+    for name in CONFIGS
+}
+ABOUT = {
+    "dit": "images of ImageNet classes, 675 M parameters: transformer/ of facebook/DiT-XL-2-*, or DiT-XL-2-*.pt",
+    "sit": "images of ImageNet classes, 675 M parameters: SiT-XL-2-256x256.pt",
+    "pixart": "text to image, 0.6 B parameters: transformer/ of PixArt-alpha/PixArt-XL-2-*",
+    "latte": "text to video, 1.1 B parameters: transformer/ of maxin-cn/Latte-1",
+    "wan2.1": "video: transformer/ of Wan-AI/Wan2.1-*-Diffusers, or the authors' diffusion_pytorch_model*.safetensors",
 }
 
 _PIXART = {

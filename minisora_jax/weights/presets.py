@@ -5,10 +5,13 @@ from __future__ import annotations
 import dataclasses
 from types import ModuleType
 
+from minisora_jax.diffusion.objective import ObjectiveConfig
+from minisora_jax.diffusion.time import TimeConfig
 from minisora_jax.models.clip import CLIPConfig
+from minisora_jax.models.dit import DiTConfig
 from minisora_jax.models.t5 import T5Config
 from minisora_jax.models.vae import VAEConfig
-from minisora_jax.weights import clip, sd_vae, t5, wan_vae
+from minisora_jax.weights import clip, dit, sd_vae, t5, wan_vae
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +34,18 @@ class TextPreset:
     config: T5Config | CLIPConfig
     family: ModuleType
     within: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class TransformerPreset:
+    """A diffusion transformer: its shape, its family of name maps, and what it was trained to predict."""
+
+    what: str
+    config: DiTConfig
+    family: ModuleType
+    objective: ObjectiveConfig
+    times: TimeConfig
+    within: tuple[str, ...] = ("ema.", "module.", "model.diffusion_model.")
 
 
 CODECS = {
@@ -69,4 +84,9 @@ CODECS = {
 TEXT_ENCODERS = {
     **{name: TextPreset(t5.ABOUT[name.split("-")[0]], config, t5) for name, config in t5.CONFIGS.items()},
     **{name: TextPreset(clip.ABOUT[name], config, clip, clip.WITHIN[name]) for name, config in clip.CONFIGS.items()},
+}
+
+TRANSFORMERS = {
+    name: TransformerPreset(dit.ABOUT[name.split("-")[0]], config, dit, dit.OBJECTIVES[name], dit.TIMES[name])
+    for name, config in dit.CONFIGS.items()
 }

@@ -37,7 +37,7 @@ class Rule:
     part: tuple[int, int] = (0, 1)  # (i, n): ours is part i of n equal parts of theirs along its first axis
     fuses: tuple[
         str, ...
-    ] = ()  # ours is made of several of theirs, named by these; the pattern's first axis counts them
+    ] = ()  # ours is made of several of theirs, named by these, stacked as the pattern's first axis
     negate: bool = False
 
     @property
@@ -93,7 +93,7 @@ def import_params(
 
 def _check_names(checkpoint: Checkpoint, rules: Sequence[Rule], targets: dict, ignored: tuple[str, ...]) -> None:
     have = set(checkpoint.names)
-    missing = [n for rule in rules for n in rule.names if not have & {n, *rule.aliases}]
+    missing = list(dict.fromkeys(n for rule in rules for n in rule.names if not have & {n, *rule.aliases}))
     known = {n for rule in rules for n in (*rule.names, *rule.aliases)}
     extra = sorted(n for n in have - known if not n.startswith(ignored))
     if missing or extra:
