@@ -93,17 +93,23 @@ def model(request, tmp_path_factory):
 
 
 @pytest.mark.parametrize("length, kept", [(20, 20), (7, 7), (13, 9)])
-def test_values_are_the_references(model, length, kept):
+def test_values_are_the_references(model, length, kept, parity):
     name, config, params = model
     segment = np.broadcast_to(np.arange(length) < kept, (2, length)).astype(np.int32)
     out, pooled = (np.asarray(x) for x in CLIPEncoder(config).apply(params, captions(length), segment))
     reference = load_file(FIXTURE)
-    assert relative(out[:, :kept], reference[f"{name} {length} {kept}"]) < 1e-4
-    assert relative(pooled[:, 0], reference[f"{name} {length} {kept} pooled"]) < 1e-4
+    parity(
+        f"CLIP text, {config.activation}",
+        "forward",
+        out[:, :kept],
+        reference[f"{name} {length} {kept}"],
+        f"{kept}/{length}",
+    )
+    parity(f"CLIP text, {config.activation}", "forward", pooled[:, 0], reference[f"{name} {length} {kept} pooled"])
     assert not out[:, kept:].any()
 
 
-def test_gradients_are_the_references(model):
+def test_gradients_are_the_references(model, parity):
     name, config, params = model
     weight = draw_input("weights of the loss", (2, 7, 24))
 
@@ -115,7 +121,7 @@ def test_gradients_are_the_references(model):
     reference = {k.split("grad/")[1]: v for k, v in load_file(FIXTURE).items() if k.startswith(f"{name} grad/")}
     assert len(reference) == 7
     for key, grad in reference.items():
-        assert relative(grads[key], grad) < 1e-4, key
+        parity(f"CLIP text, {config.activation}", "gradient", grads[key], grad, key)
 
 
 def packed():

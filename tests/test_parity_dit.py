@@ -189,6 +189,8 @@ def cases() -> dict[str, tuple[str, list[Clip], str]]:
     return found
 
 
+SYSTEMS = {"wan": "Wan 2.1 T2V", "i2v": "Wan 2.1 I2V", "dit": "DiT", "sit": "SiT", "latte": "Latte"}
+SYSTEMS |= {"plain": "PixArt-alpha", "sized": "PixArt-alpha 1024"}
 FILE = {"i2v": "wan", "sit": "dit", "plain": "pixart", "sized": "pixart"}  # of a small model, else its own name
 
 
@@ -202,16 +204,17 @@ def published(model: str) -> dict[str, dict[str, list]]:
 
 
 @pytest.mark.parametrize("case", cases())
-def test_values_are_the_references(params, case):
+def test_values_are_the_references(params, case, parity):
     model, clips, entry = cases()[case]
     sign = -1 if model == "sit" else 1  # SiT's velocity points from noise to data
     theirs = reference(model)[entry]
     for ours, their in zip(predict(SMALL[model], params[model], [[clip] for clip in clips]), theirs):
-        assert relative(sign * ours.reshape(their.shape), their) < 1e-4
+        size = "x".join(map(str, clips[0].x_cthw.shape[1:]))
+        parity(SYSTEMS[model], "forward", sign * ours.reshape(their.shape), their, size)
 
 
 @pytest.mark.parametrize("model", ["wan", "dit", "plain", "sized", "latte"])
-def test_gradients_are_the_references(params, model):
+def test_gradients_are_the_references(params, model, parity):
     cfg = SMALL[model]
     of = {"wan": "wan 3x4x6 7", "dit": "dit 16", "plain": "plain 12x20", "sized": "sized 12x20", "latte": "latte 5x4x8"}
     clips = cases()[of[model]][1]
@@ -232,7 +235,7 @@ def test_gradients_are_the_references(params, model):
     checked = {k.removeprefix(prefix): v for k, v in reference(model).items() if k.startswith(prefix)}
     assert len(checked) >= 3
     for name, their in checked.items():
-        assert relative(grads[name], their) < 1e-4, name
+        parity(SYSTEMS[model], "gradient", grads[name], their, name)
 
 
 @pytest.mark.parametrize("model", SMALL)

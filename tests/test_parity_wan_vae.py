@@ -49,6 +49,9 @@ def to_torch(x_BTHWC):
     return np.moveaxis(np.asarray(x_BTHWC), -1, 1)
 
 
+SYSTEMS = {"wan_vae": "Wan 2.1 VAE", "wan22_vae": "Wan 2.2 VAE"}
+
+
 def relative(ours, theirs):
     return float(np.abs(ours - theirs).max() / np.abs(theirs).max())
 
@@ -99,14 +102,15 @@ def case(request, tmp_path_factory):
     return Case(family, config, file, params, load_file(FIXTURES / f"{family}.safetensors"))
 
 
-def test_values_are_the_references(case):
+def test_values_are_the_references(case, parity):
     keys = [k for k in case.reference if not k.startswith("grad/")]
     assert len(keys) == 6
     for key in keys:
-        assert relative(to_torch(case.output(case.params, key)), case.reference[key]) < 1e-4, key
+        size = key.split()[1] if key.startswith("moments") else ""
+        parity(SYSTEMS[case.family], "forward", to_torch(case.output(case.params, key)), case.reference[key], size)
 
 
-def test_gradients_are_the_references(case):
+def test_gradients_are_the_references(case, parity):
     size = next(k.split()[1] for k in case.reference if k.startswith("moments 5x"))
     grads = {}
     for key, side in ((f"moments {size}", "encoder/"), (f"decoded {size}", "decoder/")):
@@ -116,7 +120,7 @@ def test_gradients_are_the_references(case):
     checked = [k.removeprefix("grad/") for k in case.reference if k.startswith("grad/")]
     assert len(checked) == 6
     for name in checked:
-        assert relative(grads[name], case.reference[f"grad/{name}"]) < 1e-4, name
+        parity(SYSTEMS[case.family], "gradient", grads[name], case.reference[f"grad/{name}"], name)
 
 
 @pytest.mark.parametrize("family", FULL)
@@ -142,17 +146,18 @@ def test_wans_own_layout_gives_the_same_model(case, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, again, case.params)
 
 
-def test_values_are_those_of_wans_own_code(case, tmp_path):
+def test_values_are_those_of_wans_own_code(case, tmp_path, parity):
     path = published_file(case.config, tmp_path / "Wan_VAE.safetensors", "wan", drawn_as="wan")
     params = import_params(Checkpoint(path), wan_vae.rules(case.config, "wan"), abstract(case.config), progress=False)
     reference = load_file(FIXTURES / "wan_original.safetensors")
     size = "5x24x16" if case.family == "wan_vae" else "5x48x16"
     x = to_jax(np.clip(draw_input(f"pixels {size}", (1, 3, *map(int, size.split("x")))), -1, 1))
     mean = to_torch(VAE(case.config).apply(params, x, method="encode")[0])
-    assert relative(mean, reference[f"{case.family} mean"]) < 1e-4
+    parity(f"{SYSTEMS[case.family]}, own layout", "forward", mean, reference[f"{case.family} mean"], size)
     z = to_jax(draw_input(f"latents {size}", mean.shape))
     y = to_torch(VAE(case.config).apply(params, z, method="decode")[0])
-    assert relative(np.clip(y, -1, 1), reference[f"{case.family} decoded"]) < 1e-4
+    decoded = reference[f"{case.family} decoded"]
+    parity(f"{SYSTEMS[case.family]}, own layout", "forward", np.clip(y, -1, 1), decoded)
 
 
 def test_the_round_trip_is_exact(case, tmp_path):

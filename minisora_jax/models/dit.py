@@ -230,7 +230,8 @@ def abstract_params(config: DiTConfig) -> Any:
         image_BIE=one(1, config.image_features) if config.image_features else None,
         image_segment_BI=ids(1) if config.image_features else None,
     )
-    return jax.eval_shape(DiT(config).init, jax.random.key(0), batch.tokens_BSP, one(1), batch)
+    init = lambda time, batch: DiT(config).init(jax.random.key(0), batch.tokens_BSP, time, batch)
+    return jax.eval_shape(init, one(1), batch)
 
 
 def mean_of(config: DiTConfig, y_BSP: jax.Array) -> jax.Array:

@@ -1,0 +1,146 @@
+"""docs/parity.md, from the parity tests' own numbers and the speeds of speed.py.
+
+    python tests/parity/table.py --torch PYTHON_WITH_TORCH        # about 15 minutes on 2 cores
+    python tests/parity/table.py --speed speed.json               # with speeds measured before
+
+`--tpu` adds the full-size compilations for TPU topologies (needs libtpu; some minutes more).
+"""
+
+import argparse
+import collections
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import xml.etree.ElementTree as ElementTree
+from importlib.metadata import version
+from pathlib import Path
+
+HERE = Path(__file__).parent
+REFERENCES = {  # system -> (the class it is compared with, layouts that load, its rows in speed.py)
+    "Wan 2.1 VAE": ("diffusers AutoencoderKLWan", "diffusers, Wan's own", ["Wan 2.1 VAE encode", "Wan 2.1 VAE decode"]),
+    "Wan 2.1 VAE, own layout": ("diffsynth WanVideoVAE", "Wan's own", []),
+    "Wan 2.2 VAE": ("diffusers AutoencoderKLWan", "diffusers, Wan's own", ["Wan 2.2 VAE encode", "Wan 2.2 VAE decode"]),
+    "Wan 2.2 VAE, own layout": ("diffsynth WanVideoVAE38", "Wan's own", []),
+    "SD VAE": ("diffusers AutoencoderKL", "diffusers new and old, CompVis", ["SD VAE encode", "SD VAE decode"]),
+    "Wan 2.1 T2V": (
+        "diffusers WanTransformer3DModel",
+        "diffusers, Wan's own",
+        ["Wan DiT forward", "Wan DiT train step"],
+    ),
+    "Wan 2.1 I2V": ("diffusers WanTransformer3DModel", "diffusers, Wan's own", []),
+    "DiT": ("diffusers DiTTransformer2DModel", "diffusers, DiT's own", ["DiT forward", "DiT train step"]),
+    "SiT": ("diffusers DiTTransformer2DModel, time and sign turned", "SiT's own", []),
+    "PixArt-alpha": ("diffusers PixArtTransformer2DModel", "diffusers", ["PixArt forward", "PixArt train step"]),
+    "PixArt-alpha 1024": ("diffusers PixArtTransformer2DModel", "diffusers", []),
+    "Latte": ("diffusers LatteTransformer3DModel", "diffusers", ["Latte forward", "Latte train step"]),
+    "T5 v1.1, ByT5": ("transformers T5EncoderModel", "transformers, Wan's own", ["T5 forward"]),
+    "umT5": ("transformers UMT5EncoderModel", "transformers, Wan's own", []),
+    "CLIP text, quick_gelu": ("transformers CLIPTextModelWithProjection", "transformers", ["CLIP forward"]),
+    "CLIP text, gelu": ("transformers CLIPTextModelWithProjection", "transformers, OpenCLIP", []),
+}
+FULL_SIZE = {"wan2.1-t2v-1.3b": "v5p:2x2x1", "wan2.1-t2v-14b": "v5p:2x2x1", "wan2.1-i2v-14b": "v5p:2x2x1"}
+
+
+def measured() -> dict[str, list]:
+    """Records (kind, case, error) of every parity test, by system; raises where one fails."""
+    with tempfile.TemporaryDirectory() as directory:
+        report = Path(directory) / "report.xml"
+        tests = sorted(str(p) for p in HERE.parent.glob("test_parity_*.py"))
+        subprocess.run(
+            [sys.executable, "-m", "pytest", f"--junitxml={report}", *tests], check=True, cwd=HERE.parents[1]
+        )
+        records = collections.defaultdict(list)
+        for found in ElementTree.parse(report).iter("property"):
+            if found.get("name") == "parity":
+                system, *record = json.loads(found.get("value"))
+                records[system].append(record)
+        return records
+
+
+def row(system: str, records: list, speeds: dict) -> str:
+    reference, layouts, timed = REFERENCES.get(system, (f"diffusers {system}", "", []))
+    worst = lambda kind: max((error for k, _, error in records if k == kind), default=None)
+    shapes = ", ".join(dict.fromkeys(case for kind, case, _ in records if kind == "forward" and case))
+    if system not in REFERENCES:
+        shapes = f"{len(records)} trajectories"
+    numbers = [f"{worst(kind):.1e}" if worst(kind) is not None else "" for kind in ("forward", "gradient")]
+    seconds = "; ".join(
+        f"{what.removeprefix(timed[0].rsplit(' ', 2 if 'step' in timed[0] else 1)[0]).strip()} "
+        f"{speeds[what][0]:.2f} / {speeds[what][1]:.2f}"
+        for what in timed
+        if what in speeds
+    )
+    return f"| {system} | {reference} | {layouts} | {shapes} | {numbers[0]} | {numbers[1]} | {seconds} |"
+
+
+def full_size() -> list[str]:
+    """The published sizes, compiled for a TPU topology: nothing is run."""
+    lines = ["| model | parameters | topology | tokens a row | on each chip | compiled in |", "|" + "---|" * 6]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}
+    for name, topology in FULL_SIZE.items():
+        code = (
+            "import dataclasses, json; from minisora_jax.plan import compile_forward as c;"
+            "from minisora_jax.parallel.mesh import MeshConfig; from minisora_jax.weights.dit import CONFIGS;"
+            f"found = c(CONFIGS['{name}'], (5, 60, 104), 512, '{topology}', MeshConfig(data=1, fsdp=-1));"
+            "print(json.dumps(dataclasses.asdict(found)))"
+        )
+        run = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, env=environment)
+        found = json.loads(run.stdout.splitlines()[-1])
+        memory = f"{found['parameter_bytes'] / 2**30:.1f} + {found['temporary_bytes'] / 2**30:.1f} GiB"
+        lines.append(
+            f"| {name} | {found['parameters']:,} | {topology} | {found['tokens']:,} "
+            f"| {memory} | {found['seconds']:.0f} s |"
+        )
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--torch", help="a Python with torch, diffusers and transformers: measure speeds against it")
+    parser.add_argument("--speed", help="a file that speed.py --json wrote, in place of measuring")
+    parser.add_argument("--tpu", action="store_true", help="compile the full sizes for TPU topologies too")
+    args = parser.parse_args()
+    speeds = {}
+    if args.speed:
+        speeds = json.loads(Path(args.speed).read_text(encoding="utf-8"))
+    elif args.torch:
+        from speed import side_by_side
+
+        speeds = side_by_side(args.torch)
+    records = measured()
+    versions = ", ".join(f"{name} {version(name)}" for name in ("jax", "flax"))
+    systems = [s for s in REFERENCES if s in records] + [s for s in records if s not in REFERENCES]
+    lines = [
+        "# Parity with the published implementations",
+        "",
+        "Made by `python tests/parity/table.py`; every number is what a test of the suite measured when it was made.",
+        "Small random weights, float32, on a CPU. Errors are the largest difference over the largest value of the",
+        "reference; tests hold them to 1e-4. Gradients are of a loss by some parameters of each system. Seconds are",
+        "ours and torch's, of architectures of some 10 M parameters with random weights, side by side on one machine",
+        f"({platform.machine()}, {os.cpu_count()} cores; {versions}): `tests/parity/speed.py`. No published weights",
+        "were loaded; names and shapes are checked against the reference class's own full-size state.",
+        "",
+        "| system | reference | layouts that load | shapes | forward | gradient | seconds, ours / torch |",
+        "|" + "---|" * 7,
+        *(row(system, records[system], speeds) for system in systems),
+    ]
+    if args.tpu:
+        lines += ["", "## Full size, compiled for TPU", ""]
+        lines += [
+            "The forward pass with float32 parameters cut over the chips (fsdp), one clip of 17 frames at 480 x 832"
+        ]
+        lines += [
+            "and 512 caption tokens on each chip, dense attention. Compiled by libtpu on this machine, not run.",
+            "",
+        ]
+        lines += full_size()
+    path = HERE.parents[1] / "docs/parity.md"
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    print(f"{path} written: {len(systems)} systems")
+
+
+if __name__ == "__main__":
+    main()
