@@ -114,6 +114,8 @@ def test_every_objective_is_its_weighted_error(path, prediction, scheme):
     seen = {}
 
     class Zero:
+        config = DiTConfig(latent_channels=4, patch=(1, 1, 1))
+
         def apply(self, params, x_BSP, time_BS, batch):
             seen["x"], seen["time"] = x_BSP, time_BS
             return jnp.zeros_like(x_BSP)
@@ -136,6 +138,8 @@ def test_every_objective_is_its_weighted_error(path, prediction, scheme):
 @pytest.mark.parametrize("path", PATHS)
 def test_the_loss_is_the_same_on_a_mesh(path):
     class Half:
+        config = DiTConfig(latent_channels=4, patch=(1, 1, 1))
+
         def apply(self, params, x_BSP, time_BS, batch):
             return 0.5 * x_BSP * time_BS[..., None]
 

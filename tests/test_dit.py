@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from minisora_jax.data.packing import PackConfig, Segment, pack_segments
-from minisora_jax.models.dit import DiT, DiTConfig
+from minisora_jax.models.dit import DiT, DiTConfig, mean_of
 from minisora_jax.models.text import encode_bytes
 from minisora_jax.train.flops import count_work
 
@@ -134,3 +134,10 @@ def test_counted_operations_are_those_compiled(changes):
         assert counted["useful_flops"] == counted["hardware_flops"]
     else:
         assert counted["useful_flops"] < counted["hardware_flops"]
+
+
+def test_the_mean_is_parted_from_the_variance():
+    cfg = dataclasses.replace(CONFIG, out_channels=8)
+    y = np.arange(2 * 4 * 8).reshape(1, 2, 32)  # a patch of 2 x 2, of 4 means and 4 variances each
+    np.testing.assert_array_equal(mean_of(cfg, y), y.reshape(1, 2, 4, 8)[..., :4].reshape(1, 2, 16))
+    assert mean_of(CONFIG, y) is y

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minisora_jax.diffusion.objective import WEIGHTS, ObjectiveConfig, weight
@@ -56,6 +56,7 @@ times = st.floats(0.003, 0.99).filter(lambda t: min(t * 1000 % 1, -t * 1000 % 1)
 
 
 @pytest.mark.parametrize("name", PATHS)
+@settings(max_examples=30)  # of sixteen conversions each
 @given(times, st.floats(-5, 5), st.floats(-5, 5))
 def test_every_prediction_gives_every_other(name, t, x, e):
     reference, path = numpy_path(name, t), PATHS[name]
@@ -140,6 +141,7 @@ def test_weights_are_those_of_the_papers(name, t):
 
 @pytest.mark.parametrize("name", PATHS)
 @pytest.mark.parametrize("scheme", ["min-snr", "edm"])
+@settings(max_examples=30)
 @given(times, st.floats(-2, 2), st.floats(0.01, 2))
 def test_a_weight_is_of_the_error_and_not_of_how_it_is_predicted(name, scheme, t, x_t, off):
     with jax.enable_x64(True):

@@ -150,7 +150,7 @@ def test_eight_devices_step_as_one(name):
     assert max(jax.tree.leaves(gaps)) < 2e-3
     flat = {"/".join(k.key for k in path): spec for path, spec in jax.tree_util.tree_leaves_with_path(specs)}
     assert flat["params/patch_in/kernel"] == P("fsdp", None)
-    assert flat["params/blocks/mlp/up/kernel"] == P(None, "fsdp", None)
+    assert flat["params/blocks/joint/mlp/up/kernel"] == P(None, "fsdp", None)
     cut = [k for k, spec in flat.items() if "fsdp" in spec]
     assert all(k.endswith(("kernel", "embedding")) for k in cut) and len(cut) > 10
 

@@ -38,11 +38,11 @@ TIMES = {
     for name in CONFIGS
 }
 ABOUT = {
-    "dit": "images of ImageNet classes, 675 M parameters: transformer/ of facebook/DiT-XL-2-*, or DiT-XL-2-*.pt",
+    "dit": "images of ImageNet classes, 675 M parameters: transformer/ of DiT-XL-2-*, or DiT-XL-2-*.pt",
     "sit": "images of ImageNet classes, 675 M parameters: SiT-XL-2-256x256.pt",
     "pixart": "text to image, 0.6 B parameters: transformer/ of PixArt-alpha/PixArt-XL-2-*",
     "latte": "text to video, 1.1 B parameters: transformer/ of maxin-cn/Latte-1",
-    "wan2.1": "video: transformer/ of Wan-AI/Wan2.1-*-Diffusers, or the authors' diffusion_pytorch_model*.safetensors",
+    "wan2.1": "video: transformer/ of Wan2.1-*-Diffusers, or Wan's own diffusion_pytorch_model*.safetensors",
 }
 
 _PIXART = {

@@ -64,7 +64,7 @@ CODECS = {
         wan_vae.WAN_22_STD,
     ),
     "sd-vae": CodecPreset(
-        "images, 8x8, 84 M parameters: sd-vae-ft-mse, or vae/ of Stable Diffusion 1 and 2, or their whole file",
+        "images, 8x8, 84 M parameters: sd-vae-ft-mse, vae/ of Stable Diffusion 1 or 2, or its whole file",
         sd_vae.CONFIG,
         sd_vae,
         sd_vae.MEAN,
