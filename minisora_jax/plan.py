@@ -17,9 +17,10 @@ from jax.experimental import topologies
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from minisora_jax.models.dit import DiT, DiTConfig, abstract_params
+from minisora_jax.models.dit import DiT, DiTConfig, abstract_batch, abstract_params
 from minisora_jax.parallel.mesh import BATCH, MeshConfig, make_mesh
-from minisora_jax.types import PackedBatch
+
+IMAGE_TOKENS = 257  # of the image encoder of Wan's image-to-video
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,25 +42,14 @@ def compile_forward(
     """
     devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
     on = make_mesh(mesh, devices)
-    rows, slots = len(devices), 1
-    tokens = math.prod(size_thw) // math.prod(config.patch)
-    batch = PackedBatch(
-        tokens_BSP=_abstract(on, rows, tokens, config.token_width),
-        segment_BS=_abstract(on, rows, tokens, dtype=jnp.int32),
-        position_BS3=_abstract(on, rows, tokens, 3, dtype=jnp.int32),
-        known_BS=_abstract(on, rows, tokens, dtype=bool),
-        text_BLE=_abstract(on, rows, text_tokens, config.text_features),
-        text_segment_BL=_abstract(on, rows, text_tokens, dtype=jnp.int32),
-        fps_BG=_abstract(on, rows, slots),
-        size_BG3=_abstract(on, rows, slots, 3, dtype=jnp.int32),
-        image_BIE=_abstract(on, rows, 257, config.image_features) if config.image_features else None,
-        image_segment_BI=_abstract(on, rows, 257, dtype=jnp.int32) if config.image_features else None,
-    )
+    rows, tokens = len(devices), math.prod(size_thw) // math.prod(config.patch)
+    by_row = NamedSharding(on, BATCH)
+    batch = abstract_batch(config, rows, tokens, text_tokens, IMAGE_TOKENS, by_row)
+    time_BS = jax.ShapeDtypeStruct((rows, tokens), jnp.float32, sharding=by_row)
     with jax.set_mesh(on):
-        params = abstract_params(config)
-        params = jax.tree.map(lambda x: _laid_out(x, on), params)
+        params = jax.tree.map(lambda x: _laid_out(x, on), abstract_params(config))
         begin = time.perf_counter()
-        lowered = jax.jit(DiT(config).apply).lower(params, batch.tokens_BSP, _abstract(on, rows, tokens), batch)
+        lowered = jax.jit(DiT(config).apply).lower(params, batch.tokens_BSP, time_BS, batch)
         compiled = lowered.compile()
         seconds = time.perf_counter() - begin
     memory = compiled.memory_analysis()
@@ -72,10 +62,6 @@ def compile_forward(
         parameter_bytes=held,
         temporary_bytes=memory.temp_size_in_bytes,
     )
-
-
-def _abstract(mesh, *shape: int, dtype=jnp.float32) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, BATCH))
 
 
 def _laid_out(x: jax.ShapeDtypeStruct, mesh) -> jax.ShapeDtypeStruct:

@@ -34,10 +34,6 @@ def abstract(config):
     return jax.eval_shape(CLIPEncoder(config).init, jax.random.key(0), ids, ids)
 
 
-def relative(ours, theirs):
-    return float(np.abs(ours - theirs).max() / np.abs(theirs).max())
-
-
 def captions(length):
     """As in make_clip.py: end tokens (7 and 49) twice, of which the first counts."""
     ids = draw_ids(f"ids {length}", (2, length), 49).astype(np.int32)

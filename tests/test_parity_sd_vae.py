@@ -32,10 +32,6 @@ def abstract(config):
     return jax.eval_shape(VAE(config).init, jax.random.key(0), jnp.zeros((1, 1, 16, 16, 3)))
 
 
-def relative(ours, theirs):
-    return float(np.abs(ours - theirs).max() / np.abs(theirs).max())
-
-
 def to_jax(x_BCHW):
     return jnp.asarray(np.moveaxis(x_BCHW, 1, -1))[:, None]
 

@@ -33,10 +33,6 @@ def abstract(config):
 SYSTEMS = {"t5": "T5 v1.1, ByT5", "umt5": "umT5"}
 
 
-def relative(ours, theirs):
-    return float(np.abs(ours - theirs).max() / np.abs(theirs).max())
-
-
 def published_file(config, path, layout="transformers"):
     """The small model as a published file of a layout; weights are drawn by their transformers names."""
     flat, tensors = traverse_util.flatten_dict(abstract(config), sep="/"), {}

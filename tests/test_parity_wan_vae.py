@@ -52,10 +52,6 @@ def to_torch(x_BTHWC):
 SYSTEMS = {"wan_vae": "Wan 2.1 VAE", "wan22_vae": "Wan 2.2 VAE"}
 
 
-def relative(ours, theirs):
-    return float(np.abs(ours - theirs).max() / np.abs(theirs).max())
-
-
 def published_file(config, path, layout="diffusers", drawn_as="diffusers"):
     """The small model as a published file of a layout would hold it, with weights drawn by a layout's names."""
     flat, tensors = traverse_util.flatten_dict(abstract(config), sep="/"), {}

@@ -15,7 +15,6 @@ Wan 2.1 (Wan Team 2025, arXiv:2503.20314). The defaults are this project's own m
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import Any
 
 import flax.linen as nn
@@ -214,24 +213,32 @@ class DiT(nn.Module):
         return Einsum("bsd,dp->bsp", (D, cfg.out_width), scale=0.0, name="patch_out")(x.astype(jnp.float32))
 
 
+def abstract_batch(
+    config: DiTConfig, rows: int = 1, tokens: int = 1, text_tokens: int = 4, image_tokens: int = 1, sharding=None
+) -> PackedBatch:
+    """A batch of one clip a row as `jax.ShapeDtypeStruct`s, laid out as `sharding`: nothing is allocated."""
+    floats = lambda *shape: jax.ShapeDtypeStruct((rows, *shape), jnp.float32, sharding=sharding)
+    ids = lambda *shape: jax.ShapeDtypeStruct((rows, *shape), jnp.int32, sharding=sharding)
+    return PackedBatch(
+        tokens_BSP=floats(tokens, config.token_width),
+        segment_BS=ids(tokens),
+        position_BS3=ids(tokens, 3),
+        known_BS=jax.ShapeDtypeStruct((rows, tokens), bool, sharding=sharding),
+        text_BLE=(ids if config.text_features == 1 else floats)(text_tokens, config.text_features),
+        text_segment_BL=ids(text_tokens),
+        fps_BG=floats(1),
+        size_BG3=ids(1, 3),
+        image_BIE=floats(image_tokens, config.image_features) if config.image_features else None,
+        image_segment_BI=ids(image_tokens) if config.image_features else None,
+    )
+
+
 def abstract_params(config: DiTConfig) -> Any:
     """The parameter tree as `jax.ShapeDtypeStruct`s, float32: nothing is computed or allocated."""
-    one = lambda *shape, dtype=jnp.float32: jax.ShapeDtypeStruct((1, *shape), dtype)
-    ids = functools.partial(one, dtype=jnp.int32)
-    batch = PackedBatch(
-        tokens_BSP=one(1, config.token_width),
-        segment_BS=ids(1),
-        position_BS3=ids(1, 3),
-        known_BS=one(1, dtype=bool),
-        text_BLE=one(4, config.text_features, dtype=jnp.int32 if config.text_features == 1 else jnp.float32),
-        text_segment_BL=ids(4),
-        fps_BG=one(1),
-        size_BG3=ids(1, 3),
-        image_BIE=one(1, config.image_features) if config.image_features else None,
-        image_segment_BI=ids(1) if config.image_features else None,
-    )
-    init = lambda time, batch: DiT(config).init(jax.random.key(0), batch.tokens_BSP, time, batch)
-    return jax.eval_shape(init, one(1), batch)
+    batch = abstract_batch(config)
+    time_BS = jax.ShapeDtypeStruct((1, 1), jnp.float32)
+    init = lambda time_BS, batch: DiT(config).init(jax.random.key(0), batch.tokens_BSP, time_BS, batch)
+    return jax.eval_shape(init, time_BS, batch)
 
 
 def mean_of(config: DiTConfig, y_BSP: jax.Array) -> jax.Array:
