@@ -67,6 +67,7 @@ class PackedBatch:
     size_BG3: jax.Array  # int32 (t, h, w) of the clip's patch grid; 0 where the slot is empty
     image_BIE: jax.Array | None = None  # an image encoder's tokens, for models that attend to them
     image_segment_BI: jax.Array | None = None  # int32
+    longest: int = struct.field(pytree_node=False, default=0)  # a promise: no clip has more tokens; 0: not known
 
 
 @struct.dataclass

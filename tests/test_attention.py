@@ -11,7 +11,7 @@ def reference(q, k, v, q_segment, kv_segment):
     q, k, v = (np.asarray(a, np.float64) for a in (q, k, v))
     out = np.zeros((*q.shape[:3], v.shape[-1]))
     for b, s, n in np.ndindex(*q.shape[:3]):
-        seen = kv_segment[b] == q_segment[b, s]
+        seen = (kv_segment[b] == q_segment[b, s]) & (q_segment[b, s] > 0)
         if seen.any():
             logits = k[b, seen, n] @ q[b, s, n] / np.sqrt(q.shape[-1])
             weights = np.exp(logits - logits.max())

@@ -17,7 +17,7 @@ from minisora_jax.models.clip import CLIPConfig
 from minisora_jax.models.encoder import TextEncoder
 from minisora_jax.models.t5 import T5Config
 from minisora_jax.models.vae import VAE
-from minisora_jax.parallel.mesh import MeshConfig, fsdp_spec, make_mesh
+from minisora_jax.parallel.mesh import SHARDS, MeshConfig, make_mesh, parameter_spec
 from minisora_jax.weights import clip, sd_vae, t5, wan_vae
 from minisora_jax.weights.checkpoint import Checkpoint
 from minisora_jax.weights.presets import CODECS, TEXT_ENCODERS
@@ -143,11 +143,11 @@ def test_a_codec_restores_straight_onto_a_mesh(tmp_path):
     save_file({r.theirs: np.ascontiguousarray(r.to_theirs(whole[r.ours])) for r in rules}, tmp_path / "vae.safetensors")
     mesh = make_mesh(MeshConfig(data=2, fsdp=4))
     with jax.set_mesh(mesh):
-        spread = lambda x: jax.sharding.NamedSharding(mesh, fsdp_spec(x.shape, -1))
+        spread = lambda x: jax.sharding.NamedSharding(mesh, parameter_spec(x.shape, -1))
         target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=spread(x)), shapes)
         placed = import_params(Checkpoint(tmp_path / "vae.safetensors"), rules, target, progress=False)
     leaf = placed["params"]["decoder"]["stage0_residual0"]["conv1"]["conv"]["kernel"]
-    assert leaf.sharding.spec == jax.P(None, None, None, None, "fsdp")
+    assert leaf.sharding.spec == jax.P(None, None, None, None, SHARDS)
     assert {s.data.shape for s in leaf.addressable_shards} == {(3, 3, 3, 64, 16)} and len(leaf.devices()) == 8
     for name, array in traverse_util.flatten_dict(placed, sep="/").items():
         np.testing.assert_array_equal(array, whole[name])

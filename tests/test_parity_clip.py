@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parent / "parity"))
 from random_weights import draw, draw_ids, draw_input  # noqa: E402
 
 from minisora_jax.models.clip import CLIPConfig, CLIPEncoder  # noqa: E402
-from minisora_jax.parallel.mesh import BATCH, MeshConfig, make_mesh, place  # noqa: E402
+from minisora_jax.parallel.mesh import BATCH, SHARDS, MeshConfig, make_mesh, place  # noqa: E402
 from minisora_jax.weights import clip  # noqa: E402
 from minisora_jax.weights.checkpoint import Checkpoint, CheckpointError  # noqa: E402
 from minisora_jax.weights.rules import export_params, import_params  # noqa: E402
@@ -173,7 +173,7 @@ def test_it_restores_onto_a_mesh_and_computes_there(model, tmp_path):
         target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=named(x)), abstract(config))
         placed = import_params(Checkpoint(tmp_path / "model.safetensors"), clip.rules(config), target, progress=False)
         kernel = placed["params"]["blocks"]["qkv"]["kernel"]
-        assert kernel.sharding.spec == jax.P(None, "fsdp", None, None, None)
+        assert kernel.sharding.spec == jax.P(None, SHARDS, None, None, None)
         assert kernel.addressable_shards[0].data.shape == (3, 6, 3, 3, 8)
         jax.tree.map(np.testing.assert_array_equal, placed, params)
         apply = jax.jit(CLIPEncoder(config).apply, static_argnames="slots")

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent / "parity"))
 from random_weights import draw, draw_ids, draw_input  # noqa: E402
 
 from minisora_jax.models.t5 import T5Config, T5Encoder  # noqa: E402
-from minisora_jax.parallel.mesh import BATCH, MeshConfig, make_mesh, place  # noqa: E402
+from minisora_jax.parallel.mesh import BATCH, SHARDS, MeshConfig, make_mesh, place  # noqa: E402
 from minisora_jax.weights import t5  # noqa: E402
 from minisora_jax.weights.checkpoint import Checkpoint  # noqa: E402
 from minisora_jax.weights.rules import export_params, import_params  # noqa: E402
@@ -113,7 +113,7 @@ def test_it_restores_onto_a_mesh_and_computes_there(model, tmp_path):
     with jax.set_mesh(mesh):
         placed = import_params(Checkpoint(path), t5.rules(config), abstract_on(mesh, config), progress=False)
         kernel = placed["params"]["blocks"]["up"]["kernel"]
-        assert kernel.sharding.spec == jax.P(None, "fsdp", None) and kernel.addressable_shards[0].data.shape == (
+        assert kernel.sharding.spec == jax.P(None, SHARDS, None) and kernel.addressable_shards[0].data.shape == (
             3,
             6,
             40,

@@ -14,13 +14,13 @@ from minisora_jax.diffusion.time import TimeConfig
 from minisora_jax.models.dit import DiT, DiTConfig
 from minisora_jax.models.text import encode_bytes
 from minisora_jax.models.vae import VAE, VAEConfig
-from minisora_jax.parallel.mesh import BATCH, MeshConfig, make_mesh, place
+from minisora_jax.parallel.mesh import BATCH, SHARDS, MeshConfig, make_mesh, place
 from minisora_jax.train.codec_task import CodecTask, loss_terms
 from minisora_jax.train.optim import OptimConfig, learning_rate, make_optimizer
 from minisora_jax.train.step import init_state, train_step
 
 DIT = DiTConfig(
-    latent_channels=4, patch=(1, 1, 1), width=64, depth=2, heads=2, text_width=64, text_depth=1, dtype="float32"
+    latent_channels=4, patch=(1, 1, 1), width=64, depth=2, heads=4, text_width=64, text_depth=1, dtype="float32"
 )
 
 
@@ -135,13 +135,23 @@ def train_on(mesh_config: MeshConfig, devices, optim: OptimConfig, steps: int = 
     return jax.device_get(state), jax.device_get(metrics), specs
 
 
-@pytest.mark.parametrize("name", ["adamw", "muon"])
-def test_eight_devices_step_as_one(name):
+@pytest.mark.parametrize(
+    "name, mesh",
+    [
+        ("adamw", MeshConfig(data=2, fsdp=4)),
+        ("muon", MeshConfig(data=2, fsdp=4)),
+        ("adamw", MeshConfig(data=1, ring=4, tensor=2)),
+        ("muon", MeshConfig(data=1, fsdp=2, ring=2, ulysses=2)),
+        ("adamw", MeshConfig(data=1, ring=2, ulysses=2, tensor=2)),
+    ],
+    ids=str,
+)
+def test_eight_devices_step_as_one(name, mesh):
     # A large epsilon-free Adam step turns rounding into whole steps where a gradient is nearly zero; a small
     # learning rate keeps what is compared the gradients and their use.
     optim = OptimConfig(name=name, learning_rate=1e-3, warmup=1)
     one, metrics, _ = train_on(MeshConfig(data=1), jax.devices()[:1], optim)
-    eight, metrics_8, specs = train_on(MeshConfig(data=2, fsdp=4), jax.devices(), optim)
+    eight, metrics_8, specs = train_on(mesh, jax.devices(), optim)
     np.testing.assert_allclose(metrics_8["loss"], metrics["loss"], rtol=1e-5)
     np.testing.assert_allclose(metrics_8["grad_norm"], metrics["grad_norm"], rtol=1e-4)
     gaps = jax.tree.map(
@@ -149,9 +159,9 @@ def test_eight_devices_step_as_one(name):
     )
     assert max(jax.tree.leaves(gaps)) < 2e-3
     flat = {"/".join(k.key for k in path): spec for path, spec in jax.tree_util.tree_leaves_with_path(specs)}
-    assert flat["params/patch_in/kernel"] == P("fsdp", None)
-    assert flat["params/blocks/joint/mlp/up/kernel"] == P(None, "fsdp", None)
-    cut = [k for k, spec in flat.items() if "fsdp" in spec]
+    assert flat["params/blocks/joint/mlp/up/kernel"] == P(None, SHARDS, "tensor")
+    assert flat["params/blocks/joint/mlp/down/kernel"] == P(None, "tensor", SHARDS)
+    cut = [k for k, spec in flat.items() if SHARDS in spec]
     assert all(k.endswith(("kernel", "embedding")) for k in cut) and len(cut) > 10
 
 

@@ -15,6 +15,7 @@ import numpy as np
 from minisora_jax.data.known import KnownConfig
 from minisora_jax.data.latents import Latents
 from minisora_jax.data.packing import PackPlan, pack_segments, training_segment
+from minisora_jax.parallel.mesh import host_rows
 from minisora_jax.types import Clip, PackedBatch
 
 
@@ -22,12 +23,6 @@ def in_order(make: Callable[[int], object], steps: range, *, threads: int = 4, a
     """make(n) for each n of `steps`, computed ahead of time by Grain's threads."""
     dataset = grain.MapDataset.range(steps.start, steps.stop).map(make)
     return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead)))
-
-
-def host_rows(batch: int) -> range:
-    """The rows of a global batch that this process loads."""
-    each = batch // jax.process_count()
-    return range(jax.process_index() * each, (jax.process_index() + 1) * each)
 
 
 def crop_batches(
@@ -51,8 +46,10 @@ def crop_batches(
         at = [int(rng.integers(n - c + 1)) for n, c in zip(frames.shape, crop_THW)]
         return frames[tuple(slice(a, a + c) for a, c in zip(at, crop_THW))]
 
+    mine = host_rows(batch)
+
     def crops(step: int) -> np.ndarray:
-        return np.stack([[crop(step, a * batch + b) for b in host_rows(batch)] for a in range(accumulate)])
+        return np.stack([[crop(step, a * batch + b) for b in mine] for a in range(accumulate)])
 
     return in_order(crops, steps)
 
@@ -68,6 +65,7 @@ def packed_batches(
 ) -> Iterator[tuple[PackedBatch, list[np.ndarray]]]:
     """(PackedBatch (A, B, ...), the (t, h, w, L) of the clips of each of the step's rows on all hosts), one a step."""
     pack, seed, accumulate = plan.config, plan.seed, plan.per_step // plan.config.rows
+    mine = [a * pack.rows + b for a in range(accumulate) for b in host_rows(pack.rows)]
 
     def segment(epoch: int, i: int):
         # Seeded by the clip and the epoch, never by its place, so that packing changes nothing about a clip.
@@ -77,8 +75,7 @@ def packed_batches(
     def batch(step: int):
         epoch, _ = plan.place(step)
         rows = plan.rows(step)
-        mine = [rows[a * pack.rows + b] for a in range(accumulate) for b in host_rows(pack.rows)]
-        packed = pack_segments([[segment(epoch, int(i)) for i in row] for row in mine], pack)
+        packed = pack_segments([[segment(epoch, int(i)) for i in rows[r]] for r in mine], pack, plan.longest)
         packed = jax.tree.map(lambda x: x.reshape(accumulate, -1, *x.shape[1:]), packed)
         return packed, [latents.sizes[r] for r in rows]
 

@@ -147,6 +147,11 @@ class PackPlan:
         epoch = int(np.searchsorted(self._first_step, step, side="right")) - 1
         return epoch, (step - self._first_step[epoch]) * self.per_step
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest clip."""
+        return int(self.tokens.max())
+
     def rows(self, step: int) -> list[np.ndarray]:
         epoch, first = self.place(step)
         return self._epoch(epoch)[first : first + self.per_step]
@@ -193,8 +198,8 @@ def grid_positions(size_thw: tuple[int, int, int]) -> np.ndarray:
     return np.stack(np.meshgrid(*map(np.arange, size_thw), indexing="ij"), axis=-1).reshape(-1, 3).astype(np.int32)
 
 
-def pack_segments(rows: list[list[Segment]], config: PackConfig) -> PackedBatch:
-    """A PackedBatch of NumPy arrays from the segments of each row."""
+def pack_segments(rows: list[list[Segment]], config: PackConfig, longest: int = 0) -> PackedBatch:
+    """A PackedBatch of NumPy arrays from the segments of each row, none of which has more than `longest` tokens."""
     B, S, L, G = len(rows), config.tokens, config.text_tokens, config.slots
     text, token_width = rows[0][0].text_LE, rows[0][0].tokens_nP.shape[1]
     batch = PackedBatch(
@@ -206,6 +211,7 @@ def pack_segments(rows: list[list[Segment]], config: PackConfig) -> PackedBatch:
         text_segment_BL=np.zeros((B, L), np.int32),
         fps_BG=np.zeros((B, G), np.float32),
         size_BG3=np.zeros((B, G, 3), np.int32),
+        longest=longest,
     )
     for b, segments in enumerate(rows):
         if len(segments) > G:
@@ -213,6 +219,8 @@ def pack_segments(rows: list[list[Segment]], config: PackConfig) -> PackedBatch:
         at, text_at = 0, 0
         for g, s in enumerate(segments):
             n, m = len(s.tokens_nP), len(s.text_LE)
+            if n > longest > 0:
+                raise ValueError(f"a clip of {n} tokens where the longest was to have {longest}")
             if at + n > S or text_at + m > L:
                 raise ValueError(f"row {b} is full: {at + n} of {S} video and {text_at + m} of {L} caption tokens")
             batch.tokens_BSP[b, at : at + n] = s.tokens_nP

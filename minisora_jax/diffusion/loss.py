@@ -11,7 +11,7 @@ from minisora_jax.diffusion.objective import ObjectiveConfig, weight
 from minisora_jax.diffusion.path import target
 from minisora_jax.diffusion.time import TimeConfig, training_times
 from minisora_jax.models.dit import DiT, mean_of
-from minisora_jax.parallel.mesh import like
+from minisora_jax.parallel.mesh import draw
 from minisora_jax.types import PackedBatch
 
 FLOW_MATCHING = ObjectiveConfig()
@@ -31,7 +31,7 @@ def diffusion_loss(
     """
     path = objective.along
     noise_key, time_key = jax.random.split(key)
-    noise_BSP = like(jax.random.normal(noise_key, batch.tokens_BSP.shape), batch.tokens_BSP)
+    noise_BSP = draw(jax.random.normal, noise_key, batch.tokens_BSP)
     time_BS = training_times(times, batch, time_key, path)
     x_BSP = path.mix(batch.tokens_BSP, noise_BSP, time_BS[..., None])
     p_BSP = mean_of(model.config, model.apply(params, *path.model_input(x_BSP, time_BS), batch))

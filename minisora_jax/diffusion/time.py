@@ -12,14 +12,15 @@ On the linear path, sigma / alpha = t / (1 - t), so that "edm" and "logit-normal
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from minisora_jax.diffusion.path import DDPM_STEPS, PATHS, SIGMA_MAX, Path
-from minisora_jax.models.layers import fill_runs, per_token, run_starts
-from minisora_jax.parallel.mesh import like
+from minisora_jax.models.layers import per_token
 from minisora_jax.types import PackedBatch
 
 LINEAR = PATHS["linear"]
@@ -63,15 +64,23 @@ def tokens_of_segment(batch: PackedBatch) -> jax.Array:
 def training_times(config: TimeConfig, batch: PackedBatch, key: jax.Array, path: Path = LINEAR) -> jax.Array:
     """A time per token (B, S): one draw per clip, or per frame for some clips; 0 where known."""
     clip_key, frame_key, which_key = jax.random.split(key, 3)
-    draw = lambda sample, key: like(sample(key, batch.segment_BS.shape), batch.segment_BS)
-    clip_starts = run_starts(batch.segment_BS)
-    frame_starts = run_starts(batch.segment_BS, batch.position_BS3[..., 0])
-    of_clip = fill_runs(draw(jax.random.normal, clip_key), clip_starts)
-    of_frame = fill_runs(draw(jax.random.normal, frame_key), frame_starts)
-    per_frame = fill_runs(draw(jax.random.uniform, which_key), clip_starts) < config.per_frame
+    row_BS = jnp.zeros_like(batch.segment_BS) + jnp.arange(batch.segment_BS.shape[0])[:, None]
+    clip = (row_BS, batch.segment_BS)
+    of_clip = drawn_by(jax.random.normal, clip_key, *clip)
+    of_frame = drawn_by(jax.random.normal, frame_key, *clip, batch.position_BS3[..., 0])
+    per_frame = drawn_by(jax.random.uniform, which_key, *clip) < config.per_frame
     z = jnp.where(per_frame, of_frame, of_clip)
     time = LAWS[config.law](config.mean + config.std * z, z, path)
     return token_times(config, time, batch)
+
+
+def drawn_by(sample: Callable, key: jax.Array, *ids_BS: jax.Array) -> jax.Array:
+    """A draw per token (B, S), the same for tokens of the same ids, wherever in the row and on the mesh they are."""
+
+    def one(*ids):
+        return sample(functools.reduce(jax.random.fold_in, ids, key))
+
+    return jax.vmap(jax.vmap(one))(*ids_BS)
 
 
 def token_times(config: TimeConfig, time: jax.Array, batch: PackedBatch) -> jax.Array:

@@ -25,6 +25,8 @@ from flax import struct
 from minisora_jax.models.conditioning import ClipCondition, ImageTokens, caption_tokens
 from minisora_jax.models.layers import MLP, Attention, Einsum, LayerNorm, per_token
 from minisora_jax.models.rope import fixed_positions, rope_angles, sinusoids
+from minisora_jax.parallel.kernels import KERNELS
+from minisora_jax.parallel.ring import SAVED
 from minisora_jax.types import PackedBatch
 
 
@@ -41,7 +43,8 @@ class DiTConfig:
     text_width: int = 256  # of the refined caption's tokens
     text_depth: int = 2  # layers of the refiner
     dtype: str = "bfloat16"  # of the computation; parameters are float32
-    remat: str = "none"  # what a block's backward computes again: "none", "matmuls" kept, or "full"
+    remat: str = "none"  # what a block's backward computes again: "none", all but "matmuls" or "attention", or "full"
+    attention: str = "auto"  # the kernel (parallel/kernels); "auto": the best on this backend
     # ---- What sets the published families apart
     level: str = "1000 t"  # what the model is told of the noise level; SiT is told "1 - t"
     groups: tuple[str, ...] = ("joint",)  # who attends to whom, a block each: whole clip; "spatial", "temporal" (Latte)
@@ -84,12 +87,20 @@ class DiTConfig:
 
 
 _CHOICES = {
-    "remat": ("none", "matmuls", "full"),
+    "remat": ("none", "matmuls", "attention", "full"),
+    "attention": ("auto", *KERNELS),
     "level": ("1000 t", "1 - t"),
     "modulation": ("shared", "single", "block"),
     "qk_norm": ("head", "all", "none"),
     "positions": ("learned", "fixed", "none"),
     "caption": ("refined", "projected", "label"),
+}
+
+
+_KEPT = {
+    "matmuls": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "attention": jax.checkpoint_policies.save_only_these_names(SAVED),
+    "full": None,
 }
 
 
@@ -103,6 +114,7 @@ class BlockInputs:
     frame_BSD: jax.Array | None  # fixed positions in time, which join before the first temporal block (Latte)
     caption: tuple[jax.Array, jax.Array] | None  # tokens, segment ids
     image: tuple[jax.Array, jax.Array] | None
+    longest: int = struct.field(pytree_node=False, default=0)  # tokens of the longest clip; 0: not known
 
 
 class Block(nn.Module):
@@ -120,11 +132,11 @@ class Block(nn.Module):
             modulation = inputs.modulation_BSx + table.astype(x.dtype)
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = jnp.split(modulation, 6, axis=-1)
         h = LayerNorm(learned=False)(x) * (1 + scale_a) + shift_a
-        attention = Attention(cfg.heads, cfg.qk_norm, name="self_attention")
-        x = x + gate_a * attention(h, inputs.segments[self.group], inputs.angles_BSk)
+        attention = Attention(cfg.heads, cfg.qk_norm, impl=cfg.attention, name="self_attention")
+        x = x + gate_a * attention(h, inputs.segments[self.group], inputs.angles_BSk, longest=inputs.longest)
         if inputs.caption and self.group != "temporal":
             h = LayerNorm(name="cross_norm")(x) if cfg.cross_norm else x
-            cross = Attention(cfg.heads, cfg.qk_norm, out_scale=0.0, name="cross_attention")
+            cross = Attention(cfg.heads, cfg.qk_norm, out_scale=0.0, impl=cfg.attention, name="cross_attention")
             x = x + cross(h, inputs.segments["joint"], None, inputs.caption, inputs.image)
         h = LayerNorm(learned=False)(x) * (1 + scale_m) + shift_m
         return x + gate_m * MLP(cfg.mlp_ratio, name="mlp")(h)
@@ -188,11 +200,11 @@ class DiT(nn.Module):
             frame_BSD=frame_BSD if "temporal" in cfg.groups else None,
             caption=caption,
             image=ImageTokens(D, cfg.image_features, cfg.dtype, name="image")(batch) if cfg.image_features else None,
+            longest=batch.longest,
         )
         blocks: Any = Blocks
         if cfg.remat != "none":
-            policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if cfg.remat == "matmuls" else None
-            blocks = nn.remat(Blocks, policy=policy, prevent_cse=False)
+            blocks = nn.remat(Blocks, policy=_KEPT[cfg.remat], prevent_cse=False)
         stack = nn.scan(
             blocks,
             variable_axes={"params": 0},

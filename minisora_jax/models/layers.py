@@ -11,19 +11,21 @@ from jax.sharding import PartitionSpec as P
 
 from minisora_jax.models.rope import rotate
 from minisora_jax.parallel.attention import attend
-from minisora_jax.parallel.mesh import fsdp_spec, shard
+from minisora_jax.parallel.mesh import parameter_spec, shard
 
 
-def sharded(init, axis: int):
-    """An initialiser whose result is cut over fsdp along `axis`, where it divides."""
-    return lambda key, shape, dtype=jnp.float32: shard(init(key, shape, dtype), fsdp_spec(shape, axis))
+def sharded(init, axis: int, tensor: int | None = None):
+    """An initialiser whose result is cut up along `axis` (parallel/mesh.py), and along `tensor` over that mesh axis."""
+    return lambda key, shape, dtype=jnp.float32: shard(init(key, shape, dtype), parameter_spec(shape, axis, tensor))
 
 
 class Einsum(nn.Module):
-    """einsum(equation, x, w) + b. Weights are gathered from fsdp just before use and computed in x's dtype.
+    """einsum(equation, x, w) + b. Weights are gathered just before use and computed in x's dtype.
 
     `inputs` counts the leading axes of `shape` that are contracted; the others are the output's. `scale`
-    multiplies the initial standard deviation 1 / sqrt(fan in); 0 starts the layer at zero.
+    multiplies the initial standard deviation 1 / sqrt(fan in); 0 starts the layer at zero. `tensor` is the axis of
+    `shape` that stays cut over the mesh's tensor axis (Shoeybi et al. 2019, arXiv:1909.08053): of the output, whose
+    parts then stay where they are, or of the input, whose products are summed over the devices.
     """
 
     equation: str
@@ -31,13 +33,18 @@ class Einsum(nn.Module):
     inputs: int = 1
     scale: float = 1.0
     bias: bool = True
+    tensor: int | None = None
 
     @nn.compact
     def __call__(self, x):
         std = self.scale / math.sqrt(math.prod(self.shape[: self.inputs]))
-        w = self.param("kernel", sharded(nn.initializers.normal(std), 0), self.shape)
-        w = shard(w.astype(x.dtype), P(*(None for _ in self.shape)))
-        y = jnp.einsum(self.equation, x, w)
+        axis = 0 if self.tensor != 0 else len(self.shape) - 1
+        w = self.param("kernel", sharded(nn.initializers.normal(std), axis, self.tensor), self.shape)
+        kept = ["tensor" if axes == "tensor" else None for axes in parameter_spec(self.shape, axis, self.tensor)]
+        w = shard(w.astype(x.dtype), P(*kept))
+        lead = jax.typeof(x).sharding.spec[: x.ndim - self.inputs]
+        out = P(*lead, *kept[self.inputs :]) if "tensor" in kept[: self.inputs] else None
+        y = jnp.einsum(self.equation, x, w, out_sharding=out)
         if self.bias:
             y = y + self.param("bias", nn.initializers.zeros, self.shape[self.inputs :]).astype(x.dtype)
         return y
@@ -85,12 +92,13 @@ class Attention(nn.Module):
     heads: int
     qk_norm: str = "head"  # over each head, over "all" of them, or "none"
     out_scale: float = 1.0
+    impl: str = "auto"  # the kernel (parallel/kernels)
 
     @nn.compact
-    def __call__(self, x_BSD, segment_BS, angles_BSk=None, caption=None, image=None):
+    def __call__(self, x_BSD, segment_BS, angles_BSk=None, caption=None, image=None, longest: int = 0):
         D = x_BSD.shape[-1]
         N, K = self.heads, D // self.heads
-        project = lambda name, x: Einsum("bsd,dnk->bsnk", (x.shape[-1], N, K), name=name)(x)
+        project = lambda name, x: Einsum("bsd,dnk->bsnk", (x.shape[-1], N, K), tensor=1, name=name)(x)
         norm = lambda name, x: Norm({"head": 1, "all": 2}[self.qk_norm], name=name)(x)
         if self.qk_norm == "none":
             norm = lambda name, x: x
@@ -99,11 +107,11 @@ class Attention(nn.Module):
         k, v = norm("k_norm", project("k", context)), project("v", context)
         if angles_BSk is not None:
             q, k = rotate(q, angles_BSk), rotate(k, angles_BSk)
-        out = attend(q, k, v, segment_BS, context_segment)
+        out = attend(q, k, v, segment_BS, context_segment, impl=self.impl, longest=longest)
         if image:
             k, v = norm("image_k_norm", project("image_k", image[0])), project("image_v", image[0])
-            out = out + attend(q, k, v, segment_BS, image[1])
-        return Einsum("bsnk,nkd->bsd", (N, K, D), inputs=2, scale=self.out_scale, name="out")(out)
+            out = out + attend(q, k, v, segment_BS, image[1], impl=self.impl)
+        return Einsum("bsnk,nkd->bsd", (N, K, D), inputs=2, scale=self.out_scale, tensor=0, name="out")(out)
 
 
 class MLP(nn.Module):
@@ -115,8 +123,8 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, x_BSD):
         D, F = x_BSD.shape[-1], round(x_BSD.shape[-1] * self.ratio)
-        h = nn.gelu(Einsum("bsd,df->bsf", (D, F), name="up")(x_BSD), approximate=True)
-        return Einsum("bsf,fd->bsd", (F, D), scale=self.out_scale, name="down")(h)
+        h = nn.gelu(Einsum("bsd,df->bsf", (D, F), tensor=1, name="up")(x_BSD), approximate=True)
+        return Einsum("bsf,fd->bsd", (F, D), scale=self.out_scale, tensor=0, name="down")(h)
 
 
 def per_token(table_BGx: jax.Array, segment_BS: jax.Array) -> jax.Array:

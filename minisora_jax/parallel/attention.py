@@ -1,13 +1,19 @@
-"""Attention between packed rows: a query sees a key where both carry the same segment id."""
+"""Attention between packed rows: a query sees a key where both carry the same segment id.
+
+`attend` is called on global arrays. How they lie on the mesh says what happens: a sequence over ("ring", "ulysses") is
+exchanged for heads along ulysses (Jacobs et al. 2023, arXiv:2309.14509), innermost, and goes round along ring (Liu et
+al. 2023, arXiv:2310.01889); both together are USP (Fang & Zhao 2024, arXiv:2405.07719). Keys that are whole on every
+device, as a caption's are, need no communication at all.
+"""
 
 from __future__ import annotations
-
-import functools
 
 import jax
 import jax.numpy as jnp
 
-MASKED = -1e30
+from minisora_jax.parallel.kernels import KERNELS
+from minisora_jax.parallel.mesh import SEQUENCE
+from minisora_jax.parallel.ring import Ring, ring_attention
 
 
 def attend(
@@ -17,64 +23,61 @@ def attend(
     q_segment_BS: jax.Array,
     kv_segment_BT: jax.Array,
     *,
+    impl: str = "auto",
     scale: float | None = None,
+    longest: int = 0,
     bias_NST: jax.Array | None = None,
 ) -> jax.Array:
     """softmax(scale q k^T + bias) v within segments -> (B, S, N, K) in v's dtype; softmax in float32.
 
-    `scale` is 1 / sqrt(K) by default. Bidirectional. Padding is segment 0, which sees only padding; a query with no
-    key of its segment gets zeros. Without a bias, heads run one after another, so that the weights of one head alone
-    are held at a time, and none are kept for the gradient.
+    `scale` is 1 / sqrt(K) by default. Bidirectional. Padding is segment 0: it neither sees nor is seen, and a query
+    with no key of its segment gets zeros. `impl` is a kernel (parallel/kernels), "auto" the one for this backend.
+    `longest` promises that no segment is longer: the ring then sends blocks no further than one reaches. It is an
+    error of the caller's, not checked here, to promise too little. A bias is for short rows that are whole on a device.
     """
     scale = q_BSNK.shape[-1] ** -0.5 if scale is None else scale
     if bias_NST is not None:
-        same = q_segment_BS[:, None, :, None] == kv_segment_BT[:, None, None, :]
-        logits = scale * jnp.einsum("bsnk,btnk->bnst", q_BSNK, k_BTNK, preferred_element_type=jnp.float32)
-        weights, _ = _softmax(logits + bias_NST, same)
-        return jnp.einsum("bnst,btnk->bsnk", weights.astype(v_BTNK.dtype), v_BTNK)
-    heads = (jnp.moveaxis(x, 2, 0) for x in (q_BSNK, k_BTNK, v_BTNK))
-    out = jax.lax.map(lambda qkv: _head(*qkv, q_segment_BS, kv_segment_BT, scale), tuple(heads))
-    return jnp.moveaxis(out, 0, 2)
+        return _dense(q_BSNK, k_BTNK, v_BTNK, q_segment_BS, kv_segment_BT, scale, bias_NST)
+    arrays = (q_BSNK, k_BTNK, v_BTNK, q_segment_BS, kv_segment_BT)
+    ring = Ring(choose(impl), scale, longest=longest)
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.are_all_axes_manual:
+        return ring_attention(*arrays, ring)
+    specs = tuple(jax.typeof(x).sharding.spec for x in arrays)
+    ring_size, ulysses = (mesh.shape[axis] for axis in SEQUENCE)
+    if specs[1][1] is None:  # keys whole on every device
+        ring_size = ulysses = 1
+    heads = q_BSNK.shape[2] // mesh.shape["tensor"]
+    if heads % ulysses:
+        raise ValueError(
+            f"{heads} heads a device cannot be divided over mesh.ulysses={ulysses}: "
+            f"mesh.ulysses x mesh.tensor must divide the model's {q_BSNK.shape[2]} heads; use mesh.ring for the rest"
+        )
+    ring = Ring(ring.kernel, scale, size=ring_size, longest=longest)
+
+    def on_device(q, k, v, q_ids, kv_ids):
+        if ulysses == 1:
+            return ring_attention(q, k, v, q_ids, kv_ids, ring)
+        to_heads = lambda x: jax.lax.all_to_all(x, "ulysses", split_axis=2, concat_axis=1, tiled=True)
+        whole = lambda ids: jax.lax.all_gather(ids, "ulysses", axis=1, tiled=True)
+        o = ring_attention(to_heads(q), to_heads(k), to_heads(v), whole(q_ids), whole(kv_ids), ring)
+        return jax.lax.all_to_all(o, "ulysses", split_axis=1, concat_axis=2, tiled=True)
+
+    # check_vma is off for the Pallas kernels, whose outputs carry no varying axes.
+    return jax.shard_map(on_device, in_specs=specs, out_specs=specs[0], check_vma=False)(*arrays)
 
 
-def _softmax(logits: jax.Array, same: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(softmax over the last axis where `same`, log of its denominator); zeros where nothing is the same."""
-    logits = jnp.where(same, logits, MASKED)
-    top = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
-    weights = jnp.where(same, jnp.exp(logits - top), 0.0)
-    total = jnp.sum(weights, axis=-1, keepdims=True)
-    total = jnp.where(total > 0, total, 1.0)
-    return weights / total, (top + jnp.log(total))[..., 0]
+def choose(impl: str) -> object:
+    """The kernel of that name, "auto" being the best for the default backend."""
+    if impl == "auto":
+        impl = "blockwise"
+    if impl not in KERNELS:
+        raise ValueError(f"attention={impl!r} must be 'auto' or one of {', '.join(map(repr, KERNELS))}")
+    return KERNELS[impl]
 
 
-def _logits(q_BSK, k_BTK, q_segment_BS, kv_segment_BT, scale) -> tuple[jax.Array, jax.Array]:
-    logits = scale * jnp.einsum("bsk,btk->bst", q_BSK, k_BTK, preferred_element_type=jnp.float32)
-    return logits, q_segment_BS[:, :, None] == kv_segment_BT[:, None, :]
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _head(q_BSK, k_BTK, v_BTK, q_segment_BS, kv_segment_BT, scale):
-    return _head_forward(q_BSK, k_BTK, v_BTK, q_segment_BS, kv_segment_BT, scale)[0]
-
-
-def _head_forward(q_BSK, k_BTK, v_BTK, q_segment_BS, kv_segment_BT, scale):
-    weights_BST, denominator_BS = _softmax(*_logits(q_BSK, k_BTK, q_segment_BS, kv_segment_BT, scale))
-    out_BSK = jnp.einsum("bst,btk->bsk", weights_BST.astype(v_BTK.dtype), v_BTK)
-    return out_BSK, (q_BSK, k_BTK, v_BTK, q_segment_BS, kv_segment_BT, out_BSK, denominator_BS)
-
-
-def _head_backward(scale, residuals, d_out_BSK):
-    """The weights are computed again from the denominators (Dao et al. 2022, arXiv:2205.14135, algorithm 4)."""
-    q_BSK, k_BTK, v_BTK, q_segment_BS, kv_segment_BT, out_BSK, denominator_BS = residuals
-    logits_BST, same = _logits(q_BSK, k_BTK, q_segment_BS, kv_segment_BT, scale)
-    weights_BST = jnp.where(same, jnp.exp(logits_BST - denominator_BS[..., None]), 0.0)
-    d_v = jnp.einsum("bst,bsk->btk", weights_BST.astype(v_BTK.dtype), d_out_BSK)
-    d_weights_BST = jnp.einsum("bsk,btk->bst", d_out_BSK, v_BTK, preferred_element_type=jnp.float32)
-    mean_BS = jnp.einsum("bsk,bsk->bs", d_out_BSK, out_BSK, preferred_element_type=jnp.float32)
-    d_logits_BST = (scale * weights_BST * (d_weights_BST - mean_BS[..., None])).astype(q_BSK.dtype)
-    d_q = jnp.einsum("bst,btk->bsk", d_logits_BST, k_BTK)
-    d_k = jnp.einsum("bst,bsk->btk", d_logits_BST, q_BSK)
-    return d_q, d_k, d_v, None, None
-
-
-_head.defvjp(_head_forward, _head_backward)
+def _dense(q_BSNK, k_BTNK, v_BTNK, q_segment_BS, kv_segment_BT, scale, bias_NST):
+    same = (q_segment_BS[:, None, :, None] == kv_segment_BT[:, None, None, :]) & (q_segment_BS > 0)[:, None, :, None]
+    logits = scale * jnp.einsum("bsnk,btnk->bnst", q_BSNK, k_BTNK, preferred_element_type=jnp.float32) + bias_NST
+    weights = jnp.where(same, jax.nn.softmax(jnp.where(same, logits, -1e30), axis=-1), 0.0)
+    return jnp.einsum("bnst,btnk->bsnk", weights.astype(v_BTNK.dtype), v_BTNK)

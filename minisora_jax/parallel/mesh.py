@@ -3,9 +3,11 @@
 One explicit mesh (`AxisType.Explicit`): every array's type says how it is laid out, so a wrong layout is a
 trace-time error and not a slow program. Axes, 1 by default, so that one CPU core and a pod run the same code:
 
-    data     replicas of the model, each with its own packed rows (over DCN on several slices)
-    fsdp     parameters, EMA and optimiser state cut up; rows are divided over it too
-    ring, ulysses, tensor   sequence and head axes of long-context runs
+    data     replicas of the model, each with its own packed rows; over DCN on several slices
+    fsdp     rows, too; parameters, EMA and optimiser state are cut up over fsdp, ring and ulysses together
+    ring     a row's tokens: keys and values go round (parallel/ring.py)
+    ulysses  a row's tokens, exchanged for heads in attention
+    tensor   heads, and the columns of an MLP
 """
 
 from __future__ import annotations
@@ -15,17 +17,33 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 AXES = ("data", "fsdp", "ring", "ulysses", "tensor")
-
 ROWS = ("data", "fsdp")  # the axes that divide a batch's rows
-BATCH = P(ROWS)  # (B, ...): rows divided
-MICROBATCHES = P(None, ROWS)  # (A, B, ...): accumulation steps whole, rows divided
+SEQUENCE = ("ring", "ulysses")  # those that divide a row's tokens, ulysses innermost
+SHARDS = ("fsdp", "ring", "ulysses")  # those that parameters are cut up over
+
+# ---- The table of layouts
+BATCH = P(ROWS)  # (B, ...): rows divided; captions, and pixels of the codec
+TOKENS = P(ROWS, SEQUENCE)  # (B, S, ...): rows and their tokens divided
 REPLICATED = P()
-WEIGHT_IN_OUT = P("fsdp", None)  # (in, out): parameters are cut along their input axis
-STACKED_WEIGHT = P(None, "fsdp", None)  # (layer, in, out)
+
+
+def layout(batch, *, accumulated: bool = False):
+    """The PartitionSpec of each array of a batch: fields named ..._BS* are TOKENS, the rest are BATCH.
+
+    `accumulated`: arrays are (A, B, ...), steps of accumulation in front, whole on every device.
+    """
+
+    def spec(path, x):
+        name = getattr(path[-1], "name", "") if path else ""
+        by = TOKENS if name.rpartition("_")[2].startswith("BS") else BATCH
+        return P(None, *by) if accumulated else by
+
+    return jax.tree_util.tree_map_with_path(spec, batch)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,9 +60,6 @@ class MeshConfig:
         sizes = dataclasses.asdict(self)
         if sum(n == -1 for n in sizes.values()) > 1 or any(n == 0 or n < -1 for n in sizes.values()):
             raise ValueError(f"mesh={sizes}: axis sizes are positive, and at most one may be -1 (the devices left)")
-        for axis in ("ring", "ulysses", "tensor"):
-            if sizes[axis] != 1:
-                raise ValueError(f"mesh.{axis}={sizes[axis]}: only the axes data and fsdp are supported yet; use 1")
 
     def sizes(self, devices: int) -> tuple[int, ...]:
         """Axis sizes on `devices` devices; ValueError where they do not multiply to it."""
@@ -57,21 +72,34 @@ class MeshConfig:
 
 
 def make_mesh(config: MeshConfig = MeshConfig(), devices=None) -> jax.sharding.Mesh:
-    """The explicit mesh over `devices` (all of them by default). Use it as `with jax.set_mesh(mesh):`."""
-    devices = devices if devices is not None else jax.devices()
+    """The explicit mesh over `devices` (all of them by default). Use it as `with jax.set_mesh(mesh):`.
+
+    On several TPU slices the data axis is laid over the slow network between them, all others within a slice.
+    """
+    devices = list(devices if devices is not None else jax.devices())
     sizes = config.sizes(len(devices))
-    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Explicit,) * len(AXES), devices=devices)
+    explicit = (AxisType.Explicit,) * len(AXES)
+    slices = len({getattr(d, "slice_index", 0) for d in devices})
+    if slices == 1:
+        return jax.make_mesh(sizes, AXES, axis_types=explicit, devices=devices)
+    if sizes[0] % slices:
+        raise ValueError(f"mesh.data={sizes[0]} must be a multiple of the {slices} slices: only data spans slices")
+    within, between = (sizes[0] // slices, *sizes[1:]), (slices, *(1 for _ in sizes[1:]))
+    grid = mesh_utils.create_hybrid_device_mesh(within, between, devices)
+    return jax.sharding.Mesh(grid, AXES, axis_types=explicit)
 
 
-def require_divisible(rows: int, mesh: jax.sharding.Mesh) -> None:
-    """ValueError unless `rows` of a batch can be divided evenly over the hosts and the mesh."""
-    parts = math.lcm(math.prod(mesh.shape[axis] for axis in ROWS), jax.process_count())
-    if rows % parts:
-        named = " x ".join(f"{axis}={mesh.shape[axis]}" for axis in ROWS)
-        raise ValueError(
-            f"{rows} rows a batch cannot be divided over mesh {named} and {jax.process_count()} hosts: make "
-            f"pack.rows (a codec's batch) a multiple of {parts}"
-        )
+def require_divisible(mesh: jax.sharding.Mesh, *, rows: int, tokens: int = 0, heads: int = 0) -> None:
+    """ValueError unless a batch of `rows` rows of `tokens` tokens, and a model of `heads` heads, fit the mesh."""
+    for name, count, axes in (
+        ("pack.rows (a codec's batch)", rows, ROWS),
+        ("pack.tokens", tokens, SEQUENCE),
+        ("dit.heads", heads, ("ulysses", "tensor")),
+    ):
+        parts = math.prod(mesh.shape[axis] for axis in axes)
+        if count % parts:
+            named = " x ".join(f"mesh.{axis}={mesh.shape[axis]}" for axis in axes)
+            raise ValueError(f"{name}={count} cannot be divided over {named}: make it a multiple of {parts}")
 
 
 def shard(x: jax.Array, spec: P) -> jax.Array:
@@ -85,6 +113,13 @@ def like(x: jax.Array, other: jax.Array) -> jax.Array:
         return x
     spec = jax.typeof(other).sharding.spec
     return jax.sharding.reshard(x, P(*(spec[i] if i < len(spec) else None for i in range(x.ndim))))
+
+
+def draw(sample, key: jax.Array, other: jax.Array) -> jax.Array:
+    """sample(key, shape) of the shape of `other`, laid out as it; the same numbers on any mesh."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return sample(key, other.shape)
+    return sample(key, other.shape, out_sharding=jax.typeof(other).sharding)
 
 
 def lookup(table: jax.Array, ids: jax.Array) -> jax.Array:
@@ -101,15 +136,57 @@ def unfold(x: jax.Array, other: jax.Array) -> jax.Array:
     return jnp.reshape(x, shape, out_sharding=spec)
 
 
-def fsdp_spec(shape: tuple[int, ...], axis: int) -> P:
-    """Cut `shape` along `axis` over fsdp where it divides, else replicate."""
+def parameter_spec(shape: tuple[int, ...], axis: int, tensor: int | None = None) -> P:
+    """Cut `shape` along `axis` over SHARDS, or over fsdp alone, and along `tensor` over that axis of the mesh.
+
+    An axis that is not divided without remainder stays whole.
+    """
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or shape[axis] % mesh.shape["fsdp"]:
-        return P(*(None for _ in shape))
-    return P(*("fsdp" if i == axis % len(shape) else None for i in range(len(shape))))
+    spec: list = [None] * len(shape)
+    if mesh.empty:
+        return P(*spec)
+    for axes in (SHARDS, SHARDS[:1]):
+        if shape[axis] % math.prod(mesh.shape[a] for a in axes) == 0:
+            spec[axis] = axes
+            break
+    if tensor is not None and shape[tensor] % mesh.shape["tensor"] == 0:
+        spec[tensor] = "tensor"
+    return P(*spec)
 
 
-def place(batch, mesh: jax.sharding.Mesh, spec: P = MICROBATCHES):
-    """A pytree of this host's rows (NumPy) as global arrays laid out as `spec`."""
-    sharding = NamedSharding(mesh, spec)
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
+def host_rows(rows: int, mesh: jax.sharding.Mesh | None = None) -> list[int]:
+    """The rows of a batch that this process must load: those its devices hold any token of. All without a mesh.
+
+    Along the sequence axes a row may lie on several processes, all of which load it. `mesh` is the one in use.
+    """
+    mesh = jax.sharding.get_mesh() if mesh is None else mesh
+    if mesh.empty:
+        return list(range(rows))
+    held = NamedSharding(mesh, BATCH).addressable_devices_indices_map((rows,)).values()
+    return sorted({row for (cut,) in held for row in range(rows)[cut]})
+
+
+def place(batch, mesh: jax.sharding.Mesh, specs=None):
+    """A pytree of NumPy arrays, whose rows are this process's `host_rows`, as global arrays on the mesh.
+
+    `specs`, one for all or a tree of them, is by default that of an accumulated batch, (A, B, ...).
+    """
+    specs = layout(batch, accumulated=True) if specs is None else specs
+    if isinstance(specs, P):
+        specs = jax.tree.map(lambda _, spec=specs: spec, batch)
+    cuts = math.prod(mesh.shape[axis] for axis in ROWS)
+    cuts_here = len(host_rows(cuts, mesh))
+
+    def put(x, spec):
+        axis = spec.index(ROWS)
+        rows = x.shape[axis] // cuts_here * cuts
+        at = {row: i for i, row in enumerate(host_rows(rows, mesh))}
+
+        def piece(index):
+            first, last, _ = index[axis].indices(rows)
+            return x[(*index[:axis], slice(at[first], at[first] + last - first), *index[axis + 1 :])]
+
+        shape = (*x.shape[:axis], rows, *x.shape[axis + 1 :])
+        return jax.make_array_from_callback(shape, NamedSharding(mesh, spec), piece)
+
+    return jax.tree.map(put, batch, specs)

@@ -80,6 +80,8 @@ def train_diffusion(
         workdir,
         name="diffusion",
         rows=task.pack.rows,
+        tokens=task.pack.tokens,
+        heads=task.dit.heads,
         init_params=init_params,
         loss_fn=lambda params, batch, key: diffusion_loss(model, task.times, params, batch, key, task.objective),
         batches=batches,

@@ -52,6 +52,8 @@ def train(
     *,
     name: str,
     rows: int,
+    tokens: int = 0,
+    heads: int = 0,
     init_params: Callable[[jax.Array], Any],
     loss_fn: LossFn,
     batches: Callable[[int], Iterator[tuple[Any, dict[str, float]]]],
@@ -60,14 +62,15 @@ def train(
 ) -> TrainState:
     """Train for `config.steps` steps under `workdir`, from its newest checkpoint where it has one.
 
-    `rows` is the length of B on all devices together. `init_params(key)` draws the parameters. `batches(start)`
-    yields, from step `start` on, a pytree of NumPy arrays (A, B, ...) and the batch's counts: `tokens`,
-    `useful_tokens`, `useful_flops`, `hardware_flops` where known. `sample(step, ema_params, metrics)` writes sample
-    videos. `describe` is the whole configuration: a workdir that was begun with another one is refused.
+    `rows` is the length of B on all devices together; `tokens` a row's and `heads` the model's, where it has them.
+    `init_params(key)` draws the parameters. `batches(start)` yields, from step `start` on, a pytree of NumPy arrays
+    (A, B, ...) and the batch's counts: `tokens`, `useful_tokens`, `useful_flops`, `hardware_flops` where known.
+    `sample(step, ema_params, metrics)` writes sample videos. `describe` is the whole configuration: a workdir that was
+    begun with another one is refused.
     """
     # ---- Mesh
     mesh = make_mesh(config.mesh)
-    require_divisible(rows, mesh)
+    require_divisible(mesh, rows=rows, tokens=tokens, heads=heads)
     with jax.set_mesh(mesh), contextlib.ExitStack() as stack:
         # ---- Init or restore: checkpoint, else random; the data state is the step
         workdir.mkdir(parents=True, exist_ok=True)
