@@ -62,7 +62,7 @@ def import_codec(name: str, path: str, out: str, dtype: str | None) -> tuple[str
     abstract = jax.eval_shape(VAE(preset.config).init, jax.random.key(0), frames)
     params = read(Checkpoint(path).within(preset.within), preset.family, preset.config, abstract)
     statistics = (np.asarray(s, np.float32) for s in (preset.latent_mean, preset.latent_std))
-    return "codec", Codec(preset.config, params, *statistics).export(out, {"imported": name}, dtype)
+    return "codec", Codec(preset.config, params, *statistics).export(out, {"imported": name}, dtype, "importing")
 
 
 def import_transformer(name: str, path: str, out: str, dtype: str | None) -> tuple[str, str]:
@@ -77,7 +77,7 @@ def import_transformer(name: str, path: str, out: str, dtype: str | None) -> tup
     params = read(Checkpoint(path).within(preset.within), preset.family, preset.config, abstract_params(preset.config))
     config = {"kind": "dit"} | {k: dataclasses.asdict(getattr(preset, k)) for k in ("times", "objective")}
     config |= {"dit": dataclasses.asdict(preset.config), "training": {"imported": name}}
-    return "transformer", export_model(out, params, config, dtype=dtype)
+    return "transformer", export_model(out, params, config, dtype=dtype, progress="importing")
 
 
 def import_text_encoder(name: str, path: str, out: str, dtype: str | None) -> tuple[str, str]:
@@ -98,12 +98,12 @@ def import_text_encoder(name: str, path: str, out: str, dtype: str | None) -> tu
     ids = jax.ShapeDtypeStruct((1, 8), jnp.int32)
     abstract = jax.eval_shape(TextEncoder(config, {}).module.init, jax.random.key(0), ids, ids)
     params = read(checkpoint, preset.family, config, abstract)
-    return "text encoder", TextEncoder(config, params).export(out, {"imported": name}, dtype)
+    return "text encoder", TextEncoder(config, params).export(out, {"imported": name}, dtype, "importing")
 
 
 def read(checkpoint, family, config, abstract):
-    """The parameters in NumPy, in the precision they are stored in."""
-    from minisora_jax.weights.rules import import_params
+    """The parameters as `LazyArray`s, in the precision they are stored in."""
+    from minisora_jax.weights.rules import import_lazily
 
     rules = family.rules(config, family.layout_of(checkpoint.names))
-    return import_params(checkpoint, rules, abstract, ignored=family.IGNORED, keep_dtype=True)
+    return import_lazily(checkpoint, rules, abstract, ignored=family.IGNORED, keep_dtype=True)
