@@ -54,6 +54,30 @@ def open_model(directory: str | Path) -> tuple[Any, dict]:
     return traverse_util.unflatten_dict(stored, sep="/"), config
 
 
+def load_params_onto(directory: str | Path, abstract: Any) -> Any:
+    """The params of an exported model in `abstract`'s types and layouts: each device gets its part from the disk.
+
+    Raises ValueError as `check_shapes` does, before anything is read.
+    """
+    stored, _ = open_model(directory)
+    check_shapes(stored, abstract, directory)
+
+    def place(x: StoredTensor, target: jax.ShapeDtypeStruct) -> jax.Array:
+        part = lambda index: x[index].astype(target.dtype)
+        return jax.make_array_from_callback(x.shape, target.sharding, part)
+
+    return jax.tree.map(place, stored, abstract)
+
+
+def check_shapes(stored: Any, abstract: Any, directory: str | Path) -> None:
+    """ValueError for a parameter that is missing, left over or of another shape than is wanted here."""
+    have, want = (traverse_util.flatten_dict(tree, sep="/") for tree in (stored, abstract))
+    for name in sorted(have.keys() | want.keys()):
+        theirs, ours = (str(tree[name].shape) if name in tree else "nothing" for tree in (have, want))
+        if theirs != ours:
+            raise ValueError(f"{directory} does not fit: for {name} it has {theirs}, the config wants {ours}")
+
+
 def load_config(directory: str | Path) -> dict:
     directory = Path(directory)
     for name in ("model.safetensors", "config.json"):

@@ -109,6 +109,16 @@ def fsdp_spec(shape: tuple[int, ...], axis: int) -> P:
     return P(*("fsdp" if i == axis % len(shape) else None for i in range(len(shape))))
 
 
+def laid_out(abstract, mesh: jax.sharding.Mesh):
+    """A tree of abstract arrays with the layout that each was given, on the mesh's own devices."""
+
+    def on_mesh(x):  # eval_shape leaves out the sharding of what is replicated
+        spec = x.sharding.spec if x.sharding is not None else REPLICATED
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
+
+    return jax.tree.map(on_mesh, abstract)
+
+
 def place(batch, mesh: jax.sharding.Mesh, spec: P = MICROBATCHES):
     """A pytree of this host's rows (NumPy) as global arrays laid out as `spec`."""
     sharding = NamedSharding(mesh, spec)
