@@ -106,3 +106,5 @@ def test_classes_are_numbers(tmp_path):
             captions.encode([wrong])
     label = DiTConfig(caption="label", classes=11, facts=False)
     assert captions_of(label, None, None, None).record == {"encoder": "classes"}
+    with pytest.raises(ValueError, match="--text-encoder=models/umt5: the model reads classes, not features"):
+        captions_of(label, None, "models/umt5", None)

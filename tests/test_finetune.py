@@ -33,8 +33,8 @@ from minisora_jax.weights.checkpoint import Checkpoint  # noqa: E402
 from minisora_jax.weights.presets import CODECS, TEXT_ENCODERS, TRANSFORMERS  # noqa: E402
 from minisora_jax.weights.rules import export_lazily  # noqa: E402
 
-WAN_VAE = dataclasses.replace(wan_vae.WAN_21, base=4, latent_channels=4)
-SD_VAE = dataclasses.replace(sd_vae.CONFIG, base=32, multipliers=(1, 1, 1, 1))
+WAN_VAE = dataclasses.replace(wan_vae.WAN_21, base=4, latent_channels=4, residual_blocks=1)
+SD_VAE = dataclasses.replace(sd_vae.CONFIG, base=32, multipliers=(1, 1, 1, 1), residual_blocks=1)
 UMT5 = T5Config(64, 24, 3, 8, 40, 2, shared_bias=False, dtype="float32")
 _SMALL = dict(width=32, depth=2, heads=2, dtype="float32")
 WAN = dataclasses.replace(

@@ -123,10 +123,11 @@ def captions_of(config: DiTConfig, record: dict | None, directory: str | Path | 
 
     `directory` is the text encoder asked for, where the recorded path will not do; `pair` the preset that it should be.
     """
-    if config.caption == "label":
-        return class_captions(config.classes)
-    if config.text_features == 1:
-        return BYTES
+    if config.caption == "label" or config.text_features == 1:
+        plain = class_captions(config.classes) if config.caption == "label" else BYTES
+        if directory:
+            raise ValueError(f"--text-encoder={directory}: the model reads {plain.record['encoder']}, not features")
+        return plain
     record = record or {}
     where = directory or record.get("path")
     if where is None or not Path(where).exists():
