@@ -13,7 +13,7 @@ from configs.common import parse_arg
 
 
 def get_config(arg=None):
-    arg = parse_arg(arg, data="", steps=5000, rows=8, prompts=True, start="", lr=3e-3)
+    arg = parse_arg(arg, data="", steps=5000, rows=8, prompts=True, lr=3e-3)
     if not arg["data"]:
         raise ValueError("name the latent cache: --config=configs/dit_tiny.py:data=DIR (`minisora encode` writes one)")
     prompts = [
@@ -41,7 +41,6 @@ def get_config(arg=None):
             times=dict(mean=0.0, std=1.0, base_tokens=32, per_frame=0.1),
             caption_dropout=0.1,
             export_dtype="float16",
-            start=arg["start"],
             run=dict(
                 steps=arg["steps"],
                 log_every=50,

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 
-def read_config(flags: list[str], cls: type, example: str) -> dict:
-    """The config as a plain dict: the defaults of the dataclass `cls`, the file's entries, then the flags'.
+def read_config(flags: list[str], cls: type, example: str, settled: dict | None = None) -> dict:
+    """The config as a plain dict: the defaults of the dataclass `cls`, `settled`, the file's entries, then the flags'.
 
     `flags` are the command line's `--config...` arguments. The file may have entries that `cls` has not.
     """
@@ -33,7 +33,7 @@ def read_config(flags: list[str], cls: type, example: str) -> dict:
     # So that a config can import its neighbours, as in `from configs.common import parse_arg`.
     sys.path.insert(0, str(Path(name).resolve().parent.parent))
     entries = runpy.run_path(name)["get_config"](argument or None).to_dict()
-    config = ConfigDict(_over(dataclasses.asdict(cls()), entries))
+    config = ConfigDict(_over(_over(dataclasses.asdict(cls()), settled or {}), entries))
     values = absl_flags.FlagValues()
     rest = ["minisora", *(f for f in flags if not f.startswith("--config="))]
     try:

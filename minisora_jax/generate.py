@@ -16,24 +16,26 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from minisora_jax.data.packing import PackConfig, Segment, pack_segments, unpatchify
+from minisora_jax.bundled import CODEC
+from minisora_jax.data.packing import PackConfig, Segment, pack_segments, padded_text, unpatchify
 from minisora_jax.diffusion.adaptive import dopri5
 from minisora_jax.diffusion.denoiser import Denoiser
 from minisora_jax.diffusion.guidance import GuidanceConfig, guide, rescale, twins
 from minisora_jax.diffusion.objective import ObjectiveConfig
 from minisora_jax.diffusion.sampler import SAMPLERS, SamplerConfig
 from minisora_jax.diffusion.time import TimeConfig, latest_time, sampling_times, token_times
+from minisora_jax.models.captions import BYTES, Captions, captions_of
 from minisora_jax.models.codec import Codec
 from minisora_jax.models.dit import DiT, DiTConfig, mean_of
 from minisora_jax.models.files import config_fields, load_model, model_hash
-from minisora_jax.models.text import encode_bytes
+from minisora_jax.weights.presets import TRANSFORMERS
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
     """One video asked for. Sizes are pixels: T = 1 + 4k frames, H and W multiples of the model's cell."""
 
-    prompt: str
+    prompt: str  # of a model of classes, the number of one
     size_THW: tuple[int, int, int]
     seed: int = 0
     fps: float = 8.0
@@ -49,31 +51,51 @@ class Generator:
     params: dict
     hash: str = ""
     objective: ObjectiveConfig = ObjectiveConfig()
+    captions: Captions = BYTES
     worse: tuple[DiTConfig, dict] | None = None
 
     @classmethod
-    def load(cls, model: str | Path, codec: str | Path, guide_model: str | Path | None = None) -> Generator:
-        """From the directories exported by `minisora train` and `minisora train-vae`.
+    def load(
+        cls,
+        model: str | Path,
+        codec: str | Path | None = None,
+        guide_model: str | Path | None = None,
+        text_encoder: str | Path | None = None,
+    ) -> Generator:
+        """From the directories written by `minisora train`, `minisora train-vae` and `minisora import`.
 
-        `guide_model` is the worse model of autoguidance, trained with the same codec, patch and objective.
+        Without `codec`, the bundled one. The text encoder is the one that the model's training recorded, or
+        `text_encoder`. `guide_model` is the worse model of autoguidance, trained with the same codec, patch and
+        objective.
         """
+        params, dit, config = _load_dit(model)
+        pair = TRANSFORMERS.get(config.get("training", {}).get("imported", "")) if "codec" not in config else None
+        if codec is None and pair:
+            raise ValueError(
+                f"{model} was imported and does not name its codec: give it by --codec=DIR (made by "
+                f"`minisora import {pair.codec}`)"
+            )
+        codec = codec or CODEC
         codec_ = Codec.load(codec)
-        params, dit, config = _load_dit(model, codec, codec_)
+        _require_codec(config, dit, model, codec_, codec)
         times, objective = TimeConfig(**config["times"]), ObjectiveConfig(**config.get("objective", {}))
         worse = None
         if guide_model is not None:
-            worse_params, worse_dit, worse_config = _load_dit(guide_model, codec, codec_)
+            worse_params, worse_dit, worse_config = _load_dit(guide_model)
+            _require_codec(worse_config, worse_dit, guide_model, codec_, codec)
             theirs = ObjectiveConfig(**worse_config.get("objective", {}))
             for name, ours, other in (
                 ("patch", dit.patch, worse_dit.patch),
                 ("text_features", dit.text_features, worse_dit.text_features),
+                ("caption_tokens", dit.caption_tokens, worse_dit.caption_tokens),
                 ("path", objective.path, theirs.path),
                 ("prediction", objective.prediction, theirs.prediction),
             ):
                 if ours != other:
                     raise ValueError(f"the guide model has {name}={other!r}, the model {ours!r}: they must be the same")
             worse = (worse_dit, worse_params)
-        return cls(codec_, dit, times, params, model_hash(model), objective, worse)
+        captions = captions_of(dit, config.get("text"), text_encoder, pair and pair.text_encoder)
+        return cls(codec_, dit, times, params, model_hash(model), objective, captions, worse)
 
     @property
     def cell(self) -> int:
@@ -88,6 +110,8 @@ class Generator:
     def grid(self, size_THW: tuple[int, int, int]) -> tuple[int, int, int]:
         """(t, h, w) tokens of a clip of that size; ValueError names the sizes that would do."""
         T, H, W = size_THW
+        if self.config.makes_images and T > 1:
+            raise ValueError(f"frames={T}: this model makes images; use --frames 1")
         self.codec.config.latent_size((T, self.cell, self.cell))
         for name, n in (("height", H), ("width", W)):
             if n < self.cell or n % self.cell:
@@ -114,28 +138,25 @@ class Generator:
             sampler = SamplerConfig(sampler, steps)
         if not isinstance(guidance, GuidanceConfig):
             guidance = GuidanceConfig(float(guidance))
-        if self.config.text_features != 1:
-            raise ValueError(
-                "this model was trained on features of a text encoder; only byte captions are supported yet"
-            )
         grids = [self.grid(r.size_THW) for r in requests]
         longest = self.copies * max(int(np.prod(g)) for g in grids)
         rows = _fill_rows(grids, longest, self.copies)
         at_once = max(1, tokens_at_once // longest)
         chunks = [rows[i : i + at_once] for i in range(0, len(rows), at_once)]
+        texts = self.captions.encode([r.prompt for r in requests] + [""])
+        texts = [padded_text(text_LE, self.config.caption_tokens) for text_LE in texts]
         videos: list[np.ndarray | None] = [None] * len(requests)
         ticks = 1 if sampler.name == "dopri5" else sampler.steps
         with tqdm(total=len(chunks) * ticks, desc="sampling", unit="step", disable=not progress) as bar:
             for chunk in chunks:
                 padded = chunk + [chunk[-1]] * (min(at_once, len(rows)) - len(chunk))  # one shape, one compilation
-                for i, latents in self._sample(padded, requests, grids, longest, guidance, sampler, bar):
+                for i, latents in self._sample(padded, requests, texts, grids, longest, guidance, sampler, bar):
                     videos[i] = latents
         return self._decode(videos, progress)
 
-    def _sample(self, rows, requests, grids, length, guidance, sampler, bar):
-        """(request, latents_thwc) of each request of the rows."""
-        none = encode_bytes("")
-        captions = [[encode_bytes(r.prompt), none][: self.copies] for r in requests]
+    def _sample(self, rows, requests, texts, grids, length, guidance, sampler, bar):
+        """(request, latents_thwc) of each request of the rows; `texts`: all captions' features, the empty one last."""
+        captions = [[text_LE, texts[-1]][: self.copies] for text_LE in texts[:-1]]
         text = max(sum(len(c) for i in row for c in captions[i]) for row in rows)
         slots = self.copies * max(len(row) for row in rows)
         pack = PackConfig(tokens=length, text_tokens=-(-text // 64) * 64, slots=slots, rows=len(rows))
@@ -221,18 +242,31 @@ class Generator:
         return videos
 
 
-def _load_dit(model: str | Path, codec: str | Path, loaded: Codec) -> tuple[dict, DiTConfig, dict]:
-    """(parameters, model config, whole exported config) of a model that was trained with that codec."""
+def _load_dit(model: str | Path) -> tuple[dict, DiTConfig, dict]:
+    """(parameters, model config, whole exported config) of a model."""
     params, config = load_model(model)
     if config.get("kind") != "dit":
         raise ValueError(f"{model} holds a {config.get('kind')!r} model, not a diffusion transformer ('dit')")
-    if config["codec"] != loaded.hash:
+    dit = DiTConfig(**config_fields(config["dit"]))
+    if dit.image_features:
+        raise ValueError(
+            f"{model} makes videos of images, by features of an image encoder: those are not made here yet"
+        )
+    return jax.tree.map(jnp.asarray, params), dit, config
+
+
+def _require_codec(config: dict, dit: DiTConfig, model: str | Path, loaded: Codec, codec: str | Path) -> None:
+    """ValueError unless the model was trained with that codec or, where it does not say, has as many channels."""
+    if "codec" in config and config["codec"] != loaded.hash:
         raise ValueError(
             f"{model} was trained on latents of codec {config['codec']}, but {codec} is codec {loaded.hash}: "
             f"their latents mean different things; give the codec it was trained with"
         )
-    dit = DiTConfig(**config_fields(config["dit"]))
-    return jax.tree.map(jnp.asarray, params), dit, config
+    if dit.latent_channels != loaded.config.latent_channels:
+        raise ValueError(
+            f"{model} takes latents of {dit.latent_channels} channels, codec {codec} makes "
+            f"{loaded.config.latent_channels}: give the codec it was trained with"
+        )
 
 
 def _fill_rows(grids: list[tuple[int, int, int]], length: int, copies: int) -> list[list[int]]:

@@ -15,10 +15,9 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from minisora_jax.models.dit import DiT, DiTConfig, abstract_batch, abstract_params
-from minisora_jax.parallel.mesh import BATCH, MeshConfig, make_mesh
+from minisora_jax.parallel.mesh import BATCH, MeshConfig, laid_out, make_mesh
 
 IMAGE_TOKENS = 257  # of the image encoder of Wan's image-to-video
 
@@ -47,7 +46,7 @@ def compile_forward(
     batch = abstract_batch(config, rows, tokens, text_tokens, IMAGE_TOKENS, by_row)
     time_BS = jax.ShapeDtypeStruct((rows, tokens), jnp.float32, sharding=by_row)
     with jax.set_mesh(on):
-        params = jax.tree.map(lambda x: _laid_out(x, on), abstract_params(config))
+        params = laid_out(abstract_params(config), on)
         begin = time.perf_counter()
         lowered = jax.jit(DiT(config).apply).lower(params, batch.tokens_BSP, time_BS, batch)
         compiled = lowered.compile()
@@ -62,9 +61,3 @@ def compile_forward(
         parameter_bytes=held,
         temporary_bytes=memory.temp_size_in_bytes,
     )
-
-
-def _laid_out(x: jax.ShapeDtypeStruct, mesh) -> jax.ShapeDtypeStruct:
-    """x with the layout its initialiser gave it, on the mesh's own devices."""
-    spec = x.sharding.spec if x.sharding is not None else P()
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))

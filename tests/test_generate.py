@@ -148,6 +148,7 @@ def test_other_objectives_are_read_back_and_sampled(generator, tmp_path, path, p
         other._sample(
             rows,
             [RED],
+            other.captions.encode([RED.prompt, ""]),
             grids,
             2 * 2 * 2 * 3,
             GuidanceConfig(2.0, rescale=0.5),

@@ -51,6 +51,16 @@ def test_batches_have_one_shape_and_their_counts_match(latents):
             assert segments.max() == len(row)
 
 
+def test_captions_are_padded_to_what_is_asked(latents):
+    options = dict(patch=PATCH, known=KnownConfig(), caption_dropout=0.0)
+    (plain, _), (padded, sizes) = (
+        next(iter(packed_batches(latents, plan(latents), range(1), **options, caption_tokens=n))) for n in (0, 20)
+    )
+    counts = [np.bincount(b.text_segment_BL.reshape(4, -1)[0])[1:] for b in (plain, padded)]
+    assert set(counts[0]) == {16} and set(counts[1]) == {20} and {size[3] for row in sizes for size in row} == {20}
+    assert (padded.text_BLE[0, 0, :16] == plain.text_BLE[0, 0, :16]).all() and not padded.text_BLE[0, 0, 16:20].any()
+
+
 def test_an_epoch_shows_every_clip_once(latents):
     seen, step, planned = [], 0, plan(latents)
     while planned.place(step)[0] == 0:

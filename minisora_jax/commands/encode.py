@@ -1,7 +1,8 @@
-"""Encode a data set with a trained codec into a latent cache, which `minisora train` reads.
+"""Encode a data set with a trained codec, and a text encoder, into a latent cache, which `minisora train` reads.
 
 examples:
   minisora encode data/clips data/latents --codec=runs/codec/export
+  minisora encode data/clips data/latents --codec=models/wan-vae --text-encoder=models/umt5
   minisora encode shapes:train:20000 data/shapes-latents
 
 Interrupted, the same command goes on after the last finished shard.
@@ -14,6 +15,9 @@ def add_arguments(parser):
     parser.add_argument("data", help="a directory written by `minisora prepare`, or shapes[:SPLIT[:COUNT]]")
     parser.add_argument("out", help="the directory to write the cache to")
     parser.add_argument("--codec", default=None, help="an exported codec (default: the bundled one)")
+    parser.add_argument(
+        "--text-encoder", default=None, help="a text encoder that `minisora import` wrote (default: captions as bytes)"
+    )
     parser.add_argument("--shard-mb", type=int, default=256, help="size of a shard in MiB (default 256)")
 
 
@@ -24,22 +28,23 @@ def run(args, _):
     from minisora_jax.data.encode import encode_clips
     from minisora_jax.data.latents import write_latents
     from minisora_jax.data.prepare import open_clips
+    from minisora_jax.models.captions import BYTES, encoder_captions
     from minisora_jax.models.codec import Codec
-    from minisora_jax.models.text import encode_bytes
 
     codec = Codec.load(args.codec or CODEC)
+    captions = encoder_captions(args.text_encoder) if args.text_encoder else BYTES
     clips = open_clips(args.data)
 
     def latents(start):
-        rest = encode_clips(codec, clips, start)
+        rest = encode_clips(codec, captions, clips, start)
         return tqdm(rest, desc="encoding", unit="clip", initial=start, total=len(clips))
 
     manifest = write_latents(
         args.out,
         latents,
         codec_hash=codec.hash,
-        text={"encoder": "bytes"},
-        empty_text_LE=encode_bytes(""),
+        text=captions.record,
+        empty_text_LE=captions.encode([""])[0],
         source=getattr(clips, "identity", args.data),
         shard_bytes=args.shard_mb * 2**20,
     )

@@ -42,7 +42,7 @@ def run(args, _):
         scores, rows = evaluate_codec(Codec.load(args.codec or CODEC), open_clips(args.data))
     else:
         options = sampling(args)
-        generator = Generator.load(args.model or MODEL, args.codec or CODEC, args.guide_model)
+        generator = Generator.load(args.model or MODEL, args.codec, args.guide_model, args.text_encoder)
         scores, rows = evaluate_model(generator, args.split, args.count, **options)
         scores["guide_model"] = args.guide_model
     out = Path(args.out)

@@ -24,11 +24,11 @@ def run(args, _):
     from pathlib import Path
 
     from minisora_jax.models.files import open_model
-    from minisora_jax.weights.rules import export_params, save_sharded
+    from minisora_jax.weights.rules import export_lazily, save_sharded
 
     leaves, config = open_model(args.model)
     rules, theirs, stem = published(config, args.model)
-    save_sharded(args.out, export_params(leaves, rules), stem, shard_bytes=int(args.shard_gb * 2**30))
+    save_sharded(args.out, export_lazily(leaves, rules), stem, shard_bytes=int(args.shard_gb * 2**30))
     (Path(args.out) / "config.json").write_text(json.dumps(theirs, indent=2) + "\n", encoding="utf-8")
     print(f"{args.model} written to {args.out}")
 

@@ -6,8 +6,13 @@ examples:
   minisora generate "a blue square grows on a grey background" "a red triangle moves up slowly on a brown background" \\
       --size 48x64 --frames 17 --seed 7 --out my_videos
   minisora generate "a red circle grows on a black background" --sampler unipc --steps 12 --guidance-interval 0.2-0.9
+  minisora generate "a cat on a skateboard" --model=models/wan --codec=models/wan-vae --text-encoder=models/umt5 \\
+      --size 480x832 --frames 81 --fps 16 --sampler unipc --grid wan --guidance 5
+  minisora generate 207 --model=models/dit --codec=models/sd-vae --size 256x256 --frames 1
 
-The bundled model knows coloured shapes in motion; see --captions for what to say. Sizes are HEIGHTxWIDTH in pixels.
+The bundled model knows coloured shapes in motion; see --captions for what to say. A model trained here remembers its
+text encoder, an imported one is told. To a model of classes a prompt is the number of one.
+Sizes are HEIGHTxWIDTH in pixels.
 """
 
 from __future__ import annotations
@@ -36,13 +41,13 @@ def run(args, _):
         raise ValueError('no prompt given; for example: minisora generate "a red circle grows on a black background"')
     size_HW = parse_size(args.size)
 
-    from minisora_jax.bundled import CODEC, MODEL
+    from minisora_jax.bundled import MODEL
     from minisora_jax.data.contact_sheet import contact_sheet
     from minisora_jax.data.video import write_video
     from minisora_jax.generate import Generator, Request
 
     options = sampling(args)
-    generator = Generator.load(args.model or MODEL, args.codec or CODEC, args.guide_model)
+    generator = Generator.load(args.model or MODEL, args.codec, args.guide_model, args.text_encoder)
     requests = [
         Request(prompt, (args.frames, *size_HW), args.seed + i, args.fps) for i, prompt in enumerate(args.prompts)
     ]
@@ -92,6 +97,11 @@ def add_sampling(parser):
         type=float,
         default=0.0,
         help="share by which to undo the contrast that guidance adds, 0 (default) to 1",
+    )
+    group.add_argument(
+        "--text-encoder",
+        default=None,
+        help="a text encoder that `minisora import` wrote (default: the one that the model was trained with)",
     )
     group.add_argument(
         "--guide-model",

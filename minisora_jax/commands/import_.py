@@ -2,7 +2,7 @@
 
 examples:
   minisora import wan2.1-vae Wan2.1-T2V-1.3B-Diffusers/vae --out=models/wan-vae
-  minisora import umt5-xxl models_t5_umt5-xxl-enc-bf16.pth --out=models/umt5
+  minisora import umt5-xxl models_t5_umt5-xxl-enc-bf16.pth --tokenizer=google/umt5-xxl --out=models/umt5
   minisora import wan2.1-t2v-1.3b Wan2.1-T2V-1.3B-Diffusers/transformer --out=models/wan
   minisora eval codec --codec=models/wan-vae --data=data/clips
 
@@ -14,8 +14,13 @@ misshapen is named.
 from __future__ import annotations
 
 import logging
+import shutil
+from pathlib import Path
 
 logger = logging.getLogger("minisora")
+
+TOKENIZER_FILES = ("tokenizer.json", "spiece.model", "vocab.json", "merges.txt", "tokenizer_config.json")
+TOKENIZER_FILES += ("special_tokens_map.json", "added_tokens.json")
 
 
 def add_arguments(parser):
@@ -25,6 +30,9 @@ def add_arguments(parser):
     parser.add_argument("preset", metavar="PRESET", choices=choices, help="one of those listed below")
     parser.add_argument("path", metavar="PATH", help="the published file or directory")
     parser.add_argument("--out", required=True, help="the directory to write the model to")
+    parser.add_argument(
+        "--tokenizer", help="of a text encoder: the directory of its tokenizer (default: beside the weights, if there)"
+    )
     parser.add_argument("--dtype", choices=DTYPES, help="precision to keep the weights in (default: the published)")
     table = lambda presets: "".join(f"  {name:<18}{preset.what}\n" for name, preset in presets.items())
     parser.epilog = f"codecs:\n{table(CODECS)}\ndiffusion transformers:\n{table(TRANSFORMERS)}"
@@ -35,14 +43,21 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 def run(args, _):
-    from minisora_jax.weights.presets import CODECS, TRANSFORMERS
+    from minisora_jax.models.captions import TOKENIZER
+    from minisora_jax.weights.presets import CODECS, TEXT_ENCODERS, TRANSFORMERS
 
     export = import_text_encoder
     if args.preset in CODECS:
         export = import_codec
     if args.preset in TRANSFORMERS:
         export = import_transformer
+    tokenizer = tokenizer_files(args.tokenizer, args.path) if args.preset in TEXT_ENCODERS else []
     what, digest = export(args.preset, args.path, args.out, args.dtype)
+    for file in tokenizer:
+        (Path(args.out) / TOKENIZER).mkdir(exist_ok=True)
+        shutil.copyfile(file, Path(args.out) / TOKENIZER / file.name)
+    if tokenizer:
+        logger.info("tokenizer copied from %s", tokenizer[0].parent)
     print(f"{what} {digest} written to {args.out}")
 
 
@@ -62,7 +77,7 @@ def import_codec(name: str, path: str, out: str, dtype: str | None) -> tuple[str
     abstract = jax.eval_shape(VAE(preset.config).init, jax.random.key(0), frames)
     params = read(Checkpoint(path).within(preset.within), preset.family, preset.config, abstract)
     statistics = (np.asarray(s, np.float32) for s in (preset.latent_mean, preset.latent_std))
-    return "codec", Codec(preset.config, params, *statistics).export(out, {"imported": name}, dtype)
+    return "codec", Codec(preset.config, params, *statistics).export(out, {"imported": name}, dtype, "importing")
 
 
 def import_transformer(name: str, path: str, out: str, dtype: str | None) -> tuple[str, str]:
@@ -77,7 +92,7 @@ def import_transformer(name: str, path: str, out: str, dtype: str | None) -> tup
     params = read(Checkpoint(path).within(preset.within), preset.family, preset.config, abstract_params(preset.config))
     config = {"kind": "dit"} | {k: dataclasses.asdict(getattr(preset, k)) for k in ("times", "objective")}
     config |= {"dit": dataclasses.asdict(preset.config), "training": {"imported": name}}
-    return "transformer", export_model(out, params, config, dtype=dtype)
+    return "transformer", export_model(out, params, config, dtype=dtype, progress="importing")
 
 
 def import_text_encoder(name: str, path: str, out: str, dtype: str | None) -> tuple[str, str]:
@@ -98,12 +113,25 @@ def import_text_encoder(name: str, path: str, out: str, dtype: str | None) -> tu
     ids = jax.ShapeDtypeStruct((1, 8), jnp.int32)
     abstract = jax.eval_shape(TextEncoder(config, {}).module.init, jax.random.key(0), ids, ids)
     params = read(checkpoint, preset.family, config, abstract)
-    return "text encoder", TextEncoder(config, params).export(out, {"imported": name}, dtype)
+    return "text encoder", TextEncoder(config, params).export(out, {"imported": name}, dtype, "importing")
+
+
+def tokenizer_files(asked: str | None, path: str) -> list[Path]:
+    """The tokenizer's files: in the directory `asked` for, or in one where published encoders have them, if any has."""
+    weights = Path(path) if Path(path).is_dir() else Path(path).parent
+    # text_encoder_2/ of a pipeline has its own tokenizer_2/.
+    beside = weights.parent / weights.name.replace("text_encoder", "tokenizer")
+    for directory in [Path(asked)] if asked else [weights, beside]:
+        if any((directory / name).is_file() for name in ("tokenizer.json", "spiece.model", "vocab.json")):
+            return [directory / name for name in TOKENIZER_FILES if (directory / name).is_file()]
+    if asked:
+        raise FileNotFoundError(f"--tokenizer={asked} has no tokenizer: no tokenizer.json, spiece.model or vocab.json")
+    return []
 
 
 def read(checkpoint, family, config, abstract):
-    """The parameters in NumPy, in the precision they are stored in."""
-    from minisora_jax.weights.rules import import_params
+    """The parameters as `LazyArray`s, in the precision they are stored in."""
+    from minisora_jax.weights.rules import import_lazily
 
     rules = family.rules(config, family.layout_of(checkpoint.names))
-    return import_params(checkpoint, rules, abstract, ignored=family.IGNORED, keep_dtype=True)
+    return import_lazily(checkpoint, rules, abstract, ignored=family.IGNORED, keep_dtype=True)

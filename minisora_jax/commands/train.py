@@ -3,6 +3,8 @@
 examples:
   minisora train --config=configs/dit_tiny.py:data=data/latents --workdir=runs/model
   minisora train --config=configs/dit_tiny.py:data=data/latents --config.run.mesh.fsdp=4 --workdir=runs/m2
+  minisora train --config=configs/dit_finetune.py:data=data/latents --init=models/wan --codec=models/wan-vae \\
+      --workdir=runs/wan
 
 Interrupted, the same command goes on from the last checkpoint, bit for bit. TensorBoard: tensorboard --logdir=WORKDIR
 """
@@ -17,31 +19,42 @@ TAKES_CONFIG = True
 def add_arguments(parser):
     parser.add_argument("--workdir", required=True, help="checkpoints, metrics and the exported model go here")
     parser.add_argument("--codec", default=None, help="the codec of the cache, for sample videos (default: bundled)")
+    parser.add_argument(
+        "--init",
+        default=None,
+        help="a model to start from, trained here or imported: its weights, and its shape and objective, where the "
+        "config does not say otherwise",
+    )
     parser.usage = (
         "minisora train --config=FILE.py[:arg=value,...] [--config.key=value ...] --workdir=DIR [--codec=DIR]"
     )
+    parser.usage += " [--init=DIR]"
 
 
 def run(args, config_flags):
     from minisora_jax.bundled import CODEC
     from minisora_jax.config import build, read_config
     from minisora_jax.data.latents import Latents
+    from minisora_jax.models.captions import captions_of
     from minisora_jax.models.codec import Codec
-    from minisora_jax.train.diffusion_task import DiffusionTask, train_diffusion
+    from minisora_jax.train.diffusion_task import DiffusionTask, settings_of, train_diffusion
 
-    config = read_config(config_flags, DiffusionTask, "configs/dit_tiny.py:data=data/latents")
+    settled = settings_of(args.init) if args.init else None
+    config = read_config(config_flags, DiffusionTask, "configs/dit_tiny.py:data=data/latents", settled)
     data, prompts = config.pop("data"), config.pop("prompts", ())
 
     task = build(DiffusionTask, config)
     codec = Codec.load(args.codec or CODEC)
-    latents = Latents(data, codec_hash=codec.hash, text={"encoder": "bytes"})
-    export = {"codec": codec.hash, "text": {"encoder": "bytes"}}
-    sample = sample_videos(task, codec, prompts, Path(args.workdir)) if prompts else None
-    where = train_diffusion(task, Path(args.workdir), latents, config | {"data": data}, export, sample)
+    latents = Latents(data, codec_hash=codec.hash)
+    export = {"codec": codec.hash, "text": latents.text}
+    captions = captions_of(task.dit, latents.text, None, None) if prompts else None
+    sample = sample_videos(task, codec, captions, prompts, Path(args.workdir)) if prompts else None
+    describe = config | {"data": data, "init": args.init or ""}
+    where = train_diffusion(task, Path(args.workdir), latents, describe, export, sample, args.init)
     print(f"model exported to {where}")
 
 
-def sample_videos(task, codec, prompts, workdir):
+def sample_videos(task, codec, captions, prompts, workdir):
     """A `sample` for `train`: each prompt of the config as a TensorBoard video, and all on one contact sheet."""
     import jax
 
@@ -51,7 +64,8 @@ def sample_videos(task, codec, prompts, workdir):
     requests = [Request(p["prompt"], tuple(p["size_THW"]), seed=i) for i, p in enumerate(prompts)]
 
     def sample(step, params, metrics):
-        generator = Generator(codec, task.dit, task.times, jax.device_get(params), objective=task.objective)
+        params, objective = jax.device_get(params), task.objective
+        generator = Generator(codec, task.dit, task.times, params, objective=objective, captions=captions)
         videos = generator.generate(requests, progress=False)
         for i, (request, frames) in enumerate(zip(requests, videos)):
             metrics.video(step, f"sample{i}", frames, request.fps)

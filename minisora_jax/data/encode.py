@@ -1,4 +1,4 @@
-"""`minisora encode`: clips through the codec, in order, for the latent cache."""
+"""`minisora encode`: clips through the codec and captions through the text encoder, in order, for the latent cache."""
 
 from __future__ import annotations
 
@@ -6,18 +6,19 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from minisora_jax.models.captions import Captions
 from minisora_jax.models.codec import Codec
-from minisora_jax.models.text import encode_bytes
 from minisora_jax.types import Clip, LatentClip
 
 WINDOW = 256  # clips looked at together, so that those of one size share a pass
 PIXELS_AT_ONCE = 2**19  # H * W of a pass's clips together
 
 
-def encode_clips(codec: Codec, clips: Sequence[Clip], start: int = 0) -> Iterator[LatentClip]:
+def encode_clips(codec: Codec, captions: Captions, clips: Sequence[Clip], start: int = 0) -> Iterator[LatentClip]:
     """The latents of clips start, start + 1, ... Clips of one size go through the codec together."""
     for first in range(start, len(clips), WINDOW):
         window = [clips[i] for i in range(first, min(first + WINDOW, len(clips)))]
+        texts = captions.encode([clip.caption for clip in window])
         moments: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         by_size: dict[tuple, list[int]] = {}
         for i, clip in enumerate(window):
@@ -30,4 +31,4 @@ def encode_clips(codec: Codec, clips: Sequence[Clip], start: int = 0) -> Iterato
                 mean, std = codec.encode(np.stack([window[i].frames_THWC for i in padded]))
                 moments |= {i: (mean[k], std[k]) for k, i in enumerate(some)}
         for i, clip in enumerate(window):
-            yield LatentClip(*moments[i], encode_bytes(clip.caption), clip.caption, clip.fps, clip.name)
+            yield LatentClip(*moments[i], texts[i], clip.caption, clip.fps, clip.name)

@@ -6,6 +6,7 @@ that the uninterrupted run would have seen.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 
 import grain
@@ -14,7 +15,7 @@ import numpy as np
 
 from minisora_jax.data.known import KnownConfig
 from minisora_jax.data.latents import Latents
-from minisora_jax.data.packing import PackPlan, pack_segments, training_segment
+from minisora_jax.data.packing import PackPlan, pack_segments, padded_text, training_segment
 from minisora_jax.parallel.mesh import host_rows
 from minisora_jax.types import Clip, PackedBatch
 
@@ -62,21 +63,26 @@ def packed_batches(
     patch: tuple[int, int, int],
     known: KnownConfig,
     caption_dropout: float,
+    caption_tokens: int = 0,
 ) -> Iterator[tuple[PackedBatch, list[np.ndarray]]]:
-    """(PackedBatch (A, B, ...), the (t, h, w, L) of the clips of each of the step's rows on all hosts), one a step."""
+    """(PackedBatch (A, B, ...), the (t, h, w, L) of the clips of each of the step's rows on all hosts), one a step.
+
+    Captions are padded to `caption_tokens`, as DiTConfig has it.
+    """
     pack, seed, accumulate = plan.config, plan.seed, plan.per_step // plan.config.rows
     mine = [a * pack.rows + b for a in range(accumulate) for b in host_rows(pack.rows)]
 
     def segment(epoch: int, i: int):
         # Seeded by the clip and the epoch, never by its place, so that packing changes nothing about a clip.
         rng = np.random.default_rng([seed, epoch, i])
-        return training_segment(latents[i], patch, known, caption_dropout, latents.empty_text_LE, rng)
+        made = training_segment(latents[i], patch, known, caption_dropout, latents.empty_text_LE, rng)
+        return dataclasses.replace(made, text_LE=padded_text(made.text_LE, caption_tokens))
 
     def batch(step: int):
         epoch, _ = plan.place(step)
         rows = plan.rows(step)
         packed = pack_segments([[segment(epoch, int(i)) for i in rows[r]] for r in mine], pack, plan.longest)
         packed = jax.tree.map(lambda x: x.reshape(accumulate, -1, *x.shape[1:]), packed)
-        return packed, [latents.sizes[r] for r in rows]
+        return packed, [np.maximum(latents.sizes[r], (0, 0, 0, caption_tokens)) for r in rows]
 
     return in_order(batch, steps)

@@ -166,6 +166,11 @@ class PackPlan:
 # ---- Rows
 
 
+def padded_text(text_LE: np.ndarray, tokens: int) -> np.ndarray:
+    """A caption's features with zeros up to `tokens`, which Wan's models attend to as they do to the caption's own."""
+    return np.pad(text_LE, ((0, max(0, tokens - len(text_LE))), (0, 0)))
+
+
 @dataclasses.dataclass(frozen=True)
 class Segment:
     """One clip ready to be put in a row, at any place in it."""

@@ -39,7 +39,7 @@ class Codec:
         stats = (np.asarray(config[k], np.float32) for k in ("latent_mean", "latent_std"))
         return cls(VAEConfig(**config_fields(config["vae"])), params, *stats, hash=model_hash(directory))
 
-    def export(self, directory: str | Path, training: dict, dtype: str | None = "float32") -> str:
+    def export(self, directory: str | Path, training: dict, dtype: str | None = "float32", progress: str = "") -> str:
         """Write the codec for `load`; `training` is the record of how it was made. Returns its hash."""
         config = {
             "kind": "vae",
@@ -48,7 +48,7 @@ class Codec:
             "latent_std": [round(float(x), 6) for x in self.latent_std],
             "training": training,
         }
-        return export_model(directory, self.params, config, dtype=dtype)
+        return export_model(directory, self.params, config, dtype=dtype, progress=progress)
 
     def encode(self, frames_BTHWC: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """uint8 clips of one size -> (mean_Bthwc, std_Bthwc) of the posterior, float32, normalised.

@@ -54,6 +54,7 @@ class DiTConfig:
     positions: str = "learned"  # added to the tokens: a "learned" projection of sinusoids, "fixed" sinusoids, or "none"
     base_grid: int = 16  # tokens along a side that fixed positions were trained at; other grids are stretched onto it
     caption: str = "refined"  # by a small transformer; "projected" by two layers; a "label" without cross-attention
+    caption_tokens: int = 0  # captions are padded with zeros to so many tokens, which are attended to (Wan); 0: not
     cross_norm: bool = True  # LayerNorm before cross-attention
     facts: bool = True  # the clip's size, frame rate and mean caption join the noise level
     classes: int = 0  # of a label's table, the one that stands for none included
@@ -76,6 +77,11 @@ class DiTConfig:
             raise ValueError(f"patch={self.patch} must be (1, y, x): latent frames come as 1 + k, so one at a time")
         if not self.groups or set(self.groups) - {"joint", "spatial", "temporal"}:
             raise ValueError(f"groups={self.groups} must be made of 'joint', 'spatial' and 'temporal'")
+
+    @property
+    def makes_images(self) -> bool:
+        """Whether it has no notion of time: what its tokens are told of their place is (y, x)."""
+        return self.positions == "fixed" and "temporal" not in self.groups
 
     @property
     def token_width(self) -> int:

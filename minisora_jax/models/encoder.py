@@ -33,8 +33,8 @@ class TextEncoder:
             raise ValueError(f"{directory} holds a {kind!r} model, not a text encoder ({' or '.join(CONFIGS)})")
         return cls(CONFIGS[kind](**config_fields(config[kind])), params, model_hash(directory))
 
-    def export(self, directory: str | Path, record: dict, dtype: str | None = None) -> str:
+    def export(self, directory: str | Path, record: dict, dtype: str | None = None, progress: str = "") -> str:
         """Write the encoder for `load`; `record` says where it is from. Returns its hash."""
         kind = next(k for k, config in CONFIGS.items() if isinstance(self.config, config))
         config = {"kind": kind, kind: dataclasses.asdict(self.config), "training": record}
-        return export_model(directory, self.params, config, dtype=dtype)
+        return export_model(directory, self.params, config, dtype=dtype, progress=progress)

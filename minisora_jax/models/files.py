@@ -8,49 +8,74 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from flax import traverse_util
-from safetensors import safe_open
-from safetensors.numpy import load_file, save_file
+
+from minisora_jax.data.atomic import replacing
+from minisora_jax.models.tensorfile import LazyArray, StoredTensor, read_tensors, write_tensors
 
 
-def export_model(directory: str | Path, params: Any, config: dict, *, dtype: str | None = "float32") -> str:
+def export_model(
+    directory: str | Path, params: Any, config: dict, *, dtype: str | None = "float32", progress: str = ""
+) -> str:
     """Write params and config to `directory`, each file atomically, and return the model's hash.
 
-    `dtype` None keeps the leaves'. NumPy leaves that are as wanted are written from where they are, without a copy.
+    Leaves are arrays, on the host or on devices, or `LazyArray`s; they are fetched and written one after another, so
+    that memory holds one, of lazy ones one part. `dtype` None keeps the leaves'. `progress` names a bar.
     """
     directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    flat = traverse_util.flatten_dict(jax.device_get(params), sep="/")
-    arrays = {k: np.ascontiguousarray(np.asarray(v, dtype)) for k, v in flat.items()}
-    save_file(arrays, directory / "model.safetensors.partial")
-    os.chmod(directory / "model.safetensors.partial", 0o644)  # safetensors leaves it to its owner alone
-    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
-    (directory / "config.json.partial").write_text(text, encoding="utf-8")
-    for name in ("model.safetensors", "config.json"):
-        os.replace(directory / f"{name}.partial", directory / name)
+    flat = traverse_util.flatten_dict(params, sep="/")
+    write_tensors(directory / "model.safetensors", {k: _lazy(v, dtype) for k, v in flat.items()}, progress)
+    with replacing(directory / "config.json") as partial:
+        partial.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return model_hash(directory)
+
+
+def _lazy(leaf: Any, dtype: str | None) -> LazyArray:
+    if not isinstance(leaf, LazyArray):
+        leaf = LazyArray(leaf.shape, leaf.dtype, functools.partial(lambda x: [np.asarray(jax.device_get(x))], leaf))
+    return leaf.astype(dtype or leaf.dtype)
 
 
 def load_model(directory: str | Path, dtype: str | None = "float32") -> tuple[Any, dict]:
     """(NumPy params, config) of an exported model; FileNotFoundError names what is missing. `dtype` None: as stored."""
-    config = load_config(directory)
-    flat = load_file(Path(directory) / "model.safetensors")
-    params = {k: v.astype(dtype or v.dtype, copy=False) for k, v in flat.items()}
-    return traverse_util.unflatten_dict(params, sep="/"), config
+    stored, config = open_model(directory)
+    return jax.tree.map(lambda x: np.array(x[...], dtype or x.dtype), stored), config
 
 
 def open_model(directory: str | Path) -> tuple[Any, dict]:
-    """`load_model` whose leaves are functions that read them from disk, as stored."""
+    """`load_model` whose leaves stay on disk, as stored: `leaf[index]` reads them."""
     config = load_config(directory)
-    file = safe_open(Path(directory) / "model.safetensors", framework="numpy")
-    leaves = {name: functools.partial(file.get_tensor, name) for name in file.keys()}
-    return traverse_util.unflatten_dict(leaves, sep="/"), config
+    stored: dict[str, StoredTensor] = read_tensors(Path(directory) / "model.safetensors")
+    return traverse_util.unflatten_dict(stored, sep="/"), config
+
+
+def load_params_onto(directory: str | Path, abstract: Any) -> Any:
+    """The params of an exported model in `abstract`'s types and layouts: each device gets its part from the disk.
+
+    Raises ValueError as `check_shapes` does, before anything is read.
+    """
+    stored, _ = open_model(directory)
+    check_shapes(stored, abstract, directory)
+
+    def place(x: StoredTensor, target: jax.ShapeDtypeStruct) -> jax.Array:
+        part = lambda index: x[index].astype(target.dtype)
+        return jax.make_array_from_callback(x.shape, target.sharding, part)
+
+    return jax.tree.map(place, stored, abstract)
+
+
+def check_shapes(stored: Any, abstract: Any, directory: str | Path) -> None:
+    """ValueError for a parameter that is missing, left over or of another shape than is wanted here."""
+    have, want = (traverse_util.flatten_dict(tree, sep="/") for tree in (stored, abstract))
+    for name in sorted(have.keys() | want.keys()):
+        theirs, ours = (str(tree[name].shape) if name in tree else "nothing" for tree in (have, want))
+        if theirs != ours:
+            raise ValueError(f"{directory} does not fit: for {name} it has {theirs}, the config wants {ours}")
 
 
 def load_config(directory: str | Path) -> dict:

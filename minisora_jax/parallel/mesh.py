@@ -154,6 +154,16 @@ def parameter_spec(shape: tuple[int, ...], axis: int, tensor: int | None = None)
     return P(*spec)
 
 
+def laid_out(abstract, mesh: jax.sharding.Mesh):
+    """A tree of abstract arrays with the layout that each was given, on the mesh's own devices."""
+
+    def on_mesh(x):  # eval_shape leaves out the sharding of what is replicated
+        spec = x.sharding.spec if x.sharding is not None else REPLICATED
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
+
+    return jax.tree.map(on_mesh, abstract)
+
+
 def host_rows(rows: int, mesh: jax.sharding.Mesh | None = None) -> list[int]:
     """The rows of a batch that this process must load: those its devices hold any token of. All without a mesh.
 

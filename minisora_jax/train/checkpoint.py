@@ -10,9 +10,8 @@ from pathlib import Path
 
 import jax
 import orbax.checkpoint as ocp
-from jax.sharding import NamedSharding
 
-from minisora_jax.parallel.mesh import REPLICATED
+from minisora_jax.parallel.mesh import laid_out
 from minisora_jax.types import TrainState
 
 
@@ -32,12 +31,7 @@ class Checkpoints:
 
     def restore(self, abstract: TrainState, mesh: jax.sharding.Mesh, step: int | None = None) -> TrainState:
         """The newest state (or that of `step`), laid out on `mesh` as `abstract`'s types say."""
-
-        def on_mesh(x):  # eval_shape leaves out the sharding of what is replicated
-            spec = x.sharding.spec if x.sharding is not None else REPLICATED
-            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
-
-        target = jax.tree.map(on_mesh, abstract)
+        target = laid_out(abstract, mesh)
         step = self.latest() if step is None else step
         return self._manager.restore(step, args=ocp.args.StandardRestore(target))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -11,15 +12,22 @@ import jax.numpy as jnp
 import numpy as np
 
 from minisora_jax.data.known import KnownConfig
+from minisora_jax.data.latents import Latents
 from minisora_jax.data.loader import packed_batches
 from minisora_jax.data.packing import PackConfig, PackPlan, Segment, pack_segments, token_counts
 from minisora_jax.diffusion.loss import diffusion_loss
 from minisora_jax.diffusion.objective import ObjectiveConfig
 from minisora_jax.diffusion.time import TimeConfig
-from minisora_jax.models.dit import DiT, DiTConfig
-from minisora_jax.models.files import export_model, load_model
+from minisora_jax.models.dit import DiT, DiTConfig, abstract_params
+from minisora_jax.models.files import (
+    check_shapes,
+    config_fields,
+    export_model,
+    load_config,
+    load_params_onto,
+    open_model,
+)
 from minisora_jax.models.text import encode_bytes
-from minisora_jax.parallel.mesh import like
 from minisora_jax.train.flops import count_work
 from minisora_jax.train.loop import RunConfig, train
 from minisora_jax.types import PackedBatch
@@ -35,7 +43,6 @@ class DiffusionTask:
     known: KnownConfig = KnownConfig()
     caption_dropout: float = 0.1
     export_dtype: str = "float32"
-    start: str = ""  # an exported model to go on from, of the same shape; "" for random weights
 
     def __post_init__(self):
         if not 0 <= self.caption_dropout < 1:
@@ -50,28 +57,36 @@ def example_batch(task: DiffusionTask) -> PackedBatch:
 
 
 def train_diffusion(
-    task: DiffusionTask, workdir: Path, latents, describe: dict, export: dict, sample: Callable | None = None
+    task: DiffusionTask,
+    workdir: Path,
+    latents: Latents,
+    describe: dict,
+    export: dict,
+    sample: Callable | None = None,
+    init: str | Path | None = None,
 ) -> Path:
     """Train on a latent cache and export the averaged weights to WORKDIR/export, whose path is returned.
 
-    `export` is stored in the exported config beside the model's own: the codec's hash, the text encoder.
+    `export` is stored in the exported config beside the model's own: the codec's hash, the text encoder. `init` is a
+    model to start from, exported or imported, of the shape that `task.dit` has (see `settings_of`).
     """
     model = DiT(task.dit)
-    _check_latents(task, latents)
-
-    start = load_model(task.start)[0] if task.start else None
+    _check_latents(task, latents, init)
+    if init:
+        check_shapes(open_model(init)[0], abstract_params(task.dit), init)
 
     def init_params(key):
         batch = jax.tree.map(jnp.asarray, example_batch(task))
-        params = model.init(key, batch.tokens_BSP, jnp.zeros((1, 1)), batch)
-        return jax.tree.map(_in_place_of, start, params) if start else params
+        return model.init(key, batch.tokens_BSP, jnp.zeros((1, 1)), batch)
 
+    sizes = np.maximum(latents.sizes, (0, 0, 0, task.dit.caption_tokens))
     rows_per_step = task.run.optim.accumulate * task.pack.rows
-    plan = PackPlan(*token_counts(latents.sizes, task.dit.patch), task.pack, task.run.seed, rows_per_step)
+    plan = PackPlan(*token_counts(sizes, task.dit.patch), task.pack, task.run.seed, rows_per_step)
     plan.place(0)  # raises now where the clips do not fill a step
 
     def batches(start: int) -> Iterator:
         options = {"patch": task.dit.patch, "known": task.known, "caption_dropout": task.caption_dropout}
+        options["caption_tokens"] = task.dit.caption_tokens
         for batch, rows in packed_batches(latents, plan, range(start, task.run.steps), **options):
             yield batch, count_work(task.dit, task.pack, rows)
 
@@ -86,6 +101,7 @@ def train_diffusion(
         loss_fn=lambda params, batch, key: diffusion_loss(model, task.times, params, batch, key, task.objective),
         batches=batches,
         describe=describe,
+        start_params=functools.partial(load_params_onto, init) if init else None,
         sample=sample,
     )
     config = {"kind": "dit"} | {k: dataclasses.asdict(getattr(task, k)) for k in ("dit", "times", "objective")}
@@ -93,16 +109,33 @@ def train_diffusion(
     return workdir / "export"
 
 
-def _in_place_of(loaded: np.ndarray, fresh: jax.Array) -> jax.Array:
-    """A loaded parameter, laid out as the fresh one that it replaces."""
-    if loaded.shape != fresh.shape:
-        raise ValueError(f"a parameter of the model to start from is {loaded.shape}, dit here wants {fresh.shape}")
-    return like(jnp.asarray(loaded), fresh)
+def settings_of(model: str | Path) -> dict:
+    """What of a task is settled by the model that it starts from: its shape, its noise levels, its objective."""
+    config = load_config(model)
+    if config.get("kind") != "dit":
+        raise ValueError(f"{model} holds a {config.get('kind')!r} model, not a diffusion transformer ('dit')")
+    return {k: config_fields(config.get(k, {})) for k in ("dit", "times", "objective")}
 
 
-def _check_latents(task: DiffusionTask, latents) -> None:
-    channels, features = latents[0].mean_thwc.shape[-1], latents.empty_text_LE.shape[1]
-    if channels != task.dit.latent_channels:
-        raise ValueError(f"the latent cache has {channels} channels: set dit.latent_channels={channels}")
-    if features != task.dit.text_features:
-        raise ValueError(f"the latent cache has caption features of width {features}: set dit.text_features={features}")
+def _check_latents(task: DiffusionTask, latents: Latents, init: str | Path | None) -> None:
+    """ValueError where the model cannot learn from these latents: nothing has been compiled or read by then."""
+    dit, channels, features = task.dit, latents[0].mean_thwc.shape[-1], latents.empty_text_LE.shape[1]
+    if dit.image_features:
+        raise ValueError(f"dit.image_features={dit.image_features}: latent caches hold no image features to train with")
+    if dit.caption == "label":
+        raise ValueError(
+            "dit.caption='label' learns from classes, and latent caches hold captions: not trained here yet"
+        )
+    if channels != dit.latent_channels:
+        fix = f"set dit.latent_channels={channels}"
+        if init:
+            fix = f"{init} takes {dit.latent_channels}: encode the clips with the codec that it was trained with"
+        raise ValueError(f"the latent cache has {channels} channels: {fix}")
+    if features != dit.text_features:
+        fix = f"set dit.text_features={features}"
+        if init:
+            fix = (
+                f"{init} reads {dit.text_features}: encode the clips with the text encoder that it was trained with "
+                f"(`minisora encode --text-encoder=DIR`)"
+            )
+        raise ValueError(f"the latent cache has caption features of width {features}: {fix}")

@@ -15,7 +15,7 @@ from typing import Any
 
 import jax
 
-from minisora_jax.parallel.mesh import MeshConfig, make_mesh, place, require_divisible
+from minisora_jax.parallel.mesh import MeshConfig, laid_out, make_mesh, place, require_divisible
 from minisora_jax.train.checkpoint import Checkpoints
 from minisora_jax.train.metrics import Metrics
 from minisora_jax.train.optim import OptimConfig, learning_rate, make_optimizer
@@ -58,12 +58,14 @@ def train(
     loss_fn: LossFn,
     batches: Callable[[int], Iterator[tuple[Any, dict[str, float]]]],
     describe: dict,
+    start_params: Callable[[Any], Any] | None = None,
     sample: Callable[[int, Any, Metrics], None] | None = None,
 ) -> TrainState:
     """Train for `config.steps` steps under `workdir`, from its newest checkpoint where it has one.
 
     `rows` is the length of B on all devices together; `tokens` a row's and `heads` the model's, where it has them.
-    `init_params(key)` draws the parameters. `batches(start)` yields, from step `start` on, a pytree of NumPy arrays
+    `init_params(key)` draws the parameters; `start_params(abstract)` instead gives those to start from, each of its
+    abstract array's shape, type and layout. `batches(start)` yields, from step `start` on, a pytree of NumPy arrays
     (A, B, ...) and the batch's counts: `tokens`, `useful_tokens`, `useful_flops`, `hardware_flops` where known.
     `sample(step, ema_params, metrics)` writes sample videos. `describe` is the whole configuration: a workdir that was
     begun with another one is refused.
@@ -72,7 +74,7 @@ def train(
     mesh = make_mesh(config.mesh)
     require_divisible(mesh, rows=rows, tokens=tokens, heads=heads)
     with jax.set_mesh(mesh), contextlib.ExitStack() as stack:
-        # ---- Init or restore: checkpoint, else random; the data state is the step
+        # ---- Init or restore: checkpoint, else given weights, else random; the data state is the step
         workdir.mkdir(parents=True, exist_ok=True)
         _refuse_another_config(workdir, describe)
         key = jax.random.key(config.seed)
@@ -81,7 +83,10 @@ def train(
         quick = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
         init = jax.jit(lambda k: init_state(init_params(k), optimizer), compiler_options=quick)
         checkpoints = stack.enter_context(contextlib.closing(Checkpoints(workdir / "checkpoints", keep=config.keep)))
-        if checkpoints.latest() is None:
+        if checkpoints.latest() is None and start_params:
+            params = start_params(laid_out(jax.eval_shape(init, key).params, mesh))
+            state = jax.jit(lambda p: init_state(p, optimizer), donate_argnums=0)(params)
+        elif checkpoints.latest() is None:
             state = init(jax.random.fold_in(key, 2**31 - 1))
         else:
             state = checkpoints.restore(jax.eval_shape(init, key), mesh)

@@ -17,7 +17,8 @@ from pathlib import Path
 
 import ml_dtypes
 import numpy as np
-from safetensors import safe_open
+
+from minisora_jax.models.tensorfile import read_tensors
 
 _TORCH_DTYPES = {
     "DoubleStorage": np.float64,
@@ -73,7 +74,8 @@ class Checkpoint:
 def _files(path: Path) -> list:
     if path.is_dir():
         for pattern in ("*.index.json", "*.safetensors", "*.bin", "*.pth", "*.pt"):
-            if found := sorted(path.glob(pattern)):
+            # Names that begin with a dot are those of files that were never finished.
+            if found := sorted(p for p in path.glob(pattern) if not p.name.startswith(".")):
                 return [f for p in found for f in _files(p)]
         raise CheckpointError(f"{path} has no checkpoint: no *.safetensors, *.index.json, *.bin, *.pth or *.pt in it")
     if not path.exists():
@@ -89,20 +91,19 @@ def _files(path: Path) -> list:
 class _Safetensors:
     def __init__(self, path: Path):
         try:
-            self._file = safe_open(path, framework="numpy")
-        except Exception as error:
-            raise CheckpointError(f"{path} is not a whole safetensors file: {error}") from error
-        self.names = list(self._file.keys())
+            self._tensors = read_tensors(path)
+        except ValueError as error:
+            raise CheckpointError(str(error)) from error
+        self.names = list(self._tensors)
 
     def read(self, name: str) -> np.ndarray:
-        return self._file.get_tensor(name)
+        return self._tensors[name][...]
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._file.get_slice(name).get_shape())
+        return self._tensors[name].shape
 
     def dtype(self, name: str) -> np.dtype:
-        # An empty slice: safetensors' own names of types are not NumPy's.
-        return self.read(name).dtype if not self.shape(name) else self._file.get_slice(name)[:0].dtype
+        return self._tensors[name].dtype
 
 
 class _TorchFile:

@@ -15,6 +15,7 @@ _XL |= dict(positions="fixed", cross_norm=False, facts=False)
 _CLASSES = _XL | dict(modulation="block", caption="label", classes=1001)
 _CAPTIONS = _XL | dict(modulation="single", caption="projected", text_features=4096)
 _WAN = dict(modulation="single", qk_norm="all", positions="none", caption="projected", facts=False, text_features=4096)
+_WAN |= dict(caption_tokens=512)
 _WAN_14B = _WAN | dict(width=5120, depth=40, heads=40, mlp_ratio=13_824 / 5120)
 
 CONFIGS = {
@@ -36,6 +37,14 @@ OBJECTIVES = {name: _FLOW if name.startswith(("sit", "wan")) else _NOISE for nam
 TIMES = {
     name: TimeConfig(base_tokens=0, per_frame=0.0, law="logit-normal" if name.startswith("wan") else "uniform")
     for name in CONFIGS
+}
+# (codec, text encoder) that they were trained with: presets of `minisora import`.
+PAIRS = {
+    "dit": ("sd-vae", None),
+    "sit": ("sd-vae", None),
+    "pixart": ("sd-vae", "t5-v1.1-xxl"),
+    "latte": ("sd-vae", "t5-v1.1-xxl"),
+    "wan2.1": ("wan2.1-vae", "umt5-xxl"),
 }
 ABOUT = {
     "dit": "images of ImageNet classes, 675 M parameters: transformer/ of DiT-XL-2-*, or DiT-XL-2-*.pt",

@@ -45,6 +45,8 @@ class TransformerPreset:
     family: ModuleType
     objective: ObjectiveConfig
     times: TimeConfig
+    codec: str  # the presets that it was trained with
+    text_encoder: str | None
     within: tuple[str, ...] = ("ema.", "module.", "model.diffusion_model.")
 
 
@@ -87,6 +89,7 @@ TEXT_ENCODERS = {
 }
 
 TRANSFORMERS = {
-    name: TransformerPreset(dit.ABOUT[name.split("-")[0]], config, dit, dit.OBJECTIVES[name], dit.TIMES[name])
+    name: TransformerPreset(dit.ABOUT[family], config, dit, dit.OBJECTIVES[name], dit.TIMES[name], *dit.PAIRS[family])
     for name, config in dit.CONFIGS.items()
+    for family in [name.split("-")[0]]
 }

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,10 @@ import jax
 import numpy as np
 from einops import rearrange
 from flax import traverse_util
-from safetensors.numpy import save_file
 from tqdm import tqdm
 
+from minisora_jax.data.atomic import replacing
+from minisora_jax.models.tensorfile import LazyArray, StoredTensor, write_tensors
 from minisora_jax.weights.checkpoint import Checkpoint, CheckpointError
 
 
@@ -66,29 +67,47 @@ class Rule:
         return rearrange(array, f"{ours}->{theirs}", **dict(self.sizes))
 
 
-def import_params(
+def import_lazily(
     checkpoint: Checkpoint,
     rules: Sequence[Rule],
     abstract: Any,
     *,
     ignored: tuple[str, ...] = (),
     keep_dtype: bool = False,
-    progress: bool = True,
 ) -> Any:
-    """Our parameter tree from a checkpoint, each leaf of `abstract`'s shape, dtype and sharding (where it has one).
+    """Our parameter tree from a checkpoint, of `LazyArray`s: their parts are layers, each read when it is asked for.
 
-    `abstract` is a tree of `jax.ShapeDtypeStruct`s. Tensors are read, placed and dropped one after another: beyond the
-    result, memory holds one tensor. Those whose names begin with one of `ignored` are left alone. With `keep_dtype`
-    leaves have the dtype that they are stored in.
-    CheckpointError names every missing and extra tensor, and the first that does not fit.
+    `abstract` is a tree of `jax.ShapeDtypeStruct`s. Tensors whose names begin with one of `ignored` are left alone.
+    With `keep_dtype` leaves have the dtype that they are stored in.
+    CheckpointError names every missing and extra tensor, and the first that does not fit; no tensor is read for that.
     """
     targets = traverse_util.flatten_dict(abstract, sep="/")
     _check_names(checkpoint, rules, targets, ignored)
-    leaves = {}
-    for rule in tqdm(rules, desc="importing", unit="tensor", disable=not progress):
-        target = targets[rule.ours]
-        leaves[rule.ours] = _place(_read(checkpoint, rule, target, keep_dtype), target)
+    leaves = {rule.ours: _leaf(checkpoint, rule, targets[rule.ours], keep_dtype) for rule in rules}
     return traverse_util.unflatten_dict(leaves, sep="/")
+
+
+def import_params(
+    checkpoint: Checkpoint,
+    rules: Sequence[Rule],
+    abstract: Any,
+    *,
+    ignored: tuple[str, ...] = (),
+    progress: bool = True,
+) -> Any:
+    """`import_lazily` read: each leaf of `abstract`'s shape, dtype and sharding (where it has one), one after another.
+
+    On a mesh, host memory holds one leaf beyond the result.
+    """
+    leaves = import_lazily(checkpoint, rules, abstract, ignored=ignored)
+    with tqdm(desc="importing", unit="leaf", total=len(rules), disable=not progress) as bar:
+
+        def place(leaf: LazyArray, target):
+            array, sharding = leaf.whole(), getattr(target, "sharding", None)
+            bar.update()
+            return array if sharding is None else jax.make_array_from_callback(array.shape, sharding, array.__getitem__)
+
+        return jax.tree.map(place, leaves, abstract)
 
 
 def _check_names(checkpoint: Checkpoint, rules: Sequence[Rule], targets: dict, ignored: tuple[str, ...]) -> None:
@@ -108,81 +127,95 @@ def _check_names(checkpoint: Checkpoint, rules: Sequence[Rule], targets: dict, i
         raise CheckpointError(f"the rules leave out or invent parameters of ours: {sorted(ours ^ set(targets))[:4]}")
 
 
-def _read(checkpoint: Checkpoint, rule: Rule, target, keep_dtype: bool) -> np.ndarray:
-    """The leaf that `rule` gives, a tensor at a time into its place."""
+def _leaf(checkpoint: Checkpoint, rule: Rule, target, keep_dtype: bool) -> LazyArray:
+    """The leaf that `rule` gives, its parts the layers. That the tensors fit is checked now, by their shapes."""
     stored_as = lambda name: next(n for n in (name, *rule.aliases) if n in checkpoint)
     layers = [[stored_as(name) for name in names] for names in rule.names_by_layer]
-    stored_dtypes = (checkpoint.dtype(name) for names in layers for name in names)
-    array = np.empty(target.shape, functools.reduce(np.promote_types, stored_dtypes) if keep_dtype else target.dtype)
     shape = target.shape[1:] if rule.layers else target.shape
-    for i, names in enumerate(layers):
+    for names in layers:
         stored = f"{' and '.join(names)} of shape {checkpoint.shape(names[0])}"
         try:
-            layer = rule.to_ours(*(checkpoint.read(name) for name in names))
+            layer = rule.to_ours(*(_blank(checkpoint.shape(name)) for name in names))
         except Exception as error:
             raise CheckpointError(f"{stored} does not fit {rule.ours}: {error}") from error
         if layer.shape != shape:
             raise CheckpointError(f"{stored} gives {rule.ours} the shape {layer.shape}, which is {shape} here")
-        if rule.copies and i and not np.array_equal(layer.astype(array.dtype), array):
+
+    def parts() -> Iterator[np.ndarray]:
+        read = lambda names: rule.to_ours(*(checkpoint.read(name) for name in names))
+        if not rule.copies:
+            yield from map(read, layers)
+            return
+        first = read(layers[0])
+        if not all(np.array_equal(read(names), first) for names in layers[1:]):
             raise CheckpointError(
                 f"{rule.theirs} is stored {rule.copies} times and should be the same each time, but is not"
             )
-        array[i if rule.layers else ...] = layer
-    return array
+        yield first
+
+    stored_dtypes = (checkpoint.dtype(name) for names in layers for name in names)
+    dtype = functools.reduce(np.promote_types, stored_dtypes) if keep_dtype else np.dtype(target.dtype)
+    return LazyArray(target.shape, dtype, parts)
 
 
-def _place(array: np.ndarray, target):
-    sharding = getattr(target, "sharding", None)
-    if sharding is None:
-        return array
-    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+def _blank(shape: tuple[int, ...]) -> np.ndarray:
+    """An array of one byte, seen as `shape`."""
+    return np.broadcast_to(np.zeros((), np.uint8), shape)
+
+
+def export_lazily(params: Any, rules: Sequence[Rule]) -> dict[str, LazyArray]:
+    """Their tensors by name, the inverse of `import_lazily`: each is read from its layer when it is asked for.
+
+    Leaves are arrays or `StoredTensor`s.
+    """
+    on_disk_or_host = lambda x: x if isinstance(x, StoredTensor) else np.asarray(jax.device_get(x))
+    flat = {k: on_disk_or_host(v) for k, v in traverse_util.flatten_dict(params, sep="/").items()}
+    sources: dict[str, list[tuple[Rule, int, int]]] = {}  # several rules may share parts of a tensor
+    for rule in rules:
+        for i, names in enumerate(rule.names_by_layer):
+            for j, name in enumerate(names):
+                sources.setdefault(name, []).append((rule, i, j))
+
+    def shape_of(rule: Rule) -> tuple[int, ...]:
+        shape = flat[rule.ours].shape
+        return rule.to_theirs(_blank(shape[1:] if rule.layers else shape)).shape[1 if rule.fuses else 0 :]
+
+    def parts(of: list[tuple[Rule, int, int]]) -> Iterator[np.ndarray]:
+        for rule, i, j in of:
+            leaf = flat[rule.ours]
+            theirs = rule.to_theirs(leaf[i] if rule.layers else leaf[...])
+            yield theirs[j] if rule.fuses else theirs
+
+    tensors = {}
+    for name, of in sources.items():
+        shapes, dtype = [shape_of(rule) for rule, _, _ in of], flat[of[0][0].ours].dtype
+        shape = (sum(s[0] for s in shapes), *shapes[0][1:]) if len(of) > 1 else shapes[0]
+        tensors[name] = LazyArray(shape, dtype, functools.partial(parts, of))
+    return tensors
 
 
 def export_params(params: Any, rules: Sequence[Rule]) -> Iterator[tuple[str, np.ndarray]]:
-    """(their name, tensor) of every parameter: the inverse of `import_params`. A leaf may be a function giving it."""
-    flat = traverse_util.flatten_dict(params, sep="/")
-    parts: dict[str, list[np.ndarray]] = {}  # of tensors that several rules share
-    for rule in rules:
-        leaf = flat[rule.ours]
-        array = np.asarray(jax.device_get(leaf() if callable(leaf) else leaf))
-        for i, names in enumerate(rule.names_by_layer):
-            tensor = rule.to_theirs(array[i] if rule.layers else array)
-            if rule.part[1] > 1:
-                parts.setdefault(names[0], []).append(tensor)
-                if len(parts[names[0]]) < rule.part[1]:
-                    continue
-                tensor = np.concatenate(parts.pop(names[0]))
-            for name, fused in zip(names, tensor if rule.fuses else [tensor]):
-                yield name, np.asarray(fused, order="C")
+    """(their name, tensor) of every parameter: the inverse of `import_params`."""
+    for name, tensor in export_lazily(params, rules).items():
+        yield name, tensor.whole()
 
 
-def save_sharded(directory: str | Path, tensors: Iterator[tuple[str, np.ndarray]], stem: str, shard_bytes: int = 2**32):
+def save_sharded(directory: str | Path, tensors: Mapping[str, LazyArray], stem: str, shard_bytes: int = 2**32):
     """Safetensors in diffusers' layout: STEM.safetensors, or numbered shards with STEM.safetensors.index.json."""
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    partial: list[tuple[Path, list[str]]] = []
-    shard, size, total = {}, 0, 0
-
-    def flush():
-        path = directory / f"{stem}-{len(partial) + 1:05}.partial"
-        save_file(shard, path)
-        partial.append((path, list(shard)))
-        shard.clear()
-
-    for name, tensor in tensors:
-        if shard and size + tensor.nbytes > shard_bytes:
-            flush()
+    directory, shards, size = Path(directory), [[]], 0
+    for name, tensor in tensors.items():
+        if shards[-1] and size + tensor.nbytes > shard_bytes:
+            shards.append([])
             size = 0
-        shard[name] = tensor
-        size, total = size + tensor.nbytes, total + tensor.nbytes
-    flush()
-    if len(partial) == 1:
-        partial[0][0].replace(directory / f"{stem}.safetensors")
-        return
+        shards[-1].append(name)
+        size += tensor.nbytes
+    if len(shards) == 1:
+        return write_tensors(directory / f"{stem}.safetensors", tensors, "exporting")
     weight_map = {}
-    for i, (path, names) in enumerate(partial):
-        final = f"{stem}-{i + 1:05}-of-{len(partial):05}.safetensors"
-        path.replace(directory / final)
-        weight_map |= dict.fromkeys(names, final)
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (directory / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    for i, names in enumerate(shards):
+        file = f"{stem}-{i + 1:05}-of-{len(shards):05}.safetensors"
+        write_tensors(directory / file, {n: tensors[n] for n in names}, f"exporting {i + 1} of {len(shards)}")
+        weight_map |= dict.fromkeys(names, file)
+    index = {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())}, "weight_map": weight_map}
+    with replacing(directory / f"{stem}.safetensors.index.json") as partial:
+        partial.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
