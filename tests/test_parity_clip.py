@@ -1,4 +1,4 @@
-"""CLIP's text encoders against transformers: values, pooling, gradients, names. Fixture: tests/parity/make_clip.py."""
+"""CLIP's text encoders against transformers: values, pooling, gradients, names. Fixture: tests/parity/make_text.py."""
 
 import dataclasses
 import json
@@ -35,7 +35,7 @@ def abstract(config):
 
 
 def captions(length):
-    """As in make_clip.py: end tokens (7 and 49) twice, of which the first counts."""
+    """As in make_text.py: end tokens (7 and 49) twice, of which the first counts."""
     ids = draw_ids(f"ids {length}", (2, length), 49).astype(np.int32)
     ids[ids == 7] = 8
     ids[:, length // 2] = ids[:, -1] = 49
