@@ -109,6 +109,19 @@ def fsdp_spec(shape: tuple[int, ...], axis: int) -> P:
     return P(*("fsdp" if i == axis % len(shape) else None for i in range(len(shape))))
 
 
+def laid_out(abstract, mesh: jax.sharding.Mesh):
+    """A tree of `jax.ShapeDtypeStruct`s with the layouts their initialisers gave them, on the mesh's own devices.
+
+    It is what to restore onto the mesh: `jax.eval_shape` under `jax.set_mesh` knows the specs, and not the devices.
+    """
+
+    def on(x):
+        spec = x.sharding.spec if x.sharding is not None else REPLICATED
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
+
+    return jax.tree.map(on, abstract)
+
+
 def place(batch, mesh: jax.sharding.Mesh, spec: P = MICROBATCHES):
     """A pytree of this host's rows (NumPy) as global arrays laid out as `spec`."""
     sharding = NamedSharding(mesh, spec)

@@ -80,15 +80,40 @@ def import_params(
     `abstract` is a tree of `jax.ShapeDtypeStruct`s. Tensors are read, placed and dropped one after another: beyond the
     result, memory holds one tensor. Those whose names begin with one of `ignored` are left alone. With `keep_dtype`
     leaves have the dtype that they are stored in.
-    CheckpointError names every missing and extra tensor, and the first that does not fit.
+    CheckpointError names every missing and extra tensor, and the first that does not fit, before any is read.
+    """
+    planned = planned_params(checkpoint, rules, abstract, ignored=ignored, keep_dtype=keep_dtype)
+    planned, leaves = traverse_util.flatten_dict(planned, sep="/"), {}
+    for rule in tqdm(rules, desc="importing", unit="tensor", disable=not progress):
+        leaves[rule.ours] = _place(_read(checkpoint, rule, planned[rule.ours]), planned[rule.ours])
+    return traverse_util.unflatten_dict(leaves, sep="/")
+
+
+def planned_params(
+    checkpoint: Checkpoint, rules: Sequence[Rule], abstract: Any, *, ignored: tuple[str, ...] = (), keep_dtype=False
+) -> Any:
+    """What `import_params` gives, as `jax.ShapeDtypeStruct`s with the shardings of `abstract`.
+
+    It takes only the names, shapes and types that stand in the checkpoint's header: no tensor is read, and nothing is
+    allocated. So whether a checkpoint fits is known at once, and a pod can be planned for from the header alone.
     """
     targets = traverse_util.flatten_dict(abstract, sep="/")
     _check_names(checkpoint, rules, targets, ignored)
-    leaves = {}
-    for rule in tqdm(rules, desc="importing", unit="tensor", disable=not progress):
-        target = targets[rule.ours]
-        leaves[rule.ours] = _place(_read(checkpoint, rule, target, keep_dtype), target)
-    return traverse_util.unflatten_dict(leaves, sep="/")
+    planned = {}
+    for rule in rules:
+        target, layers = targets[rule.ours], _stored_names(checkpoint, rule)
+        for names in layers:
+            shape = _layer_shape(checkpoint, rule, names)
+            expected = target.shape[1:] if rule.layers else target.shape
+            if shape != expected:
+                raise CheckpointError(
+                    f"{_described(checkpoint, names)} gives {rule.ours} the shape {shape}, which is {expected} here"
+                )
+        dtypes = (checkpoint.dtype(name) for names in layers for name in names)
+        dtype = functools.reduce(np.promote_types, dtypes) if keep_dtype else target.dtype
+        shape = (len(layers), *shape) if rule.layers else shape
+        planned[rule.ours] = jax.ShapeDtypeStruct(shape, dtype, sharding=getattr(target, "sharding", None))
+    return traverse_util.unflatten_dict(planned, sep="/")
 
 
 def _check_names(checkpoint: Checkpoint, rules: Sequence[Rule], targets: dict, ignored: tuple[str, ...]) -> None:
@@ -108,21 +133,29 @@ def _check_names(checkpoint: Checkpoint, rules: Sequence[Rule], targets: dict, i
         raise CheckpointError(f"the rules leave out or invent parameters of ours: {sorted(ours ^ set(targets))[:4]}")
 
 
-def _read(checkpoint: Checkpoint, rule: Rule, target, keep_dtype: bool) -> np.ndarray:
-    """The leaf that `rule` gives, a tensor at a time into its place."""
+def _stored_names(checkpoint: Checkpoint, rule: Rule) -> list[list[str]]:
+    """`rule.names_by_layer`, each by the name that the checkpoint has for it."""
     stored_as = lambda name: next(n for n in (name, *rule.aliases) if n in checkpoint)
-    layers = [[stored_as(name) for name in names] for names in rule.names_by_layer]
-    stored_dtypes = (checkpoint.dtype(name) for names in layers for name in names)
-    array = np.empty(target.shape, functools.reduce(np.promote_types, stored_dtypes) if keep_dtype else target.dtype)
-    shape = target.shape[1:] if rule.layers else target.shape
-    for i, names in enumerate(layers):
-        stored = f"{' and '.join(names)} of shape {checkpoint.shape(names[0])}"
-        try:
-            layer = rule.to_ours(*(checkpoint.read(name) for name in names))
-        except Exception as error:
-            raise CheckpointError(f"{stored} does not fit {rule.ours}: {error}") from error
-        if layer.shape != shape:
-            raise CheckpointError(f"{stored} gives {rule.ours} the shape {layer.shape}, which is {shape} here")
+    return [[stored_as(name) for name in names] for names in rule.names_by_layer]
+
+
+def _described(checkpoint: Checkpoint, names: list[str]) -> str:
+    return f"{' and '.join(names)} of shape {checkpoint.shape(names[0])}"
+
+
+def _layer_shape(checkpoint: Checkpoint, rule: Rule, names: list[str]) -> tuple[int, ...]:
+    """The shape that the rule gives tensors of the header's shapes, tried on views of a single zero."""
+    try:
+        return rule.to_ours(*(np.broadcast_to(np.zeros((), np.int8), checkpoint.shape(name)) for name in names)).shape
+    except Exception as error:
+        raise CheckpointError(f"{_described(checkpoint, names)} does not fit {rule.ours}: {error}") from error
+
+
+def _read(checkpoint: Checkpoint, rule: Rule, planned: jax.ShapeDtypeStruct) -> np.ndarray:
+    """The leaf that `rule` gives, a tensor at a time into its place."""
+    array = np.empty(planned.shape, planned.dtype)
+    for i, names in enumerate(_stored_names(checkpoint, rule)):
+        layer = rule.to_ours(*(checkpoint.read(name) for name in names))
         if rule.copies and i and not np.array_equal(layer.astype(array.dtype), array):
             raise CheckpointError(
                 f"{rule.theirs} is stored {rule.copies} times and should be the same each time, but is not"
@@ -131,11 +164,10 @@ def _read(checkpoint: Checkpoint, rule: Rule, target, keep_dtype: bool) -> np.nd
     return array
 
 
-def _place(array: np.ndarray, target):
-    sharding = getattr(target, "sharding", None)
-    if sharding is None:
+def _place(array: np.ndarray, planned: jax.ShapeDtypeStruct):
+    if planned.sharding is None:
         return array
-    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+    return jax.make_array_from_callback(array.shape, planned.sharding, lambda index: array[index])
 
 
 def export_params(params: Any, rules: Sequence[Rule]) -> Iterator[tuple[str, np.ndarray]]:

@@ -18,6 +18,8 @@ import xml.etree.ElementTree as ElementTree
 from importlib.metadata import version
 from pathlib import Path
 
+from headers import published, write_header
+
 HERE = Path(__file__).parent
 REFERENCES = {  # system -> (the class it is compared with, layouts that load, its rows in speed.py)
     "Wan 2.1 VAE": ("diffusers AutoencoderKLWan", "diffusers, Wan's own", ["Wan 2.1 VAE encode", "Wan 2.1 VAE decode"]),
@@ -84,10 +86,15 @@ def full_size() -> list[str]:
         code = (
             "import dataclasses, json; from minisora_jax.plan import compile_forward as c;"
             "from minisora_jax.parallel.mesh import MeshConfig; from minisora_jax.weights.dit import CONFIGS;"
-            f"found = c(CONFIGS['{name}'], (5, 60, 104), 512, '{topology}', MeshConfig(data=1, fsdp=-1));"
-            "print(json.dumps(dataclasses.asdict(found)))"
+            "from minisora_jax.weights.checkpoint import Checkpoint; import sys;"
+            f"found = c(CONFIGS['{name}'], (5, 60, 104), 512, '{topology}', MeshConfig(data=1, fsdp=-1),"
+            "Checkpoint(sys.argv[1])); print(json.dumps(dataclasses.asdict(found)))"
         )
-        run = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, env=environment)
+        with tempfile.TemporaryDirectory() as directory:
+            path = Path(directory) / "full.safetensors"
+            write_header(path, published("wan", name))
+            command = [sys.executable, "-c", code, str(path)]
+            run = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
         found = json.loads(run.stdout.splitlines()[-1])
         memory = f"{found['parameter_bytes'] / 2**30:.1f} + {found['temporary_bytes'] / 2**30:.1f} GiB"
         lines.append(
@@ -133,7 +140,8 @@ def main() -> None:
             "The forward pass with float32 parameters cut over the chips (fsdp), one clip of 17 frames at 480 x 832"
         ]
         lines += [
-            "and 512 caption tokens on each chip, dense attention. Compiled by libtpu on this machine, not run.",
+            "and 512 caption tokens on each chip, dense attention. The parameters are those that the header of the",
+            "published checkpoint gives by the name map, leaf by leaf. Compiled by libtpu on this machine, not run.",
             "",
         ]
         lines += full_size()
