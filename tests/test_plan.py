@@ -112,7 +112,12 @@ print(json.dumps([len(jax.tree.leaves(params)), mesh.size]))
 def test_a_header_gives_what_is_compiled_for_a_topology(tmp_path):
     header("wan2.1-t2v-1.3b", tmp_path)
     command = [sys.executable, "-c", ON_A_TOPOLOGY, str(tmp_path / "full.safetensors")]
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "XLA_FLAGS": ""}
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "TPU_SKIP_MDS_QUERY": "1",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+        "XLA_FLAGS": "",
+    }
     run = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert run.returncode == 0, run.stderr[-2000:]
     leaves, chips = json.loads(run.stdout.splitlines()[-1])

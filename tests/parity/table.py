@@ -81,7 +81,7 @@ def row(system: str, records: list, speeds: dict) -> str:
 def full_size() -> list[str]:
     """The published sizes, compiled for a TPU topology: nothing is run."""
     lines = ["| model | parameters | topology | tokens a row | on each chip | compiled in |", "|" + "---|" * 6]
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
     for name, topology in FULL_SIZE.items():
         code = (
             "import dataclasses, json; from minisora_jax.plan import compile_forward as c;"
@@ -140,8 +140,8 @@ def main() -> None:
             "The forward pass with float32 parameters cut over the chips (fsdp), one clip of 17 frames at 480 x 832"
         ]
         lines += [
-            "and 512 caption tokens on each chip, dense attention. The parameters are those that the header of the",
-            "published checkpoint gives by the name map, leaf by leaf. Compiled by libtpu on this machine, not run.",
+            "and 512 caption tokens on each chip, dense attention. The parameters are those that a header of the",
+            "published names and shapes gives by the name map. Compiled by libtpu on this machine, not run.",
             "",
         ]
         lines += full_size()
