@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parent / "parity"))
 from random_weights import draw, draw_ids, draw_input  # noqa: E402
 
 from minisora_jax.models.clip import CLIPConfig, CLIPEncoder  # noqa: E402
-from minisora_jax.parallel.mesh import BATCH, SHARDS, MeshConfig, make_mesh, place  # noqa: E402
+from minisora_jax.parallel.mesh import BATCH, SHARDS, MeshConfig, laid_out, make_mesh, place  # noqa: E402
 from minisora_jax.weights import clip  # noqa: E402
 from minisora_jax.weights.checkpoint import Checkpoint, CheckpointError  # noqa: E402
 from minisora_jax.weights.rules import export_params, import_params  # noqa: E402
@@ -169,8 +169,7 @@ def test_it_restores_onto_a_mesh_and_computes_there(model, tmp_path):
     mesh = make_mesh(MeshConfig(data=2, fsdp=4))
     row, segment, _ = (np.repeat(x, 8, 0) if isinstance(x, np.ndarray) else x for x in packed())
     with jax.set_mesh(mesh):
-        named = lambda x: jax.sharding.NamedSharding(mesh, x.sharding.spec if x.sharding else jax.P())
-        target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=named(x)), abstract(config))
+        target = laid_out(abstract(config), mesh)
         placed = import_params(Checkpoint(tmp_path / "model.safetensors"), clip.rules(config), target, progress=False)
         kernel = placed["params"]["blocks"]["qkv"]["kernel"]
         assert kernel.sharding.spec == jax.P(None, SHARDS, None, None, None)

@@ -1,4 +1,4 @@
-"""T5 v1.1, ByT5 and umT5 encoders against transformers: values, gradients, names. Fixtures: tests/parity/make.py."""
+"""T5 v1.1, ByT5 and umT5 encoders against transformers: values, gradients, names. Fixtures: parity/make_text.py."""
 
 import json
 import sys

@@ -1,6 +1,6 @@
 """The VAEs of Wan 2.1 and 2.2 against diffusers and their own code: values, gradients, names, both layouts.
 
-Fixtures: tests/parity/make.py and make_codecs.py.
+Fixtures: tests/parity/make_codecs.py.
 """
 
 import dataclasses

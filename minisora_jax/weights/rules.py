@@ -87,6 +87,18 @@ def import_lazily(
     return traverse_util.unflatten_dict(leaves, sep="/")
 
 
+def planned_params(checkpoint: Checkpoint, rules: Sequence[Rule], abstract: Any, **options) -> Any:
+    """What `import_params` gives, as `jax.ShapeDtypeStruct`s with the shardings of `abstract`.
+
+    It takes only the names, shapes and types that stand in the checkpoint's header: no tensor is read, and nothing is
+    allocated. So a pod can be planned for from the header alone.
+    """
+    planned = lambda leaf, target: jax.ShapeDtypeStruct(
+        leaf.shape, leaf.dtype, sharding=getattr(target, "sharding", None)
+    )
+    return jax.tree.map(planned, import_lazily(checkpoint, rules, abstract, **options), abstract)
+
+
 def import_params(
     checkpoint: Checkpoint,
     rules: Sequence[Rule],

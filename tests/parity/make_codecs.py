@@ -1,17 +1,12 @@
-"""Reference results of the codecs from PyTorch; see make.py. Run beside it:
-
-pip install torch==2.13.0 diffusers transformers safetensors einops tqdm
-pip install --no-deps diffsynth==2.1.12      # the Wan VAEs in their own layout
-python tests/parity/make_codecs.py
-"""
+"""Reference results of the codecs, for tests/test_parity_{wan,sd}_vae.py; made by make.py."""
 
 import importlib.util
 import sys
 from pathlib import Path
 
 import torch
-from make import fill, gradients, names_and_shapes, save
 from random_weights import draw_input
+from reference import fill, gradients, names_and_shapes, save
 
 
 def pixels(size, channels=3):
@@ -21,6 +16,31 @@ def pixels(size, channels=3):
 
 def latents(size, latent_size, channels):
     return torch.from_numpy(draw_input(f"latents {'x'.join(map(str, size))}", (1, channels, *latent_size)))
+
+
+def wan_vae() -> None:
+    from diffusers import AutoencoderKLWan
+
+    small = dict(base_dim=4, z_dim=3, dim_mult=[1, 2, 4, 4], num_res_blocks=2, temperal_downsample=[False, True, True])
+    model, results = fill(AutoencoderKLWan(**small)), {}
+    for T, H, W in ((1, 16, 24), (5, 24, 16), (13, 16, 16)):
+        x = torch.from_numpy(draw_input(f"pixels {T}x{H}x{W}", (2, 3, T, H, W))).clamp(-1, 1)
+        with torch.no_grad():
+            moments = model._encode(x)
+            z = torch.from_numpy(draw_input(f"latents {T}x{H}x{W}", (2, 3, 1 + (T - 1) // 4, H // 8, W // 8)))
+            results[f"moments {T}x{H}x{W}"] = moments.numpy()
+            results[f"decoded {T}x{H}x{W}"] = model._decode(z).sample.numpy()
+    # The loss takes each side's own path: encoder from pixels, decoder from latents.
+    x = torch.from_numpy(draw_input("pixels 5x24x16", (2, 3, 5, 24, 16))).clamp(-1, 1)
+    z = torch.from_numpy(draw_input("latents 5x24x16", (2, 3, 2, 3, 2)))
+    loss = (model._encode(x) ** 2).mean()
+    results |= gradients(
+        model, loss, ["encoder.conv_in.weight", "encoder.down_blocks.5.time_conv.weight", "quant_conv.bias"]
+    )
+    loss = (model._decode(z).sample ** 2).mean()
+    names = ["decoder.conv_in.weight", "decoder.mid_block.attentions.0.to_qkv.weight"]
+    results |= gradients(model, loss, [*names, "decoder.up_blocks.0.upsamplers.0.time_conv.weight"])
+    save("wan_vae", results, published=names_and_shapes(AutoencoderKLWan))
 
 
 def wan22_vae() -> None:
@@ -110,10 +130,3 @@ def compvis_names(names: set[str]) -> dict[str, str]:
     converted = convert_ldm_vae_checkpoint(numbered, {"down_block_types": [0] * 4, "up_block_types": [0] * 4})
     assert names <= set(converted)
     return {name: theirs[int(converted[name].flatten()[0])] for name in sorted(names)}
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    wan22_vae()
-    wan_original()
-    sd_vae()

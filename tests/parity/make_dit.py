@@ -1,14 +1,10 @@
-"""Reference results of the diffusion transformers, for tests/test_parity_dit.py. It runs where make.py does.
-
-python tests/parity/make_dit.py
-"""
+"""Reference results of the diffusion transformers, for tests/test_parity_dit.py; made by make.py."""
 
 import re
 
-import numpy as np
 import torch
-from make import fill, gradients, names_and_shapes, save
 from random_weights import draw_ids, draw_input
+from reference import fill, gradients, names_and_shapes, save
 
 SMALL = dict(num_attention_heads=2, attention_head_dim=12, num_layers=2, norm_eps=1e-6)
 IMAGE = dict(in_channels=4, out_channels=8, sample_size=16, patch_size=2, activation_fn="gelu-approximate")
@@ -139,12 +135,3 @@ def latte() -> None:
     full = both | dict(num_attention_heads=16, attention_head_dim=72, num_layers=28, cross_attention_dim=1152)
     full |= dict(sample_size=64, caption_channels=4096)
     save("latte", results, published={"latte-1": collapsed(names_and_shapes(lambda: LatteTransformer3DModel(**full)))})
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    np.set_printoptions(precision=3)
-    wan()
-    dit()
-    pixart()
-    latte()

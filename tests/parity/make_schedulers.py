@@ -1,6 +1,4 @@
-"""Trajectories of diffusers' schedulers, for tests/test_parity_schedulers.py. In the environment of make.py:
-
-    python tests/parity/make_schedulers.py     # writes tests/parity/fixtures/schedulers.safetensors
+"""Trajectories of diffusers' schedulers, for tests/test_parity_schedulers.py; made by make.py.
 
 The model is the closed form of mixture.py, evaluated at the scheduler's own sigma (not at the timestep it names, which
 some round to an integer). Each trajectory holds the states before each step and at the end, (steps + 1, 4, 8), in the
@@ -12,8 +10,8 @@ import mixture
 import numpy as np
 import torch
 from diffusers.schedulers import scheduling_ddpm
-from make import save
 from random_weights import draw_input
+from reference import save
 
 SHAPE, STEPS = (4, 8), 10
 
@@ -133,7 +131,3 @@ def schedulers() -> None:
     results["dpm++2m karras"] = trajectory(karras, 1.0, "epsilon", vp_by_sigma)
     results["karras sigmas"] = karras.sigmas.numpy()
     save("schedulers", results, diffusers=diffusers.__version__)
-
-
-if __name__ == "__main__":
-    schedulers()

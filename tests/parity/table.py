@@ -18,6 +18,8 @@ import xml.etree.ElementTree as ElementTree
 from importlib.metadata import version
 from pathlib import Path
 
+from headers import published, write_header
+
 HERE = Path(__file__).parent
 REFERENCES = {  # system -> (the class it is compared with, layouts that load, its rows in speed.py)
     "Wan 2.1 VAE": ("diffusers AutoencoderKLWan", "diffusers, Wan's own", ["Wan 2.1 VAE encode", "Wan 2.1 VAE decode"]),
@@ -79,15 +81,20 @@ def row(system: str, records: list, speeds: dict) -> str:
 def full_size() -> list[str]:
     """The published sizes, compiled for a TPU topology: nothing is run."""
     lines = ["| model | parameters | topology | tokens a row | on each chip | compiled in |", "|" + "---|" * 6]
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
     for name, topology in FULL_SIZE.items():
         code = (
             "import dataclasses, json; from minisora_jax.plan import compile_forward as c;"
             "from minisora_jax.parallel.mesh import MeshConfig; from minisora_jax.weights.dit import CONFIGS;"
-            f"found = c(CONFIGS['{name}'], (5, 60, 104), 512, '{topology}', MeshConfig(data=1, fsdp=-1));"
-            "print(json.dumps(dataclasses.asdict(found)))"
+            "from minisora_jax.weights.checkpoint import Checkpoint; import sys;"
+            f"found = c(CONFIGS['{name}'], (5, 60, 104), 512, '{topology}', MeshConfig(data=1, fsdp=-1),"
+            "Checkpoint(sys.argv[1])); print(json.dumps(dataclasses.asdict(found)))"
         )
-        run = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, env=environment)
+        with tempfile.TemporaryDirectory() as directory:
+            path = Path(directory) / "full.safetensors"
+            write_header(path, published("wan", name))
+            command = [sys.executable, "-c", code, str(path)]
+            run = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
         found = json.loads(run.stdout.splitlines()[-1])
         memory = f"{found['parameter_bytes'] / 2**30:.1f} + {found['temporary_bytes'] / 2**30:.1f} GiB"
         lines.append(
@@ -133,7 +140,8 @@ def main() -> None:
             "The forward pass with float32 parameters cut over the chips (fsdp), one clip of 17 frames at 480 x 832"
         ]
         lines += [
-            "and 512 caption tokens on each chip, dense attention. Compiled by libtpu on this machine, not run.",
+            "and 512 caption tokens on each chip, dense attention. The parameters are those that a header of the",
+            "published names and shapes gives by the name map. Compiled by libtpu on this machine, not run.",
             "",
         ]
         lines += full_size()
