@@ -78,15 +78,15 @@ def make_mesh(config: MeshConfig = MeshConfig(), devices=None) -> jax.sharding.M
     """
     devices = list(devices if devices is not None else jax.devices())
     sizes = config.sizes(len(devices))
-    explicit = (AxisType.Explicit,) * len(AXES)
     slices = len({getattr(d, "slice_index", 0) for d in devices})
-    if slices == 1:
-        return jax.make_mesh(sizes, AXES, axis_types=explicit, devices=devices)
     if sizes[0] % slices:
         raise ValueError(f"mesh.data={sizes[0]} must be a multiple of the {slices} slices: only data spans slices")
     within, between = (sizes[0] // slices, *sizes[1:]), (slices, *(1 for _ in sizes[1:]))
-    grid = mesh_utils.create_hybrid_device_mesh(within, between, devices)
-    return jax.sharding.Mesh(grid, AXES, axis_types=explicit)
+    if slices > 1:
+        grid = mesh_utils.create_hybrid_device_mesh(within, between, devices, allow_split_physical_axes=True)
+    else:
+        grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    return jax.sharding.Mesh(grid, AXES, axis_types=(AxisType.Explicit,) * len(AXES))
 
 
 def require_divisible(mesh: jax.sharding.Mesh, *, rows: int, tokens: int = 0, heads: int = 0) -> None:

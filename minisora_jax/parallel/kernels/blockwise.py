@@ -119,6 +119,8 @@ def _tile_gradients(q, q_ids, d_o, lse, mean, k, v, k_ids, scale):
 
 
 def _logits(q_BSK, k_BTK, q_ids, k_ids, scale):
+    # The barrier ties the ids to this head's queries: XLA would else compute all masks, S x T, ahead of the heads.
+    q_BSK, q_ids, k_ids = jax.lax.optimization_barrier((q_BSK, q_ids, k_ids))
     seen = visible(q_ids, k_ids)
     logits = scale * jnp.einsum("bsk,btk->bst", q_BSK, k_BTK, preferred_element_type=jnp.float32)
     return jnp.where(seen, logits, EMPTY), seen
