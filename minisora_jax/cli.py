@@ -17,6 +17,7 @@ VERBS = {
     "generate": "make videos and images from prompts",
     "import": "turn published weights into a model of this project",
     "export": "write a model in the published layout",
+    "plan": "what a run needs on a TPU pod, compiled for it on any machine",
     "eval": "score a codec (PSNR, SSIM) or a model (does the video show what its caption says?)",
 }
 
@@ -76,7 +77,7 @@ def _run(command, args: argparse.Namespace, config_flags: list[str]) -> int:
     logging.getLogger("minisora").setLevel(logging.INFO)
     try:
         return command.run(args, config_flags) or 0
-    except (ValueError, OSError, RuntimeError) as error:
+    except (ValueError, OSError, RuntimeError, ImportError) as error:
         # What a user can mend is said in a sentence; MINISORA_TRACEBACK=1 shows where it came from.
         if os.environ.get("MINISORA_TRACEBACK"):
             raise

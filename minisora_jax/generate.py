@@ -26,8 +26,9 @@ from minisora_jax.diffusion.sampler import SAMPLERS, SamplerConfig
 from minisora_jax.diffusion.time import TimeConfig, latest_time, sampling_times, token_times
 from minisora_jax.models.captions import BYTES, Captions, captions_of
 from minisora_jax.models.codec import Codec
-from minisora_jax.models.dit import DiT, DiTConfig, mean_of
+from minisora_jax.models.dit import DiT, DiTConfig, abstract_params, mean_of
 from minisora_jax.models.files import config_fields, load_model, model_hash
+from minisora_jax.parallel.mesh import TOKENS, cuts, on_mesh, params_on_mesh
 from minisora_jax.weights.presets import TRANSFORMERS
 
 
@@ -139,9 +140,13 @@ class Generator:
         if not isinstance(guidance, GuidanceConfig):
             guidance = GuidanceConfig(float(guidance))
         grids = [self.grid(r.size_THW) for r in requests]
+        row_cuts, token_cuts = cuts()
         longest = self.copies * max(int(np.prod(g)) for g in grids)
+        longest += -longest % token_cuts
         rows = _fill_rows(grids, longest, self.copies)
         at_once = max(1, tokens_at_once // longest)
+        rows_at_once = min(at_once, len(rows))
+        rows_at_once += -rows_at_once % row_cuts
         chunks = [rows[i : i + at_once] for i in range(0, len(rows), at_once)]
         texts = self.captions.encode([r.prompt for r in requests] + [""])
         texts = [padded_text(text_LE, self.config.caption_tokens) for text_LE in texts]
@@ -149,7 +154,7 @@ class Generator:
         ticks = 1 if sampler.name == "dopri5" else sampler.steps
         with tqdm(total=len(chunks) * ticks, desc="sampling", unit="step", disable=not progress) as bar:
             for chunk in chunks:
-                padded = chunk + [chunk[-1]] * (min(at_once, len(rows)) - len(chunk))  # one shape, one compilation
+                padded = chunk + [chunk[-1]] * (rows_at_once - len(chunk))  # one shape, one compilation
                 for i, latents in self._sample(padded, requests, texts, grids, longest, guidance, sampler, bar):
                     videos[i] = latents
         return self._decode(videos, progress)
@@ -173,20 +178,16 @@ class Generator:
                 row_without[at:end] = np.tile(np.arange(end - n, end), self.copies)
                 at = end
             segments.append(row_segments), with_caption.append(row_with), without.append(row_without)
-        batch = jax.tree.map(jnp.asarray, pack_segments(segments, pack))
+        batch = on_mesh(pack_segments(segments, pack))
 
         path, latest = self.objective.along, latest_time(self.objective.along, self.objective.prediction)
         models = [(self.config, self.params)] + ([self.worse] if self.worse else [])
-        configs, params = tuple(c for c, _ in models), tuple(p for _, p in models)
+        configs = tuple(c for c, _ in models)
+        params = tuple(params_on_mesh(p, abstract_params(c)) for c, p in models)
         static = (configs, self.objective, guidance.rescale)
-        inputs = (
-            params,
-            batch,
-            jnp.asarray(np.stack(with_caption), jnp.int32),
-            jnp.asarray(np.stack(without), jnp.int32),
-        )
-        inputs += (guidance.scale, guidance.interval)
-        noise = lambda step: jnp.asarray(self._noise(rows, requests, grids, length, step))
+        both = (on_mesh(np.stack(index).astype(np.int32), TOKENS) for index in (with_caption, without))
+        inputs = (params, batch, *both, guidance.scale, guidance.interval)
+        noise = lambda step: on_mesh(self._noise(rows, requests, grids, length, step), TOKENS)
         if sampler.name == "dopri5":
             first = jnp.minimum(token_times(self.times, jnp.ones(()), batch), latest)
             x = noise(0) * path.spread(first)[..., None]
@@ -198,7 +199,8 @@ class Generator:
             past = SAMPLERS[sampler.name].begin(x, times[0])
             for k in range(sampler.steps):
                 fresh = noise(k + 1) if sampler.noise else None
-                x, past = _step(static, sampler.name, x, times[k], times[k + 1], past, fresh, sampler.noise, inputs)
+                step = functools.partial(sampling_step, static, sampler.name)
+                x, past = step(x, times[k], times[k + 1], past, fresh, sampler.noise, inputs)
                 x.block_until_ready()
                 bar.update()
         x = np.asarray(x)
@@ -308,7 +310,7 @@ def _denoiser(static, inputs) -> Denoiser:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _step(static, sampler: str, x_BSP, time_BS, next_BS, past, noise_BSP, eta, inputs):
+def sampling_step(static, sampler: str, x_BSP, time_BS, next_BS, past, noise_BSP, eta, inputs):
     return SAMPLERS[sampler].step(_denoiser(static, inputs), x_BSP, time_BS, next_BS, past, noise_BSP, eta)
 
 

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parent / "parity"))
 from headers import published, write_header  # noqa: E402
 
 from minisora_jax.parallel.mesh import MeshConfig, make_mesh  # noqa: E402
-from minisora_jax.plan import lower_forward, parameters_on  # noqa: E402
+from minisora_jax.plan.forward import lower_forward, parameters_on  # noqa: E402
 from minisora_jax.weights.checkpoint import Checkpoint, CheckpointError  # noqa: E402
 from minisora_jax.weights.dit import CONFIGS, rules  # noqa: E402
 from minisora_jax.weights.rules import export_params, import_params  # noqa: E402
@@ -95,7 +95,7 @@ import json, sys
 import jax
 from jax.experimental import topologies
 from minisora_jax.parallel.mesh import MeshConfig, make_mesh
-from minisora_jax.plan import lower_forward, parameters_on
+from minisora_jax.plan.forward import lower_forward, parameters_on
 from minisora_jax.weights.checkpoint import Checkpoint
 from minisora_jax.weights.dit import CONFIGS
 devices = topologies.get_topology_desc(platform="tpu", topology_name="v5p:2x2x1").devices

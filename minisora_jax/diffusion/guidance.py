@@ -20,6 +20,7 @@ import jax.numpy as jnp
 
 from minisora_jax.diffusion.path import Path, solve, target
 from minisora_jax.models.layers import per_slot_mean, per_token
+from minisora_jax.parallel.mesh import take_in_row
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,8 +47,7 @@ def twins(p_BSP: jax.Array, with_caption_BS: jax.Array, without_BS: jax.Array) -
     `with_caption_BS` and `without_BS` give, for each token, the index in its row of its twin in the segment with
     the caption and in that without.
     """
-    take = lambda index_BS: jnp.take_along_axis(p_BSP, index_BS[..., None], axis=1)
-    return take(with_caption_BS), take(without_BS)
+    return take_in_row(p_BSP, with_caption_BS), take_in_row(p_BSP, without_BS)
 
 
 def guide(

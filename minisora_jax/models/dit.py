@@ -232,9 +232,15 @@ class DiT(nn.Module):
 
 
 def abstract_batch(
-    config: DiTConfig, rows: int = 1, tokens: int = 1, text_tokens: int = 4, image_tokens: int = 1, sharding=None
+    config: DiTConfig,
+    rows: int = 1,
+    tokens: int = 1,
+    text_tokens: int = 4,
+    image_tokens: int = 1,
+    sharding=None,
+    slots: int = 1,
 ) -> PackedBatch:
-    """A batch of one clip a row as `jax.ShapeDtypeStruct`s, laid out as `sharding`: nothing is allocated."""
+    """A batch of `slots` clips a row as `jax.ShapeDtypeStruct`s, laid out as `sharding`: nothing is allocated."""
     floats = lambda *shape: jax.ShapeDtypeStruct((rows, *shape), jnp.float32, sharding=sharding)
     ids = lambda *shape: jax.ShapeDtypeStruct((rows, *shape), jnp.int32, sharding=sharding)
     return PackedBatch(
@@ -244,8 +250,8 @@ def abstract_batch(
         known_BS=jax.ShapeDtypeStruct((rows, tokens), bool, sharding=sharding),
         text_BLE=(ids if config.text_features == 1 else floats)(text_tokens, config.text_features),
         text_segment_BL=ids(text_tokens),
-        fps_BG=floats(1),
-        size_BG3=ids(1, 3),
+        fps_BG=floats(slots),
+        size_BG3=ids(slots, 3),
         image_BIE=floats(image_tokens, config.image_features) if config.image_features else None,
         image_segment_BI=ids(image_tokens) if config.image_features else None,
     )

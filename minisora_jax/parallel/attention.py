@@ -38,7 +38,10 @@ def attend(
     scale = q_BSNK.shape[-1] ** -0.5 if scale is None else scale
     if bias_NST is not None:
         return _dense(q_BSNK, k_BTNK, v_BTNK, q_segment_BS, kv_segment_BT, scale, bias_NST)
-    arrays = (q_BSNK, k_BTNK, v_BTNK, q_segment_BS, kv_segment_BT)
+    # Ids are the same in all layers. Unless they depend on something that is not, JAX computes what follows from them
+    # for all hops ahead of the layers, and keeps it: gigabytes of masks.
+    ids = jax.lax.optimization_barrier((jax.lax.stop_gradient(q_BSNK), q_segment_BS, kv_segment_BT))[1:]
+    arrays = (q_BSNK, k_BTNK, v_BTNK, *ids)
     ring = Ring(choose(impl), scale, longest=longest)
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.are_all_axes_manual:

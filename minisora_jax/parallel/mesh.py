@@ -129,6 +129,17 @@ def lookup(table: jax.Array, ids: jax.Array) -> jax.Array:
     return table.at[ids].get(out_sharding=P(*jax.typeof(ids).sharding.spec, None))
 
 
+def take_in_row(x_BSP: jax.Array, index_BS: jax.Array) -> jax.Array:
+    """x[b, index[b, s]], laid out as x. Rows that lie on several devices are gathered for it: for narrow x."""
+    local = lambda x, index: jnp.take_along_axis(x, index[..., None], axis=1)
+    if jax.sharding.get_abstract_mesh().empty:
+        return local(x_BSP, index_BS)
+    specs = jax.typeof(x_BSP).sharding.spec, jax.typeof(index_BS).sharding.spec
+    whole = lambda x: x if specs[0][1] is None else jax.lax.all_gather(x, specs[0][1], axis=1, tiled=True)
+    on_device = lambda x, index: local(whole(x), index)
+    return jax.shard_map(on_device, in_specs=specs, out_specs=specs[0], check_vma=False)(x_BSP, index_BS)
+
+
 def unfold(x: jax.Array, other: jax.Array) -> jax.Array:
     """(B * T, ...) -> (B, T, ...), B laid out as in `other` (B, ...): undoes a fold of frames into rows."""
     shape = (other.shape[0], -1, *x.shape[1:])
@@ -200,3 +211,25 @@ def place(batch, mesh: jax.sharding.Mesh, specs=None):
         return jax.make_array_from_callback(shape, NamedSharding(mesh, spec), piece)
 
     return jax.tree.map(put, batch, specs)
+
+
+def on_mesh(batch, specs=None):
+    """A batch (B, ...) of NumPy arrays on the mesh in use, by `layout`; on the default device where none is set."""
+    mesh = jax.sharding.get_mesh()
+    if mesh.empty:
+        return jax.tree.map(jnp.asarray, batch)
+    return place(batch, mesh, layout(batch) if specs is None else specs)
+
+
+def params_on_mesh(params, abstract):
+    """Parameters on the mesh in use, laid out as `abstract` has them; themselves where none is set."""
+    mesh = jax.sharding.get_mesh()
+    if mesh.empty:
+        return params
+    return jax.tree.map(lambda x, a: jax.device_put(x, a.sharding), params, laid_out(abstract, mesh))
+
+
+def cuts() -> tuple[int, int]:
+    """Into how many parts the mesh in use divides (rows, a row's tokens)."""
+    mesh = jax.sharding.get_mesh()
+    return tuple(1 if mesh.empty else math.prod(mesh.shape[axis] for axis in axes) for axes in (ROWS, SEQUENCE))

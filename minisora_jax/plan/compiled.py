@@ -1,7 +1,7 @@
 """The real train step, or sampling step, compiled for a TPU pod on any machine: `libtpu` holds the compiler.
 
-Nothing is computed or allocated: state and batch are shapes with layouts on the topology's own mesh. What does not fit a
-chip's memory fails as it would on the pod. A process that has compiled for a topology should do nothing else: start
+Nothing is computed or allocated: state and batch are shapes with layouts on the topology's own mesh. What does not fit
+a chip's memory fails as it would on the pod. A process that has compiled for a topology should do nothing else: start
 it with JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1.
 """
 
@@ -18,15 +18,14 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from minisora_jax.diffusion.guidance import GuidanceConfig
-from minisora_jax.diffusion.sampler import SamplerConfig
+from minisora_jax.diffusion.sampler import SAMPLERS
 from minisora_jax.generate import sampling_step
 from minisora_jax.models.dit import abstract_batch
 from minisora_jax.parallel.mesh import TOKENS, MeshConfig, laid_out, layout, make_mesh
 from minisora_jax.plan.hardware import Topology
 from minisora_jax.plan.schedule import Traffic, read
-from minisora_jax.train.diffusion_task import DiffusionTask, init_diffusion, loss_of
-from minisora_jax.train.loop import compile_step
+from minisora_jax.train.diffusion_task import DiffusionTask, init_params, loss_of
+from minisora_jax.train.loop import jitted
 from minisora_jax.train.optim import make_optimizer
 from minisora_jax.train.step import init_state
 
@@ -35,14 +34,25 @@ IMAGE_TOKENS = 257  # of the image encoder of Wan's image-to-video
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
-    """What is to be run: rows of so many tokens, each holding `clips` clips of equal length."""
+    """What is to be run: `rows` rows, each of `clips` clips of so many tokens."""
 
     task: DiffusionTask
-    tokens: int
-    rows: int = 1
-    text_tokens: int = 512
+    tokens: int  # of a clip
     clips: int = 1
-    sample: bool = False  # a sampling step with guidance in place of a train step: two rows for each
+    rows: int = 1
+    text_tokens: int = 512  # of a clip's caption
+    sample: bool = False  # a step of Heun's sampler with guidance in place of a train step: each clip twice
+
+    @property
+    def segments(self) -> int:
+        """Of a row."""
+        return self.clips * (2 if self.sample else 1)
+
+    def row_tokens(self, mesh: jax.sharding.Mesh | MeshConfig) -> int:
+        """Tokens of a row, padded so that each device has whole lanes of 128 of them."""
+        sizes = mesh.shape if isinstance(mesh, jax.sharding.Mesh) else vars(mesh)
+        unit = 128 * sizes["ring"] * sizes["ulysses"]
+        return -(-self.segments * self.tokens // unit) * unit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,47 +81,34 @@ def abstract_state(work: Workload, mesh: jax.sharding.Mesh) -> Any:
     optimizer = make_optimizer(work.task.run.optim, work.task.run.steps)
     with jax.set_mesh(mesh):
         key = jax.eval_shape(lambda: jax.random.key(0))
-        return laid_out(jax.eval_shape(lambda k: init_state(init_diffusion(work.task, k), optimizer), key), mesh)
-
-
-def abstract_rows(work: Workload, mesh: jax.sharding.Mesh, *, lead: tuple[int, ...] = ()) -> Any:
-    """A PackedBatch of the workload, (*lead, B, ...), on the mesh."""
-    rows = work.rows * (2 if work.sample else 1)
-    batch = abstract_batch(work.task.dit, rows, work.tokens, work.text_tokens, IMAGE_TOKENS, slots=work.clips)
-    batch = batch.replace(longest=-(-work.tokens // work.clips))
-    specs = layout(batch)
-    on = lambda x, spec: jax.ShapeDtypeStruct(
-        (*lead, *x.shape), x.dtype, sharding=NamedSharding(mesh, P(*(None for _ in lead), *spec))
-    )
-    return jax.tree.map(on, batch, specs)
+        return laid_out(jax.eval_shape(lambda k: init_state(init_params(work.task, k), optimizer), key), mesh)
 
 
 def lower(work: Workload, mesh: jax.sharding.Mesh) -> tuple[dict[str, Any], jax.stages.Lowered]:
-    """({kind of state: tree}, the lowered step)."""
-    state = abstract_state(work, mesh)
+    """({kind: what a chip holds of it, as abstract arrays}, the lowered step)."""
+    state, tokens = abstract_state(work, mesh), work.row_tokens(mesh)
+    text = work.segments * work.text_tokens
+    batch = abstract_batch(work.task.dit, work.rows, tokens, text, IMAGE_TOKENS, slots=work.segments)
+    batch, specs = batch.replace(longest=work.tokens), layout(batch)
+    on = lambda x, spec, *lead: jax.ShapeDtypeStruct(
+        (*lead, *x.shape), x.dtype, sharding=NamedSharding(mesh, P(*(None for _ in lead), *spec))
+    )
     if work.sample:
-        batch = abstract_rows(work, mesh)
+        batch = jax.tree.map(on, batch, specs.replace(longest=work.tokens))
+        time_BS = on(jax.ShapeDtypeStruct((work.rows, tokens), jnp.float32), TOKENS)
+        index_BS = on(jax.ShapeDtypeStruct((work.rows, tokens), jnp.int32), TOKENS)
+        inputs = ((state.params,), batch, index_BS, index_BS, 3.0, (0.0, 1.0))
+        static, past = ((work.task.dit,), work.task.objective, 0.0), SAMPLERS["heun"].begin(batch.tokens_BSP, time_BS)
         with jax.set_mesh(mesh):
-            lowered = _lower_sampling(work, mesh, state.params, batch)
+            lowered = sampling_step.lower(static, "heun", batch.tokens_BSP, time_BS, time_BS, past, None, 0.0, inputs)
         return {"parameters": state.params, "batch": batch}, lowered
-    batch = abstract_rows(work, mesh, lead=(1,))
+    batch = jax.tree.map(lambda x, spec: on(x, spec, 1), batch, specs.replace(longest=work.tokens))
+    optim = work.task.run.optim
     with jax.set_mesh(mesh):
         key = laid_out(jax.eval_shape(lambda: jax.random.key(0)), mesh)
-        optim = work.task.run.optim
-        step = compile_step(loss_of(work.task), make_optimizer(optim, work.task.run.steps), optim)
+        step = jitted(loss_of(work.task), make_optimizer(optim, work.task.run.steps), optim)
         lowered = step.lower(state, batch, key)
-    kinds = {"parameters": state.params, "average": state.ema, "optimiser": state.opt_state, "batch": batch}
-    return kinds, lowered
-
-
-def _lower_sampling(work: Workload, mesh, params, batch):
-    """Heun's step with guidance, the captioned rows first and their uncaptioned twins after them."""
-    like = batch.tokens_BSP
-    shape = lambda *s, dtype=jnp.float32: jax.ShapeDtypeStruct(s, dtype, sharding=NamedSharding(mesh, TOKENS))
-    time_BS = shape(*like.shape[:2])
-    scalar = jax.ShapeDtypeStruct((), jnp.float32, sharding=NamedSharding(mesh, P()))
-    del scalar
-    return sampling_step(work.task, SamplerConfig("heun"), GuidanceConfig()).lower(params, batch, like, time_BS, time_BS)
+    return {"parameters": state.params, "average": state.ema, "optimiser": state.opt_state, "batch": batch}, lowered
 
 
 def compile_for(work: Workload, mesh_config: MeshConfig, topology: Topology, options: dict | None = None) -> Compiled:

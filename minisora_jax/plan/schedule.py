@@ -1,7 +1,7 @@
 """Reads a compiled TPU program: what is sent along which mesh axis, how often, and what runs meanwhile.
 
-The text of a compiled module is its schedule: operations stand in the order they run in. An asynchronous collective is a
-pair, `-start` and `-done`; it is hidden where an operation that computes (a fusion, a kernel, a loop or a branch with
+The text of a compiled module is its schedule: operations stand in the order they run in. An asynchronous collective is
+a pair, `-start` and `-done`; it is hidden where an operation that computes (a fusion, a kernel, a loop or a branch with
 one in it) stands between the two. Loops count as often as they turn, which their conditions say.
 """
 
@@ -12,7 +12,7 @@ import math
 import re
 from collections import defaultdict
 
-BYTES = {"pred": 1, "s8": 1, "u8": 1, "f8e4m3fn": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "f64": 8}
+BYTES = {"pred": 1, "s8": 1, "u8": 1, "f8e4m3fn": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8}
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 # What makes an operation worth waiting for; the rest moves or names data.
 COMPUTES = ("fusion", "custom-call", "convolution", "dot", "while", "conditional", "call")
@@ -43,7 +43,7 @@ SHAPE = re.compile(r"(\w+)\[([\d,]*)\]")
 
 
 def read(hlo: str, mesh_shape: dict[str, int]) -> list[Traffic]:
-    """The traffic of a compiled module's text (`compiled.as_text()`) on a mesh of that shape, device ids in its order."""
+    """The traffic of a compiled module's text (`compiled.as_text()`) on a mesh of that shape, ids in order."""
     computations, entry = _computations(hlo)
     total: dict[tuple, list[float]] = defaultdict(lambda: [0, 0, 0.0])
     seen: set[str] = set()

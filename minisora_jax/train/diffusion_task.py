@@ -6,6 +6,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +31,7 @@ from minisora_jax.models.files import (
 from minisora_jax.models.text import encode_bytes
 from minisora_jax.train.flops import count_work
 from minisora_jax.train.loop import RunConfig, train
+from minisora_jax.train.step import LossFn
 from minisora_jax.types import PackedBatch
 
 
@@ -56,6 +58,16 @@ def example_batch(task: DiffusionTask) -> PackedBatch:
     return pack_segments([[one]], PackConfig(tokens=1, text_tokens=4, slots=1, rows=1))
 
 
+def init_params(task: DiffusionTask, key: jax.Array) -> Any:
+    batch = jax.tree.map(jnp.asarray, example_batch(task))
+    return DiT(task.dit).init(key, batch.tokens_BSP, jnp.zeros((1, 1)), batch)
+
+
+def loss_of(task: DiffusionTask) -> LossFn:
+    model = DiT(task.dit)
+    return lambda params, batch, key: diffusion_loss(model, task.times, params, batch, key, task.objective)
+
+
 def train_diffusion(
     task: DiffusionTask,
     workdir: Path,
@@ -70,14 +82,9 @@ def train_diffusion(
     `export` is stored in the exported config beside the model's own: the codec's hash, the text encoder. `init` is a
     model to start from, exported or imported, of the shape that `task.dit` has (see `settings_of`).
     """
-    model = DiT(task.dit)
     _check_latents(task, latents, init)
     if init:
         check_shapes(open_model(init)[0], abstract_params(task.dit), init)
-
-    def init_params(key):
-        batch = jax.tree.map(jnp.asarray, example_batch(task))
-        return model.init(key, batch.tokens_BSP, jnp.zeros((1, 1)), batch)
 
     sizes = np.maximum(latents.sizes, (0, 0, 0, task.dit.caption_tokens))
     rows_per_step = task.run.optim.accumulate * task.pack.rows
@@ -97,8 +104,8 @@ def train_diffusion(
         rows=task.pack.rows,
         tokens=task.pack.tokens,
         heads=task.dit.heads,
-        init_params=init_params,
-        loss_fn=lambda params, batch, key: diffusion_loss(model, task.times, params, batch, key, task.objective),
+        init_params=functools.partial(init_params, task),
+        loss_fn=loss_of(task),
         batches=batches,
         describe=describe,
         start_params=functools.partial(load_params_onto, init) if init else None,

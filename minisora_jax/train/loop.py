@@ -96,9 +96,7 @@ def train(
         log.info("%s: %.2f M parameters, mesh %s", name, count / 1e6, dict(mesh.shape))
 
         # ---- Steps
-        step_fn = jax.jit(
-            functools.partial(train_step, loss_fn=loss_fn, optimizer=optimizer, config=config.optim), donate_argnums=0
-        )
+        step_fn = jitted(loss_fn, optimizer, config.optim)
         metrics = stack.enter_context(contextlib.closing(Metrics(workdir, start=start, steps=config.steps, name=name)))
         schedule = learning_rate(config.optim, config.steps)
         pending, window, since = None, [], time.perf_counter()
@@ -124,6 +122,12 @@ def train(
             if step % config.save_every == 0 or step == config.steps:
                 checkpoints.save(step, state)
         return state
+
+
+def jitted(loss_fn: LossFn, optimizer, config: OptimConfig):
+    """The train step as it runs: (state, batch, key) -> (state, metrics), the state's memory used again."""
+    step = functools.partial(train_step, loss_fn=loss_fn, optimizer=optimizer, config=config)
+    return jax.jit(step, donate_argnums=0)
 
 
 def _rates(window: list[dict[str, float]], seconds: float) -> dict[str, float]:

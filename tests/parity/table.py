@@ -84,7 +84,7 @@ def full_size() -> list[str]:
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
     for name, topology in FULL_SIZE.items():
         code = (
-            "import dataclasses, json; from minisora_jax.plan import compile_forward as c;"
+            "import dataclasses, json; from minisora_jax.plan.forward import compile_forward as c;"
             "from minisora_jax.parallel.mesh import MeshConfig; from minisora_jax.weights.dit import CONFIGS;"
             "from minisora_jax.weights.checkpoint import Checkpoint; import sys;"
             f"found = c(CONFIGS['{name}'], (5, 60, 104), 512, '{topology}', MeshConfig(data=1, fsdp=-1),"

@@ -1,0 +1,79 @@
+"""What a run needs on a pod: compiled for TPUs without one (`pip install libtpu`), reckoned for GPUs.
+
+examples:
+  minisora plan --topology v5p:4x4x4 --preset wan2.1-t2v-14b --clip 60s@1080p --mesh ring=16,ulysses=4
+  minisora plan --topology v5e:16x16 --preset wan2.1-t2v-14b --clip 60s@1080p --search 1
+  minisora plan --topology v6e:4x4 --preset wan2.1-t2v-1.3b --clip 5s@480p --rows 16 --mesh fsdp=16 --sample
+  minisora plan --topology h100:64 --preset wan2.1-t2v-1.3b --clip 200k --search 5
+  minisora plan --topology v5p:2x2x1 --config=configs/dit_tiny.py:data=data/latents --clip 8k --largest
+
+--clip is SECONDS@HEIGHTp, SECONDS@WIDTHxHEIGHT or a number of tokens (8k, 16.8M). The real train step (or, with
+--sample, a guided step of Heun's sampler) is compiled by the TPU's own compiler: memory, and which collectives run
+along which axis while something else is computed, are facts. FLOPs are counted from shapes. Times and the MFU bound
+are a model, made of the chips' peaks, which are printed.
+"""
+
+from __future__ import annotations
+
+TAKES_CONFIG = True
+
+
+def add_arguments(parser):
+    parser.add_argument("--topology", required=True, help="v5p:4x4x4, v5e:16x16, v6e:4x4*2 (two slices), h100:64, ...")
+    parser.add_argument("--preset", help="a published transformer (`minisora import --help` names them)")
+    parser.add_argument("--clip", required=True, help="60s@1080p, 5s@832x480 or a number of tokens such as 16.8M")
+    parser.add_argument("--fps", type=float, default=24.0, help="of the clip (default: 24)")
+    parser.add_argument("--codec", default="wan2.1-vae", help="the codec that turns pixels into tokens")
+    parser.add_argument("--clips", type=int, default=1, help="clips packed into each row (default: 1)")
+    parser.add_argument("--rows", type=int, default=1, help="rows of a batch, over all chips (default: 1)")
+    parser.add_argument("--mesh", default="", help="such as ring=16,ulysses=4; what is left goes to data")
+    parser.add_argument(
+        "--remat", choices=("none", "matmuls", "attention", "full"), help="default: the config's, or full"
+    )
+    parser.add_argument("--attention", default="splash", help="the kernel to compile (default: splash)")
+    parser.add_argument("--sample", action="store_true", help="a sampling step, and not a train step")
+    parser.add_argument("--search", type=int, default=0, metavar="N", help="rank all meshes, and compile the N best")
+    parser.add_argument(
+        "--largest", action="store_true", help="find the longest clip that fits, by compiling twice more"
+    )
+    parser.usage = "minisora plan --topology POD (--preset NAME | --config=FILE.py) --clip CLIP [flags]"
+
+
+def run(args, config_flags):
+    import dataclasses
+    import os
+
+    # Nothing may touch a device of this machine: the compiler for the pod is all that is wanted.
+    os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")
+    from minisora_jax.plan.compiled import Workload
+    from minisora_jax.plan.hardware import Topology
+    from minisora_jax.plan.report import compile_and_print, print_search
+    from minisora_jax.plan.workload import clip_tokens, mesh_of, parameter_count, task_of
+
+    topology = Topology.parse(args.topology)
+    task = task_of(args.preset, config_flags, args.remat, args.attention)
+    tokens, what = clip_tokens(args.clip, args.fps, args.codec, task.dit.patch)
+    text = task.dit.caption_tokens or 512
+    work = Workload(task, tokens, args.clips, args.rows, text, args.sample)
+    print(
+        f"{args.preset or 'model'}: {parameter_count(task) / 1e9:.2f} B parameters; a clip of {what}: {tokens:,} tokens"
+    )
+    if args.search or not topology.is_tpu:
+        best = print_search(
+            work, topology, parameter_count(task), max(args.search, 5), given=mesh_of(args.mesh, topology)
+        )
+        if not topology.is_tpu:
+            return None
+        for tried, mesh, _ in best[: args.search]:
+            compile_and_print(tried, mesh, topology)
+        return None
+    mesh = mesh_of(args.mesh, topology)
+    compiled = compile_and_print(work, mesh, topology)
+    if args.largest:
+        from minisora_jax.plan.report import print_largest
+
+        print_largest(dataclasses.replace(work), mesh, topology, compiled)
+    return None

@@ -1,0 +1,70 @@
+"""From the words of a command line to a workload: a model, a clip in tokens, a mesh."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+
+import jax
+
+from minisora_jax.config import build, read_config
+from minisora_jax.models.dit import abstract_params
+from minisora_jax.parallel.mesh import MeshConfig
+from minisora_jax.plan.hardware import Topology
+from minisora_jax.train.diffusion_task import DiffusionTask
+from minisora_jax.weights.presets import CODECS, TRANSFORMERS
+
+
+def task_of(preset: str | None, config_flags: list[str], remat: str | None, attention: str) -> DiffusionTask:
+    """The task of a preset, or of `--config=FILE`; with a remat policy and a kernel of attention for it."""
+    if bool(preset) == any(f.startswith("--config=") for f in config_flags):
+        raise ValueError("name the model by --preset=NAME or by --config=FILE.py, one of the two")
+    if preset:
+        if preset not in TRANSFORMERS:
+            raise ValueError(f"--preset={preset} must be one of {', '.join(TRANSFORMERS)}")
+        task = DiffusionTask(dit=TRANSFORMERS[preset].config)
+        remat = remat or "full"
+    else:
+        config = read_config(config_flags, DiffusionTask, "configs/dit_tiny.py:data=data/latents")
+        task = build(DiffusionTask, {k: v for k, v in config.items() if k not in ("data", "prompts")})
+    dit = dataclasses.replace(task.dit, remat=remat or task.dit.remat, attention=attention, dtype="bfloat16")
+    return dataclasses.replace(task, dit=dit)
+
+
+def parameter_count(task: DiffusionTask) -> int:
+    dit = dataclasses.replace(task.dit, attention="reference")
+    return sum(x.size for x in jax.tree.leaves(abstract_params(dit)))
+
+
+def clip_tokens(clip: str, fps: float, codec: str, patch: tuple[int, int, int]) -> tuple[int, str]:
+    """(tokens, the clip in words) of "60s@1080p", "5s@832x480", "16.8M", "8k" or "4096"."""
+    if match := re.fullmatch(r"([\d.]+)([kKM]?)", clip):
+        return round(float(match[1]) * {"": 1, "k": 1e3, "K": 1e3, "M": 1e6}[match[2]]), "that length"
+    match = re.fullmatch(r"([\d.]+)s@(?:(\d+)p|(\d+)x(\d+))", clip)
+    if not match:
+        raise ValueError(f"--clip={clip} must look like 60s@1080p, 5s@832x480 (width x height) or 16.8M (tokens)")
+    if codec not in CODECS:
+        raise ValueError(f"--codec={codec} must be one of {', '.join(CODECS)}")
+    vae = CODECS[codec].config
+    height = int(match[2] or match[4])
+    width = int(match[3]) if match[3] else 2 * round(height * 16 / 9 / 2)
+    cell = [vae.space_factor * p for p in patch[1:]]
+    h, w = (math.ceil(n / c) for n, c in zip((height, width), cell))
+    steps = round(float(match[1]) * fps / vae.time_factor)
+    frames = 1 + steps * vae.time_factor
+    t = 1 + steps
+    return t * h * w, f"{frames} frames of {w * cell[1]}x{h * cell[0]}, {t} x {h} x {w} tokens"
+
+
+def mesh_of(text: str, topology: Topology) -> MeshConfig:
+    """ "ring=16,ulysses=4" as a mesh of the topology's chips, every size given; what is left goes to data."""
+    entries = {}
+    for entry in filter(None, text.split(",")):
+        axis, _, size = entry.partition("=")
+        if axis not in MeshConfig.__dataclass_fields__ or not re.fullmatch(r"-?\d+", size):
+            raise ValueError(
+                f"--mesh={text}: {entry!r} must be AXIS=SIZE, of {', '.join(MeshConfig.__dataclass_fields__)}"
+            )
+        entries[axis] = int(size)
+    return MeshConfig(*MeshConfig(**entries).sizes(topology.chips))
