@@ -18,6 +18,7 @@ VERBS = {
     "import": "turn published weights into a model of this project",
     "export": "write a model in the published layout",
     "plan": "what a run needs on a TPU pod, compiled for it on any machine",
+    "study": "measure train steps over contexts, meshes and ways to batch",
     "eval": "score a codec (PSNR, SSIM) or a model (does the video show what its caption says?)",
 }
 

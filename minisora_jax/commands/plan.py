@@ -63,14 +63,14 @@ def run(args, config_flags):
     )
     if args.search or not topology.is_tpu:
         best = print_search(
-            work, topology, parameter_count(task), max(args.search, 5), given=mesh_of(args.mesh, topology)
+            work, topology, parameter_count(task), max(args.search, 5), given=mesh_of(args.mesh, topology.chips)
         )
         if not topology.is_tpu:
             return None
         for tried, mesh, _ in best[: args.search]:
             compile_and_print(tried, mesh, topology)
         return None
-    mesh = mesh_of(args.mesh, topology)
+    mesh = mesh_of(args.mesh, topology.chips)
     compiled = compile_and_print(work, mesh, topology)
     if args.largest:
         from minisora_jax.plan.report import print_largest

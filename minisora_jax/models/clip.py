@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from minisora_jax.models.layers import Einsum, LayerNorm, fill_runs, run_starts, sharded
+from minisora_jax.models.layers import Einsum, LayerNorm, places_in_run, sharded
 from minisora_jax.parallel.attention import attend
 from minisora_jax.parallel.mesh import lookup, shard
 
@@ -80,8 +80,7 @@ class CLIPEncoder(nn.Module):
         cfg = self.config
         tokens = self.param("embedding", sharded(nn.initializers.normal(0.02), 0), (cfg.vocabulary, cfg.width))
         places = self.param("positions", nn.initializers.normal(0.01), (cfg.positions, cfg.width))
-        index_BL = jnp.zeros_like(segment_BL) + jnp.arange(segment_BL.shape[1])
-        position_BL = index_BL - fill_runs(index_BL, run_starts(segment_BL))
+        position_BL = places_in_run(segment_BL)
         known_BL = position_BL < cfg.positions
         x = lookup(shard(tokens, P(None, None)), ids_BL) + lookup(places, jnp.where(known_BL, position_BL, 0))
         x = x.astype(cfg.dtype)

@@ -142,18 +142,8 @@ def per_slot_mean(x_BSx: jax.Array, segment_BS: jax.Array, slots: int) -> jax.Ar
     return total / jnp.maximum(count_BG, 1.0)[..., None]
 
 
-def run_starts(*ids_BS: jax.Array) -> jax.Array:
-    """True at each token that begins a run of equal ids along the row."""
-    changed = (jnp.arange(ids_BS[0].shape[1]) == 0)[None, :]
-    for ids in ids_BS:
-        changed = changed | (ids != jnp.concatenate([ids[:, :1], ids[:, :-1]], axis=1))
-    return changed
-
-
-def fill_runs(x_BS: jax.Array, starts_BS: jax.Array) -> jax.Array:
-    """Each token takes the value its run has at its start."""
-
-    def last_start(left, right):
-        return left[0] | right[0], jnp.where(right[0], right[1], left[1])
-
-    return jax.lax.associative_scan(last_start, (starts_BS, x_BS), axis=1)[1]
+def places_in_run(ids_BS: jax.Array) -> jax.Array:
+    """How many places each token is behind the first of its run of equal ids along the row; int32 (B, S)."""
+    index_BS = jnp.zeros_like(ids_BS) + jnp.arange(ids_BS.shape[1], dtype=ids_BS.dtype)
+    begins_BS = ids_BS != jnp.pad(ids_BS, ((0, 0), (1, 0)), constant_values=-1)[:, :-1]
+    return index_BS - jax.lax.cummax(jnp.where(begins_BS, index_BS, 0), axis=1)

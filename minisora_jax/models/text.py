@@ -14,7 +14,7 @@ import numpy as np
 from einops import rearrange
 from jax.sharding import PartitionSpec as P
 
-from minisora_jax.models.layers import MLP, Attention, Einsum, Norm, fill_runs, run_starts, sharded
+from minisora_jax.models.layers import MLP, Attention, Einsum, Norm, places_in_run, sharded
 from minisora_jax.models.rope import rope_angles
 from minisora_jax.parallel.mesh import shard
 
@@ -77,10 +77,8 @@ class TextRefiner(nn.Module):
             x, segment_BL = ByteTokens(self.width, self.dtype, name="bytes")(text_BLE, segment_BL)
         else:
             x = Einsum("ble,ed->bld", (self.features, self.width), name="project")(text_BLE.astype(self.dtype))
-        index_BL = jnp.zeros_like(segment_BL) + jnp.arange(segment_BL.shape[1])
         # Positions count from each caption's first token, so packing changes no angle.
-        position_BL = index_BL - fill_runs(index_BL, run_starts(segment_BL))
-        angles = rope_angles(position_BL[..., None], self.width // self.heads)
+        angles = rope_angles(places_in_run(segment_BL)[..., None], self.width // self.heads)
         for i in range(self.depth):
             x = x + Attention(self.heads, name=f"attention{i}")(Norm(name=f"norm{i}a")(x), segment_BL, angles)
             x = x + MLP(name=f"mlp{i}")(Norm(name=f"norm{i}b")(x))

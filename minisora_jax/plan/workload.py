@@ -11,7 +11,6 @@ import jax
 from minisora_jax.config import build, read_config
 from minisora_jax.models.dit import abstract_params
 from minisora_jax.parallel.mesh import MeshConfig
-from minisora_jax.plan.hardware import Topology
 from minisora_jax.train.diffusion_task import DiffusionTask
 from minisora_jax.weights.presets import CODECS, TRANSFORMERS
 
@@ -37,10 +36,17 @@ def parameter_count(task: DiffusionTask) -> int:
     return sum(x.size for x in jax.tree.leaves(abstract_params(dit)))
 
 
+def token_count(text: str) -> int:
+    """ "4096", "8k" (of 1024) or "16.8M" (of 1,000,000)."""
+    if not (match := re.fullmatch(r"([\d.]+)([kM]?)", text)):
+        raise ValueError(f"{text!r} must be a number of tokens, such as 4096, 8k or 16.8M")
+    return round(float(match[1]) * {"": 1, "k": 1024, "M": 1e6}[match[2]])
+
+
 def clip_tokens(clip: str, fps: float, codec: str, patch: tuple[int, int, int]) -> tuple[int, str]:
     """(tokens, the clip in words) of "60s@1080p", "5s@832x480", "16.8M", "8k" or "4096"."""
-    if match := re.fullmatch(r"([\d.]+)([kKM]?)", clip):
-        return round(float(match[1]) * {"": 1, "k": 1e3, "K": 1e3, "M": 1e6}[match[2]]), "that length"
+    if re.fullmatch(r"[\d.]+[kM]?", clip):
+        return token_count(clip), "that length"
     match = re.fullmatch(r"([\d.]+)s@(?:(\d+)p|(\d+)x(\d+))", clip)
     if not match:
         raise ValueError(f"--clip={clip} must look like 60s@1080p, 5s@832x480 (width x height) or 16.8M (tokens)")
@@ -57,8 +63,8 @@ def clip_tokens(clip: str, fps: float, codec: str, patch: tuple[int, int, int]) 
     return t * h * w, f"{frames} frames of {w * cell[1]}x{h * cell[0]}, {t} x {h} x {w} tokens"
 
 
-def mesh_of(text: str, topology: Topology) -> MeshConfig:
-    """ "ring=16,ulysses=4" as a mesh of the topology's chips, every size given; what is left goes to data."""
+def mesh_of(text: str, chips: int) -> MeshConfig:
+    """ "ring=16,ulysses=4" as a mesh of so many chips, every size given; what is left goes to data."""
     entries = {}
     for entry in filter(None, text.split(",")):
         axis, _, size = entry.partition("=")
@@ -67,4 +73,4 @@ def mesh_of(text: str, topology: Topology) -> MeshConfig:
                 f"--mesh={text}: {entry!r} must be AXIS=SIZE, of {', '.join(MeshConfig.__dataclass_fields__)}"
             )
         entries[axis] = int(size)
-    return MeshConfig(*MeshConfig(**entries).sizes(topology.chips))
+    return MeshConfig(*MeshConfig(**entries).sizes(chips))

@@ -1,0 +1,87 @@
+"""Against the real TPU compiler, which needs no TPU: `uv run --group tpu pytest tests/test_tpu.py` (CI does)."""
+
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+
+import pytest
+
+needs_libtpu = pytest.mark.skipif(find_spec("libtpu") is None, reason="needs libtpu, the TPU compiler (--group tpu)")
+needs_tokamax = pytest.mark.skipif(find_spec("tokamax") is None, reason="needs tokamax (--group tpu)")
+
+SPLASH = """
+import jax, jax.numpy as jnp, numpy as np
+jax.config.update("jax_num_cpu_devices", 4)
+from jax.experimental.pallas import tpu as pltpu
+from minisora_jax.parallel.kernels import reference, splash
+rng = np.random.default_rng(0)
+splash.TILE, splash.MOST_TILES = 128, 3  # so that the queries go in parts
+S, T, N, K = 200, 300, 2, 32
+q, k, v, w = (jnp.asarray(rng.standard_normal((2, n, N, K)), jnp.float32) for n in (S, T, T, S))
+q_ids = np.stack([np.minimum(1 + np.arange(S) // 40, 4) * (np.arange(S) < 180), np.full(S, 1)]).astype(np.int32)
+kv_ids = np.stack([np.minimum(1 + np.arange(T) // 90, 3) * (np.arange(T) < 280), np.full(T, 1)]).astype(np.int32)
+with pltpu.force_tpu_interpret_mode():
+    o, lse = jax.jit(splash.forward, static_argnums=5)(q, k, v, q_ids, kv_ids, 0.3)
+    grads = jax.jit(splash.backward, static_argnums=8)(q, k, v, q_ids, kv_ids, o, lse, w, 0.3)
+wanted, lse2 = reference.forward(q, k, v, q_ids, kv_ids, 0.3)
+for ours, theirs in zip((o, *grads), (wanted, *reference.backward(q, k, v, q_ids, kv_ids, wanted, lse2, w, 0.3))):
+    np.testing.assert_allclose(ours, theirs, atol=2e-5 * float(np.abs(theirs).max()))
+np.testing.assert_allclose(lse, lse2, rtol=1e-5)
+
+# The ring over the kernel, on 4 devices
+from minisora_jax.parallel.attention import attend
+from minisora_jax.parallel.mesh import ROWS, SEQUENCE, TOKENS, MeshConfig, make_mesh, place
+ids = np.minimum(1 + np.arange(256) // 60, 4)[None].astype(np.int32)
+arrays = [rng.standard_normal((1, 256, 2, 32)).astype(np.float32) for _ in range(4)]
+mesh, heads = make_mesh(MeshConfig(data=1, ring=4)), jax.P(ROWS, SEQUENCE, "tensor", None)
+def both(impl):
+    *qkv, weight, there = place((*arrays, ids), mesh, (heads,) * 4 + (TOKENS,))
+    loss = lambda *qkv: jnp.sum(attend(*qkv, there, there, impl=impl) * weight)
+    return jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)))(*qkv)
+with jax.set_mesh(mesh):
+    with pltpu.force_tpu_interpret_mode():
+        ours = both("splash")
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(both("reference"))):
+        np.testing.assert_allclose(a, b, atol=2e-5 * float(np.abs(b).max()))
+"""
+
+PLAN = """
+import json
+from minisora_jax.models.dit import DiTConfig
+from minisora_jax.parallel.mesh import MeshConfig
+from minisora_jax.plan.compiled import Workload, compile_for
+from minisora_jax.plan.hardware import Topology
+from minisora_jax.train.diffusion_task import DiffusionTask
+text = {"text_features": 64, "text_width": 64, "text_depth": 0}
+dit = DiTConfig(width=512, depth=2, heads=4, remat="full", attention="splash", **text)
+work = Workload(DiffusionTask(dit), tokens=16_384, text_tokens=128)
+mesh = MeshConfig(data=1, ring=4)
+out = compile_for(work, mesh, Topology.parse("v5p:2x2x1"))
+huge = compile_for(Workload(DiffusionTask(dit), tokens=40_000_000, text_tokens=128), mesh, Topology.parse("v5p:2x2x1"))
+ring = [[t.asynchronous, t.hidden, t.sent] for t in out.traffic if t.kind == "collective-permute"]
+print(json.dumps([out.fits, out.temporary_bytes, ring, huge.fits, huge.total_bytes]))
+"""
+
+
+def run(program: str) -> str:
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "XLA_FLAGS": ""}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@needs_tokamax
+def test_splash_and_a_ring_of_it_in_interpret_mode():
+    run(SPLASH)
+
+
+@needs_libtpu
+@needs_tokamax
+def test_a_train_step_is_compiled_for_a_pod():
+    fits, temporary, ring, too_long_fits, wanted = json.loads(run(PLAN).splitlines()[-1])
+    assert fits and 1e7 < temporary < 2e9
+    assert ring and all(asynchronous for asynchronous, _, _ in ring)
+    assert sum(sent for _, hidden, sent in ring if hidden) > 0.8 * sum(sent for _, _, sent in ring)
+    assert not too_long_fits and wanted > 95e9
