@@ -34,7 +34,8 @@ setup(
     extras_require={
         "tfds": ["tensorflow-datasets>=4.9.10"],
         "text": ["transformers>=5"],
-        "tpu": ["jax[tpu]>=0.11.1"],
+        "tpu": ["jax[tpu]>=0.11.1", "tokamax>=0.0.17"],
+        "study": ["matplotlib>=3.9"],
         "cuda": ["jax[cuda13]>=0.11.1"],
     },
     entry_points={"console_scripts": ["minisora = minisora_jax.cli:main"]},

@@ -209,8 +209,10 @@ def _markdown(results: Sequence[Result]) -> list[str]:
 
 def _plots(results: Sequence[Result], out: Path) -> list[str]:
     """A line for each setting, over contexts."""
-    import matplotlib
-
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise ImportError("the plots need matplotlib: pip install 'minisora_jax[study]'") from error
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 

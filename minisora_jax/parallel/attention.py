@@ -8,12 +8,18 @@ device, as a caption's are, need no communication at all.
 
 from __future__ import annotations
 
+import functools
+import logging
+from importlib.util import find_spec
+
 import jax
 import jax.numpy as jnp
 
 from minisora_jax.parallel.kernels import KERNELS
 from minisora_jax.parallel.mesh import SEQUENCE
 from minisora_jax.parallel.ring import Ring, ring_attention
+
+log = logging.getLogger("minisora")
 
 
 def attend(
@@ -71,12 +77,22 @@ def attend(
 
 
 def choose(impl: str) -> object:
-    """The kernel of that name, "auto" being the best for the default backend."""
+    """The kernel of that name; "auto": splash on TPUs (where tokamax is installed), blockwise elsewhere."""
     if impl == "auto":
-        impl = "blockwise"
+        impl = _best(jax.default_backend())
     if impl not in KERNELS:
         raise ValueError(f"attention={impl!r} must be 'auto' or one of {', '.join(map(repr, KERNELS))}")
     return KERNELS[impl]
+
+
+@functools.cache
+def _best(backend: str) -> str:
+    if backend == "tpu" and find_spec("tokamax"):
+        return "splash"
+    if backend != "cpu":
+        fix = "pip install 'minisora_jax[tpu]' for splash attention" if backend == "tpu" else "none is faster here yet"
+        log.warning("attention: blockwise in XLA on this %s; %s", backend, fix)
+    return "blockwise"
 
 
 def _dense(q_BSNK, k_BTNK, v_BTNK, q_segment_BS, kv_segment_BT, scale, bias_NST):
