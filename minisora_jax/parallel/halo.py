@@ -87,6 +87,18 @@ def by_rows(f: Callable, units: int, params, *pictures):
     return jax.shard_map(on_device, in_specs=specs, out_specs=PICTURES, check_vma=False)(params, *pictures)
 
 
+def require_whole_units(mesh: jax.sharding.Mesh, units: int, what: str) -> None:
+    """ValueError unless the height of `what`, already on the mesh, divides: only the host's pictures are padded."""
+    parts = math.prod(mesh.shape[axis] for axis in SEQUENCE)
+    if units % parts:
+        named = " x ".join(f"mesh.{axis}={mesh.shape[axis]}" for axis in SEQUENCE)
+        low = units // parts * parts
+        raise ValueError(
+            f"{what} of {units} latent rows cannot be divided over {named}: give it "
+            f"{f'{low} or ' if low else ''}{low + parts} latent rows, or the mesh fewer of them"
+        )
+
+
 @contextlib.contextmanager
 def _cutting(cut: Cut | None):
     token = _cut.set(cut)
