@@ -49,6 +49,10 @@ print(len(list(pkgutil.walk_packages(minisora_jax.__path__))) > 8, dict(xla_brid
         (["generate", "x", "--sampler", "unipc", "--eta", "1"], "eta=1.0 is for ddim, ddpm, sde; unipc has no noise"),
         (["generate", "x", "--guidance-interval", "half"], "--guidance-interval 'half' must be LOW-HIGH in times"),
         (["eval", "model", "--guidance-interval", "0.8-0.2"], "guidance interval 0.8-0.2 must be two rising times"),
+        (
+            ["generate", "x", "--mesh", "rings=2"],
+            "--mesh 'rings=2' must be AXIS=SIZE,... with axes of data, fsdp, ring",
+        ),
         (["generate", "x", "--guide-model", "/nowhere"], "/nowhere is not an exported model"),
         (["generate", "x", "--model", "/nowhere"], "/nowhere is not an exported model: model.safetensors is missing"),
         (["generate", "x", "--text-encoder", "m"], "--text-encoder=m: the model reads bytes, not features"),

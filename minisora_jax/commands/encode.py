@@ -3,12 +3,15 @@
 examples:
   minisora encode data/clips data/latents --codec=runs/codec/export
   minisora encode data/clips data/latents --codec=models/wan-vae --text-encoder=models/umt5
+  minisora encode data/clips data/latents --codec=models/wan-vae --mesh data=2,ring=4
   minisora encode shapes:train:20000 data/shapes-latents
 
 Interrupted, the same command goes on after the last finished shard.
 """
 
 from __future__ import annotations
+
+from minisora_jax.commands.generate import add_mesh, mesh_in_use
 
 
 def add_arguments(parser):
@@ -18,6 +21,7 @@ def add_arguments(parser):
     parser.add_argument(
         "--text-encoder", default=None, help="a text encoder that `minisora import` wrote (default: captions as bytes)"
     )
+    add_mesh(parser)
     parser.add_argument("--shard-mb", type=int, default=256, help="size of a shard in MiB (default 256)")
 
 
@@ -39,13 +43,14 @@ def run(args, _):
         rest = encode_clips(codec, captions, clips, start)
         return tqdm(rest, desc="encoding", unit="clip", initial=start, total=len(clips))
 
-    manifest = write_latents(
-        args.out,
-        latents,
-        codec_hash=codec.hash,
-        text=captions.record,
-        empty_text_LE=captions.encode([""])[0],
-        source=getattr(clips, "identity", args.data),
-        shard_bytes=args.shard_mb * 2**20,
-    )
+    with mesh_in_use(args.mesh):
+        manifest = write_latents(
+            args.out,
+            latents,
+            codec_hash=codec.hash,
+            text=captions.record,
+            empty_text_LE=captions.encode([""])[0],
+            source=getattr(clips, "identity", args.data),
+            shard_bytes=args.shard_mb * 2**20,
+        )
     print(f"{len(clips)} clips in {len(manifest['shards'])} shards of latents of codec {codec.hash}: {args.out}")

@@ -31,6 +31,7 @@ def add_arguments(parser):
     parser.add_argument("--codec", default=None, help="its codec (default: the bundled one)")
     parser.add_argument("--out", default="minisora-out", help="directory for the files (default minisora-out)")
     parser.add_argument("--upscale", type=int, default=4, help="enlarge pixels this many times in files (default 4)")
+    add_mesh(parser)
     parser.add_argument("--captions", action="store_true", help="list what the bundled model understands, and exit")
 
 
@@ -51,7 +52,8 @@ def run(args, _):
     requests = [
         Request(prompt, (args.frames, *size_HW), args.seed + i, args.fps) for i, prompt in enumerate(args.prompts)
     ]
-    videos = generator.generate(requests, **options)
+    with mesh_in_use(args.mesh):
+        videos = generator.generate(requests, **options)
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     for request, frames in zip(requests, videos):
@@ -119,6 +121,38 @@ def sampling(args) -> dict:
         "sampler": SamplerConfig(args.sampler, args.steps, args.grid, args.eta, args.tolerance),
         "guidance": GuidanceConfig(args.guidance, parse_interval(args.guidance_interval), args.guidance_rescale),
     }
+
+
+def add_mesh(parser):
+    """The option of devices, which `generate` and `encode` share."""
+    parser.add_argument(
+        "--mesh",
+        default=None,
+        metavar="AXIS=SIZE,...",
+        help="devices for the codec, such as data=2,ring=4: clips are divided over data, their height over ring "
+        "(default: one device)",
+    )
+
+
+def mesh_in_use(text: str | None):
+    """A context in which the mesh of that text is set; no mesh for None."""
+    import contextlib
+
+    if text is None:
+        return contextlib.nullcontext()
+
+    import jax
+
+    from minisora_jax.parallel.mesh import AXES, MeshConfig, make_mesh
+
+    try:
+        sizes = {axis: int(size) for axis, size in (part.split("=") for part in text.split(","))}
+        config = MeshConfig(**sizes)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"--mesh {text!r} must be AXIS=SIZE,... with axes of {', '.join(AXES)}, such as data=2,ring=4 ({error})"
+        ) from None
+    return jax.set_mesh(make_mesh(config))
 
 
 def parse_interval(text: str) -> tuple[float, float]:

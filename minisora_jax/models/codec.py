@@ -9,6 +9,7 @@ stored in the codec's config (as Wan's `latents_mean` and `latents_std`).
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ import numpy as np
 
 from minisora_jax.models.files import config_fields, export_model, load_model, model_hash
 from minisora_jax.models.vae import VAE, VAEConfig
+from minisora_jax.parallel.halo import by_rows, fetch_pictures, place_parameters, place_pictures
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,26 +57,61 @@ class Codec:
 
         Chunk by chunk, as `stream` decodes: the first frame, then as many at a time as make a latent frame.
         """
-        self.config.latent_size(frames_BTHWC.shape[1:4])
-        edges = [0, *range(1, frames_BTHWC.shape[1] + 1, self.config.time_factor)]
-        past, moments = None, []
-        for start, stop in zip(edges, edges[1:]):
-            *chunk, past = _encode(self.config, self.params, frames_BTHWC[:, start:stop], past)
-            moments.append(jax.device_get(chunk))
-        mean, std = (np.concatenate(m, axis=1) for m in zip(*moments))
+        clips, frames = frames_BTHWC.shape[:2]
+        _, h, _ = self.config.latent_size(frames_BTHWC.shape[1:4])
+        params = self._half("encoder")
+
+        def chunks():
+            edges, past = [0, *range(1, frames + 1, self.config.time_factor)], None
+            for start, stop in zip(edges, edges[1:]):
+                x_BTHWC = place_pictures(frames_BTHWC[:, start:stop], h)
+                moments, past = _encode(self.config, h, params, x_BTHWC, past)
+                yield moments
+
+        fetched = ([fetch_pictures(m, clips, h) for m in moments] for moments in _one_ahead(chunks()))
+        mean, std = (np.concatenate(m, axis=1) for m in zip(*fetched))
         return (mean - self.latent_mean) / self.latent_std, std / self.latent_std
 
     def decode(self, z_Bthwc: np.ndarray) -> np.ndarray:
         """Normalised latents -> uint8 frames_BTHWC."""
-        return np.concatenate(list(self.stream(z_Bthwc)), axis=1)
+        B, *size_thw, _ = z_Bthwc.shape
+        frames_BTHWC, at = np.empty((B, *self.config.pixel_size(size_thw), 3), np.uint8), 0
+        for some in self.stream(z_Bthwc):
+            frames_BTHWC[:, at : at + some.shape[1]] = some
+            at += some.shape[1]
+        return frames_BTHWC
 
     def stream(self, z_Bthwc: np.ndarray) -> Iterator[np.ndarray]:
-        """`decode`, a latent frame at a time (1 frame, then 4, 4, ...): memory does not grow with length."""
-        z = np.asarray(z_Bthwc, np.float32) * self.latent_std + self.latent_mean
-        past = None
-        for i in range(z.shape[1]):
-            frames, past = _decode(self.config, self.params, z[:, i : i + 1], past)
-            yield np.asarray(frames)
+        """`decode`, a latent frame at a time (1 frame, then 4, 4, ...): memory does not grow with length.
+
+        With a mesh set, clips are divided over its axes of rows, and the height of each over its sequence axes.
+        """
+        clips, t, h = z_Bthwc.shape[:3]
+        params = self._half("decoder")
+
+        def chunks():
+            past = None
+            for i in range(t):
+                z = np.asarray(z_Bthwc[:, i : i + 1], np.float32) * self.latent_std + self.latent_mean
+                x_BTHWC, past = _decode(self.config, h, params, place_pictures(z, h), past)
+                yield x_BTHWC
+
+        for x_BTHWC in _one_ahead(chunks()):
+            yield fetch_pictures(x_BTHWC, clips, h)
+
+    def _half(self, name: str):
+        """The encoder's or the decoder's parameters, on the devices."""
+        return place_parameters({"params": {name: self.params["params"][name]}})
+
+
+def _one_ahead(results: Iterator) -> Iterator:
+    """The same, each after the next was asked for: devices compute one while the host takes the other."""
+    waiting = collections.deque()
+    for result in results:
+        waiting.append(result)
+        if len(waiting) == 2:
+            yield waiting.popleft()
+    yield from waiting
 
 
 def to_float(frames: jax.Array) -> jax.Array:
@@ -86,13 +123,23 @@ def to_uint8(x: jax.Array) -> jax.Array:
     return jnp.clip(jnp.round((x + 1.0) * 127.5), 0, 255).astype(jnp.uint8)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _encode(config: VAEConfig, params, frames_BTHWC, past):
-    mean, logvar, past = VAE(config).apply(params, to_float(frames_BTHWC), past, method="encode")
-    return mean, jnp.exp(0.5 * logvar), past
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=4)
+def _encode(config: VAEConfig, units: int, params, frames_BTHWC, past):
+    """((mean_Bthwc, std_Bthwc), the states to go on with) of the next chunk of pictures, `units` latent rows high."""
+
+    def encode(params, frames_BTHWC, past):
+        mean, logvar, past = VAE(config).apply(params, to_float(frames_BTHWC), past, method="encode")
+        return (mean, jnp.exp(0.5 * logvar)), past
+
+    return by_rows(encode, units, params, frames_BTHWC, past)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _decode(config: VAEConfig, params, z_Bthwc, past):
-    x, past = VAE(config).apply(params, z_Bthwc, past, method="decode")
-    return to_uint8(x), past
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=4)
+def _decode(config: VAEConfig, units: int, params, z_Bthwc, past):
+    """(uint8 frames_BTHWC, the states to go on with) of the next latent frames."""
+
+    def decode(params, z_Bthwc, past):
+        x, past = VAE(config).apply(params, z_Bthwc, past, method="decode")
+        return to_uint8(x), past
+
+    return by_rows(decode, units, params, z_Bthwc, past)

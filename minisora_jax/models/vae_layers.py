@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
+from minisora_jax.parallel.halo import attend_in_frame, frame_mean, halo
 from minisora_jax.parallel.mesh import unfold
 
 
@@ -63,13 +64,14 @@ class Conv(nn.Module):
         init = nn.initializers.zeros if self.zero_init else CONV_INIT
         kernel = self.param("kernel", init, (*self.kernel, c, self.features))
         bias = self.param("bias", self.bias_init, (self.features,))
+        pad = self.padding or ((kh - 1) // 2, (kh - 1) // 2)
+        x_BTHWC, rows = halo(x_BTHWC, pad)  # before the taps are stacked, so that each frame is sent once
         B, T, H, W, _ = x_BTHWC.shape
         frames = (T - kt) // self.stride[0] + 1
         taps = [x_BTHWC[:, j : j + (frames - 1) * self.stride[0] + 1 : self.stride[0]] for j in range(kt)]
         x = jnp.concatenate(taps, axis=-1).reshape(B * frames, H, W, kt * c)
         kernel = rearrange(kernel, "t h w i o -> h w (t i) o").astype(x.dtype)
-        pad = self.padding or ((kh - 1) // 2, (kh - 1) // 2)
-        y = convolve(x, kernel, (pad, pad), self.stride[1])
+        y = convolve(x, kernel, (rows, pad), self.stride[1])
         return unfold(y, x_BTHWC) + bias.astype(x.dtype)
 
 
@@ -88,9 +90,10 @@ class DoublingConv(nn.Module):
         B, T, H, W, c = x_BTHWC.shape
         kernel = self.param("kernel", CONV_INIT, (1, 3, 3, c, self.features))
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
-        x = x_BTHWC.reshape(B * T, H, W, c)
         rows = []
         for kernel_row, pad_row in self._halves(kernel[0], 0):
+            x, pad_row = halo(x_BTHWC, pad_row)
+            x = x.reshape(B * T, -1, W, c)
             quarters = [
                 convolve(x, quarter.astype(x.dtype), (pad_row, pad_column))
                 for quarter, pad_column in self._halves(kernel_row, 1)
@@ -148,7 +151,7 @@ class GroupNorm(nn.Module):
 
     def _group_means(self, x_BTHWC):
         """(B, T, 1, 1, C). Of each channel first: a CPU sums over height and width alone several times as fast."""
-        mean = rearrange(jnp.mean(x_BTHWC, axis=(2, 3)), "b t (g c) -> b t g c", g=32)
+        mean = rearrange(frame_mean(x_BTHWC), "b t (g c) -> b t g c", g=32)
         mean = jnp.broadcast_to(jnp.mean(mean, axis=-1, keepdims=True), mean.shape)
         return rearrange(mean, "b t g c -> b t 1 1 (g c)")
 
@@ -179,10 +182,9 @@ class FrameAttention(nn.Module):
 
     @nn.compact
     def __call__(self, x_BTHWC):
-        B, T, H, W, C = x_BTHWC.shape
+        H, C = x_BTHWC.shape[2], x_BTHWC.shape[-1]
         qkv = Conv(3 * C, (1, 1, 1), name="qkv")(make_norm(self.images, "norm")(x_BTHWC))
-        qkv = rearrange(rearrange(qkv, "b t h w c -> b t (h w) c"), "b t s c -> (b t) s 1 c")
-        out = jax.nn.dot_product_attention(*jnp.split(qkv, 3, axis=-1))
+        out = attend_in_frame(*jnp.split(qkv, 3, axis=-1))
         out = rearrange(unfold(out, x_BTHWC), "b t (h w) 1 c -> b t h w c", h=H)
         return x_BTHWC + Conv(C, (1, 1, 1), name="out", zero_init=True)(out)
 

@@ -29,6 +29,7 @@ SHARDS = ("fsdp", "ring", "ulysses")  # those that parameters are cut up over
 # ---- The table of layouts
 BATCH = P(ROWS)  # (B, ...): rows divided; captions, and pixels of the codec
 TOKENS = P(ROWS, SEQUENCE)  # (B, S, ...): rows and their tokens divided
+PICTURES = P(ROWS, None, SEQUENCE)  # (B, T, H, ...): clips, and the rows of their frames (parallel/halo.py)
 REPLICATED = P()
 
 

@@ -20,7 +20,8 @@ import numpy as np
 from minisora_jax.data.loader import crop_batches
 from minisora_jax.models.codec import Codec, to_float
 from minisora_jax.models.vae import VAE, VAEConfig
-from minisora_jax.parallel.mesh import like
+from minisora_jax.parallel.halo import by_rows, require_whole_units
+from minisora_jax.parallel.mesh import PICTURES, like, make_mesh, shard
 from minisora_jax.train.loop import RunConfig, train
 from minisora_jax.train.metrics import Metrics
 from minisora_jax.types import Clip
@@ -45,14 +46,14 @@ class CodecTask:
 
 
 def loss_terms(task: CodecTask, params, frames_BTHWC, key):
-    """Per-clip values of each term, all of weight 1."""
-    x = to_float(frames_BTHWC)
-    vae = VAE(task.vae)
-    mean, logvar, _ = vae.apply(params, x, method="encode")
+    """Per-clip values of each term, all of weight 1. On a mesh the rows of the crops are divided, too."""
+    vae, units = VAE(task.vae), task.vae.latent_size(task.crop_THW)[1]
+    x = to_float(shard(frames_BTHWC, PICTURES))
+    mean, logvar = by_rows(lambda p, x: vae.apply(p, x, method="encode")[:2], units, params, x)
     if task.decoder_only:
         mean, logvar = jax.lax.stop_gradient((mean, logvar))
     z = mean + jnp.exp(0.5 * logvar) * like(jax.random.normal(key, mean.shape), mean)
-    y, _ = vae.apply(params, z, method="decode")
+    y = by_rows(lambda p, z: vae.apply(p, z, method="decode")[0], units, params, z)
     per_clip = lambda v: jnp.mean(v, axis=range(1, v.ndim))
     l1, l2 = per_clip(jnp.abs(x - y)), per_clip((x - y) ** 2)
     kl = per_clip(0.5 * (mean**2 + jnp.exp(logvar) - 1.0 - logvar))
@@ -64,6 +65,7 @@ def train_codec(
     task: CodecTask, workdir: Path, clips: Sequence[Clip], held_out: Sequence[Clip], describe: dict
 ) -> Codec:
     """Train on `clips`, log reconstructions of `held_out`, and export to WORKDIR/export. Returns the codec."""
+    require_whole_units(make_mesh(task.run.mesh), task.vae.latent_size(task.crop_THW)[1], "a crop")
     start = Codec.load(task.start) if task.start else None
     if start and start.config != task.vae:
         raise ValueError(f"the codec to start from, {task.start}, has another shape: {start.config}, not {task.vae}")
