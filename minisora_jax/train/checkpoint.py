@@ -1,7 +1,8 @@
 """Checkpoints of a run: Orbax, asynchronous, atomic.
 
-A checkpoint is a step directory under WORKDIR/checkpoints, visible only once whole. It restores onto any
-mesh. The data state is the step number, so nothing else is stored.
+A checkpoint is a step directory under WORKDIR/checkpoints, visible only once whole, of which every process writes its
+part. It restores onto any mesh and any number of processes. The data state is the step number, so nothing else is
+stored.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from minisora_jax.parallel.mesh import laid_out
+from minisora_jax.parallel.processes import several
 from minisora_jax.types import TrainState
 
 
@@ -37,6 +39,14 @@ class Checkpoints:
 
     def wait(self) -> None:
         self._manager.wait_until_finished()
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, error, *_) -> None:
+        # Of several processes, one that fails does not wait for the others, who would wait for it.
+        if error is None or not several():
+            self.close()
 
     def close(self) -> None:
         self._manager.wait_until_finished()
