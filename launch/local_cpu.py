@@ -8,7 +8,7 @@ examples:
 The processes find each other by JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, which `minisora train`
 and `minisora train-vae` read (a script of yours: `with minisora_jax.parallel.processes.started():` before any other use
 of JAX). Each line they print is prefixed with the number of its process. When one fails, the others are ended, and its
-exit code is this command's. SIGINT and SIGTERM are passed on to all of them.
+exit code is this command's. SIGINT and SIGTERM are passed on to all of them; on SIGTERM a training saves and ends.
 
 Run by us: yes, with 1, 2 and 4 processes, on Linux; tests/test_processes.py does it in CI. Needs nothing but Python.
 """
@@ -27,7 +27,8 @@ import sys
 import threading
 import time
 
-GRACE = 10.0  # seconds between asking a process to end and ending it
+GRACE = 5.0  # seconds for the others to end, once one has failed
+FAREWELL = 60.0  # seconds for all to save and end, once asked to
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -99,11 +100,11 @@ class Group:
                 say(f"not done after {timeout:g} s: ending all")
                 result = 124
             if (result or self.asked_to_end) and kill_at == float("inf"):
-                kill_at = now + GRACE
+                kill_at = now + (FAREWELL if self.asked_to_end else GRACE)
                 if not self.asked_to_end:
                     self._signal(signal.SIGTERM)
             if running and now > kill_at:
-                say(f"{len(running)} still there after {GRACE:g} s: killing")
+                say(f"killing the {len(running)} that are still there")
                 self._signal(signal.SIGKILL)
                 kill_at = now + GRACE
         return result or (128 + self.asked_to_end if self.asked_to_end else 0)

@@ -76,6 +76,7 @@ def _counts(environ: Mapping[str, str]) -> Iterator[int]:
 def started() -> Iterator[None]:
     """Joins the processes that the environment speaks of; on the way out waits for all, or ends all.
 
+    SIGTERM is not the end of one of several processes: jax passes it on as a notice, on which the training loop saves.
     An error in one of several processes is printed, and that process ends at once, without the farewell that the others
     would wait for: jax ends them when they next speak to it, or when its heartbeat is missed, and launchers sooner.
     """

@@ -21,6 +21,10 @@ class Checkpoints:
     """Saves and restores a TrainState under `directory`, keeping the newest `keep`."""
 
     def __init__(self, directory: Path, *, keep: int = 3):
+        # Orbax cuts what several devices hold alike, so that each writes a piece, and compiles a program for every cut:
+        # 4 s of a tiny run, for nothing below this size.
+        whole_below = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=2**20)
+        ocp.type_handlers.register_type_handler(jax.Array, whole_below, override=True)
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True, create=True)
         self._manager = ocp.CheckpointManager(Path(directory).absolute(), options=options)
 
@@ -30,6 +34,10 @@ class Checkpoints:
     def save(self, step: int, state: TrainState) -> None:
         if step not in self._manager.all_steps():
             self._manager.save(step, args=ocp.args.StandardSave(state))
+
+    def asked_to_end(self, step: int) -> bool:
+        """Was SIGTERM sent to any of several processes? Each of them asks at every step; all say yes at the same one."""
+        return self._manager.reached_preemption(step)
 
     def restore(self, abstract: TrainState, mesh: jax.sharding.Mesh, step: int | None = None) -> TrainState:
         """The newest state (or that of `step`), laid out on `mesh` as `abstract`'s types say."""

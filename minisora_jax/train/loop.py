@@ -44,6 +44,10 @@ class RunConfig:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
 
 
+class AskedToEnd(RuntimeError):
+    """The system is taking the machine back, and the run is saved."""
+
+
 class NonFiniteLoss(RuntimeError):
     """The loss of a step was NaN or infinite; the last checkpoint before it is intact."""
 
@@ -104,7 +108,7 @@ def train(
             functools.partial(train_step, loss_fn=loss_fn, optimizer=optimizer, config=config.optim), donate_argnums=0
         )
         metrics = stack.enter_context(contextlib.closing(Metrics(workdir, start=start, steps=config.steps, name=name)))
-        schedule = learning_rate(config.optim, config.steps)
+        schedule = jax.jit(learning_rate(config.optim, config.steps))
         pending, window, since = None, [], time.perf_counter()
         stream = iter(batches(start))
         for step in range(start + 1, config.steps + 1):
@@ -125,8 +129,12 @@ def train(
             if config.sample_every and sample and (step % config.sample_every == 0 or step == config.steps):
                 _sample_alone(sample, step, state.ema, metrics)
                 since = time.perf_counter()
-            if step % config.save_every == 0 or step == config.steps:
+            ending = checkpoints.asked_to_end(step)
+            if step % config.save_every == 0 or step == config.steps or ending:
                 checkpoints.save(step, state)
+            if ending and step < config.steps:
+                checkpoints.wait()
+                raise AskedToEnd(f"ended at step {step}, which is saved: the same command goes on from there")
         return state
 
 
