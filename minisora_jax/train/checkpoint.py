@@ -36,7 +36,7 @@ class Checkpoints:
             self._manager.save(step, args=ocp.args.StandardSave(state))
 
     def asked_to_end(self, step: int) -> bool:
-        """Was SIGTERM sent to any of several processes? Each of them asks at every step; all say yes at the same one."""
+        """Was SIGTERM sent to any of several processes? Each asks at every step; all say yes at the same one."""
         return self._manager.reached_preemption(step)
 
     def restore(self, abstract: TrainState, mesh: jax.sharding.Mesh, step: int | None = None) -> TrainState:
