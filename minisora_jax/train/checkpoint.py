@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import absl.logging
 import jax
 import orbax.checkpoint as ocp
 
@@ -24,7 +25,10 @@ class Checkpoints:
         # Orbax cuts what several devices hold alike, so that each writes a piece, and compiles a program for every cut:
         # 4 s of a tiny run, for nothing below this size.
         whole_below = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=2**20)
+        level = absl.logging.get_verbosity()
+        absl.logging.set_verbosity(absl.logging.ERROR)  # that a handler is replaced is no news
         ocp.type_handlers.register_type_handler(jax.Array, whole_below, override=True)
+        absl.logging.set_verbosity(level)
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True, create=True)
         self._manager = ocp.CheckpointManager(Path(directory).absolute(), options=options)
 
