@@ -72,12 +72,18 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(command, args: argparse.Namespace, config_flags: list[str]) -> int:
+    import contextlib
     import logging
 
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("minisora").setLevel(logging.INFO)
     try:
-        return command.run(args, config_flags) or 0
+        with contextlib.ExitStack() as stack:
+            if getattr(command, "ON_SEVERAL_PROCESSES", False):
+                from minisora_jax.parallel.processes import started
+
+                stack.enter_context(started())
+            return command.run(args, config_flags) or 0
     except (ValueError, OSError, RuntimeError, ImportError) as error:
         # What a user can mend is said in a sentence; MINISORA_TRACEBACK=1 shows where it came from.
         if os.environ.get("MINISORA_TRACEBACK"):

@@ -149,7 +149,7 @@ def test_clips_in_words():
     [
         (lambda: clip_tokens("an hour", 24, "wan2.1-vae", (1, 2, 2)), "--clip=an hour must look like 60s@1080p"),
         (lambda: clip_tokens("6s@1080p", 24, "mp4", (1, 2, 2)), "--codec=mp4 must be one of"),
-        (lambda: mesh_of("rings=4", 8), "'rings=4' must be AXIS=SIZE, of data, fsdp"),
+        (lambda: mesh_of("rings=4", 8), "'rings=4' must be AXIS=SIZE with an axis of data, fsdp"),
         (lambda: mesh_of("ring=3", 8), "needs a multiple of 3 devices; 8 are here"),
         (lambda: Topology.parse("v9:2x2"), "must look like v5p:4x4x4"),
         (lambda: Topology.parse("v5e:16"), "TPUs come as a grid"),

@@ -18,7 +18,7 @@ from minisora_jax.train.optim import OptimConfig  # noqa: E402
 from minisora_jax.types import LatentClip  # noqa: E402
 
 
-def make_cache(directory) -> None:
+def make_cache(directory, codec_hash: str = "test") -> None:
     rng = np.random.default_rng(0)
 
     def clips():
@@ -29,7 +29,7 @@ def make_cache(directory) -> None:
             yield LatentClip(mean, np.full_like(mean, 0.1), encode_bytes(caption), caption, 8.0, str(i))
 
     text = {"encoder": "bytes"}
-    write_latents(directory, clips(), codec_hash="test", text=text, empty_text_LE=encode_bytes(""))
+    write_latents(directory, clips(), codec_hash=codec_hash, text=text, empty_text_LE=encode_bytes(""))
 
 
 def task(steps: int, rows: int = 8, **optim) -> DiffusionTask:

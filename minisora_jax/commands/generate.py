@@ -129,8 +129,8 @@ def add_mesh(parser):
         "--mesh",
         default=None,
         metavar="AXIS=SIZE,...",
-        help="devices for the codec, such as data=2,ring=4: clips are divided over data, their height over ring "
-        "(default: one device)",
+        help="devices, such as data=2,ring=4: clips are divided over data, their tokens (in the codec, their height) "
+        "over ring (default: one device)",
     )
 
 
@@ -143,16 +143,9 @@ def mesh_in_use(text: str | None):
 
     import jax
 
-    from minisora_jax.parallel.mesh import AXES, MeshConfig, make_mesh
+    from minisora_jax.parallel.mesh import MeshConfig, make_mesh
 
-    try:
-        sizes = {axis: int(size) for axis, size in (part.split("=") for part in text.split(","))}
-        config = MeshConfig(**sizes)
-    except (TypeError, ValueError) as error:
-        raise ValueError(
-            f"--mesh {text!r} must be AXIS=SIZE,... with axes of {', '.join(AXES)}, such as data=2,ring=4 ({error})"
-        ) from None
-    return jax.set_mesh(make_mesh(config))
+    return jax.set_mesh(make_mesh(MeshConfig.parse(text)))
 
 
 def parse_interval(text: str) -> tuple[float, float]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 from pathlib import Path
 
 TAKES_CONFIG = True
+ON_SEVERAL_PROCESSES = True
 
 
 def add_arguments(parser):
@@ -37,6 +38,7 @@ def run(args, config_flags):
     from minisora_jax.data.latents import Latents
     from minisora_jax.models.captions import captions_of
     from minisora_jax.models.codec import Codec
+    from minisora_jax.parallel.processes import is_main
     from minisora_jax.train.diffusion_task import DiffusionTask, settings_of, train_diffusion
 
     settled = settings_of(args.init) if args.init else None
@@ -51,21 +53,19 @@ def run(args, config_flags):
     sample = sample_videos(task, codec, captions, prompts, Path(args.workdir)) if prompts else None
     describe = config | {"data": data, "init": args.init or ""}
     where = train_diffusion(task, Path(args.workdir), latents, describe, export, sample, args.init)
-    print(f"model exported to {where}")
+    if is_main():
+        print(f"model exported to {where}")
 
 
 def sample_videos(task, codec, captions, prompts, workdir):
     """A `sample` for `train`: each prompt of the config as a TensorBoard video, and all on one contact sheet."""
-    import jax
-
     from minisora_jax.data.contact_sheet import contact_sheet
     from minisora_jax.generate import Generator, Request
 
     requests = [Request(p["prompt"], tuple(p["size_THW"]), seed=i) for i, p in enumerate(prompts)]
 
     def sample(step, params, metrics):
-        params, objective = jax.device_get(params), task.objective
-        generator = Generator(codec, task.dit, task.times, params, objective=objective, captions=captions)
+        generator = Generator(codec, task.dit, task.times, params, objective=task.objective, captions=captions)
         videos = generator.generate(requests, progress=False)
         for i, (request, frames) in enumerate(zip(requests, videos)):
             metrics.video(step, f"sample{i}", frames, request.fps)

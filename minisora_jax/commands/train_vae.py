@@ -12,6 +12,7 @@ from __future__ import annotations
 from pathlib import Path
 
 TAKES_CONFIG = True
+ON_SEVERAL_PROCESSES = True
 
 
 def add_arguments(parser):
@@ -22,6 +23,7 @@ def add_arguments(parser):
 def run(args, config_flags):
     from minisora_jax.config import build, read_config
     from minisora_jax.data.prepare import hold_out, open_clips
+    from minisora_jax.parallel.processes import is_main
     from minisora_jax.train.codec_task import CodecTask, train_codec
 
     config = read_config(config_flags, CodecTask, "configs/vae_tiny.py")
@@ -31,4 +33,5 @@ def run(args, config_flags):
     clips, held_out = (clips, open_clips(held_out_data)) if held_out_data else hold_out(clips)
     describe = config | {"data": data, "held_out": held_out_data}
     codec = train_codec(task, Path(args.workdir), clips, held_out, describe)
-    print(f"codec {codec.hash} exported to {args.workdir}/export")
+    if is_main():
+        print(f"codec {codec.hash} exported to {args.workdir}/export")

@@ -16,7 +16,8 @@ import numpy as np
 from flax import traverse_util
 
 from minisora_jax.data.atomic import replacing
-from minisora_jax.models.tensorfile import LazyArray, StoredTensor, read_tensors, write_tensors
+from minisora_jax.models.tensorfile import LazyArray, StoredTensor, order_of, read_tensors, write_tensors
+from minisora_jax.parallel.processes import is_main, parts_of
 
 
 def export_model(
@@ -26,10 +27,17 @@ def export_model(
 
     Leaves are arrays, on the host or on devices, or `LazyArray`s; they are fetched and written one after another, so
     that memory holds one, of lazy ones one part. `dtype` None keeps the leaves'. `progress` names a bar.
+
+    Of arrays that several processes hold, all must call it: the main process writes, the others give their parts, and
+    get "" for a hash. Nobody waits for the file: `barrier` does.
     """
     directory = Path(directory)
-    flat = traverse_util.flatten_dict(params, sep="/")
-    write_tensors(directory / "model.safetensors", {k: _lazy(v, dtype) for k, v in flat.items()}, progress)
+    tensors = {k: _lazy(v, dtype) for k, v in traverse_util.flatten_dict(params, sep="/").items()}
+    if not is_main():
+        for name in order_of(tensors):
+            list(tensors[name].parts())
+        return ""
+    write_tensors(directory / "model.safetensors", tensors, progress)
     with replacing(directory / "config.json") as partial:
         partial.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return model_hash(directory)
@@ -37,7 +45,7 @@ def export_model(
 
 def _lazy(leaf: Any, dtype: str | None) -> LazyArray:
     if not isinstance(leaf, LazyArray):
-        leaf = LazyArray(leaf.shape, leaf.dtype, functools.partial(lambda x: [np.asarray(jax.device_get(x))], leaf))
+        leaf = LazyArray(leaf.shape, leaf.dtype, functools.partial(parts_of, leaf))
     return leaf.astype(dtype or leaf.dtype)
 
 

@@ -113,14 +113,18 @@ def read_tensors(path: str | Path) -> dict[str, StoredTensor]:
     return tensors
 
 
+def order_of(tensors: Mapping[str, LazyArray]) -> list[str]:
+    """The names in the order in which `write_tensors` takes their parts."""
+    types = list(_NAMES)
+    return sorted(tensors, key=lambda name: (-types.index(np.dtype(tensors[name].dtype)), name))
+
+
 def write_tensors(path: str | Path, tensors: Mapping[str, LazyArray], progress: str = "") -> None:
     """Write a safetensors file, whole or not at all, one part of one tensor after another.
 
     `progress` names the bar; none without it. Raises ValueError where parts do not make up their tensor.
     """
-    order = list(_NAMES)
-    names = sorted(tensors, key=lambda name: (-order.index(np.dtype(tensors[name].dtype)), name))
-    header, at = {}, 0
+    names, header, at = order_of(tensors), {}, 0
     for name in names:
         tensor = tensors[name]
         place = [at, at + tensor.nbytes]

@@ -62,6 +62,17 @@ class MeshConfig:
         if sum(n == -1 for n in sizes.values()) > 1 or any(n == 0 or n < -1 for n in sizes.values()):
             raise ValueError(f"mesh={sizes}: axis sizes are positive, and at most one may be -1 (the devices left)")
 
+    @classmethod
+    def parse(cls, text: str) -> MeshConfig:
+        """From "ring=4,ulysses=2"; what is left of the devices goes to data."""
+        sizes = {}
+        for entry in filter(None, text.split(",")):
+            axis, _, size = entry.partition("=")
+            if axis not in AXES or not size.removeprefix("-").isdigit():
+                raise ValueError(f"mesh {text!r}: {entry!r} must be AXIS=SIZE with an axis of {', '.join(AXES)}")
+            sizes[axis] = int(size)
+        return cls(**sizes)
+
     def sizes(self, devices: int) -> tuple[int, ...]:
         """Axis sizes on `devices` devices; ValueError where they do not multiply to it."""
         sizes = list(dataclasses.astuple(self))

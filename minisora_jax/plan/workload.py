@@ -64,13 +64,5 @@ def clip_tokens(clip: str, fps: float, codec: str, patch: tuple[int, int, int]) 
 
 
 def mesh_of(text: str, chips: int) -> MeshConfig:
-    """ "ring=16,ulysses=4" as a mesh of so many chips, every size given; what is left goes to data."""
-    entries = {}
-    for entry in filter(None, text.split(",")):
-        axis, _, size = entry.partition("=")
-        if axis not in MeshConfig.__dataclass_fields__ or not re.fullmatch(r"-?\d+", size):
-            raise ValueError(
-                f"--mesh={text}: {entry!r} must be AXIS=SIZE, of {', '.join(MeshConfig.__dataclass_fields__)}"
-            )
-        entries[axis] = int(size)
-    return MeshConfig(*MeshConfig(**entries).sizes(chips))
+    """The mesh of that text (`MeshConfig.parse`) on so many chips, every size given."""
+    return MeshConfig(*MeshConfig.parse(text).sizes(chips))

@@ -1,17 +1,20 @@
 """Checkpoints of a run: Orbax, asynchronous, atomic.
 
-A checkpoint is a step directory under WORKDIR/checkpoints, visible only once whole. It restores onto any
-mesh. The data state is the step number, so nothing else is stored.
+A checkpoint is a step directory under WORKDIR/checkpoints, visible only once whole, of which every process writes its
+part. It restores onto any mesh and any number of processes. The data state is the step number, so nothing else is
+stored.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import absl.logging
 import jax
 import orbax.checkpoint as ocp
 
 from minisora_jax.parallel.mesh import laid_out
+from minisora_jax.parallel.processes import several
 from minisora_jax.types import TrainState
 
 
@@ -19,6 +22,13 @@ class Checkpoints:
     """Saves and restores a TrainState under `directory`, keeping the newest `keep`."""
 
     def __init__(self, directory: Path, *, keep: int = 3):
+        # Orbax cuts what several devices hold alike, so that each writes a piece, and compiles a program for every cut:
+        # 4 s of a tiny run, for nothing below this size.
+        whole_below = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=2**20)
+        level = absl.logging.get_verbosity()
+        absl.logging.set_verbosity(absl.logging.ERROR)  # that a handler is replaced is no news
+        ocp.type_handlers.register_type_handler(jax.Array, whole_below, override=True)
+        absl.logging.set_verbosity(level)
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True, create=True)
         self._manager = ocp.CheckpointManager(Path(directory).absolute(), options=options)
 
@@ -29,6 +39,10 @@ class Checkpoints:
         if step not in self._manager.all_steps():
             self._manager.save(step, args=ocp.args.StandardSave(state))
 
+    def asked_to_end(self, step: int) -> bool:
+        """Was SIGTERM sent to any of several processes? Each asks at every step; all say yes at the same one."""
+        return self._manager.reached_preemption(step)
+
     def restore(self, abstract: TrainState, mesh: jax.sharding.Mesh, step: int | None = None) -> TrainState:
         """The newest state (or that of `step`), laid out on `mesh` as `abstract`'s types say."""
         target = laid_out(abstract, mesh)
@@ -37,6 +51,14 @@ class Checkpoints:
 
     def wait(self) -> None:
         self._manager.wait_until_finished()
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, error, *_) -> None:
+        # Of several processes, one that fails does not wait for the others, who would wait for it.
+        if error is None or not several():
+            self.close()
 
     def close(self) -> None:
         self._manager.wait_until_finished()

@@ -22,6 +22,7 @@ from minisora_jax.models.codec import Codec, to_float
 from minisora_jax.models.vae import VAE, VAEConfig
 from minisora_jax.parallel.halo import by_rows, require_whole_units
 from minisora_jax.parallel.mesh import PICTURES, like, make_mesh, shard
+from minisora_jax.parallel.processes import barrier, gathered, is_main
 from minisora_jax.train.loop import RunConfig, train
 from minisora_jax.train.metrics import Metrics
 from minisora_jax.types import Clip
@@ -81,7 +82,7 @@ def train_codec(
             yield frames, {"clips": float(task.batch * task.run.optim.accumulate)}
 
     def sample(step: int, params, metrics: Metrics):
-        codec = Codec(task.vae, jax.device_get(params), *_unit_stats(task.vae))
+        codec = Codec(task.vae, params, *_unit_stats(task.vae))
         scores, pairs = reconstruct(codec, [held_out[i] for i in range(min(8, len(held_out)))])
         metrics.scalars(step, {f"held_out/{k}": v for k, v in scores.items()})
         clip, frames = pairs[0]
@@ -98,13 +99,14 @@ def train_codec(
         describe=describe,
         sample=sample,
     )
-    raw = Codec(task.vae, jax.device_get(state.ema), *_unit_stats(task.vae))
-    if task.decoder_only:
-        statistics = {"latent_mean": start.latent_mean, "latent_std": start.latent_std}
-    else:
-        statistics = latent_statistics(raw, clips)
-    codec = dataclasses.replace(raw, **statistics)
-    codec.export(workdir / "export", describe, task.export_dtype)
+    raw = Codec(task.vae, gathered(state.ema), *_unit_stats(task.vae))
+    if is_main():
+        if task.decoder_only:
+            statistics = {"latent_mean": start.latent_mean, "latent_std": start.latent_std}
+        else:
+            statistics = latent_statistics(raw, clips)
+        dataclasses.replace(raw, **statistics).export(workdir / "export", describe, task.export_dtype)
+    barrier("export")
     return Codec.load(workdir / "export")
 
 

@@ -29,6 +29,7 @@ from minisora_jax.models.files import (
     open_model,
 )
 from minisora_jax.models.text import encode_bytes
+from minisora_jax.parallel.processes import barrier
 from minisora_jax.train.flops import count_work
 from minisora_jax.train.loop import RunConfig, train
 from minisora_jax.train.step import LossFn
@@ -113,6 +114,7 @@ def train_diffusion(
     )
     config = {"kind": "dit"} | {k: dataclasses.asdict(getattr(task, k)) for k in ("dit", "times", "objective")}
     export_model(workdir / "export", state.ema, config | export | {"training": describe}, dtype=task.export_dtype)
+    barrier("export")
     return workdir / "export"
 
 

@@ -15,7 +15,9 @@ from typing import Any
 
 import jax
 
+from minisora_jax.data.atomic import replacing
 from minisora_jax.parallel.mesh import MeshConfig, laid_out, make_mesh, place, require_divisible
+from minisora_jax.parallel.processes import barrier, gathered, is_main, require_started, several
 from minisora_jax.train.checkpoint import Checkpoints
 from minisora_jax.train.metrics import Metrics
 from minisora_jax.train.optim import OptimConfig, learning_rate, make_optimizer
@@ -40,6 +42,10 @@ class RunConfig:
         for name in ("steps", "log_every", "save_every", "keep"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+
+
+class AskedToEnd(RuntimeError):
+    """The system is taking the machine back, and the run is saved."""
 
 
 class NonFiniteLoss(RuntimeError):
@@ -67,10 +73,12 @@ def train(
     `init_params(key)` draws the parameters; `start_params(abstract)` instead gives those to start from, each of its
     abstract array's shape, type and layout. `batches(start)` yields, from step `start` on, a pytree of NumPy arrays
     (A, B, ...) and the batch's counts: `tokens`, `useful_tokens`, `useful_flops`, `hardware_flops` where known.
-    `sample(step, ema_params, metrics)` writes sample videos. `describe` is the whole configuration: a workdir that was
-    begun with another one is refused.
+    `sample(step, ema_params, metrics)` writes sample videos, from parameters on the host; of several processes the main
+    one calls it. `describe` is the whole configuration: a workdir that was begun with another one, but for
+    the mesh, is refused. Of several processes all call this, with one `workdir` that all of them see.
     """
     # ---- Mesh
+    require_started()
     mesh = make_mesh(config.mesh)
     require_divisible(mesh, rows=rows, tokens=tokens, heads=heads)
     with jax.set_mesh(mesh), contextlib.ExitStack() as stack:
@@ -82,7 +90,7 @@ def train(
         # It runs once: on CPUs, LLVM's optimisation of the random draws would take minutes and save nothing.
         quick = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
         init = jax.jit(lambda k: init_state(init_params(k), optimizer), compiler_options=quick)
-        checkpoints = stack.enter_context(contextlib.closing(Checkpoints(workdir / "checkpoints", keep=config.keep)))
+        checkpoints = stack.enter_context(Checkpoints(workdir / "checkpoints", keep=config.keep))
         if checkpoints.latest() is None and start_params:
             params = start_params(laid_out(jax.eval_shape(init, key).params, mesh))
             state = jax.jit(lambda p: init_state(p, optimizer), donate_argnums=0)(params)
@@ -98,7 +106,7 @@ def train(
         # ---- Steps
         step_fn = jitted(loss_fn, optimizer, config.optim)
         metrics = stack.enter_context(contextlib.closing(Metrics(workdir, start=start, steps=config.steps, name=name)))
-        schedule = learning_rate(config.optim, config.steps)
+        schedule = jax.jit(learning_rate(config.optim, config.steps))
         pending, window, since = None, [], time.perf_counter()
         stream = iter(batches(start))
         for step in range(start + 1, config.steps + 1):
@@ -117,10 +125,14 @@ def train(
                 metrics.scalars(step, scalars)
                 window, since = [], now
             if config.sample_every and sample and (step % config.sample_every == 0 or step == config.steps):
-                sample(step, state.ema, metrics)
+                _sample_alone(sample, step, state.ema, metrics)
                 since = time.perf_counter()
-            if step % config.save_every == 0 or step == config.steps:
+            ending = checkpoints.asked_to_end(step)
+            if step % config.save_every == 0 or step == config.steps or ending:
                 checkpoints.save(step, state)
+            if ending and step < config.steps:
+                checkpoints.wait()
+                raise AskedToEnd(f"ended at step {step}, which is saved: the same command goes on from there")
         return state
 
 
@@ -139,6 +151,14 @@ def _rates(window: list[dict[str, float]], seconds: float) -> dict[str, float]:
     return rates
 
 
+def _sample_alone(sample, step: int, params: Any, metrics: Metrics) -> None:
+    """`sample` on the main process's first device; other processes only hand over their part of the parameters."""
+    params = gathered(params)
+    if is_main():
+        with jax.set_mesh(make_mesh(MeshConfig(), jax.local_devices()[:1])):
+            sample(step, params, metrics)
+
+
 def _require_finite(pending) -> None:
     if pending is not None and not math.isfinite(loss := float(pending[1]["loss"])):
         raise NonFiniteLoss(
@@ -150,13 +170,28 @@ def _require_finite(pending) -> None:
 def _refuse_another_config(workdir: Path, describe: dict) -> None:
     path = workdir / "config.json"
     text = json.dumps(describe, indent=2, sort_keys=True) + "\n"
-    if path.exists() and (before := path.read_text(encoding="utf-8")) != text:
-        changed = _changes(json.loads(before), json.loads(text))
-        raise ValueError(f"{workdir} was begun with another config ({'; '.join(changed)}): use a new --workdir")
-    if not path.exists() and jax.process_index() == 0:
-        partial = path.with_suffix(".partial")
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
+    if path.exists():
+        before, now = (_without_mesh(json.loads(t)) for t in (path.read_text(encoding="utf-8"), text))
+        if changed := _changes(before, now):
+            raise ValueError(f"{workdir} was begun with another config ({'; '.join(changed)}): use a new --workdir")
+    elif is_main():
+        with replacing(path) as partial:
+            partial.write_text(text, encoding="utf-8")
+    barrier("config.json")
+    deadline = time.monotonic() + 10  # for file systems that remember for some seconds what was not there
+    while several() and not path.exists():
+        if time.monotonic() > deadline:
+            raise ValueError(
+                f"process {jax.process_index()} does not see {path}, which process 0 wrote: --workdir must lie on a "
+                f"file system that all {jax.process_count()} processes share"
+            )
+        time.sleep(0.2)
+
+
+def _without_mesh(describe: dict) -> dict:
+    """A run may go on on other devices: the layout is no part of what is computed."""
+    run = describe.get("run")
+    return describe | {"run": {k: v for k, v in run.items() if k != "mesh"}} if isinstance(run, dict) else describe
 
 
 def _changes(old: Any, new: Any, at: str = "config") -> list[str]:

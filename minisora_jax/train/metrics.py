@@ -5,20 +5,20 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import jax
 import numpy as np
 from tensorboardX import SummaryWriter
 from tensorboardX.proto.summary_pb2 import Summary
 from tqdm import tqdm
 
 from minisora_jax.data.video import write_video
+from minisora_jax.parallel.processes import is_main
 
 
 class Metrics:
     """Writes the run's scalars and videos; on a resume, forgets rows after the step that was restored."""
 
     def __init__(self, workdir: Path, *, start: int, steps: int, name: str):
-        self.main = jax.process_index() == 0
+        self.main = is_main()
         if not self.main:
             return
         self._path = workdir / "metrics.jsonl"
