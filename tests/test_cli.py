@@ -51,7 +51,7 @@ print(len(list(pkgutil.walk_packages(minisora_jax.__path__))) > 8, dict(xla_brid
         (["eval", "model", "--guidance-interval", "0.8-0.2"], "guidance interval 0.8-0.2 must be two rising times"),
         (
             ["generate", "x", "--mesh", "rings=2"],
-            "--mesh 'rings=2' must be AXIS=SIZE,... with axes of data, fsdp, ring",
+            "mesh 'rings=2': 'rings=2' must be AXIS=SIZE with an axis of data, fsdp, ring",
         ),
         (["generate", "x", "--guide-model", "/nowhere"], "/nowhere is not an exported model"),
         (["generate", "x", "--model", "/nowhere"], "/nowhere is not an exported model: model.safetensors is missing"),

@@ -23,7 +23,7 @@ from minisora_jax.models.files import load_model, load_params_onto  # noqa: E402
 from minisora_jax.models.t5 import T5Config, T5Encoder  # noqa: E402
 from minisora_jax.models.text import encode_bytes  # noqa: E402
 from minisora_jax.models.vae import VAE  # noqa: E402
-from minisora_jax.parallel.mesh import MeshConfig, laid_out, make_mesh  # noqa: E402
+from minisora_jax.parallel.mesh import SHARDS, MeshConfig, laid_out, make_mesh  # noqa: E402
 from minisora_jax.train.metrics import Metrics  # noqa: E402
 from minisora_jax.train.optim import OptimConfig, make_optimizer  # noqa: E402
 from minisora_jax.train.step import init_state  # noqa: E402
@@ -180,7 +180,11 @@ def test_weights_go_straight_to_their_devices(project):
         placed = load_params_onto(project / "wan", laid_out(fresh.params, mesh))
         state = jax.jit(lambda p: init_state(p, optimizer))(placed)
     kernel = placed["params"]["blocks"]["joint"]["mlp"]["up"]["kernel"]
-    assert kernel.sharding.spec == jax.P(None, "fsdp", None) and kernel.addressable_shards[0].data.shape == (2, 8, 40)
+    assert kernel.sharding.spec == jax.P(None, SHARDS, "tensor") and kernel.addressable_shards[0].data.shape == (
+        2,
+        8,
+        40,
+    )
     # The layout of all of the state is that of a run that starts from random weights: the step is compiled once.
     specs = lambda tree: [x.sharding.spec for x in jax.tree.leaves(laid_out(tree, mesh))]
     strip = lambda spec: tuple(spec)[: max((i + 1 for i, a in enumerate(spec) if a), default=0)]

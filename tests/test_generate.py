@@ -16,6 +16,7 @@ from minisora_jax.diffusion.sampler import SAMPLER_NAMES, SamplerConfig
 from minisora_jax.diffusion.time import GRIDS
 from minisora_jax.generate import Generator, Request
 from minisora_jax.models.files import export_model, load_model
+from minisora_jax.parallel.mesh import MeshConfig, make_mesh
 
 RED = Request("a large red circle moves left slowly on a black background", (5, 32, 48), seed=1)
 BLUE = Request("a photo of a large blue square on a grey background", (1, 48, 32), seed=2)
@@ -42,6 +43,12 @@ def test_a_video_does_not_depend_on_its_company(generator, alone):
     assert together[0].shape == (1, 48, 32, 3)
     # to one rounding of the pixels, as other shapes are compiled to other orders of summation
     assert np.abs(together[1].astype(int) - alone).max() <= 1
+
+
+def test_a_mesh_makes_the_same_video(generator, alone):
+    with jax.set_mesh(make_mesh(MeshConfig(data=2, ring=4))):
+        on_mesh = generator.generate([RED, BLUE], **OPTIONS)[0]
+    assert np.abs(on_mesh.astype(int) - alone).max() <= 1
 
 
 def test_seed_prompt_and_guidance_matter(generator, alone):

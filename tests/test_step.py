@@ -139,8 +139,6 @@ def train_on(mesh_config: MeshConfig, devices, optim: OptimConfig, steps: int = 
     "name, mesh",
     [
         ("adamw", MeshConfig(data=2, fsdp=4)),
-        ("muon", MeshConfig(data=2, fsdp=4)),
-        ("adamw", MeshConfig(data=1, ring=4, tensor=2)),
         ("muon", MeshConfig(data=1, fsdp=2, ring=2, ulysses=2)),
         ("adamw", MeshConfig(data=1, ring=2, ulysses=2, tensor=2)),
     ],

@@ -81,6 +81,6 @@ def test_a_loss_that_is_not_finite_stops_the_run(cache, tmp_path):
 
 
 def test_rows_that_do_not_divide_over_the_devices_are_refused(cache, tmp_path):
-    with pytest.raises(ValueError, match=r"6 rows a batch .* data=8 x fsdp=1 .* multiple of 8"):
+    with pytest.raises(ValueError, match=r"=6 cannot be divided over mesh.data=8 x mesh.fsdp=1: .* multiple of 8"):
         run(tmp_path, cache, 2, rows=6)
     assert not (tmp_path / "metrics.jsonl").exists()
