@@ -13,7 +13,6 @@ needs_tokamax = pytest.mark.skipif(find_spec("tokamax") is None, reason="needs t
 
 SPLASH = """
 import jax, jax.numpy as jnp, numpy as np
-jax.config.update("jax_num_cpu_devices", 4)
 from jax.experimental.pallas import tpu as pltpu
 from minisora_jax.parallel.kernels import reference, splash
 rng = np.random.default_rng(0)
@@ -29,22 +28,6 @@ wanted, lse2 = reference.forward(q, k, v, q_ids, kv_ids, 0.3)
 for ours, theirs in zip((o, *grads), (wanted, *reference.backward(q, k, v, q_ids, kv_ids, wanted, lse2, w, 0.3))):
     np.testing.assert_allclose(ours, theirs, atol=2e-5 * float(np.abs(theirs).max()))
 np.testing.assert_allclose(lse, lse2, rtol=1e-5)
-
-# The ring over the kernel, on 4 devices
-from minisora_jax.parallel.attention import attend
-from minisora_jax.parallel.mesh import ROWS, SEQUENCE, TOKENS, MeshConfig, make_mesh, place
-ids = np.minimum(1 + np.arange(256) // 60, 4)[None].astype(np.int32)
-arrays = [rng.standard_normal((1, 256, 2, 32)).astype(np.float32) for _ in range(4)]
-mesh, heads = make_mesh(MeshConfig(data=1, ring=4)), jax.P(ROWS, SEQUENCE, "tensor", None)
-def both(impl):
-    *qkv, weight, there = place((*arrays, ids), mesh, (heads,) * 4 + (TOKENS,))
-    loss = lambda *qkv: jnp.sum(attend(*qkv, there, there, impl=impl) * weight)
-    return jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)))(*qkv)
-with jax.set_mesh(mesh):
-    with pltpu.force_tpu_interpret_mode():
-        ours = both("splash")
-    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(both("reference"))):
-        np.testing.assert_allclose(a, b, atol=2e-5 * float(np.abs(b).max()))
 """
 
 PLAN = """
@@ -59,9 +42,8 @@ dit = DiTConfig(width=512, depth=2, heads=4, remat="full", attention="splash", *
 work = Workload(DiffusionTask(dit), tokens=16_384, text_tokens=128)
 mesh = MeshConfig(data=1, ring=4)
 out = compile_for(work, mesh, Topology.parse("v5p:2x2x1"))
-huge = compile_for(Workload(DiffusionTask(dit), tokens=40_000_000, text_tokens=128), mesh, Topology.parse("v5p:2x2x1"))
 ring = [[t.asynchronous, t.hidden, t.sent] for t in out.traffic if t.kind == "collective-permute"]
-print(json.dumps([out.fits, out.temporary_bytes, ring, huge.fits, huge.total_bytes]))
+print(json.dumps([out.fits, out.temporary_bytes, ring]))
 """
 
 
@@ -73,15 +55,14 @@ def run(program: str) -> str:
 
 
 @needs_tokamax
-def test_splash_and_a_ring_of_it_in_interpret_mode():
+def test_splash_in_interpret_mode():
     run(SPLASH)
 
 
 @needs_libtpu
 @needs_tokamax
 def test_a_train_step_is_compiled_for_a_pod():
-    fits, temporary, ring, too_long_fits, wanted = json.loads(run(PLAN).splitlines()[-1])
+    fits, temporary, ring = json.loads(run(PLAN).splitlines()[-1])
     assert fits and 1e7 < temporary < 2e9
     assert ring and all(asynchronous for asynchronous, _, _ in ring)
     assert sum(sent for _, hidden, sent in ring if hidden) > 0.8 * sum(sent for _, _, sent in ring)
-    assert not too_long_fits and wanted > 95e9

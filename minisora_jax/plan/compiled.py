@@ -138,8 +138,6 @@ def compile_for(work: Workload, mesh_config: MeshConfig, topology: Topology, opt
 
 
 def _wanted(message: str) -> int | None:
-    """The bytes that a program wanted, of the compiler's words that it does not fit; None if it says something else."""
-    if "RESOURCE_EXHAUSTED" not in message and "ran out of memory" not in message.lower():
-        return None
-    match = re.search(r"[Uu]sed ([\d.]+)([KMG]) of", message)
-    return int(float(match[1]) * {"K": 2**10, "M": 2**20, "G": 2**30}[match[2]]) if match else 1
+    """The bytes of HBM that a program wanted, of the compiler's words that it does not fit; None of any others."""
+    match = re.search(r"[Uu]sed ([\d.]+)([KMG]) of [\d.]+[KMG] hbm", message)
+    return int(float(match[1]) * {"K": 2**10, "M": 2**20, "G": 2**30}[match[2]]) if match else None
