@@ -60,6 +60,11 @@ class Group:
     def __init__(self, command: list[str], processes: int, devices: int):
         self.printing = threading.Lock()
         self.asked_to_end = 0  # the signal that was passed on
+        self.processes = []
+        # Before they start: a signal that this process was started to ignore, as shells do with SIGINT behind an `&`,
+        # they would ignore too.
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._pass_on)
         address = f"127.0.0.1:{free_port()}"
         self.processes = [
             subprocess.Popen(
@@ -76,8 +81,6 @@ class Group:
 
     def run(self, timeout: float) -> int:
         """Waits for all; the exit code to return."""
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._pass_on)
         for reader in self.readers:
             reader.start()
         end_at = time.monotonic() + (timeout or float("inf"))

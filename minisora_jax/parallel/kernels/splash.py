@@ -2,7 +2,7 @@
 
 tokamax is in the extra `[tpu]`. Rows run one after another, for a schedule of tiles is made for each by itself. Head
 widths are padded to whole lanes of 128, lengths to whole tiles. On another backend it runs only inside
-`jax.experimental.pallas.tpu.force_tpu_interpret_mode`, or compiled for a TPU that is described (plan.py).
+`jax.experimental.pallas.tpu.force_tpu_interpret_mode`, or compiled for a TPU that is described (plan/).
 """
 
 from __future__ import annotations
