@@ -150,16 +150,21 @@ class Generator:
         chunks = [rows[i : i + at_once] for i in range(0, len(rows), at_once)]
         texts = self.captions.encode([r.prompt for r in requests] + [""])
         texts = [padded_text(text_LE, self.config.caption_tokens) for text_LE in texts]
+        params = tuple(params_on_mesh(p, functools.partial(abstract_params, c)) for c, p in self._models)
         videos: list[np.ndarray | None] = [None] * len(requests)
         ticks = 1 if sampler.name == "dopri5" else sampler.steps
         with tqdm(total=len(chunks) * ticks, desc="sampling", unit="step", disable=not progress) as bar:
             for chunk in chunks:
                 padded = chunk + [chunk[-1]] * (rows_at_once - len(chunk))  # one shape, one compilation
-                for i, latents in self._sample(padded, requests, texts, grids, longest, guidance, sampler, bar):
+                for i, latents in self._sample(padded, requests, texts, grids, longest, guidance, sampler, params, bar):
                     videos[i] = latents
         return self._decode(videos, progress)
 
-    def _sample(self, rows, requests, texts, grids, length, guidance, sampler, bar):
+    @property
+    def _models(self) -> list[tuple[DiTConfig, dict]]:
+        return [(self.config, self.params)] + ([self.worse] if self.worse else [])
+
+    def _sample(self, rows, requests, texts, grids, length, guidance, sampler, params, bar):
         """(request, latents_thwc) of each request of the rows; `texts`: all captions' features, the empty one last."""
         captions = [[text_LE, texts[-1]][: self.copies] for text_LE in texts[:-1]]
         text = max(sum(len(c) for i in row for c in captions[i]) for row in rows)
@@ -181,9 +186,7 @@ class Generator:
         batch = on_mesh(pack_segments(segments, pack))
 
         path, latest = self.objective.along, latest_time(self.objective.along, self.objective.prediction)
-        models = [(self.config, self.params)] + ([self.worse] if self.worse else [])
-        configs = tuple(c for c, _ in models)
-        params = tuple(params_on_mesh(p, abstract_params(c)) for c, p in models)
+        configs = tuple(c for c, _ in self._models)
         static = (configs, self.objective, guidance.rescale)
         both = (on_mesh(np.stack(index).astype(np.int32), TOKENS) for index in (with_caption, without))
         inputs = (params, batch, *both, guidance.scale, guidance.interval)

@@ -246,11 +246,10 @@ def _plots(results: Sequence[Result], out: Path) -> list[str]:
 
 def _setting(case: Case, results: Sequence[Result]) -> str:
     """The entries of a case that differ within the study, but for the context."""
+    entries, others = _entries(case), [_entries(r.case) for r in results]
+    return ", ".join(v for k, v in entries.items() if len({o[k] for o in others}) > 1) or entries["mesh"]
+
+
+def _entries(case: Case) -> dict[str, str]:
     entries = {"mesh": named(case.mesh), "clips": "mixed" if case.mixed else f"{case.clips} clips"}
-    entries |= {k: getattr(case, k) for k in ("batching", "attention", "remat")}
-    other = [
-        {"mesh": named(c.mesh), "clips": "mixed" if c.mixed else f"{c.clips} clips"}
-        | {k: getattr(c, k) for k in ("batching", "attention", "remat")}
-        for c in (r.case for r in results)
-    ]
-    return ", ".join(v for k, v in entries.items() if len({o[k] for o in other}) > 1) or named(case.mesh)
+    return entries | {k: getattr(case, k) for k in ("batching", "attention", "remat")}

@@ -160,6 +160,7 @@ def test_other_objectives_are_read_back_and_sampled(generator, tmp_path, path, p
             2 * 2 * 2 * 3,
             GuidanceConfig(2.0, rescale=0.5),
             SamplerConfig(sampler, 3, grid),
+            (other.params,),
             tqdm(disable=True),
         )
     )

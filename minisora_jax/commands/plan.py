@@ -40,7 +40,6 @@ def add_arguments(parser):
 
 
 def run(args, config_flags):
-    import dataclasses
     import os
 
     # Nothing may touch a device of this machine: the compiler for the pod is all that is wanted.
@@ -50,7 +49,7 @@ def run(args, config_flags):
     jax.config.update("jax_platforms", "cpu")
     from minisora_jax.plan.compiled import Workload
     from minisora_jax.plan.hardware import Topology
-    from minisora_jax.plan.report import compile_and_print, print_search
+    from minisora_jax.plan.report import compile_and_print, print_largest, print_search
     from minisora_jax.plan.workload import clip_tokens, mesh_of, parameter_count, task_of
 
     topology = Topology.parse(args.topology)
@@ -73,7 +72,5 @@ def run(args, config_flags):
     mesh = mesh_of(args.mesh, topology.chips)
     compiled = compile_and_print(work, mesh, topology)
     if args.largest:
-        from minisora_jax.plan.report import print_largest
-
-        print_largest(dataclasses.replace(work), mesh, topology, compiled)
+        print_largest(work, mesh, topology, compiled)
     return None

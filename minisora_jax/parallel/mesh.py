@@ -234,11 +234,11 @@ def on_mesh(batch, specs=None):
 
 
 def params_on_mesh(params, abstract):
-    """Parameters on the mesh in use, laid out as `abstract` has them; themselves where none is set."""
+    """Parameters on the mesh in use, laid out as `abstract()` has them; themselves where none is set."""
     mesh = jax.sharding.get_mesh()
     if mesh.empty:
         return params
-    return jax.tree.map(lambda x, a: jax.device_put(x, a.sharding), params, laid_out(abstract, mesh))
+    return jax.tree.map(lambda x, a: jax.device_put(x, a.sharding), params, laid_out(abstract(), mesh))
 
 
 def cuts() -> tuple[int, int]:

@@ -16,7 +16,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from minisora_jax.diffusion.sampler import SAMPLERS
 from minisora_jax.generate import sampling_step
@@ -89,12 +88,10 @@ def lower(work: Workload, mesh: jax.sharding.Mesh) -> tuple[dict[str, Any], jax.
     state, tokens = abstract_state(work, mesh), work.row_tokens(mesh)
     text = work.segments * work.text_tokens
     batch = abstract_batch(work.task.dit, work.rows, tokens, text, IMAGE_TOKENS, slots=work.segments)
-    batch, specs = batch.replace(longest=work.tokens), layout(batch)
-    on = lambda x, spec, *lead: jax.ShapeDtypeStruct(
-        (*lead, *x.shape), x.dtype, sharding=NamedSharding(mesh, P(*(None for _ in lead), *spec))
-    )
+    batch, lead = batch.replace(longest=work.tokens), () if work.sample else (1,)
+    on = lambda x, spec: jax.ShapeDtypeStruct((*lead, *x.shape), x.dtype, sharding=NamedSharding(mesh, spec))
+    batch = jax.tree.map(on, batch, layout(batch, accumulated=not work.sample))
     if work.sample:
-        batch = jax.tree.map(on, batch, specs.replace(longest=work.tokens))
         time_BS = on(jax.ShapeDtypeStruct((work.rows, tokens), jnp.float32), TOKENS)
         index_BS = on(jax.ShapeDtypeStruct((work.rows, tokens), jnp.int32), TOKENS)
         inputs = ((state.params,), batch, index_BS, index_BS, 3.0, (0.0, 1.0))
@@ -102,7 +99,6 @@ def lower(work: Workload, mesh: jax.sharding.Mesh) -> tuple[dict[str, Any], jax.
         with jax.set_mesh(mesh):
             lowered = sampling_step.lower(static, "heun", batch.tokens_BSP, time_BS, time_BS, past, None, 0.0, inputs)
         return {"parameters": state.params, "batch": batch}, lowered
-    batch = jax.tree.map(lambda x, spec: on(x, spec, 1), batch, specs.replace(longest=work.tokens))
     optim = work.task.run.optim
     with jax.set_mesh(mesh):
         key = laid_out(jax.eval_shape(lambda: jax.random.key(0)), mesh)
@@ -115,12 +111,7 @@ def compile_for(work: Workload, mesh_config: MeshConfig, topology: Topology, opt
     """Compile the workload's step for a TPU topology. What does not fit is returned with `wanted_bytes`."""
     mesh = make_mesh(mesh_config, topology.devices())
     kinds, lowered = lower(work, mesh)
-    held = lambda tree: sum(
-        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
-        for x in jax.tree.leaves(tree)
-        if jnp.issubdtype(x.dtype, jnp.number) or x.dtype == bool
-    )
-    counts = {kind: held(tree) for kind, tree in kinds.items()}
+    counts = {kind: bytes_held(tree) for kind, tree in kinds.items()}
     parameters = sum(x.size for x in jax.tree.leaves(kinds["parameters"]))
     begin = time.perf_counter()
     try:
@@ -135,6 +126,11 @@ def compile_for(work: Workload, mesh_config: MeshConfig, topology: Topology, opt
     return Compiled(
         parameters, seconds, counts, memory.temp_size_in_bytes, memory.generated_code_size_in_bytes, traffic
     )
+
+
+def bytes_held(tree) -> int:
+    """Bytes of one chip that a tree of abstract arrays takes there."""
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 def _wanted(message: str) -> int | None:

@@ -9,16 +9,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import topologies
 from jax.sharding import NamedSharding
 
 from minisora_jax.models.dit import DiT, DiTConfig, abstract_batch, abstract_params
 from minisora_jax.parallel.mesh import BATCH, MeshConfig, laid_out, make_mesh
+from minisora_jax.plan.compiled import IMAGE_TOKENS, bytes_held
+from minisora_jax.plan.hardware import Topology
 from minisora_jax.weights import dit
 from minisora_jax.weights.checkpoint import Checkpoint
 from minisora_jax.weights.rules import planned_params
-
-IMAGE_TOKENS = 257  # of the image encoder of Wan's image-to-video
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,17 +70,16 @@ def compile_forward(
 
     Parameters are `parameters_on` the topology's mesh; the computation is bfloat16.
     """
-    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    devices = Topology.parse(topology).devices()
     begin = time.perf_counter()
     params, lowered = lower_forward(config, size_thw, text_tokens, make_mesh(mesh, devices), checkpoint)
     memory = lowered.compile().memory_analysis()
     seconds = time.perf_counter() - begin
-    held = sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(params))
     return Compiled(
         parameters=sum(x.size for x in jax.tree.leaves(params)),
         tokens=math.prod(size_thw) // math.prod(config.patch),
         chips=len(devices),
         seconds=seconds,
-        parameter_bytes=held,
+        parameter_bytes=bytes_held(params),
         temporary_bytes=memory.temp_size_in_bytes,
     )

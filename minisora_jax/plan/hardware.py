@@ -14,18 +14,17 @@ import re
 class Chip:
     flops: float  # bfloat16, dense, per second
     memory: float  # bytes
-    bandwidth: float  # of the memory, bytes per second
     link: float  # to one neighbour and in one direction (GPU: to all others of its node together), bytes per second
 
 
 CHIPS = {
-    "v5p": Chip(459e12, 95e9, 2765e9, 100e9),
-    "v5e": Chip(197e12, 16e9, 819e9, 50e9),
-    "v6e": Chip(918e12, 32e9, 1640e9, 112e9),
-    "tpu7x": Chip(2307e12, 192e9, 7380e9, 200e9),
-    "h100": Chip(989e12, 80e9, 3350e9, 450e9),
-    "h200": Chip(989e12, 141e9, 4800e9, 450e9),
-    "b200": Chip(2250e12, 180e9, 8000e9, 900e9),
+    "v5p": Chip(459e12, 95e9, 100e9),
+    "v5e": Chip(197e12, 16e9, 50e9),
+    "v6e": Chip(918e12, 32e9, 112e9),
+    "tpu7x": Chip(2307e12, 192e9, 200e9),
+    "h100": Chip(989e12, 80e9, 450e9),
+    "h200": Chip(989e12, 141e9, 450e9),
+    "b200": Chip(2250e12, 180e9, 900e9),
 }
 
 
@@ -44,9 +43,10 @@ class Topology:
             known = ", ".join(CHIPS)
             raise ValueError(f"topology {text!r} must look like v5p:4x4x4, v5e:16x16*2 or h100:64; chips: {known}")
         shape = tuple(int(n) for n in match[2].split("x"))
-        if match[1][0] != "h" and match[1][0] != "b" and len(shape) == 1:
+        topology = cls(match[1], shape, int(match[3] or 1))
+        if topology.is_tpu and len(shape) == 1:
             raise ValueError(f"topology {text!r}: TPUs come as a grid, such as {match[1]}:4x4")
-        return cls(match[1], shape, int(match[3] or 1))
+        return topology
 
     @property
     def chip(self) -> Chip:
@@ -59,11 +59,6 @@ class Topology:
     @property
     def is_tpu(self) -> bool:
         return self.kind.startswith(("v", "tpu"))
-
-    @property
-    def is_cut(self) -> bool:
-        """Whether a slice's ends are not joined: then a ring along an axis closes through its middle."""
-        return self.kind in ("v5e", "v6e") and max(self.shape) < 16
 
     def devices(self):
         """The described devices of a TPU topology, for a mesh to compile for; ImportError without libtpu."""

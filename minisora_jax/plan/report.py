@@ -13,10 +13,9 @@ GIB = 2**30
 
 
 def compile_and_print(work: Workload, mesh: MeshConfig, topology: Topology) -> Compiled:
-    tokens = work.row_tokens(mesh)
     print(f"\nmesh {named(mesh)}, remat {work.task.dit.remat}: compiling for {topology.chips} chips ...", flush=True)
     compiled = compile_for(work, mesh, topology)
-    print("\n".join(facts(work, mesh, topology, compiled, tokens)), flush=True)
+    print("\n".join(facts(work, mesh, topology, compiled)), flush=True)
     return compiled
 
 
@@ -24,18 +23,15 @@ def named(mesh: MeshConfig) -> str:
     return " ".join(f"{axis}={n}" for axis, n in dataclasses.asdict(mesh).items() if n > 1) or "of one chip"
 
 
-def facts(work: Workload, mesh: MeshConfig, topology: Topology, compiled: Compiled, tokens: int) -> list[str]:
-    chip, step = topology.chip, "sampling step" if work.sample else "train step"
+def facts(work: Workload, mesh: MeshConfig, topology: Topology, compiled: Compiled) -> list[str]:
+    tokens, chip, step = work.row_tokens(mesh), topology.chip, "sampling step" if work.sample else "train step"
     each = tokens * work.rows / (mesh.data * mesh.fsdp * mesh.ring * mesh.ulysses)
     lines = [
         f"compiled for {topology.kind}: {step} of {work.rows} row{'s' * (work.rows > 1)} of {tokens:,} tokens"
         f" ({each:,.0f} a chip), in {compiled.seconds:.0f} s on this machine",
     ]
     verdict = "fits" if compiled.fits else "DOES NOT FIT"
-    lines.append(
-        f"  memory of a chip   {compiled.total_bytes / GIB:.2f} GiB of {chip.memory / GIB:.1f}: {verdict}"
-        + (" (the compiler's own words; what else it says is below)" if not compiled.fits else "")
-    )
+    lines.append(f"  memory of a chip   {compiled.total_bytes / GIB:.2f} GiB of {chip.memory / GIB:.1f}: {verdict}")
     for kind, count in compiled.state_bytes.items():
         lines.append(f"    {kind:<17}{count / GIB:8.3f} GiB")
     if not compiled.fits:

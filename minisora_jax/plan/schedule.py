@@ -63,10 +63,10 @@ def read(hlo: str, mesh_shape: dict[str, int]) -> list[Traffic]:
                 n = math.prod(mesh_shape[a] for a in axes)
                 begun = op.opcode.endswith("-start") or "async_collective" in op.text
                 hidden = begun and _covered(operations, i, computations)
-                entry = total[kind, axes, begun, hidden]
-                entry[0] += (name, op.name) not in seen
-                entry[1] += times
-                entry[2] += times * _sent(kind, op.text if kind != "reduce-scatter" else source, n)
+                sums = total[kind, axes, begun, hidden]
+                sums[0] += (name, op.name) not in seen
+                sums[1] += times
+                sums[2] += times * _sent(kind, op.text if kind != "reduce-scatter" else source, n)
                 seen.add((name, op.name))
             elif op.opcode == "while":
                 visit(_called(op.text, "body"), times * _turns(op, operations, computations))
