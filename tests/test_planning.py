@@ -59,6 +59,31 @@ ENTRY %main (a: bf16[4,8]) -> bf16[4,8] {
 }
 """.replace("PAIRS", "{{0,2},{2,0},{1,3},{3,1}}")
 
+# Between slices: two sums of gradients, one given to the network with a fusion still to come, one without.
+SLICES = """
+ENTRY %main (a: bf16[4,8]) -> bf16[4,8] {
+  %a = bf16[4,8] parameter(0)
+  %send.1 = (bf16[4,8]{1,0:T(8,128)}, u32[]{:S(2)}, token[]) send(%a, %token.1), is_host_transfer=true, ATTRIBUTES(1)
+  %send-done.1 = token[] send-done(%send.1)
+  %work = bf16[4,8]{1,0} fusion(%a), kind=kLoop, calls=%fused
+  %send.2 = (f32[2,8]{1,0:T(8,128)}, u32[]{:S(2)}, token[]) send(%a, %token.2), is_host_transfer=true, ATTRIBUTES(2)
+  %recv.1 = (bf16[4,8]{1,0:T(8,128)}, u32[]{:S(2)}, token[]) recv(%token.1), is_host_transfer=true, ATTRIBUTES(1)
+  %recv.2 = (f32[2,8]{1,0:T(8,128)}, u32[]{:S(2)}, token[]) recv(%token.2), is_host_transfer=true, ATTRIBUTES(2)
+  ROOT %end = bf16[4,8]{1,0} fusion(%recv.1, %recv.2), kind=kLoop, calls=%fused
+}
+"""
+for number in "12":
+    attributes = f'_xla_host_transfer_rendezvous="all-reduce.{number}_0",_xla_megascale_target="{{1,2,3,4}}x{{0:3}}",'
+    attributes += '_xla_megascale_transfer_type="ALL_REDUCE"'
+    SLICES = SLICES.replace(f"ATTRIBUTES({number})", f"frontend_attributes={{{attributes}}}")
+
+
+def test_what_goes_between_slices_is_read():
+    hidden, exposed = read(SLICES, {"data": 8, "ring": 2})
+    assert [t.kind for t in (hidden, exposed)] == ["all-reduce"] * 2
+    assert hidden.hidden and hidden.sent == 2 * 64 * 3 / 4 and hidden.network and hidden.axes == ("data",)
+    assert not exposed.hidden and exposed.asynchronous and exposed.sent == 2 * 64 * 3 / 4
+
 
 def test_a_schedule_is_read():
     traffic = {(t.kind, t.hidden): t for t in read(PROGRAM, {"ring": 2, "ulysses": 2})}

@@ -90,7 +90,9 @@ def _best(backend: str) -> str:
     if backend == "tpu" and find_spec("tokamax"):
         return "splash"
     if backend != "cpu":
-        fix = "pip install 'minisora_jax[tpu]' for splash attention" if backend == "tpu" else "none is faster here yet"
+        fix = "attention='triton' is the kernel for GPUs, which has run in Pallas's interpreter only"
+        if backend == "tpu":
+            fix = "pip install 'minisora_jax[tpu]' for splash attention"
         log.warning("attention: blockwise in XLA on this %s; %s", backend, fix)
     return "blockwise"
 

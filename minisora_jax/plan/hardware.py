@@ -1,6 +1,7 @@
 """Accelerators as plans see them: peak rates of one chip, from the makers' data sheets, none measured by us.
 
 TPUs: cloud.google.com/tpu/docs/v5p, /v5e, /v6e and /tpu7x. GPUs: NVIDIA's data sheets of H100 SXM, H200 SXM and B200.
+The network is a host's, divided by its chips.
 """
 
 from __future__ import annotations
@@ -15,16 +16,17 @@ class Chip:
     flops: float  # bfloat16, dense, per second
     memory: float  # bytes
     link: float  # to one neighbour and in one direction (GPU: to all others of its node together), bytes per second
+    network: float  # between slices (GPU: nodes), bytes per second
 
 
 CHIPS = {
-    "v5p": Chip(459e12, 95e9, 100e9),
-    "v5e": Chip(197e12, 16e9, 50e9),
-    "v6e": Chip(918e12, 32e9, 112e9),
-    "tpu7x": Chip(2307e12, 192e9, 200e9),
-    "h100": Chip(989e12, 80e9, 450e9),
-    "h200": Chip(989e12, 141e9, 450e9),
-    "b200": Chip(2250e12, 180e9, 900e9),
+    "v5p": Chip(459e12, 95e9, 100e9, 6.25e9),
+    "v5e": Chip(197e12, 16e9, 50e9, 3.125e9),
+    "v6e": Chip(918e12, 32e9, 112e9, 12.5e9),
+    "tpu7x": Chip(2307e12, 192e9, 200e9, 12.5e9),
+    "h100": Chip(989e12, 80e9, 450e9, 50e9),
+    "h200": Chip(989e12, 141e9, 450e9, 50e9),
+    "b200": Chip(2250e12, 180e9, 900e9, 50e9),
 }
 
 

@@ -78,7 +78,7 @@ def reckon(work: Workload, mesh: MeshConfig, topology: Topology, parameters: int
         memory |= {"temporaries": float(compiled.temporary_bytes), "program": float(compiled.code_bytes)}
         traffic = compiled.traffic
     else:
-        memory, traffic = _memory(work, mesh, parameters), _traffic(work, mesh, parameters)
+        memory, traffic = _memory(work, mesh, parameters), _traffic(work, mesh, parameters, topology.slices)
     seconds = {"computing": done.executed / (topology.chips * chip.flops), "hidden": 0.0, "exposed": 0.0}
     for t in traffic:
         seconds["hidden" if t.hidden else "exposed"] += seconds_of(t, mesh, chip)
@@ -86,7 +86,12 @@ def reckon(work: Workload, mesh: MeshConfig, topology: Topology, parameters: int
 
 
 def seconds_of(traffic: Traffic, mesh: MeshConfig, chip: Chip) -> float:
-    """Permutes use one link; the others the two of an axis, and all-to-all each byte's mean distance n / 4 as well."""
+    """Permutes use one link; the others the two of an axis, and all-to-all each byte's mean distance n / 4 as well.
+
+    What goes between slices uses the network.
+    """
+    if traffic.network:
+        return traffic.sent / chip.network
     n = math.prod(getattr(mesh, axis) for axis in traffic.axes)
     if traffic.kind == "collective-permute":
         return traffic.sent / chip.link
@@ -111,7 +116,7 @@ def _local(work: Workload, mesh: MeshConfig) -> tuple[float, int]:
     return rows * work.row_tokens(mesh) / (mesh.ring * mesh.ulysses), mesh.fsdp * mesh.ring * mesh.ulysses * mesh.tensor
 
 
-def _traffic(work: Workload, mesh: MeshConfig, parameters: int) -> list[Traffic]:
+def _traffic(work: Workload, mesh: MeshConfig, parameters: int, slices: int = 1) -> list[Traffic]:
     cfg, (tokens, shards) = work.task.dit, _local(work, mesh)
     layers, passes = cfg.depth * len(cfg.groups), 2 if work.sample else 1 + (cfg.remat in ("full", "matmuls"))
     made = []
@@ -136,7 +141,11 @@ def _traffic(work: Workload, mesh: MeshConfig, parameters: int) -> list[Traffic]
     add("all-gather", cut, False, passes, weights)
     if not work.sample:
         add("reduce-scatter", cut, False, 1, weights)
-        add("all-reduce", ("data",), False, 1, 2 * 4.0 * parameters / shards)
+        gradients = 2 * 2.0 * parameters / shards
+        if mesh.data > slices:
+            add("all-reduce", ("data",), False, 1, gradients)
+        if slices > 1:
+            made.append(Traffic("all-reduce", ("data",), True, False, 0, 1, gradients * (slices - 1) / slices, True))
     add("all-reduce", ("tensor",), False, layers * 3 * (passes + (not work.sample)), 2 * 2.0 * tokens * cfg.width)
     return made
 

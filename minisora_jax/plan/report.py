@@ -42,7 +42,7 @@ def facts(work: Workload, mesh: MeshConfig, topology: Topology, compiled: Compil
     for t in compiled.traffic:
         how = "asynchronous, hidden" if t.hidden else "asynchronous, exposed" if t.asynchronous else "synchronous"
         count = f"{t.times:,} times from {t.sites} places"
-        lines.append(f"    {'+'.join(t.axes):<17}{t.kind:<19}{t.sent / GIB:10.3f} GiB, {count}, {how}")
+        lines.append(f"    {t.where:<17}{t.kind:<19}{t.sent / GIB:10.3f} GiB, {count}, {how}")
     return [*lines, *model(reckon(work, mesh, topology, compiled.parameters, compiled), compiled, mesh)]
 
 
@@ -59,9 +59,7 @@ def model(estimate: Estimate, compiled: Compiled | None, mesh: MeshConfig) -> li
     if compiled:
         slow = max(compiled.traffic, key=lambda t: seconds_of(t, mesh, chip), default=None)
         if slow:
-            lines.append(
-                f"    longest to send  {slow.kind} along {'+'.join(slow.axes)}: {seconds_of(slow, mesh, chip):.3g} s"
-            )
+            lines.append(f"    longest to send  {slow.kind} along {slow.where}: {seconds_of(slow, mesh, chip):.3g} s")
     return lines
 
 

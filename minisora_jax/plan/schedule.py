@@ -2,7 +2,8 @@
 
 The text of a compiled module is its schedule: operations stand in the order they run in. An asynchronous collective is
 a pair, `-start` and `-done`; it is hidden where an operation that computes (a fusion, a kernel, a loop or a branch with
-one in it) stands between the two. Loops count as often as they turn, which their conditions say.
+one in it) stands between the two. Loops count as often as they turn, which their conditions say. What goes from
+slice to slice over the data centre's network is a `send` to the host and a `recv`, both naming the same rendezvous.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from collections import defaultdict
 
 BYTES = {"pred": 1, "s8": 1, "u8": 1, "f8e4m3fn": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8}
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+BETWEEN_SLICES = ("data",)  # the only axis over more than one slice (parallel/mesh.py)
 # What makes an operation worth waiting for; the rest moves or names data.
 COMPUTES = ("fusion", "custom-call", "convolution", "dot", "while", "conditional", "call")
 
@@ -29,6 +31,11 @@ class Traffic:
     sites: int  # places in the program
     times: int  # that they run
     sent: float  # bytes that a chip sends, altogether
+    network: bool = False  # between slices, over the data centre's network
+
+    @property
+    def where(self) -> str:
+        return "slices" if self.network else "+".join(self.axes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,22 +58,24 @@ def read(hlo: str, mesh_shape: dict[str, int]) -> list[Traffic]:
     def visit(name: str, times: int) -> None:
         operations = computations.get(name, [])
         for i, op in enumerate(operations):
-            kind = next((k for k in KINDS if op.opcode in (k, f"{k}-start")), None)
+            kind, network = next((k for k in KINDS if op.opcode in (k, f"{k}-start")), None), False
             # XLA keeps a reduce-scatter as an all-reduce and a slice in a fusion of that name.
             if op.opcode == "fusion" and "all-reduce-scatter" in op.text:
                 kind, inner = "reduce-scatter", computations.get(_called(op.text, "calls"), [])
                 source = next((o.text for o in inner if o.opcode == "all-reduce"), op.text)
+            elif op.opcode == "send" and (between := re.search(r'_xla_megascale_transfer_type="(\w+)"', op.text)):
+                kind, network, source = between[1].lower().replace("_", "-"), True, op.text
             else:
                 source = op.text
             if kind:
-                axes = _axes(source, mesh_shape)
-                n = math.prod(mesh_shape[a] for a in axes)
-                begun = op.opcode.endswith("-start") or "async_collective" in op.text
-                hidden = begun and _covered(operations, i, computations)
-                sums = total[kind, axes, begun, hidden]
+                axes = BETWEEN_SLICES if network else _axes(source, mesh_shape)
+                n = _slices(source) if network else math.prod(mesh_shape[a] for a in axes)
+                begun = network or op.opcode.endswith("-start") or "async_collective" in op.text
+                hidden = begun and _covered(operations, i)
+                sums = total[kind, axes, begun, hidden, network]
                 sums[0] += (name, op.name) not in seen
                 sums[1] += times
-                sums[2] += times * _sent(kind, op.text if kind != "reduce-scatter" else source, n)
+                sums[2] += times * _sent(kind, op.text if kind != "reduce-scatter" or network else source, n)
                 seen.add((name, op.name))
             elif op.opcode == "while":
                 visit(_called(op.text, "body"), times * _turns(op, operations, computations))
@@ -78,8 +87,10 @@ def read(hlo: str, mesh_shape: dict[str, int]) -> list[Traffic]:
 
     visit(entry, 1)
     return [
-        Traffic(kind, axes, begun, hidden, int(sites), int(times), sent)
-        for (kind, axes, begun, hidden), (sites, times, sent) in sorted(total.items(), key=lambda item: -item[1][2])
+        Traffic(kind, axes, begun, hidden, int(sites), int(times), sent, network)
+        for (kind, axes, begun, hidden, network), (sites, times, sent) in sorted(
+            total.items(), key=lambda item: -item[1][2]
+        )
         if axes
     ]
 
@@ -133,15 +144,29 @@ def _turns(loop: Operation, operations: list[Operation], computations) -> int:
     return max(last - first, 0)
 
 
-def _covered(operations: list[Operation], start: int, computations) -> bool:
+def _covered(operations: list[Operation], start: int) -> bool:
     """Whether something computes between a collective's start and its end."""
-    name = operations[start].name
+    begun, meeting = operations[start], _rendezvous(operations[start].text)
     for op in operations[start + 1 :]:
-        if op.opcode.endswith("-done") and re.search(rf"\(%?{re.escape(name)}\)", op.text):
+        if meeting and op.opcode == "recv" and _rendezvous(op.text) == meeting:
+            return False
+        if not meeting and op.opcode.endswith("-done") and re.search(rf"\(%?{re.escape(begun.name)}\)", op.text):
             return False
         if op.opcode in COMPUTES and "AllocateBuffer" not in op.text:
             return True
     return True
+
+
+def _rendezvous(text: str) -> str:
+    """By which a `send` between slices and its `recv` know each other."""
+    match = re.search(r'_xla_host_transfer_rendezvous="([^"]+)"', text)
+    return match[1] if match else ""
+
+
+def _slices(text: str) -> int:
+    """How many slices a transfer between slices is among."""
+    match = re.search(r'_xla_megascale_target="\{([\d,]+)\}', text)
+    return len(match[1].split(",")) if match else 2
 
 
 def _axes(text: str, mesh_shape: dict[str, int]) -> tuple[str, ...]:
@@ -187,10 +212,13 @@ def _place(device: int, mesh_shape: dict[str, int]) -> tuple[int, ...]:
 
 def _sent(kind: str, text: str, n: int) -> float:
     """Bytes that a chip sends of a collective among n."""
-    result = text.partition(" = ")[2].partition(f" {kind}")[0]
+    opcode = "send(" if "_xla_megascale" in text else kind
+    result = text.partition(" = ")[2].partition(f" {opcode}")[0]
     sizes = [BYTES.get(t, 0) * math.prod(int(d) for d in dims.split(",") if d) for t, dims in SHAPE.findall(result)]
     if kind == "collective-permute":
         return sizes[0] if sizes else 0  # of (input, output, two counters)
+    if "_xla_megascale" in text:
+        sizes = sizes[:1]  # of (input, a counter, a token)
     if kind == "all-reduce":
         return 2 * sum(sizes) * (n - 1) / n
     if kind == "all-gather" and "-start" in text.partition("(")[0]:

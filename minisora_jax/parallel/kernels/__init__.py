@@ -13,7 +13,7 @@ this block's part of the gradients: with p = exp(scale q k - lse), they sum to t
 arXiv:2205.14135, appendix B.4).
 """
 
-from minisora_jax.parallel.kernels import blockwise, reference, splash
+from minisora_jax.parallel.kernels import blockwise, reference, splash, triton
 
 EMPTY = reference.EMPTY
-KERNELS = {"reference": reference, "blockwise": blockwise, "splash": splash}
+KERNELS = {"reference": reference, "blockwise": blockwise, "splash": splash, "triton": triton}
