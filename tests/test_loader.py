@@ -63,7 +63,7 @@ def test_captions_are_padded_to_what_is_asked(latents):
 
 def test_an_epoch_shows_every_clip_once(latents):
     seen, step, planned = [], 0, plan(latents)
-    while planned.place(step)[0] == 0:
+    while planned.epoch(step) == 0:
         seen += [int(i) for row in planned.rows(step) for i in row]
         step += 1
     assert len(seen) == len(set(seen)) and len(seen) > 0.9 * len(latents)

@@ -8,11 +8,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from minisora_jax.data.epochs import Epochs, _shuffled, curriculum, within
 from minisora_jax.data.known import KnownConfig
 from minisora_jax.data.packing import (
     PackConfig,
     PackPlan,
     Segment,
+    StagedPlan,
     pack_rows,
     pack_segments,
     patchify,
@@ -77,10 +79,80 @@ def test_a_plan_goes_on_where_it_was_left():
     steps = [whole.rows(n) for n in range(60)]
     for n in (59, 7, 30):  # a fresh plan asked in any order
         assert all(np.array_equal(a, b) for a, b in zip(late.rows(n), steps[n]))
-    epoch_of = [whole.place(n)[0] for n in range(60)]
+    epoch_of = [whole.epoch(n) for n in range(60)]
     assert epoch_of == sorted(epoch_of) and epoch_of[-1] >= 1
     first = [i for n in range(60) if epoch_of[n] == 0 for r in steps[n] for i in r]
     assert len(first) == len(set(first))
+
+
+def test_a_plan_of_parts_shows_every_clip_once_and_remembers_where_they_begin(tmp_path):
+    tokens = np.random.default_rng(0).integers(1, 64, 1000).astype(np.int32)
+    file = tmp_path / "steps.json"
+
+    def make(remember=None):
+        epochs = Epochs((1000,), seed=1, part_size=300)
+        return PackPlan(tokens, np.ones(1000, np.int32), PackConfig(64, 64, 16, 2), 1, 2, epochs, remember)
+
+    plan, steps = make(file), []
+    while plan.epoch(len(steps)) == 0:
+        steps.append(plan.rows(len(steps)))
+    seen = [int(i) for rows in steps for row in rows for i in row]
+    assert len(seen) == len(set(seen)) > 0.97 * 1000  # each of 4 parts leaves at most one row out
+    late = make(file)
+    assert all(map(np.array_equal, late.rows(len(steps) - 1), steps[-1]))
+    assert len(late._parts) == 1  # nothing before was planned
+    assert all(map(np.array_equal, make().rows(len(steps) - 1), steps[-1]))
+
+
+def test_a_curriculum_begins_with_images():
+    sizes = np.array([(1, 2, 2, 4)] * 60 + [(3, 2, 2, 4)] * 60 + [(5, 4, 4, 4)] * 60)
+    stages = []
+    for stage in curriculum("4:1x2x2 8:3x9x9", steps=20):
+        tokens, text = token_counts(sizes, (1, 2, 2))
+        epochs = Epochs((180,), 0, members=(within(sizes, stage),))
+        stages.append((stage, PackPlan(tokens, text, PackConfig(24, 96, 16, 2), 0, 2, epochs)))
+    plan = StagedPlan(stages)
+    longest = [max(tokens[i] for row in plan.rows(n) for i in row) for n in range(20)]
+    assert max(longest[:4]) == 1 and max(longest[4:8]) == 3 and max(longest[8:]) == 20 == plan.longest
+    assert len({plan.epoch(n) // 1000 for n in (0, 4, 8)}) == 3
+
+
+@pytest.mark.parametrize("text", ["1000", "5:1x2", "9:1x1x1 4:2x2x2"])
+def test_a_curriculum_that_cannot_be_read_is_named(text):
+    with pytest.raises(ValueError, match="curriculum"):
+        curriculum(text, 100)
+
+
+@settings(deadline=None, max_examples=20)
+@given(
+    st.lists(st.tuples(st.integers(1, 300), st.floats(0.1, 3)), min_size=1, max_size=4),
+    st.floats(0.5, 5),
+    st.integers(20, 200),
+)
+def test_data_sets_come_by_their_shares_and_go_round(sets, temperature, part_size):
+    counts, weights = zip(*sets)
+    epochs = Epochs(counts, 3, weights, temperature, part_size=part_size)
+    assert sum(epochs.entries) == sum(counts)
+    exact = np.array(weights) * np.array(counts) ** (1 / temperature)
+    np.testing.assert_allclose(epochs.entries, sum(counts) * exact / exact.sum(), atol=1)
+    parts = [epochs.part(n) for n in range(3 * epochs.parts)]
+    seen = np.concatenate([clips for _, clips in parts])
+    times = np.bincount(seen, minlength=sum(counts))
+    assert [e for e, _ in parts] == sorted(e for e, _ in parts) and max(len(c) for _, c in parts) <= part_size
+    ends = np.cumsum(counts)
+    for end, count, entries in zip(ends, counts, epochs.entries):
+        mine = times[end - count : end]
+        assert mine.sum() == 3 * entries and mine.max() - mine.min() <= 1  # nobody twice before all others once
+    again = Epochs(counts, 3, weights, temperature, part_size=part_size)
+    assert np.array_equal(again.part(2)[1], parts[2][1] if len(parts) > 2 else again.part(2)[1])
+
+
+def test_shuffles_are_even():
+    """Where each of 10 things goes, over 5000 shuffles: as often to each place, within the noise of a fair draw."""
+    moved = np.array([_shuffled(np.arange(10), 10, 0, stream) for stream in range(5000)])
+    assert (np.sort(moved, axis=1) == np.arange(10)).all()
+    counts = np.array([np.bincount(moved[:, i], minlength=10) for i in range(10)])
+    assert counts.std() < 1.3 * np.sqrt(5000 * 0.1 * 0.9)
 
 
 @settings(deadline=None, max_examples=20)

@@ -15,7 +15,7 @@ import numpy as np
 
 from minisora_jax.data.known import KnownConfig
 from minisora_jax.data.latents import Latents
-from minisora_jax.data.packing import PackPlan, pack_segments, padded_text, training_segment
+from minisora_jax.data.packing import PackPlan, StagedPlan, pack_segments, padded_text, training_segment
 from minisora_jax.parallel.mesh import host_rows
 from minisora_jax.types import Clip, PackedBatch
 
@@ -57,7 +57,7 @@ def crop_batches(
 
 def packed_batches(
     latents: Latents,
-    plan: PackPlan,
+    plan: PackPlan | StagedPlan,
     steps: range,
     *,
     patch: tuple[int, int, int],
@@ -79,8 +79,7 @@ def packed_batches(
         return dataclasses.replace(made, text_LE=padded_text(made.text_LE, caption_tokens))
 
     def batch(step: int):
-        epoch, _ = plan.place(step)
-        rows = plan.rows(step)
+        epoch, rows = plan.epoch(step), plan.rows(step)
         packed = pack_segments([[segment(epoch, int(i)) for i in rows[r]] for r in mine], pack, plan.longest)
         packed = jax.tree.map(lambda x: x.reshape(accumulate, -1, *x.shape[1:]), packed)
         return packed, [np.maximum(latents.sizes[r], (0, 0, 0, caption_tokens)) for r in rows]

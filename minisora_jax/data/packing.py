@@ -6,14 +6,21 @@
 Packing is planned, not streamed: sizes are known from the index of the latent cache, so the rows of an epoch are a
 pure function of (seed, epoch, sizes). Best-fit decreasing within shuffled windows fills rows; rows of like
 attention cost (the sum of squared clip lengths, not the token count) form a step, so that devices finish together.
+A million clips are planned at a time, in seconds.
 """
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
+import json
+import threading
+from pathlib import Path
 
 import numpy as np
 
+from minisora_jax.data.atomic import replacing
+from minisora_jax.data.epochs import Epochs, Stage
 from minisora_jax.models.text import BYTES_PER_TOKEN, PAD
 from minisora_jax.types import LatentClip, PackedBatch
 
@@ -35,8 +42,8 @@ class PackConfig:
 
 
 def token_counts(sizes_thwL: np.ndarray, patch: tuple[int, int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """(video tokens, caption tokens) of each clip; ValueError where a latent size is not whole patches."""
-    t, h, w, text = np.asarray(sizes_thwL).T
+    """(video tokens, caption tokens) of each clip, int32; ValueError where a latent size is not whole patches."""
+    t, h, w, text = np.asarray(sizes_thwL, np.int32).T
     bad = np.flatnonzero((h % patch[1] != 0) | (w % patch[2] != 0))
     if len(bad):
         i = bad[0]
@@ -46,13 +53,7 @@ def token_counts(sizes_thwL: np.ndarray, patch: tuple[int, int, int]) -> tuple[n
 
 def pack_rows(tokens: np.ndarray, text: np.ndarray, config: PackConfig, seed: int, epoch: int) -> list[np.ndarray]:
     """Clip indices of each row of an epoch: every clip once, rows in training order."""
-    too_long = np.flatnonzero((tokens > config.tokens) | (text > config.text_tokens))
-    if len(too_long):
-        i = too_long[0]
-        raise ValueError(
-            f"{len(too_long)} clips do not fit a row; clip {i} has {tokens[i]} video and {text[i]} caption tokens, "
-            f"a row {config.tokens} and {config.text_tokens}: raise pack.tokens or pack.text_tokens, or cut the clips"
-        )
+    _require_fit(tokens, text, config)
     rng = np.random.default_rng([seed, epoch])
     order = rng.permutation(len(tokens))
     bins = _Bins(config)
@@ -64,34 +65,44 @@ def pack_rows(tokens: np.ndarray, text: np.ndarray, config: PackConfig, seed: in
     return _cost_balanced(rows, tokens, config.rows, rng)
 
 
+def _require_fit(tokens: np.ndarray, text: np.ndarray, config: PackConfig) -> None:
+    too_long = np.flatnonzero((tokens > config.tokens) | (text > config.text_tokens))
+    if len(too_long):
+        i = too_long[0]
+        raise ValueError(
+            f"{len(too_long)} clips do not fit a row; clip {i} has {tokens[i]} video and {text[i]} caption tokens, "
+            f"a row {config.tokens} and {config.text_tokens}: raise pack.tokens or pack.text_tokens, or cut the clips"
+        )
+
+
 class _Bins:
-    """Open rows by the room left in them, so that the tightest fit is one look-up of a bit mask."""
+    """Open rows by the room left in them, so that the tightest fit is one look-up in a sorted list."""
 
     def __init__(self, config: PackConfig):
         self.config = config
         self.clips: list[list[int]] = []
         self.text_left: list[int] = []
-        self._with_room: list[list[int]] = [[] for _ in range(config.tokens + 1)]
-        self._mask = 0  # bit r: some open row has room for exactly r more tokens
+        self._rooms: list[int] = []  # sorted: of each, some open row has exactly so many tokens left
+        self._with_room: dict[int, list[int]] = {}
 
     def add(self, clip: int, tokens: int, text: int) -> None:
         row, room = self._tightest(tokens, text) or self._open()
-        self._with_room[room].remove(row)
-        if not self._with_room[room]:
-            self._mask &= ~(1 << room)
+        rows = self._with_room[room]
+        rows.remove(row)
+        if not rows:
+            del self._with_room[room]
+            del self._rooms[bisect.bisect_left(self._rooms, room)]
         self.clips[row].append(clip)
         self.text_left[row] -= text
         if len(self.clips[row]) < self.config.slots:
             self._put(row, room - tokens)
 
     def _tightest(self, tokens: int, text: int) -> tuple[int, int] | None:
-        mask = self._mask >> tokens << tokens
-        while mask:
-            room = (mask & -mask).bit_length() - 1
+        for at in range(bisect.bisect_left(self._rooms, tokens), len(self._rooms)):
+            room = self._rooms[at]
             for row in reversed(self._with_room[room][-8:]):
                 if self.text_left[row] >= text:
                     return row, room
-            mask &= mask - 1
         return None
 
     def _open(self) -> tuple[int, int]:
@@ -101,8 +112,10 @@ class _Bins:
         return len(self.clips) - 1, self.config.tokens
 
     def _put(self, row: int, room: int) -> None:
+        if room not in self._with_room:
+            self._with_room[room] = []
+            bisect.insort(self._rooms, room)
         self._with_room[room].append(row)
-        self._mask |= 1 << room
 
 
 def _cost_balanced(
@@ -125,42 +138,102 @@ def _cost_balanced(
 class PackPlan:
     """The rows of every step of a run: `rows(n)` is the list of clip indices of each of step n's `per_step` rows.
 
-    An epoch ends with its last whole step, so up to per_step - 1 rows of it are left out, others each time.
+    tokens, text (n,): of each clip (`token_counts`), 8 bytes a clip; all else is as large as one part of an epoch.
+    epochs: the clips of each epoch in their order; by default every clip once.
+    remember: a file for how many steps each part has, so that a run that goes on late need not plan all parts before.
+
+    A part ends with its last whole step, so up to per_step - 1 rows of it are left out, others each time.
     """
 
-    def __init__(self, tokens: np.ndarray, text: np.ndarray, config: PackConfig, seed: int, per_step: int):
+    def __init__(
+        self,
+        tokens: np.ndarray,
+        text: np.ndarray,
+        config: PackConfig,
+        seed: int,
+        per_step: int,
+        epochs: Epochs | None = None,
+        remember: Path | None = None,
+    ):
         self.tokens, self.text, self.config, self.seed, self.per_step = tokens, text, config, seed, per_step
-        self._first_step = [0]  # of each epoch planned so far
-        self._epochs: dict[int, list[np.ndarray]] = {}
-
-    def place(self, step: int) -> tuple[int, int]:
-        """(epoch, first row within the epoch) of a step."""
-        while self._first_step[-1] <= step:
-            epoch = len(self._first_step) - 1
-            steps = len(self._epoch(epoch)) // self.per_step
-            if steps == 0:
-                raise ValueError(
-                    f"{len(self.tokens)} clips fill only {len(self._epoch(epoch))} rows of {self.config.tokens} "
-                    f"tokens, a step takes {self.per_step}: lower pack.rows or pack.tokens, or add clips"
-                )
-            self._first_step.append(self._first_step[-1] + steps)
-        epoch = int(np.searchsorted(self._first_step, step, side="right")) - 1
-        return epoch, (step - self._first_step[epoch]) * self.per_step
+        self.epochs = epochs or Epochs((len(tokens),), seed)
+        self._remember = remember
+        self._first_step = [0]  # of each part
+        if remember and remember.exists():
+            self._first_step = json.loads(remember.read_text(encoding="utf-8"))
+        self._parts: dict[int, tuple[int, list[np.ndarray]]] = {}
+        self._lock = threading.Lock()
+        _require_fit(tokens, text, config)
 
     @property
     def longest(self) -> int:
         """Tokens of the longest clip."""
         return int(self.tokens.max())
 
-    def rows(self, step: int) -> list[np.ndarray]:
-        epoch, first = self.place(step)
-        return self._epoch(epoch)[first : first + self.per_step]
+    def epoch(self, step: int) -> int:
+        return self.epochs.epoch(self._place(step)[0])
 
-    def _epoch(self, epoch: int) -> list[np.ndarray]:
-        if epoch not in self._epochs:
-            self._epochs = {e: rows for e, rows in self._epochs.items() if e >= epoch - 1}
-            self._epochs[epoch] = pack_rows(self.tokens, self.text, self.config, self.seed, epoch)
-        return self._epochs[epoch]
+    def rows(self, step: int) -> list[np.ndarray]:
+        part, first = self._place(step)
+        return self._part(part)[1][first : first + self.per_step]
+
+    def _place(self, step: int) -> tuple[int, int]:
+        """(part, first row within it) of a step."""
+        with self._lock:
+            planned = len(self._first_step)
+            while self._first_step[-1] <= step:
+                part = len(self._first_step) - 1
+                rows = self._part(part)[1]
+                if len(rows) < self.per_step:
+                    raise ValueError(
+                        f"{len(self.tokens)} clips fill only {len(rows)} rows of {self.config.tokens} tokens, a step "
+                        f"takes {self.per_step}: lower pack.rows or pack.tokens, or add clips"
+                    )
+                self._first_step.append(self._first_step[-1] + len(rows) // self.per_step)
+            if self._remember and len(self._first_step) > planned:
+                with replacing(self._remember) as partial:
+                    partial.write_text(json.dumps(self._first_step), encoding="utf-8")
+            part = int(np.searchsorted(self._first_step, step, side="right")) - 1
+            self._part(part)  # while others wait, so that none plans the same
+            return part, (step - self._first_step[part]) * self.per_step
+
+    def _part(self, part: int) -> tuple[int, list[np.ndarray]]:
+        """(epoch, rows) of a part of an epoch; the newest two are kept."""
+        if part not in self._parts:
+            epoch, clips = self.epochs.part(part)
+            rows = pack_rows(self.tokens[clips], self.text[clips], self.config, self.seed, part)
+            self._parts = {p: made for p, made in self._parts.items() if abs(p - part) <= 1}
+            self._parts[part] = epoch, [clips[row] for row in rows]
+        return self._parts[part]
+
+
+class StagedPlan:
+    """PackPlans one after another: a curriculum. What a PackPlan offers, of the plan that a step falls to."""
+
+    def __init__(self, stages: list[tuple[Stage, PackPlan]]):
+        self.stages, plan = stages, stages[0][1]
+        self.config, self.seed, self.per_step = plan.config, plan.seed, plan.per_step
+
+    @property
+    def longest(self) -> int:
+        return max(plan.longest for _, plan in self.stages)
+
+    def epoch(self, step: int) -> int:
+        """Of the stage, a thousand apart from those of other stages, so that no clip is drawn the same way twice."""
+        stage, plan, first = self._stage(step)
+        return 1000 * stage + plan.epoch(step - first)
+
+    def rows(self, step: int) -> list[np.ndarray]:
+        _, plan, first = self._stage(step)
+        return plan.rows(step - first)
+
+    def _stage(self, step: int) -> tuple[int, PackPlan, int]:
+        first = 0
+        for i, (stage, plan) in enumerate(self.stages):
+            if step < stage.until or i == len(self.stages) - 1:
+                return i, plan, first
+            first = stage.until
+        raise AssertionError("no stages")
 
 
 # ---- Rows

@@ -90,7 +90,7 @@ def train_diffusion(
     sizes = np.maximum(latents.sizes, (0, 0, 0, task.dit.caption_tokens))
     rows_per_step = task.run.optim.accumulate * task.pack.rows
     plan = PackPlan(*token_counts(sizes, task.dit.patch), task.pack, task.run.seed, rows_per_step)
-    plan.place(0)  # raises now where the clips do not fill a step
+    plan.rows(0)  # raises now where the clips do not fill a step
 
     def batches(start: int) -> Iterator:
         options = {"patch": task.dit.patch, "known": task.known, "caption_dropout": task.caption_dropout}
