@@ -2,6 +2,8 @@
 
 import json
 import os
+import tempfile
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -12,6 +14,29 @@ from hypothesis import settings
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
+if "PYTHONDONTWRITEBYTECODE" in os.environ:  # or each of the many processes would compile all of jax's Python: 3 s
+    directory = Path(tempfile.gettempdir()) / f"minisora-bytecode-{os.getuid()}"
+    os.environ |= {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": str(directory)}
+
+# The files of which one test or one fixture takes long: they begin, so that no core waits for the last of them.
+FIRST = ("test_main_job.py", "test_train.py", "test_processes.py", "test_step.py", "test_codec.py", "test_finetune.py")
+
+
+def pytest_configure(config):
+    """Programs that took long to compile are kept for later runs and for the processes that tests start."""
+    if cache := getattr(config, "cache", None):
+        options = {
+            "jax_compilation_cache_dir": str(cache.mkdir("compiled")),
+            "jax_persistent_cache_min_compile_time_secs": 0.2,
+        }
+        for name, value in options.items():
+            jax.config.update(name, value)
+            os.environ[name.upper()] = str(value)
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: FIRST.index(item.path.name) if item.path.name in FIRST else len(FIRST))
+
 
 # The first example of a property often compiles.
 settings.register_profile("tests", deadline=None)

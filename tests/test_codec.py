@@ -81,11 +81,13 @@ def test_streaming_decodes_what_whole_decoding_does(trained):
 def test_the_bundled_codec_streams_to_a_hundred_thousandth():
     codec = Codec.load(CODEC)
     vae, clip = VideoVAE(codec.config), Shapes("heldout", 1, size_THW=(9, 32, 48))[0]
-    mean, _, _ = vae.apply(codec.params, to_float(jnp.asarray(clip.frames_THWC[None])), method="encode")
-    whole, _ = vae.apply(codec.params, mean, method="decode")
+    encode = jax.jit(lambda x: vae.apply(codec.params, x, method="encode")[0])
+    decode = jax.jit(lambda z, past: vae.apply(codec.params, z, past, method="decode"))
+    mean = encode(to_float(jnp.asarray(clip.frames_THWC[None])))
+    whole, _ = decode(mean, None)
     past, parts = None, []
     for i in range(mean.shape[1]):
-        part, past = vae.apply(codec.params, mean[:, i : i + 1], past, method="decode")
+        part, past = decode(mean[:, i : i + 1], past)
         parts.append(part)
     np.testing.assert_allclose(jnp.concatenate(parts, axis=1), whole, rtol=0, atol=1e-5)
 

@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import jax
@@ -58,11 +57,10 @@ def processes(count: int, *command, devices=None, timeout=300) -> subprocess.Pop
 
 
 def environment() -> dict[str, str]:
-    changed = {"XLA_FLAGS": "--xla_backend_optimization_level=0", "PYTHONPATH": str(LAUNCHER.parent.parent)}
-    if "PYTHONDONTWRITEBYTECODE" in os.environ:  # or each of many starts would compile all of jax's Python: 3 s
-        compiled = Path(tempfile.gettempdir()) / f"minisora-bytecode-{os.getuid()}"
-        changed |= {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": str(compiled)}
-    return os.environ | changed
+    return os.environ | {
+        "XLA_FLAGS": "--xla_backend_optimization_level=0",
+        "PYTHONPATH": str(LAUNCHER.parent.parent),
+    }
 
 
 def ended(process: subprocess.Popen) -> tuple[int, str]:

@@ -114,6 +114,7 @@ def packed(rows: int):
     return jax.tree.map(lambda x: x[None], batch)
 
 
+@functools.cache  # of one device, once for all meshes
 def train_on(mesh_config: MeshConfig, devices, optim: OptimConfig, steps: int = 3):
     model, batch = DiT(DIT), packed(8)
     optimizer = make_optimizer(optim, 100)
@@ -148,8 +149,8 @@ def test_eight_devices_step_as_one(name, mesh):
     # A large epsilon-free Adam step turns rounding into whole steps where a gradient is nearly zero; a small
     # learning rate keeps what is compared the gradients and their use.
     optim = OptimConfig(name=name, learning_rate=1e-3, warmup=1)
-    one, metrics, _ = train_on(MeshConfig(data=1), jax.devices()[:1], optim)
-    eight, metrics_8, specs = train_on(mesh, jax.devices(), optim)
+    one, metrics, _ = train_on(MeshConfig(data=1), tuple(jax.devices()[:1]), optim)
+    eight, metrics_8, specs = train_on(mesh, tuple(jax.devices()), optim)
     np.testing.assert_allclose(metrics_8["loss"], metrics["loss"], rtol=1e-5)
     np.testing.assert_allclose(metrics_8["grad_norm"], metrics["grad_norm"], rtol=1e-4)
     gaps = jax.tree.map(

@@ -1,5 +1,6 @@
 """Runs that are killed go on bit for bit; runs that go wrong say so."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -7,10 +8,14 @@ import sys
 import time
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 from train_tiny import make_cache, run
 
-from minisora_jax.train.loop import NonFiniteLoss
+from minisora_jax.train.loop import NonFiniteLoss, RunConfig, train
+from minisora_jax.train.optim import OptimConfig
 
 STEPS = 40
 
@@ -25,9 +30,8 @@ def losses(workdir) -> dict[int, str]:
 def start(workdir, cache) -> subprocess.Popen:
     script = Path(__file__).with_name("train_tiny.py")
     environment = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
         "JAX_COMPILATION_CACHE_DIR": str(cache.parent / "compiled"),  # the seven starts compile once
-        "JAX_PERSISTENT_COMPILATION_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
     return subprocess.Popen([sys.executable, script, workdir, cache, str(STEPS)], env=environment)
 
@@ -75,9 +79,23 @@ def test_a_workdir_of_another_config_is_refused(whole, cache):
         run(whole, cache, 3)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(cache, tmp_path):
-    with pytest.raises(NonFiniteLoss, match="lower optim.learning_rate"):
-        run(tmp_path, cache, 30, learning_rate=1e38, clip=1e30)
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+    def loss(params, x_B, key):
+        return {"loss": ((params["w"] * x_B) ** 2, jnp.ones(x_B.shape))}
+
+    with pytest.raises(NonFiniteLoss, match=r"at step \d+: lower optim.learning_rate"):
+        train(
+            RunConfig(steps=30, log_every=1, save_every=3, optim=OptimConfig(warmup=2, learning_rate=1e38, clip=1e30)),
+            tmp_path,
+            name="line",
+            rows=8,
+            init_params=lambda key: {"w": jax.random.normal(key)},
+            loss_fn=loss,
+            batches=lambda start: itertools.repeat((np.ones((1, 8), np.float32), {})),
+            describe={},
+        )
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert 0 < len(rows) < 30 and all(np.isfinite(row["loss"]) for row in rows)
 
 
 def test_rows_that_do_not_divide_over_the_devices_are_refused(cache, tmp_path):

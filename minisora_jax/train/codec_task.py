@@ -126,11 +126,15 @@ def reconstruct(codec: Codec, clips: Sequence[Clip]) -> tuple[dict[str, float], 
         a, b = (np.asarray(f, np.float32) / 255.0 for f in (clip.frames_THWC, frames))
         # A clip's PSNR is that of its mean squared error, so that an exact frame cannot make it infinite.
         mse = max(float(np.mean((a - b) ** 2)), 1e-10)
-        scores.append(
-            {"psnr": -10.0 * np.log10(mse), "ssim": float(jnp.mean(pix.ssim(jnp.asarray(a), jnp.asarray(b))))}
-        )
+        scores.append({"psnr": -10.0 * np.log10(mse), "ssim": float(_ssim(a, b))})
         pairs.append((clip, frames))
     return {k: float(np.mean([s[k] for s in scores])) for k in ("psnr", "ssim")}, pairs
+
+
+@jax.jit
+def _ssim(a_THWC, b_THWC):
+    """The mean over frames; one program for a size, where `ssim` by itself would be a hundred."""
+    return jnp.mean(pix.ssim(a_THWC, b_THWC))
 
 
 def _unit_stats(config: VAEConfig) -> tuple[np.ndarray, np.ndarray]:
