@@ -26,7 +26,7 @@ def get_config(arg=None):
         raise ValueError("name the latent cache: --config=configs/dit_finetune.py:data=DIR,...")
     return ConfigDict(
         dict(
-            data=arg["data"],
+            data=dict(path=arg["data"]),
             dit=dict(remat="full"),
             # A row holds 81 frames of 480x832 (21 x 30 x 52 tokens), or several smaller clips.
             pack=dict(tokens=32_768, text_tokens=8192, slots=16, rows=arg["rows"]),

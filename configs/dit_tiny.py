@@ -24,7 +24,7 @@ def get_config(arg=None):
     ]
     return ConfigDict(
         dict(
-            data=arg["data"],
+            data=dict(path=arg["data"]),
             prompts=prompts if arg["prompts"] else [],
             dit=dict(
                 latent_channels=16,

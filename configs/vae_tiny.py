@@ -17,8 +17,7 @@ def get_config(arg=None):
         arg["held_out"] = "shapes:heldout:1000"
     return ConfigDict(
         dict(
-            data=arg["data"],
-            held_out=arg["held_out"],
+            data=dict(path=arg["data"], held_out=arg["held_out"]),
             vae=dict(
                 base=20,
                 multipliers=(1, 2, 4),

@@ -86,10 +86,10 @@ def _run(command, args: argparse.Namespace, config_flags: list[str]) -> int:
             return command.run(args, config_flags) or 0
     except (ValueError, OSError, RuntimeError, ImportError) as error:
         # What a user can mend is said in a sentence; MINISORA_TRACEBACK=1 shows where it came from.
-        if os.environ.get("MINISORA_TRACEBACK"):
+        if os.environ.get("MINISORA_TRACEBACK") and not hasattr(error, "exit_code"):
             raise
         print(f"minisora: {type(error).__name__}: {error}", file=sys.stderr)
-        return 2
+        return getattr(error, "exit_code", 2)
 
 
 if __name__ == "__main__":

@@ -12,9 +12,8 @@ from minisora_jax.train.diffusion_task import DiffusionTask
 
 def test_every_config_builds_and_flags_reach_it():
     config = read_config(["--config=configs/vae_tiny.py:steps=7,lr=1e-4", "--config.run.mesh.fsdp=2"], CodecTask, "")
-    data, held_out = config.pop("data"), config.pop("held_out")
     task = build(CodecTask, config)
-    assert (data, held_out) == ("shapes:train:100000", "shapes:heldout:1000")
+    assert (task.data.path, task.data.held_out) == ("shapes:train:100000", "shapes:heldout:1000")
     assert task.run.steps == 7 and task.run.optim.learning_rate == 1e-4 and task.run.mesh.fsdp == 2
 
     config = read_config(
@@ -22,7 +21,7 @@ def test_every_config_builds_and_flags_reach_it():
         DiffusionTask,
         "",
     )
-    assert config.pop("data") == "d" and config.pop("prompts")
+    assert config["data"]["path"] == "d" and config.pop("prompts")
     task = build(DiffusionTask, config)
     assert (
         task.pack.rows == 4 and task.run.optim.accumulate == 2 and task.known.box == 0.0 and task.dit.patch == (1, 2, 2)

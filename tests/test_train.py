@@ -91,7 +91,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
             rows=8,
             init_params=lambda key: {"w": jax.random.normal(key)},
             loss_fn=loss,
-            batches=lambda start: itertools.repeat((np.ones((1, 8), np.float32), {})),
+            batches=lambda numbers: itertools.repeat((np.ones((1, 8), np.float32), {})),
             describe={},
         )
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]

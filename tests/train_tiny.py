@@ -9,6 +9,7 @@ import numpy as np
 jax.config.update("jax_platforms", "cpu")
 
 from minisora_jax.data.latents import Latents, write_latents  # noqa: E402
+from minisora_jax.data.loader import DataConfig  # noqa: E402
 from minisora_jax.data.packing import PackConfig  # noqa: E402
 from minisora_jax.models.dit import DiTConfig  # noqa: E402
 from minisora_jax.models.text import encode_bytes  # noqa: E402
@@ -32,8 +33,9 @@ def make_cache(directory, codec_hash: str = "test") -> None:
     write_latents(directory, clips(), codec_hash=codec_hash, text=text, empty_text_LE=encode_bytes(""))
 
 
-def task(steps: int, rows: int = 8) -> DiffusionTask:
+def task(steps: int, rows: int = 8, strict: bool = False) -> DiffusionTask:
     return DiffusionTask(
+        data=DataConfig(strict=strict),
         # Little to compile, which takes most of a start.
         dit=DiTConfig(
             latent_channels=4,

@@ -35,7 +35,7 @@ def add_arguments(parser):
 def run(args, config_flags):
     from minisora_jax.bundled import CODEC
     from minisora_jax.config import build, read_config
-    from minisora_jax.data.latents import Latents
+    from minisora_jax.data.latents import open_latents
     from minisora_jax.models.captions import captions_of
     from minisora_jax.models.codec import Codec
     from minisora_jax.parallel.processes import is_main
@@ -43,15 +43,14 @@ def run(args, config_flags):
 
     settled = settings_of(args.init) if args.init else None
     config = read_config(config_flags, DiffusionTask, "configs/dit_tiny.py:data=data/latents", settled)
-    data, prompts = config.pop("data"), config.pop("prompts", ())
-
+    prompts = config.pop("prompts", ())
     task = build(DiffusionTask, config)
     codec = Codec.load(args.codec or CODEC)
-    latents = Latents(data, codec_hash=codec.hash)
+    latents = open_latents(task.data.path, codec_hash=codec.hash)
     export = {"codec": codec.hash, "text": latents.text}
     captions = captions_of(task.dit, latents.text, None, None) if prompts else None
     sample = sample_videos(task, codec, captions, prompts, Path(args.workdir)) if prompts else None
-    describe = config | {"data": data, "init": args.init or ""}
+    describe = config | {"init": args.init or ""}
     where = train_diffusion(task, Path(args.workdir), latents, describe, export, sample, args.init)
     if is_main():
         print(f"model exported to {where}")

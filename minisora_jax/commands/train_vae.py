@@ -27,11 +27,9 @@ def run(args, config_flags):
     from minisora_jax.train.codec_task import CodecTask, train_codec
 
     config = read_config(config_flags, CodecTask, "configs/vae_tiny.py")
-    data, held_out_data = config.pop("data"), config.pop("held_out", "")
     task = build(CodecTask, config)
-    clips = open_clips(data)
-    clips, held_out = (clips, open_clips(held_out_data)) if held_out_data else hold_out(clips)
-    describe = config | {"data": data, "held_out": held_out_data}
-    codec = train_codec(task, Path(args.workdir), clips, held_out, describe)
+    clips = open_clips(task.data.path)
+    clips, held_out = (clips, open_clips(task.data.held_out)) if task.data.held_out else hold_out(clips)
+    codec = train_codec(task, Path(args.workdir), clips, held_out, config)
     if is_main():
         print(f"codec {codec.hash} exported to {args.workdir}/export")

@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from minisora_jax.data.records import Item, Shards, pack_record, write_shards
+from minisora_jax.data.epochs import parse_mixture
+from minisora_jax.data.records import DataError, Item, Shards, pack_record, write_shards
 from minisora_jax.data.sources import PREPROCESSING_VERSION
 from minisora_jax.types import LatentClip
 
@@ -87,6 +88,7 @@ class Latents:
         self.empty_text_LE = _restored(self.shards.table("empty_text"))
         self.text: dict[str, Any] = self.shards.manifest["settings"]["text"]
         self.codec_hash: str = self.shards.manifest["settings"]["codec_hash"]
+        self.counts, self.weights = (len(self.shards),), (1.0,)
 
     def __len__(self) -> int:
         return len(self.shards)
@@ -95,6 +97,41 @@ class Latents:
         arrays, facts = self.shards.read(i)
         mean, std, text = (_restored(arrays[name]) for name in ("mean", "std", "text"))
         return LatentClip(mean, std, text, facts["caption"], facts["fps"], facts["name"])
+
+
+class Mixture:
+    """Several caches end to end, as one sequence of LatentClip; `counts` and `weights` are of each."""
+
+    def __init__(self, caches: list[Latents], weights: list[float]):
+        first = caches[0]
+        for cache in caches[1:]:
+            for name, ours, theirs in (
+                ("text encoder", first.text, cache.text),
+                ("codec", first.codec_hash, cache.codec_hash),
+            ):
+                if ours != theirs:
+                    raise DataError(
+                        f"{cache.shards.directory} was made with the {name} {theirs}, {first.shards.directory} with "
+                        f"{ours}: caches that are trained on together must share it"
+                    )
+        self.caches, self.weights = caches, tuple(weights)
+        self.counts = tuple(len(cache) for cache in caches)
+        self.sizes = first.sizes if len(caches) == 1 else np.concatenate([cache.sizes for cache in caches])
+        self.empty_text_LE, self.text, self.codec_hash = first.empty_text_LE, first.text, first.codec_hash
+        self._ends = np.cumsum(self.counts)
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __getitem__(self, i: int) -> LatentClip:
+        cache = int(np.searchsorted(self._ends, i, side="right"))
+        return self.caches[cache][i - int(self._ends[cache] - self.counts[cache])]
+
+
+def open_latents(text: str, **expect) -> Mixture:
+    """The caches of "data/a + data/b*0.5", each checked as `Latents` does."""
+    named = parse_mixture(text)
+    return Mixture([Latents(name, **expect) for name, _ in named], [weight for _, weight in named])
 
 
 def _to_record(clip: LatentClip) -> bytes:

@@ -13,11 +13,38 @@ import grain
 import jax
 import numpy as np
 
+from minisora_jax.data.epochs import curriculum
 from minisora_jax.data.known import KnownConfig
-from minisora_jax.data.latents import Latents
+from minisora_jax.data.latents import Latents, Mixture
 from minisora_jax.data.packing import PackPlan, StagedPlan, pack_segments, padded_text, training_segment
+from minisora_jax.data.records import DataError
+from minisora_jax.data.storage import Damaged
 from minisora_jax.parallel.mesh import host_rows
 from minisora_jax.types import Clip, PackedBatch
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """What a transformer learns from."""
+
+    path: str = ""  # a latent cache, or several with weights: "data/a + data/b*0.5"
+    temperature: float = 1.0  # above 1, smaller data sets come more often than their size says
+    curriculum: str = ""  # "1000:1x32x32 5000:5x32x32": up to a step, latents of at most frames x rows x columns
+    strict: bool = False  # stop at the first damaged clip, and not leave it out
+
+    def __post_init__(self):
+        if self.temperature <= 0:
+            raise ValueError(f"data.temperature={self.temperature} must be positive")
+        curriculum(self.curriculum, 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class ClipsConfig:
+    """What a codec learns from."""
+
+    path: str = ""  # a data set that `minisora prepare` wrote, or shapes[:SPLIT[:COUNT]]
+    held_out: str = ""  # another to be scored on; "" for the last clips of the first
+    strict: bool = False  # stop at the first damaged clip, and not draw another
 
 
 def in_order(make: Callable[[int], object], steps: range, *, threads: int = 4, ahead: int = 8) -> Iterator:
@@ -27,17 +54,29 @@ def in_order(make: Callable[[int], object], steps: range, *, threads: int = 4, a
 
 
 def crop_batches(
-    clips: Sequence[Clip], steps: range, *, crop_THW: tuple[int, int, int], batch: int, accumulate: int, seed: int
+    clips: Sequence[Clip],
+    steps: range,
+    *,
+    crop_THW: tuple[int, int, int],
+    batch: int,
+    accumulate: int,
+    seed: int,
+    damaged: Damaged | None = None,
 ) -> Iterator[np.ndarray]:
     """uint8 frames (A, B, T, H, W, C): random crops of clips drawn at random, one array a step.
 
-    A clip shorter than the crop stands still at its end; one that is smaller is passed over for another.
+    A clip shorter than the crop stands still at its end; one that is smaller, or damaged, is passed over for another.
     """
+    damaged = damaged or Damaged(strict=True)
 
     def crop(step: int, row: int) -> np.ndarray:
         rng = np.random.default_rng([seed, step, row])
         for _ in range(1000):
-            frames = clips[int(rng.integers(len(clips)))].frames_THWC
+            try:
+                frames = clips[int(rng.integers(len(clips)))].frames_THWC
+            except DataError as error:
+                damaged.add(error)
+                continue
             if all(n >= c for n, c in zip(frames.shape[1:], crop_THW[1:])):
                 break
         else:
@@ -56,7 +95,7 @@ def crop_batches(
 
 
 def packed_batches(
-    latents: Latents,
+    latents: Latents | Mixture,
     plan: PackPlan | StagedPlan,
     steps: range,
     *,
@@ -64,23 +103,32 @@ def packed_batches(
     known: KnownConfig,
     caption_dropout: float,
     caption_tokens: int = 0,
+    damaged: Damaged | None = None,
 ) -> Iterator[tuple[PackedBatch, list[np.ndarray]]]:
     """(PackedBatch (A, B, ...), the (t, h, w, L) of the clips of each of the step's rows on all hosts), one a step.
 
-    Captions are padded to `caption_tokens`, as DiTConfig has it.
+    Captions are padded to `caption_tokens`, as DiTConfig has it. A damaged clip's place stays empty.
     """
+    damaged = damaged or Damaged(strict=True)
     pack, seed, accumulate = plan.config, plan.seed, plan.per_step // plan.config.rows
     mine = [a * pack.rows + b for a in range(accumulate) for b in host_rows(pack.rows)]
 
     def segment(epoch: int, i: int):
         # Seeded by the clip and the epoch, never by its place, so that packing changes nothing about a clip.
         rng = np.random.default_rng([seed, epoch, i])
-        made = training_segment(latents[i], patch, known, caption_dropout, latents.empty_text_LE, rng)
+        try:
+            clip = latents[i]
+        except DataError as error:
+            return damaged.add(error)
+        made = training_segment(clip, patch, known, caption_dropout, latents.empty_text_LE, rng)
         return dataclasses.replace(made, text_LE=padded_text(made.text_LE, caption_tokens))
 
     def batch(step: int):
         epoch, rows = plan.epoch(step), plan.rows(step)
-        packed = pack_segments([[segment(epoch, int(i)) for i in rows[r]] for r in mine], pack, plan.longest)
+        made = [[s for i in rows[r] if (s := segment(epoch, int(i)))] for r in mine]
+        if not any(made):
+            raise DataError(f"none of the clips of step {step + 1} could be read: {damaged.count} were damaged so far")
+        packed = pack_segments(made, pack, plan.longest)
         packed = jax.tree.map(lambda x: x.reshape(accumulate, -1, *x.shape[1:]), packed)
         return packed, [np.maximum(latents.sizes[r], (0, 0, 0, caption_tokens)) for r in rows]
 

@@ -279,7 +279,8 @@ def grid_positions(size_thw: tuple[int, int, int]) -> np.ndarray:
 def pack_segments(rows: list[list[Segment]], config: PackConfig, longest: int = 0) -> PackedBatch:
     """A PackedBatch of NumPy arrays from the segments of each row, none of which has more than `longest` tokens."""
     B, S, L, G = len(rows), config.tokens, config.text_tokens, config.slots
-    text, token_width = rows[0][0].text_LE, rows[0][0].tokens_nP.shape[1]
+    some = next(segment for row in rows for segment in row)
+    text, token_width = some.text_LE, some.tokens_nP.shape[1]
     batch = PackedBatch(
         tokens_BSP=np.zeros((B, S, token_width), np.float32),
         segment_BS=np.zeros((B, S), np.int32),

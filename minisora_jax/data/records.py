@@ -29,6 +29,7 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
 from minisora_jax.data.atomic import replacing
+from minisora_jax.data.storage import patiently, require_readable
 
 FORMAT = 1
 MAGIC = b"MSR1"
@@ -36,7 +37,7 @@ RANDOM_ACCESS = "readahead_buffer_size:0,max_parallelism:0"
 
 
 class DataError(RuntimeError):
-    """A data set on disk that is not what it should be."""
+    """A data set on disk that is not what it should be, and will not be at another attempt."""
 
 
 # ---- One record
@@ -235,13 +236,21 @@ class Shards:
             raise IndexError(f"record {i} of {len(self)} in {self.directory}")
         shard = int(np.searchsorted(self._ends, i, side="right"))
         at = int(i - self._ends[shard] + self.manifest["shards"][shard]["records"])
-        where = f"record {at} of {self.directory / self.manifest['shards'][shard]['file']}"
-        try:
-            found = self._reader(shard).read([at])
-        except DataError:
-            raise
-        except Exception as error:  # the library raises bare RuntimeErrors of its own
-            raise DataError(f"{where} is corrupt: {error}") from error
+        path = self.directory / self.manifest["shards"][shard]["file"]
+        where = f"record {at} of {path}"
+
+        def attempt():
+            try:
+                return self._reader(shard).read([at])
+            except DataError:
+                raise
+            except Exception as error:  # the library raises bare RuntimeErrors of its own, whatever went wrong
+                with self._lock:
+                    self._open.pop(shard, None)
+                require_readable(path)
+                raise DataError(f"{where} is corrupt: {error}") from error
+
+        found = patiently(attempt, where)
         if len(found) != 1:
             raise DataError(f"{where} is corrupt: expected 1 record, found {len(found)}")
         return unpack_record(found[0], where)
@@ -286,6 +295,7 @@ class Shards:
         with self._lock:
             if shard not in self._open:
                 entry = self.manifest["shards"][shard]
+                os.stat(self.directory / entry["file"])  # OSError; the library opens what is not there as empty
                 reader = ArrayRecordReader(str(self.directory / entry["file"]), RANDOM_ACCESS)
                 if reader.num_records() != entry["records"]:
                     raise DataError(

@@ -18,7 +18,9 @@ import contextlib
 import functools
 import logging
 import os
+import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Iterator, Mapping
@@ -72,11 +74,40 @@ def _counts(environ: Mapping[str, str]) -> Iterator[int]:
     yield len(hosts.split(",")) * int(environ.get("MEGASCALE_NUM_SLICES") or 1)
 
 
+class AskedToEnd(RuntimeError):
+    """The system is taking the machine back, and the run is saved: not a failure."""
+
+    exit_code = 0
+
+
+_end_asked = threading.Event()
+
+
+@contextlib.contextmanager
+def heeding_sigterm() -> Iterator[None]:
+    """Within it SIGTERM does not end a lone process: `end_asked()` says that it came. Of several, jax heeds it."""
+    if several() or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    _end_asked.clear()
+    before = signal.signal(signal.SIGTERM, lambda *_: _end_asked.set())
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def end_asked() -> bool:
+    """Has SIGTERM come, within `heeding_sigterm`?"""
+    return _end_asked.is_set()
+
+
 @contextlib.contextmanager
 def started() -> Iterator[None]:
     """Joins the processes that the environment speaks of; on the way out waits for all, or ends all.
 
-    SIGTERM is not the end of one of several processes: jax passes it on as a notice, on which the training loop saves.
+    SIGTERM is not the end of one of several processes: jax passes it on as a notice, on which the training loop saves
+    and all raise AskedToEnd, which goes on from here when all have said farewell.
     An error in one of several processes is printed, and that process ends at once, without the farewell that the others
     would wait for: jax ends them when they next speak to it, or when its heartbeat is missed, and launchers sooner.
     """
@@ -84,13 +115,17 @@ def started() -> Iterator[None]:
     if arguments is None:
         yield
         return
+    asked = None
     try:
         jax.distributed.initialize(**arguments)
         if is_main():
             log.info("%d processes, %d devices", jax.process_count(), jax.device_count())
         else:
             log.setLevel(logging.WARNING)  # what all would say, one says
-        yield
+        try:
+            yield
+        except AskedToEnd as error:
+            asked = error
         barrier("the end")
         jax.distributed.shutdown()
     except BaseException as error:
@@ -103,6 +138,8 @@ def started() -> Iterator[None]:
         if is_main():
             time.sleep(1)  # jax's coordinator dies with it, and whoever fails for the same reason has said so by then
         os._exit(130 if isinstance(error, KeyboardInterrupt) else 2)
+    if asked:
+        raise asked
 
 
 def several() -> bool:

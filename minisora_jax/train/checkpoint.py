@@ -7,6 +7,8 @@ stored.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import absl.logging
@@ -14,8 +16,12 @@ import jax
 import orbax.checkpoint as ocp
 
 from minisora_jax.parallel.mesh import laid_out
-from minisora_jax.parallel.processes import several
+from minisora_jax.parallel.processes import end_asked, several
 from minisora_jax.types import TrainState
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that could not be written or read; those before it are as they were."""
 
 
 class Checkpoints:
@@ -30,27 +36,46 @@ class Checkpoints:
         ocp.type_handlers.register_type_handler(jax.Array, whole_below, override=True)
         absl.logging.set_verbosity(level)
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True, create=True)
-        self._manager = ocp.CheckpointManager(Path(directory).absolute(), options=options)
+        self._directory = Path(directory).absolute()
+        self._manager = ocp.CheckpointManager(self._directory, options=options)
 
     def latest(self) -> int | None:
         return self._manager.latest_step()
 
     def save(self, step: int, state: TrainState) -> None:
         if step not in self._manager.all_steps():
-            self._manager.save(step, args=ocp.args.StandardSave(state))
+            with self._failures_named("written"):
+                self._manager.save(step, args=ocp.args.StandardSave(state))
 
     def asked_to_end(self, step: int) -> bool:
-        """Was SIGTERM sent to any of several processes? Each asks at every step; all say yes at the same one."""
-        return self._manager.reached_preemption(step)
+        """Was SIGTERM sent to this process, or any of several? Each asks at every step; all say yes at the same one."""
+        return self._manager.reached_preemption(step) if several() else end_asked()
 
     def restore(self, abstract: TrainState, mesh: jax.sharding.Mesh, step: int | None = None) -> TrainState:
         """The newest state (or that of `step`), laid out on `mesh` as `abstract`'s types say."""
         target = laid_out(abstract, mesh)
         step = self.latest() if step is None else step
-        return self._manager.restore(step, args=ocp.args.StandardRestore(target))
+        with self._failures_named("read", step):
+            return self._manager.restore(step, args=ocp.args.StandardRestore(target))
 
     def wait(self) -> None:
-        self._manager.wait_until_finished()
+        with self._failures_named("written"):
+            self._manager.wait_until_finished()
+
+    @contextlib.contextmanager
+    def _failures_named(self, what: str, step: int | None = None) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # of many types, and of a save perhaps at the next
+            said = " ".join(str(error).split())[:500]
+            if what == "read":
+                others = [s for s in self._manager.all_steps() if s != step]
+                fix = f"delete {self._directory / str(step)} to go on from step {max(others, default=0)}"
+            else:
+                newest = max((int(p.name) for p in self._directory.glob("*") if p.name.isdigit()), default=None)
+                kept = "there is none before it" if newest is None else f"the newest whole one is of step {newest}"
+                fix = f"{kept}; make room or mend the disk, and start the same command again"
+            raise CheckpointError(f"a checkpoint under {self._directory} could not be {what}: {said}. {fix}") from error
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -61,5 +86,6 @@ class Checkpoints:
             self.close()
 
     def close(self) -> None:
-        self._manager.wait_until_finished()
-        self._manager.close()
+        with self._failures_named("written"):
+            self._manager.wait_until_finished()
+            self._manager.close()

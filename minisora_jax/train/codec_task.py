@@ -17,7 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from minisora_jax.data.loader import crop_batches
+from minisora_jax.data.loader import ClipsConfig, crop_batches
+from minisora_jax.data.storage import Damaged
 from minisora_jax.models.codec import Codec, to_float
 from minisora_jax.models.vae import VAE, VAEConfig
 from minisora_jax.parallel.halo import by_rows, require_whole_units
@@ -32,6 +33,7 @@ from minisora_jax.types import Clip
 class CodecTask:
     vae: VAEConfig = VAEConfig()
     run: RunConfig = RunConfig()
+    data: ClipsConfig = ClipsConfig()
     crop_THW: tuple[int, int, int] = (9, 32, 32)
     batch: int = 8  # crops per step, over all devices
     l2: float = 4.0
@@ -75,10 +77,12 @@ def train_codec(
         frames = jnp.zeros((1, *task.crop_THW, 3))
         return jax.tree.map(jnp.asarray, start.params) if start else VAE(task.vae).init(key, frames)
 
-    def batches(start: int) -> Iterator:
+    damaged = Damaged(workdir / f"damaged_{jax.process_index()}.jsonl", strict=task.data.strict)
+
+    def batches(numbers: range) -> Iterator:
         options = {"crop_THW": task.crop_THW, "batch": task.batch}
         options |= {"accumulate": task.run.optim.accumulate, "seed": task.run.seed}
-        for frames in crop_batches(clips, range(start, task.run.steps), **options):
+        for frames in crop_batches(clips, numbers, **options, damaged=damaged):
             yield frames, {"clips": float(task.batch * task.run.optim.accumulate)}
 
     def sample(step: int, params, metrics: Metrics):

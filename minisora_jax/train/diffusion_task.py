@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from minisora_jax.data.epochs import Epochs, curriculum, within
 from minisora_jax.data.known import KnownConfig
-from minisora_jax.data.latents import Latents
-from minisora_jax.data.loader import packed_batches
-from minisora_jax.data.packing import PackConfig, PackPlan, Segment, pack_segments, token_counts
+from minisora_jax.data.latents import Latents, Mixture
+from minisora_jax.data.loader import DataConfig, packed_batches
+from minisora_jax.data.packing import PackConfig, PackPlan, Segment, StagedPlan, pack_segments, token_counts
+from minisora_jax.data.records import DataError
+from minisora_jax.data.storage import Damaged
 from minisora_jax.diffusion.loss import diffusion_loss
 from minisora_jax.diffusion.objective import ObjectiveConfig
 from minisora_jax.diffusion.time import TimeConfig
@@ -35,11 +39,14 @@ from minisora_jax.train.loop import RunConfig, train
 from minisora_jax.train.step import LossFn
 from minisora_jax.types import PackedBatch
 
+log = logging.getLogger("minisora")
+
 
 @dataclasses.dataclass(frozen=True)
 class DiffusionTask:
     dit: DiTConfig = DiTConfig()
     run: RunConfig = RunConfig()
+    data: DataConfig = DataConfig()
     pack: PackConfig = PackConfig()
     times: TimeConfig = TimeConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
@@ -72,7 +79,7 @@ def loss_of(task: DiffusionTask) -> LossFn:
 def train_diffusion(
     task: DiffusionTask,
     workdir: Path,
-    latents: Latents,
+    latents: Latents | Mixture,
     describe: dict,
     export: dict,
     sample: Callable | None = None,
@@ -87,15 +94,14 @@ def train_diffusion(
     if init:
         check_shapes(open_model(init)[0], abstract_params(task.dit), init)
 
-    sizes = np.maximum(latents.sizes, (0, 0, 0, task.dit.caption_tokens))
-    rows_per_step = task.run.optim.accumulate * task.pack.rows
-    plan = PackPlan(*token_counts(sizes, task.dit.patch), task.pack, task.run.seed, rows_per_step)
+    plan = pack_plan(task, latents, workdir)
     plan.rows(0)  # raises now where the clips do not fill a step
+    damaged = Damaged(workdir / f"damaged_{jax.process_index()}.jsonl", strict=task.data.strict)
 
-    def batches(start: int) -> Iterator:
+    def batches(numbers: range) -> Iterator:
         options = {"patch": task.dit.patch, "known": task.known, "caption_dropout": task.caption_dropout}
         options["caption_tokens"] = task.dit.caption_tokens
-        for batch, rows in packed_batches(latents, plan, range(start, task.run.steps), **options):
+        for batch, rows in packed_batches(latents, plan, numbers, **options, damaged=damaged):
             yield batch, count_work(task.dit, task.pack, rows)
 
     state = train(
@@ -111,11 +117,43 @@ def train_diffusion(
         describe=describe,
         start_params=functools.partial(load_params_onto, init) if init else None,
         sample=sample,
+        clip_names=lambda number: [_name(latents, int(i)) for row in plan.rows(number) for i in row],
     )
+    if damaged.count:
+        log.warning("%d times a damaged clip was left out: %s", damaged.count, damaged.path)
     config = {"kind": "dit"} | {k: dataclasses.asdict(getattr(task, k)) for k in ("dit", "times", "objective")}
     export_model(workdir / "export", state.ema, config | export | {"training": describe}, dtype=task.export_dtype)
     barrier("export")
     return workdir / "export"
+
+
+def pack_plan(task: DiffusionTask, latents: Latents | Mixture, workdir: Path | None = None) -> PackPlan | StagedPlan:
+    """Which clips fill which row of which step, by `task.pack` and `task.data`."""
+    sizes = np.maximum(latents.sizes, np.array([0, 0, 0, task.dit.caption_tokens], np.int32))
+    tokens, text = token_counts(sizes, task.dit.patch)
+    rows_per_step = task.run.optim.accumulate * task.pack.rows
+    stages = []
+    for number, stage in enumerate(curriculum(task.data.curriculum, task.run.steps)):
+        small = within(sizes, stage)
+        members = () if small is None else _by_cache(small, latents.counts)
+        epochs = Epochs(latents.counts, task.run.seed, latents.weights, task.data.temperature, members)
+        remember = workdir / f"packing_{number}.json" if workdir and epochs.parts > 1 else None
+        stages.append((stage, PackPlan(tokens, text, task.pack, task.run.seed, rows_per_step, epochs, remember)))
+    return stages[0][1] if len(stages) == 1 else StagedPlan(stages)
+
+
+def _name(latents: Latents | Mixture, i: int) -> str:
+    try:
+        return latents[i].name
+    except DataError as error:
+        return str(error)
+
+
+def _by_cache(clips: np.ndarray, counts: tuple[int, ...]) -> tuple[np.ndarray, ...]:
+    """Sorted indices of clips end to end as indices within each of the caches."""
+    starts = np.cumsum([0, *counts])
+    cuts = np.searchsorted(clips, starts)
+    return tuple(clips[a:b] - start for a, b, start in zip(cuts, cuts[1:], starts))
 
 
 def settings_of(model: str | Path) -> dict:

@@ -17,7 +17,15 @@ import jax
 
 from minisora_jax.data.atomic import replacing
 from minisora_jax.parallel.mesh import MeshConfig, laid_out, make_mesh, place, require_divisible
-from minisora_jax.parallel.processes import barrier, gathered, is_main, require_started, several
+from minisora_jax.parallel.processes import (
+    AskedToEnd,
+    barrier,
+    gathered,
+    heeding_sigterm,
+    is_main,
+    require_started,
+    several,
+)
 from minisora_jax.train.checkpoint import Checkpoints
 from minisora_jax.train.metrics import Metrics
 from minisora_jax.train.optim import OptimConfig, learning_rate, make_optimizer
@@ -35,6 +43,7 @@ class RunConfig:
     save_every: int = 500
     sample_every: int = 500  # steps between sample videos; 0 for none
     keep: int = 2  # checkpoints kept
+    rollbacks: int = 0  # how often a non-finite loss may go back to a checkpoint and leave its batch out; then it stops
     optim: OptimConfig = OptimConfig()
     mesh: MeshConfig = MeshConfig()
 
@@ -42,14 +51,16 @@ class RunConfig:
         for name in ("steps", "log_every", "save_every", "keep"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-
-
-class AskedToEnd(RuntimeError):
-    """The system is taking the machine back, and the run is saved."""
+        if self.rollbacks < 0:
+            raise ValueError(f"rollbacks={self.rollbacks} must be 0 or more")
 
 
 class NonFiniteLoss(RuntimeError):
-    """The loss of a step was NaN or infinite; the last checkpoint before it is intact."""
+    """The loss or the gradient of a step was NaN or infinite; the last checkpoint before it is intact."""
+
+    def __init__(self, message: str, batch: int):
+        super().__init__(message)
+        self.batch = batch
 
 
 def train(
@@ -62,78 +73,112 @@ def train(
     heads: int = 0,
     init_params: Callable[[jax.Array], Any],
     loss_fn: LossFn,
-    batches: Callable[[int], Iterator[tuple[Any, dict[str, float]]]],
+    batches: Callable[[range], Iterator[tuple[Any, dict[str, float]]]],
     describe: dict,
     start_params: Callable[[Any], Any] | None = None,
     sample: Callable[[int, Any, Metrics], None] | None = None,
+    clip_names: Callable[[int], list[str]] | None = None,
 ) -> TrainState:
     """Train for `config.steps` steps under `workdir`, from its newest checkpoint where it has one.
 
     `rows` is the length of B on all devices together; `tokens` a row's and `heads` the model's, where it has them.
     `init_params(key)` draws the parameters; `start_params(abstract)` instead gives those to start from, each of its
-    abstract array's shape, type and layout. `batches(start)` yields, from step `start` on, a pytree of NumPy arrays
-    (A, B, ...) and the batch's counts: `tokens`, `useful_tokens`, `useful_flops`, `hardware_flops` where known.
-    `sample(step, ema_params, metrics)` writes sample videos, from parameters on the host; of several processes the main
-    one calls it. `describe` is the whole configuration: a workdir that was begun with another one, but for
-    the mesh, is refused. Of several processes all call this, with one `workdir` that all of them see.
+    abstract array's shape, type and layout. `batches(numbers)` yields, for each number of a range, a pytree of NumPy
+    arrays (A, B, ...) and the batch's counts: `tokens`, `useful_tokens`, `useful_flops`, `hardware_flops` where known;
+    `clip_names(n)` says what batch n was made of. `sample(step, ema_params, metrics)` writes sample videos, from
+    parameters on the host; of several processes the main one calls it. `describe` is the whole configuration: a
+    workdir that was begun with another one, but for the mesh, is refused. Of several processes all call this, with one
+    `workdir` that all of them see.
+
+    On SIGTERM the step under way is finished and saved, then AskedToEnd raised. A loss or gradient that is not finite
+    is NonFiniteLoss, before anything is saved that it reached; with `config.rollbacks` the run goes on from its newest
+    checkpoint without that batch.
     """
     # ---- Mesh
     require_started()
     mesh = make_mesh(config.mesh)
     require_divisible(mesh, rows=rows, tokens=tokens, heads=heads)
     with jax.set_mesh(mesh), contextlib.ExitStack() as stack:
-        # ---- Init or restore: checkpoint, else given weights, else random; the data state is the step
+        # ---- State: of the newest checkpoint, else of given weights, else random
         workdir.mkdir(parents=True, exist_ok=True)
         _refuse_another_config(workdir, describe)
+        stack.enter_context(heeding_sigterm())
         key = jax.random.key(config.seed)
         optimizer = make_optimizer(config.optim, config.steps)
         # It runs once: on CPUs, LLVM's optimisation of the random draws would take minutes and save nothing.
         quick = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
         init = jax.jit(lambda k: init_state(init_params(k), optimizer), compiler_options=quick)
         checkpoints = stack.enter_context(Checkpoints(workdir / "checkpoints", keep=config.keep))
-        if checkpoints.latest() is None and start_params:
-            params = start_params(laid_out(jax.eval_shape(init, key).params, mesh))
-            state = jax.jit(lambda p: init_state(p, optimizer), donate_argnums=0)(params)
-        elif checkpoints.latest() is None:
-            state = init(jax.random.fold_in(key, 2**31 - 1))
-        else:
-            state = checkpoints.restore(jax.eval_shape(init, key), mesh)
-            log.info("%s: resumed at step %d of %d", name, int(state.step), config.steps)
-        start = int(state.step)
-        count = sum(p.size for p in jax.tree.leaves(state.params))
-        log.info("%s: %.2f M parameters, mesh %s", name, count / 1e6, dict(mesh.shape))
+
+        def newest() -> TrainState:
+            if checkpoints.latest() is not None:
+                state = checkpoints.restore(jax.eval_shape(init, key), mesh)
+                log.info("%s: resumed at step %d of %d", name, int(state.step), config.steps)
+                return state
+            if start_params:
+                params = start_params(laid_out(jax.eval_shape(init, key).params, mesh))
+                return jax.jit(lambda p: init_state(p, optimizer), donate_argnums=0)(params)
+            return init(jax.random.fold_in(key, 2**31 - 1))
+
+        step_fn = jitted(loss_fn, optimizer, config.optim)
+        schedule = jax.jit(learning_rate(config.optim, config.steps))
 
         # ---- Steps
-        step_fn = jitted(loss_fn, optimizer, config.optim)
-        metrics = stack.enter_context(contextlib.closing(Metrics(workdir, start=start, steps=config.steps, name=name)))
-        schedule = jax.jit(learning_rate(config.optim, config.steps))
-        pending, window, since = None, [], time.perf_counter()
-        stream = iter(batches(start))
-        for step in range(start + 1, config.steps + 1):
-            batch, counts = next(stream)
-            state, values = step_fn(state, place(batch, mesh), key)
-            # Fetch the step before, so that the device never waits for the host.
-            pending, late = (step, values), pending
-            _require_finite(late)
-            window.append(counts)
-            metrics.advance()
-            if step % config.log_every == 0 or step == config.steps:
-                _require_finite(pending)
-                now = time.perf_counter()
-                scalars = {k: float(v) for k, v in values.items()}
-                scalars |= {"learning_rate": float(schedule(step - 1))} | _rates(window, now - since)
-                metrics.scalars(step, scalars)
-                window, since = [], now
-            if config.sample_every and sample and (step % config.sample_every == 0 or step == config.steps):
-                _sample_alone(sample, step, state.ema, metrics)
-                since = time.perf_counter()
-            ending = checkpoints.asked_to_end(step)
-            if step % config.save_every == 0 or step == config.steps or ending:
-                checkpoints.save(step, state)
-            if ending and step < config.steps:
+        def steps(state: TrainState, left_out: list[int], metrics: Metrics) -> TrainState:
+            start, clock = int(state.step), metrics.clock
+            number = batch_number(start, left_out)
+            stream = iter(batches(range(number, config.steps + len(left_out))))
+            pending, window = None, []
+            for step in range(start + 1, config.steps + 1):
+                with clock.part("data"):
+                    batch, counts = next(stream)
+                    while number in left_out:
+                        (batch, counts), number = next(stream), number + 1
+                # The first call compiles.
+                with clock.part("compile" if step == start + 1 else "step"):
+                    state, values = step_fn(state, place(batch, mesh), key)
+                    # Fetch the step before, so that the device never waits for the host.
+                    pending, late = (step, number, values), pending
+                    _require_finite(late)
+                number += 1
+                window.append(counts)
+                metrics.advance()
+                ending = checkpoints.asked_to_end(step)
+                saving = step % config.save_every == 0 or step == config.steps or ending
+                if step % config.log_every == 0 or saving:
+                    with clock.part("step"):
+                        _require_finite(pending)
+                if step % config.log_every == 0 or step == config.steps:
+                    scalars = {k: float(v) for k, v in values.items()}
+                    scalars |= {"learning_rate": float(schedule(step - 1))}
+                    metrics.window(step, scalars, window)
+                    window = []
+                if config.sample_every and sample and (step % config.sample_every == 0 or step == config.steps):
+                    with clock.part("sample"):
+                        _sample_alone(sample, step, state.ema, metrics)
+                if saving:
+                    with clock.part("save"):
+                        checkpoints.save(step, state)
+                if ending and step < config.steps:
+                    checkpoints.wait()
+                    raise AskedToEnd(f"ended at step {step}, which is saved: the same command goes on from there")
+            return state
+
+        while True:
+            state, left_out = newest(), _left_out(workdir)
+            count = sum(p.size for p in jax.tree.leaves(state.params))
+            log.info("%s: %.2f M parameters, mesh %s", name, count / 1e6, dict(mesh.shape))
+            try:
+                with contextlib.closing(Metrics(workdir, int(state.step), config.steps, name)) as metrics:
+                    return steps(state, left_out, metrics)
+            except NonFiniteLoss as error:
+                del state
+                _tell_of_batch(workdir, error, clip_names)
                 checkpoints.wait()
-                raise AskedToEnd(f"ended at step {step}, which is saved: the same command goes on from there")
-        return state
+                if len(left_out) >= config.rollbacks:
+                    raise
+                log.warning("%s; leaving its batch out (%d of %d times)", error, len(left_out) + 1, config.rollbacks)
+                _leave_out(workdir, [*left_out, error.batch])
 
 
 def jitted(loss_fn: LossFn, optimizer, config: OptimConfig):
@@ -142,13 +187,11 @@ def jitted(loss_fn: LossFn, optimizer, config: OptimConfig):
     return jax.jit(step, donate_argnums=0)
 
 
-def _rates(window: list[dict[str, float]], seconds: float) -> dict[str, float]:
-    """Per-second rates of the counts in a logging window, and the share of token slots that were padding."""
-    total = {k: sum(c.get(k, 0.0) for c in window) for k in set().union(*window)}
-    rates = {f"{k}_per_s": v / seconds for k, v in total.items()} | {"steps_per_s": len(window) / seconds}
-    if total.get("tokens"):
-        rates["padding_share"] = 1.0 - total["useful_tokens"] / total["tokens"]
-    return rates
+def batch_number(step: int, left_out: list[int]) -> int:
+    """The batch of step `step + 1`: batches are numbered from 0, and those of the list are never trained on."""
+    for number in sorted(left_out):
+        step += number <= step
+    return step
 
 
 def _sample_alone(sample, step: int, params: Any, metrics: Metrics) -> None:
@@ -160,11 +203,36 @@ def _sample_alone(sample, step: int, params: Any, metrics: Metrics) -> None:
 
 
 def _require_finite(pending) -> None:
-    if pending is not None and not math.isfinite(loss := float(pending[1]["loss"])):
-        raise NonFiniteLoss(
-            f"loss={loss} at step {pending[0]}: lower optim.learning_rate or optim.clip; "
-            f"the newest checkpoint is from before it"
-        )
+    if pending is None:
+        return
+    step, batch, values = pending
+    for name in ("loss", "grad_norm"):
+        if not math.isfinite(value := float(values[name])):
+            raise NonFiniteLoss(
+                f"{name}={value} at step {step}: lower optim.learning_rate or optim.clip, or set run.rollbacks=3 to "
+                f"leave such batches out; the newest checkpoint is from before it",
+                batch,
+            )
+
+
+def _tell_of_batch(workdir: Path, error: NonFiniteLoss, clip_names: Callable[[int], list[str]] | None) -> None:
+    """WORKDIR/nonfinite_NUMBER.json: what was said, and the names of the batch's clips."""
+    if is_main():
+        told = {"error": str(error), "batch": error.batch, "clips": clip_names(error.batch) if clip_names else []}
+        with replacing(workdir / f"nonfinite_{error.batch:07d}.json") as partial:
+            partial.write_text(json.dumps(told, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _left_out(workdir: Path) -> list[int]:
+    path = workdir / "left_out.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+
+
+def _leave_out(workdir: Path, batches: list[int]) -> None:
+    if is_main():
+        with replacing(workdir / "left_out.json") as partial:
+            partial.write_text(json.dumps(batches), encoding="utf-8")
+    barrier("left_out.json")
 
 
 def _refuse_another_config(workdir: Path, describe: dict) -> None:

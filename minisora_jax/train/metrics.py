@@ -1,8 +1,15 @@
-"""Where a run's numbers go: TensorBoard, a metrics.jsonl that survives restarts, and a progress bar."""
+"""Where a run's numbers go: TensorBoard, a metrics.jsonl that survives restarts, and a progress bar.
+
+*Goodput* is the share of the time since the run's first start that went into steps that count: not into compiling,
+waiting for data, saving, sampling, being away, or steps that were lost and done again (Google's ML Goodput, in spirit).
+"""
 
 from __future__ import annotations
 
+import contextlib
 import json
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +17,7 @@ from tensorboardX import SummaryWriter
 from tensorboardX.proto.summary_pb2 import Summary
 from tqdm import tqdm
 
+from minisora_jax.data.atomic import replacing
 from minisora_jax.data.video import write_video
 from minisora_jax.parallel.processes import is_main
 
@@ -17,17 +25,32 @@ from minisora_jax.parallel.processes import is_main
 class Metrics:
     """Writes the run's scalars and videos; on a resume, forgets rows after the step that was restored."""
 
-    def __init__(self, workdir: Path, *, start: int, steps: int, name: str):
-        self.main = is_main()
+    def __init__(self, workdir: Path, start: int, steps: int, name: str):
+        self.main, self.clock = is_main(), Clock()
         if not self.main:
             return
         self._path = workdir / "metrics.jsonl"
         self._samples = workdir / "samples"
         self._samples.mkdir(exist_ok=True)
-        self._keep_rows_until(start)
+        rows = self._rows()
+        kept = [row for row in rows if row["step"] <= start]
+        self._write(kept)
+        self._productive = next((row["productive_s"] for row in reversed(kept) if "productive_s" in row), 0.0)
+        self._began = min((row["began"] for row in rows if "began" in row), default=time.time())
         self._file = self._path.open("a", encoding="utf-8")
         self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=start or None)
         self._bar = tqdm(total=steps, initial=start, desc=name, unit="step", dynamic_ncols=True, mininterval=1.0)
+
+    def window(self, step: int, values: dict[str, float], counts: list[dict[str, float]]) -> None:
+        """Scalars at the end of a logging window: with them rates of its counts, its time by part, and the goodput."""
+        if not self.main:
+            return
+        seconds, parts = self.clock.take()
+        self._productive += parts.get("step", 0.0)
+        elapsed = max(time.time() - self._began, 1e-9)
+        spent = {f"time_{part}": taken for part, taken in parts.items()}
+        total = {"goodput": self._productive / elapsed, "productive_s": self._productive, "began": self._began}
+        self.scalars(step, values | _rates(counts, seconds) | spent | total)
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         if not self.main:
@@ -58,15 +81,44 @@ class Metrics:
             self._board.close()
             self._file.close()
 
-    def _keep_rows_until(self, step: int) -> None:
-        if not self._path.exists():
-            return
-        kept = []
-        for line in self._path.read_text(encoding="utf-8").splitlines():
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError:  # the row that a kill cut short
-                continue
-            if row["step"] <= step:
-                kept.append(line + "\n")
-        self._path.write_text("".join(kept), encoding="utf-8")
+    def _rows(self) -> list[dict]:
+        rows = []
+        for line in self._path.read_text(encoding="utf-8").splitlines() if self._path.exists() else []:
+            with contextlib.suppress(json.JSONDecodeError):  # the row that a kill cut short
+                rows.append(json.loads(line))
+        return rows
+
+    def _write(self, rows: list[dict]) -> None:
+        with replacing(self._path) as partial:
+            partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+class Clock:
+    """What a run's time goes into. Parts do not nest."""
+
+    def __init__(self):
+        self._since, self._parts = time.perf_counter(), {}
+
+    @contextlib.contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._parts[name] = self._parts.get(name, 0.0) + time.perf_counter() - begin
+
+    def take(self) -> tuple[float, dict[str, float]]:
+        """(seconds since the last time, seconds of each part), and start anew."""
+        now = time.perf_counter()
+        taken = now - self._since, self._parts
+        self._since, self._parts = now, {}
+        return taken
+
+
+def _rates(window: list[dict[str, float]], seconds: float) -> dict[str, float]:
+    """Per-second rates of the counts in a logging window, and the share of token slots that were padding."""
+    total = {k: sum(c.get(k, 0.0) for c in window) for k in set().union(*window)}
+    rates = {f"{k}_per_s": v / seconds for k, v in total.items()} | {"steps_per_s": len(window) / seconds}
+    if total.get("tokens"):
+        rates["padding_share"] = 1.0 - total["useful_tokens"] / total["tokens"]
+    return rates
