@@ -17,6 +17,7 @@ VERBS = {
     "generate": "make videos and images from prompts",
     "import": "turn published weights into a model of this project",
     "export": "write a model in the published layout",
+    "inspect": "look into a data set, a latent cache, a run, a model, or how clips are packed",
     "plan": "what a run needs on a TPU pod, compiled for it on any machine",
     "study": "measure train steps over contexts, meshes and ways to batch",
     "eval": "score a codec (PSNR, SSIM) or a model (does the video show what its caption says?)",

@@ -209,10 +209,8 @@ def _markdown(results: Sequence[Result]) -> list[str]:
 
 def _plots(results: Sequence[Result], out: Path) -> list[str]:
     """A line for each setting, over contexts."""
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise ImportError("the plots need matplotlib: pip install 'minisora_jax[study]'") from error
+    import matplotlib
+
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 

@@ -27,6 +27,7 @@ from typing import Any
 
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+from tqdm import tqdm
 
 from minisora_jax.data.atomic import replacing
 from minisora_jax.data.storage import patiently, require_readable
@@ -264,9 +265,9 @@ class Shards:
         self._check_sha256(path, entry["sha256"])
         return np.load(path, allow_pickle=False)
 
-    def verify(self) -> None:
+    def verify(self, progress: bool = False) -> None:
         """Read every byte of every shard against its sha256. DataError at the first that differs."""
-        for shard in self.manifest["shards"]:
+        for shard in tqdm(self.manifest["shards"], desc="verifying", unit="shard", disable=not progress):
             self._check_sha256(self.directory / shard["file"], shard["sha256"])
 
     def _load_manifest(self) -> dict[str, Any]:

@@ -129,7 +129,7 @@ def train_diffusion(
 
 def pack_plan(task: DiffusionTask, latents: Latents | Mixture, workdir: Path | None = None) -> PackPlan | StagedPlan:
     """Which clips fill which row of which step, by `task.pack` and `task.data`."""
-    sizes = np.maximum(latents.sizes, np.array([0, 0, 0, task.dit.caption_tokens], np.int32))
+    sizes = padded_sizes(task, latents)
     tokens, text = token_counts(sizes, task.dit.patch)
     rows_per_step = task.run.optim.accumulate * task.pack.rows
     stages = []
@@ -140,6 +140,11 @@ def pack_plan(task: DiffusionTask, latents: Latents | Mixture, workdir: Path | N
         remember = workdir / f"packing_{number}.json" if workdir and epochs.parts > 1 else None
         stages.append((stage, PackPlan(tokens, text, task.pack, task.run.seed, rows_per_step, epochs, remember)))
     return stages[0][1] if len(stages) == 1 else StagedPlan(stages)
+
+
+def padded_sizes(task: DiffusionTask, latents: Latents | Mixture) -> np.ndarray:
+    """The t, h, w and L (n, 4) of the clips, captions as long as the model wants them."""
+    return np.maximum(latents.sizes, np.array([0, 0, 0, task.dit.caption_tokens], np.int32))
 
 
 def _name(latents: Latents | Mixture, i: int) -> str:

@@ -1,0 +1,1 @@
+"""`minisora inspect`: what is in a data set, a packing, a run or a model, as a table and a picture."""

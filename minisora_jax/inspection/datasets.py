@@ -1,0 +1,86 @@
+"""What a prepared data set or a latent cache holds, in numbers and as a contact sheet or a plot of its sizes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from minisora_jax.data.atomic import replacing
+from minisora_jax.data.contact_sheet import contact_sheet
+from minisora_jax.data.records import Shards
+from minisora_jax.types import Clip
+
+SHOWN = 12  # clips on a contact sheet
+MOST_SIZES = 6  # lines of the table of sizes
+
+
+def facts_of(shards: Shards) -> list[tuple[str, str]]:
+    """(name, value) lines: counts, bytes, settings, and the distribution of sizes."""
+    manifest, sizes = shards.manifest, np.asarray(shards.sizes)
+    T, H, W, text = sizes.T
+    unit = "frames x rows x columns" + (" of latents" if shards.kind == "latents" else "")
+    lines = [
+        ("records", f"{len(shards):,} in {len(manifest['shards'])} shards"),
+        ("bytes", f"{sum(s['bytes'] for s in manifest['shards']) / 2**20:,.1f} MiB"),
+        ("images, videos", f"{int((T == 1).sum()):,}, {int((T > 1).sum()):,}"),
+        ("frames", f"{int(T.sum()):,}; of a clip {_spread(T)}"),
+        ("rows, columns", f"{_spread(H)}; {_spread(W)}"),
+        ("captions", f"{_spread(text)} {'tokens' if shards.kind == 'latents' else 'bytes'}"),
+    ]
+    kinds, counts = np.unique(sizes[:, :3], axis=0, return_counts=True)
+    order = np.argsort(-counts, kind="stable")
+    for i in order[:MOST_SIZES]:
+        size = "x".join(map(str, kinds[i]))
+        lines.append((unit if i == order[0] else "", f"{size:<14}{counts[i]:>8,}  {counts[i] / len(shards):6.1%}"))
+    if len(order) > MOST_SIZES:
+        rest = counts[order[MOST_SIZES:]].sum()
+        lines.append(("", f"{len(order) - MOST_SIZES} other sizes {rest:>8,}  {rest / len(shards):6.1%}"))
+    lines += [(name, _short(value)) for name, value in manifest["settings"].items()]
+    skipped = manifest.get("skipped")
+    if isinstance(skipped, dict):
+        lines.append(("skipped", ", ".join(f"{n} {why}" for why, n in skipped["counts"].items()) or "none"))
+    return lines
+
+
+def draw_clips(path: str | Path, clips) -> None:
+    """A contact sheet of clips spread over the data set."""
+    chosen = np.unique(np.linspace(0, len(clips) - 1, min(SHOWN, len(clips))).astype(int))
+    shown: list[Clip] = [clips[int(i)] for i in chosen]
+    label = lambda c: f"{c.name}  {'x'.join(map(str, c.size_THW))}  {c.fps:g} fps  {c.caption}"
+    contact_sheet(path, [(clip.frames_THWC, label(clip)) for clip in shown])
+
+
+def draw_sizes(path: str | Path, sizes_thwL: np.ndarray, patch: tuple[int, int, int] = (1, 1, 1)) -> None:
+    """Histograms of tokens, latent frames and caption tokens, and where heights and widths lie."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    t, h, w, text = np.asarray(sizes_thwL, np.int64).T
+    figure, all_axes = plt.subplots(1, 4, figsize=(14, 3.2), constrained_layout=True)
+    for axes, values, label in (
+        (all_axes[0], t * h * w // np.prod(patch), "latent positions of a clip"),
+        (all_axes[1], t, "latent frames"),
+        (all_axes[2], text, "caption tokens"),
+    ):
+        axes.hist(values, bins=min(40, max(len(np.unique(values)), 2)), color="tab:blue")
+        axes.set(xlabel=label, ylabel="clips")
+    places, counts = np.unique(np.stack([w, h]), axis=1, return_counts=True)
+    all_axes[3].scatter(*places, s=12 + 300 * counts / counts.max(), alpha=0.5, color="tab:orange")
+    all_axes[3].set(xlabel="latent columns", ylabel="latent rows", xlim=(0, 1.1 * w.max()), ylim=(0, 1.1 * h.max()))
+    with replacing(path) as partial:
+        figure.savefig(partial, dpi=110)
+    plt.close(figure)
+
+
+def _spread(values: np.ndarray) -> str:
+    if values.min() == values.max():
+        return f"{values.min():,}"
+    return f"{values.min():,} to {values.max():,} (median {np.median(values):,.0f})"
+
+
+def _short(value) -> str:
+    text = str(value)
+    return text if len(text) < 90 else f"{text[:87]}..."

@@ -1,0 +1,110 @@
+"""What a model or a run holds: parameters by module, its config, how far it has come, and where its time went."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+
+from flax import traverse_util
+
+from minisora_jax.data.atomic import replacing
+from minisora_jax.models.files import model_hash, open_model
+
+
+def model_facts(directory: Path) -> list[tuple[str, str]]:
+    """(name, value) lines of an exported model: kind, hash, parameters by module, and its config."""
+    stored, config = open_model(directory)
+    sizes, types = defaultdict(int), defaultdict(int)
+    for name, tensor in traverse_util.flatten_dict(stored, sep="/").items():
+        count = math.prod(tensor.shape)
+        sizes["/".join(name.removeprefix("params/").split("/")[:1])] += count
+        types[str(tensor.dtype)] += count
+    total = sum(sizes.values())
+    lines = [
+        ("kind", config.get("kind", "?")),
+        ("hash", model_hash(directory)),
+        ("parameters", f"{total:,} ({', '.join(f'{n / total:.0%} {t}' for t, n in types.items())})"),
+    ]
+    lines += [(f"  {name}", f"{n:>13,}  {n / total:6.1%}") for name, n in sorted(sizes.items(), key=lambda i: -i[1])]
+    return lines + [(name, value) for name, value in _flat({k: v for k, v in config.items() if k != "training"})]
+
+
+def run_facts(workdir: Path) -> list[tuple[str, str]]:
+    """(name, value) lines of a run's workdir: steps, checkpoints, the last metrics, what was left out, its config."""
+    rows = metrics(workdir)
+    checkpoints = sorted(int(p.name) for p in (workdir / "checkpoints").glob("*") if p.name.isdigit())
+    config = json.loads((workdir / "config.json").read_text(encoding="utf-8"))
+    lines = [("checkpoints", ", ".join(map(str, checkpoints)) or "none")]
+    if rows:
+        last = rows[-1]
+        lines.append(("step", f"{last['step']:,} of {config.get('run', {}).get('steps', '?'):,}"))
+        for name in ("loss", "grad_norm", "tokens_per_s", "clips_per_s", "padding_share", "goodput"):
+            if name in last:
+                lines.append((name, f"{last[name]:.4g}"))
+        parts = defaultdict(float)
+        for row in rows:
+            for name, value in row.items():
+                if name.startswith("time_"):
+                    parts[name.removeprefix("time_")] += value
+        lines.append(("time", ", ".join(f"{name} {taken:,.0f} s" for name, taken in sorted(parts.items())) or "?"))
+    for path in sorted(workdir.glob("damaged_*.jsonl")):
+        lines.append(("damaged clips", f"{len(path.read_text(encoding='utf-8').splitlines())} named in {path.name}"))
+    if (workdir / "left_out.json").exists():
+        lines.append(("batches left out", (workdir / "left_out.json").read_text(encoding="utf-8")))
+    return lines + list(_flat(config))
+
+
+def metrics(workdir: Path) -> list[dict]:
+    path = workdir / "metrics.jsonl"
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:  # a run that is being written, or was killed
+            continue
+        if "loss" in row:
+            rows.append(row)
+    return rows
+
+
+def draw_run(path: str | Path, rows: list[dict]) -> None:
+    """The loss (each row and its running mean), the gradient's norm, and what a second of the run went into."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    import numpy as np
+
+    steps = np.array([row["step"] for row in rows])
+    figure, (loss_axes, norm_axes, time_axes) = plt.subplots(1, 3, figsize=(14, 3.4), constrained_layout=True)
+    loss = np.array([row["loss"] for row in rows])
+    loss_axes.plot(steps, loss, color="tab:blue", alpha=0.3, linewidth=0.8)
+    window = max(1, len(loss) // 30)
+    if window > 1:
+        smooth = np.convolve(loss, np.ones(window) / window, mode="valid")
+        loss_axes.plot(steps[window - 1 :], smooth, color="tab:blue")
+    loss_axes.set(xlabel="step", ylabel="loss")
+    norm_axes.plot(steps, [row.get("grad_norm", float("nan")) for row in rows], color="tab:orange", linewidth=0.8)
+    norm_axes.set(xlabel="step", ylabel="norm of the gradient", yscale="log")
+    names = sorted({name for row in rows for name in row if name.startswith("time_")})
+    parts = np.array([[row.get(name, 0.0) for row in rows] for name in names])
+    if len(names) and parts.sum():
+        shares = parts / np.maximum(parts.sum(axis=0), 1e-9)
+        time_axes.stackplot(steps, shares, labels=[name.removeprefix("time_") for name in names])
+        time_axes.legend(fontsize=8, loc="lower left")
+    time_axes.set(xlabel="step", ylabel="share of time", ylim=(0, 1))
+    with replacing(path) as partial:
+        figure.savefig(partial, dpi=110)
+    plt.close(figure)
+
+
+def _flat(config: dict, at: str = "") -> Iterator[tuple[str, str]]:
+    for name, value in config.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{at}{name}.")
+        else:
+            text = str(value)
+            yield f"{at}{name}", text if len(text) < 90 else f"{text[:87]}..."
