@@ -78,9 +78,11 @@ def run(args, config_flags):
     ]
     rows = args.rows or max(c.mesh.data * c.mesh.fsdp for c in cases)
     peak = args.peak and args.peak * 1e12
-    results = list(study.run(task, cases, rows=rows, topology=topology, repeats=args.repeats, peak=peak))
     where = (
         f"compiled for {args.topology}" if topology else f"measured on {chips} {jax.devices()[0].device_kind} devices"
     )
-    study.write(results, Path(args.out), f"Train steps {where}")
+    results = []
+    for result in study.run(task, cases, rows=rows, topology=topology, repeats=args.repeats, peak=peak):
+        results.append(result)  # and write what there is: a study may take hours
+        study.write(results, Path(args.out), f"Train steps {where}")
     print(f"{len(results)} cases in {args.out}/results.csv, README.md beside it")
