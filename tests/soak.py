@@ -1,0 +1,250 @@
+"""Long trials of what must survive, run by hand: their results are in docs/benchmarks.md.
+
+python tests/soak.py kill --count 100      kill -9 at random moments of prepare, encode and train
+python tests/soak.py fuzz --count 1000     broken videos and record files: no crash, no hang, each accounted for
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+REPOSITORY = Path(__file__).parent.parent
+
+
+# ---- Kills
+
+
+def stages(at: Path, clips: Path, steps: int) -> dict[str, list[str]]:
+    """The commands of a whole journey, from clips to a trained model, each with one output under `at`."""
+    data, latents = at / "clips", at / "latents"
+    config = f"--config=configs/dit_tiny.py:data={latents},steps={steps},rows=2,prompts=false"
+    small = "width=32 depth=1 heads=2 text_width=64 text_depth=0".split()
+    settings = [f"--config.dit.{word}" for word in small]
+    settings += ["--config.pack.tokens=320", "--config.run.save_every=5", "--config.run.log_every=1"]
+    return {
+        "prepare": ["prepare", str(clips), str(data), "--files-per-part", "2", "--workers", "2"],
+        "encode": ["encode", str(data), str(latents), "--clips-per-part", "4"],
+        "train": ["train", config, *settings, f"--workdir={at / 'run'}"],
+    }
+
+
+def start(arguments: list[str], cache: Path) -> subprocess.Popen:
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_COMPILATION_CACHE_DIR": str(cache),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "XLA_FLAGS": "--xla_backend_optimization_level=0",
+    }
+    command, quiet = [sys.executable, "-m", "minisora_jax.cli", *arguments], subprocess.DEVNULL
+    options = {"cwd": REPOSITORY, "env": environment, "start_new_session": True}
+    return subprocess.Popen(command, stdout=quiet, stderr=subprocess.PIPE, **options)
+
+
+def outcome(at: Path) -> dict[str, str]:
+    """A digest of every file that a journey leaves, and of the losses it went through."""
+    found = {}
+    for path in sorted(p for p in at.rglob("*") if p.is_file()):
+        name = path.relative_to(at).as_posix()
+        if name.startswith("run/") and not name.startswith("run/export/"):
+            continue
+        content = path.read_bytes().replace(str(at).encode(), b"")  # the config names its data
+        found[name] = hashlib.sha256(content).hexdigest()
+    rows = [json.loads(line) for line in (at / "run" / "metrics.jsonl").read_text().splitlines()]
+    found["losses"] = repr([(r["step"], r["loss"], r["grad_norm"]) for r in rows])
+    return found
+
+
+def kill(count: int, seed: int, steps: int, at: Path) -> None:
+    """Random kills over a journey, as many to a stage as it takes of the time; the end must be as if none had been."""
+    rng = random.Random(seed)
+    clips = at / "mp4"
+    _write_clips(clips, 24)
+    taken = {}
+    for name, command in stages(at / "whole", clips, steps).items():
+        for again in range(2):  # once to compile
+            if again:
+                shutil.rmtree(at / "whole" / {"prepare": "clips", "encode": "latents", "train": "run"}[name])
+            begin = time.monotonic()
+            process = start(command, at / "cache")
+            _, said = process.communicate()
+            assert process.returncode == 0, said.decode()
+            taken[name] = time.monotonic() - begin
+    wanted = outcome(at / "whole")
+    print("undisturbed:", {name: f"{s:.1f} s" for name, s in taken.items()}, flush=True)
+    killed = dict.fromkeys(taken, 0)
+    journeys = 0
+    while sum(killed.values()) < count:
+        journeys += 1
+        here = at / "killed"
+        shutil.rmtree(here, ignore_errors=True)
+        for name, command in stages(here, clips, steps).items():
+            kills = 0
+            while True:
+                process = start(command, at / "cache")
+                if kills < 4 and sum(killed.values()) < count:
+                    try:
+                        process.wait(timeout=rng.uniform(0.2, 1.1) * taken[name])
+                    except subprocess.TimeoutExpired:
+                        os.killpg(process.pid, 9)
+                        process.communicate()
+                        kills, killed[name] = kills + 1, killed[name] + 1
+                        continue
+                _, said = process.communicate()
+                assert process.returncode == 0, f"{name} after {kills} kills: {said.decode()}"
+                break
+        found = outcome(here)
+        different = sorted(k for k in wanted.keys() | found.keys() if wanted.get(k) != found.get(k))
+        assert not different, f"after kills {killed}: {different} differ"
+        print(f"journey {journeys}: kills so far {killed}, every byte as undisturbed", flush=True)
+    print(
+        f"{sum(killed.values())} kills {killed} in {journeys} journeys: {len(wanted) - 1} files and all losses the same"
+    )
+
+
+def _write_clips(folder: Path, count: int) -> None:
+    from minisora_jax.data.shapes import Shapes
+    from minisora_jax.data.video import write_video
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, clip in enumerate(Shapes("train", count)[k] for k in range(count)):
+        suffix = "png" if len(clip.frames_THWC) == 1 else "mp4"
+        if suffix == "png":
+            from PIL import Image
+
+            Image.fromarray(clip.frames_THWC[0]).save(folder / f"{i:03d}.png")
+        else:
+            write_video(folder / f"{i:03d}.mp4", clip.frames_THWC, clip.fps)
+        (folder / f"{i:03d}.txt").write_text(clip.caption)
+
+
+# ---- Broken files
+
+
+def mutated(content: bytes, rng: np.random.Generator) -> bytes:
+    """As a bad disk or a broken download leaves it: bytes changed, cut out, doubled, zeroed, or the end missing."""
+    data = bytearray(content)
+    for _ in range(int(rng.integers(1, 5))):
+        kind, at = rng.integers(0, 6), int(rng.integers(0, max(len(data), 1)))
+        length = int(min(rng.integers(1, 1 + len(data) // 4 + 1), len(data) - at))
+        if kind == 0 and data:
+            data[at] ^= 1 << int(rng.integers(0, 8))
+        elif kind == 1:
+            data[at : at + length] = rng.bytes(length)
+        elif kind == 2:
+            del data[at : at + length]
+        elif kind == 3:
+            data[at:at] = data[at : at + length]
+        elif kind == 4:
+            data[at : at + length] = bytes(length)
+        else:
+            del data[at:]
+    return bytes(data)
+
+
+def fuzz(count: int, seed: int, steps: int, at: Path) -> None:
+    """Half of them videos and images through `prepare`, half record files through `Shards`."""
+    rng = np.random.default_rng(seed)
+    _fuzz_clips(count // 2, rng, at)
+    _fuzz_records(count - count // 2, rng, at)
+
+
+def _fuzz_clips(count: int, rng: np.random.Generator, at: Path) -> None:
+    from minisora_jax.data.prepare import Records, prepare
+
+    _write_clips(at / "good", 24)
+    good = sorted(p for p in (at / "good").iterdir() if p.suffix != ".txt")
+    broken = at / "broken"
+    broken.mkdir()
+    for i in range(count):
+        source = good[int(rng.integers(len(good)))]
+        (broken / f"{i:04d}{source.suffix}").write_bytes(mutated(source.read_bytes(), rng))
+        (broken / f"{i:04d}.txt").write_text(f"caption {i}")
+    begin = time.monotonic()
+    report = prepare(broken, at / "prepared", workers=2, timeout=60.0)
+    names = {row["name"] for row in report.skipped}
+    records = Records(at / "prepared")
+    kept = [records[i].name for i in range(len(records))]
+    assert len(kept) == len(set(kept)) == report.kept and not names & set(kept)
+    assert names | set(kept) == {p.name for p in broken.iterdir() if p.suffix != ".txt"}, "some are unaccounted for"
+    print(f"{count} broken files in {time.monotonic() - begin:.0f} s: {report.kept} still decode, {report.counts}")
+
+
+def _fuzz_records(count: int, rng: np.random.Generator, at: Path) -> None:
+    """In processes of their own, 50 files each, for a crash to be seen as one."""
+    from train_tiny import make_cache
+
+    make_cache(at / "cache")
+    counts = {"read whole": 0, "DataError": 0, "records read": 0, "records refused": 0}
+    for first in range(0, count, 50):
+        seeds = [int(s) for s in rng.integers(0, 2**31, min(50, count - first))]
+        arguments = [sys.executable, __file__, "_read", str(at / "cache"), *map(str, seeds)]
+        done = subprocess.run(arguments, capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, f"a reader died with {done.returncode}: {done.stderr[-2000:]}"
+        for name, n in json.loads(done.stdout.splitlines()[-1]).items():
+            counts[name] += n
+    assert counts["read whole"] + counts["DataError"] == count
+    print(f"{count} broken record files: {counts}")
+
+
+def read_broken(cache: Path, seeds: list[int]) -> dict[str, int]:
+    """What becomes of a cache with a broken shard whose size is as it should be: all is read, some of it, or nothing.
+
+    A record that is given out must be the one that was written."""
+    from minisora_jax.data.latents import Latents
+    from minisora_jax.data.records import DataError
+
+    whole = Latents(cache)
+    clips = [whole[i] for i in range(len(whole))]
+    counts = {"read whole": 0, "DataError": 0, "records read": 0, "records refused": 0}
+    (shard,) = cache.glob("latents-*.array_record")
+    for seed in seeds:
+        with tempfile.TemporaryDirectory() as folder:
+            copy = Path(folder) / "copy"
+            shutil.copytree(cache, copy)
+            broken = mutated(shard.read_bytes(), np.random.default_rng(seed))
+            (copy / shard.name).write_bytes(broken)
+            manifest = json.loads((copy / "manifest.json").read_text())
+            manifest["shards"][0]["bytes"] = len(broken)  # or the size alone would give it away
+            (copy / "manifest.json").write_text(json.dumps(manifest))
+            refused = 0
+            try:
+                latents = Latents(copy)
+                for i, clip in enumerate(clips):
+                    try:
+                        found = latents[i]
+                    except DataError:
+                        refused += 1
+                        continue
+                    assert found.name == clip.name and np.array_equal(found.mean_thwc, clip.mean_thwc)
+                    counts["records read"] += 1
+            except DataError:
+                refused = len(clips)
+            counts["records refused"] += refused
+            counts["DataError" if refused else "read whole"] += 1
+    return counts
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "_read":
+        print(json.dumps(read_broken(Path(sys.argv[2]), [int(s) for s in sys.argv[3:]])))
+        sys.exit()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("kill", "fuzz"))
+    parser.add_argument("--count", type=int, default=100)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=40, help="of the training that is killed")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="soak-") as directory:
+        {"kill": kill, "fuzz": fuzz}[args.what](args.count, args.seed, args.steps, Path(directory))
