@@ -57,6 +57,15 @@ def test_rows_are_full_on_images_and_video_where_padding_and_buckets_are_not():
     assert shares["packed (this project)"] > shares["bucketed by (t, h, w)"] > shares["padded to the longest"]
 
 
+def test_captions_that_fill_rows_up_are_spread():
+    """Long clips with short captions share rows with short clips that have long ones, within 2 % of the least rows."""
+    rng = np.random.default_rng(0)
+    tokens, text = rng.integers(16, 1025, 4000), 4 * rng.integers(8, 64, 4000)
+    config = PackConfig(4096, 1100, 64, 8)
+    rows = pack_rows(tokens, text, config, 0, 0)
+    assert len(rows) <= 1.02 * max(tokens.sum() / 4096, text.sum() / 1100)
+
+
 def test_rows_of_a_step_have_like_cost():
     tokens = np.random.default_rng(0).integers(1, 1024, 4000)
     cost = lambda rows: np.array([np.sum(tokens[r].astype(float) ** 2) for r in rows])

@@ -4,9 +4,9 @@
                                     plan ->  row 1  |###|##|#|..      . = padding
 
 Packing is planned, not streamed: sizes are known from the index of the latent cache, so the rows of an epoch are a
-pure function of (seed, epoch, sizes). Best-fit decreasing within shuffled windows fills rows; rows of like
-attention cost (the sum of squared clip lengths, not the token count) form a step, so that devices finish together.
-A million clips are planned at a time, in seconds.
+pure function of (seed, epoch, sizes). Best-fit decreasing within shuffled windows fills rows, or a fit to
+video and captions both, where captions are what fills them up; rows of like attention cost (the sum of squared clip
+lengths, not the token count) form a step, so that devices finish together. A million clips take seconds.
 """
 
 from __future__ import annotations
@@ -56,13 +56,47 @@ def pack_rows(tokens: np.ndarray, text: np.ndarray, config: PackConfig, seed: in
     _require_fit(tokens, text, config)
     rng = np.random.default_rng([seed, epoch])
     order = rng.permutation(len(tokens))
-    bins = _Bins(config)
+    rows = []
     for start in range(0, len(order), config.window):
         window = order[start : start + config.window]
-        for i in window[np.argsort(-tokens[window], kind="stable")]:
-            bins.add(int(i), int(tokens[i]), int(text[i]))
-    rows = [np.array(clips) for clips in bins.clips]
+        rows += [window[row] for row in _fill(tokens[window], text[window], config)]
     return _cost_balanced(rows, tokens, config.rows, rng)
+
+
+def _fill(tokens: np.ndarray, text: np.ndarray, config: PackConfig) -> list[np.ndarray]:
+    """Rows of one window: by best fit, or by both measures where captions are what fills rows, if those are fewer."""
+    bins = _Bins(config)
+    for i in np.argsort(-tokens, kind="stable"):
+        bins.add(int(i), int(tokens[i]), int(text[i]))
+    rows = [np.array(clips) for clips in bins.clips]
+    fewest = max(tokens.sum() / config.tokens, text.sum() / config.text_tokens, len(tokens) / config.slots)
+    if len(rows) > 1.01 * fewest + 1:
+        rows = min(rows, _fill_by_both(tokens / config.tokens, text / config.text_tokens, config.slots), key=len)
+    return rows
+
+
+def _fill_by_both(video: np.ndarray, text: np.ndarray, slots: int) -> list[np.ndarray]:
+    """Row after row, each time the clip whose (video, text) comes closest to what the row has left of both.
+
+    video, text: shares of a row. The two are weighed by how much of each is still to be placed (norm-based greedy:
+    Panigrahy et al. 2011, "Heuristics for Vector Bin Packing").
+    """
+    clips, rows = np.arange(len(video)), []
+    while len(clips):
+        weights, left, row = (video.sum(), text.sum()), [1.0, 1.0], []
+        free = np.ones(len(clips), bool)
+        while len(row) < slots:
+            fits = np.flatnonzero(free & (video <= left[0] + 1e-9) & (text <= left[1] + 1e-9))
+            if not len(fits):
+                break
+            misses = weights[0] * (left[0] - video[fits]) ** 2 + weights[1] * (left[1] - text[fits]) ** 2
+            best = fits[np.argmin(misses)]
+            row.append(best)
+            free[best] = False
+            left = [left[0] - video[best], left[1] - text[best]]
+        rows.append(clips[row])
+        clips, video, text = clips[free], video[free], text[free]
+    return rows
 
 
 def _require_fit(tokens: np.ndarray, text: np.ndarray, config: PackConfig) -> None:

@@ -101,12 +101,11 @@ def _thumbnail(axes, frame_HWC: np.ndarray, at: float, y: float, n: int, row_tok
     """The frame at its own aspect, in the upper part of its block."""
     H, W = frame_HWC.shape[:2]
     inch = row_tokens / (width * 0.93)  # tokens
-    tall = 0.54
-    wide = min(0.92 * tall * inch * W / H, 0.9 * n)
-    middle = at + n / 2
+    wide = min(0.92 * 0.54 * inch * W / H, 0.9 * n)
+    tall, middle = wide * H / (0.92 * inch * W), at + n / 2
     axes.imshow(
         frame_HWC,
-        extent=(middle - wide / 2, middle + wide / 2, y + 0.27, y + 0.27 + tall),
+        extent=(middle - wide / 2, middle + wide / 2, y + 0.54 - tall / 2, y + 0.54 + tall / 2),
         aspect="auto",
         interpolation="nearest",
         zorder=3,
