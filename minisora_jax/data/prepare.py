@@ -7,8 +7,7 @@ Pixels are kept exactly (zstd). What was skipped, and why, is in the manifest.
 
 from __future__ import annotations
 
-import hashlib
-import json
+import dataclasses
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -18,7 +17,8 @@ from tqdm import tqdm
 
 from minisora_jax.data.records import DataError, Item, Shards, pack_record, sha256, write_shards
 from minisora_jax.data.shapes import Shapes
-from minisora_jax.data.sources import PREPROCESSING_VERSION, BadClip, Folder, SkipReport
+from minisora_jax.data.sources import PREPROCESSING_VERSION, SkipReport, Source, open_source
+from minisora_jax.data.stages import Drop, Sizes, decode
 from minisora_jax.types import Clip
 
 
@@ -37,29 +37,27 @@ def prepare(
 ) -> SkipReport:
     """Write the good clips of `source` to `out_dir`, and say what was skipped.
 
-    source: a folder (see `Folder` for its options), or "shapes" for `count` procedural clips of `split`. An interrupted
+    source: what `open_source` knows, such as a folder; "shapes" is `count` procedural clips of `split`. An interrupted
     run, started again, keeps its finished shards. DataError if `out_dir` holds another data set, or no clip is good.
     """
-    if str(source) == "shapes":
-        clips, report = Shapes(split, count), SkipReport(strict)
-        described = {"source": "shapes", "split": split, "count": count}
-    else:
-        options = dict(cell=cell, max_frames=max_frames, max_pixels=max_pixels, need_caption=need_caption)
-        clips = Folder(source, strict=strict, **options)
-        report = clips.report
-        described = {"source": "folder", "contents": _fingerprint(clips), **options}
-    if not len(clips):
-        raise DataError(f"no good clip in {source}: {report.summary()}")
+    spec = f"shapes:{split}:{count}" if str(source) == "shapes" else source
+    clips = open_source(spec, need_caption=need_caption, strict=strict)
+    report, sizes = clips.report, Sizes(cell, max_frames, max_pixels)
     manifest = write_shards(
         out_dir,
         "clips",
-        lambda state: _items(clips, report, state),
-        settings={"preprocessing_version": PREPROCESSING_VERSION, **described},
+        lambda state: _items(clips, sizes, report, state),
+        settings={
+            "preprocessing_version": PREPROCESSING_VERSION,
+            "source": clips.identity,
+            "need_caption": need_caption,
+            **dataclasses.asdict(sizes),
+        },
         closing=lambda: {"skipped": report.skipped, "shortened": report.shortened},
         shard_bytes=shard_bytes,
         options="group_size:1,zstd:1",
     )
-    report.kept, report.skipped = manifest["records"], manifest["skipped"]
+    report.kept, report.skipped, report.shortened = manifest["records"], manifest["skipped"], manifest["shortened"]
     return report
 
 
@@ -83,28 +81,26 @@ class Records:
         return Clip(arrays["frames"], facts["caption"], facts["fps"], facts["name"])
 
 
-def _items(clips: Sequence[Clip], report: SkipReport, state: dict[str, Any] | None) -> Iterator[Item]:
+def _items(clips: Source, sizes: Sizes, report: SkipReport, state: dict[str, Any] | None) -> Iterator[Item]:
     """Records of the clips from where `state` left off; it carries what decoding had skipped until then."""
-    start, skipped = (state["next"], state["skipped"]) if state else (0, [])
+    start, skipped, shortened = (state["next"], state["skipped"], state["shortened"]) if state else (0, [], [])
+    scanned = len(report.skipped)  # found again by every scan
     report.skipped += skipped
-    known = len(report.skipped) - len(skipped)  # by headers alone: found again by every scan
+    report.shortened += shortened
     for i in tqdm(range(start, len(clips)), initial=start, total=len(clips), desc="clips", disable=None):
-        try:
-            clip = clips[i]
-        except BadClip as bad:
-            report.add(bad.name, bad.reason, bad.detail)
+        clip = decode(clips[i], sizes)
+        if isinstance(clip, Drop):
+            report.add(clip.name, clip.reason, clip.detail, clip.stage)
             continue
-        record = pack_record(
-            {"frames": clip.frames_THWC}, {"caption": clip.caption, "fps": clip.fps, "name": clip.name}
-        )
-        size = (*clip.size_THW, len(clip.caption.encode("utf-8")))
-        yield Item(record, size, {"next": i + 1, "skipped": report.skipped[known:]})
-
-
-def _fingerprint(folder: Folder) -> str:
-    """Of the names, captions, sizes and times of a folder's files: the same input, or not."""
-    facts = [[e.name, e.caption, e.path.stat().st_size, e.path.stat().st_mtime_ns] for e in folder.entries]
-    return hashlib.sha256(json.dumps(facts).encode("utf-8")).hexdigest()
+        if clip.shortened:
+            report.shortened.append(clip.name)
+        report.kept += 1
+        facts = {"caption": clip.caption, "fps": clip.fps, "name": clip.name, "source": clip.source}
+        size = (*clip.frames_THWC.shape[:3], len(clip.caption.encode("utf-8")))
+        state = {"next": i + 1, "skipped": report.skipped[scanned:], "shortened": report.shortened}
+        yield Item(pack_record({"frames": clip.frames_THWC}, facts), size, state)
+    if not report.kept and not start:
+        raise DataError(f"no good clip: {report.summary()}")
 
 
 def open_clips(spec: str) -> Sequence[Clip]:
