@@ -104,6 +104,14 @@ def test_the_report_is_one_safe_page_with_pictures_and_histograms(whole):
     assert "<td>duplicates<td>duplicate<td class=number>2" in page and "<b>10</b> clips kept" in page
 
 
+def test_workers_do_without_jax():
+    """Each of them would pay seconds and 150 MB for it."""
+    script = "import sys, minisora_jax.data.parts, minisora_jax.data.beam, minisora_jax.data.captioners as c\n"
+    script += "c.open_captioner('http://x/v1#m'); c.open_captioner('x'); print('jax' in sys.modules)"
+    out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    assert out.strip() == "False"
+
+
 def test_two_processes_write_the_same_bytes(films, whole, tmp_path):
     prepare(films, tmp_path / "out", workers=2, **OPTIONS)
     assert contents(tmp_path / "out") == contents(whole)
@@ -256,6 +264,6 @@ def test_the_command_line_reaches_every_setting(films, tmp_path, capsys):
     assert settings["shots"] and not settings["need_caption"] and settings["held_out"] == 0.3
     filters = settings["filters"]
     assert filters["min_side"] == 16 and filters["min_seconds"] == 0.2 and filters["min_motion"] == 0.5
-    assert settings["files_per_part"] == 5 and filters["duplicates"] == 18
+    assert settings["files_per_part"] == 5 and filters["duplicates"] == 11
     assert main(["prepare", str(films), str(tmp_path / "x"), "--held-out", "1.5"]) == 2
     assert "held_out=1.5 must be at least 0 and below 1" in capsys.readouterr().err

@@ -3,7 +3,7 @@
 examples:
   minisora prepare my_clips/ data/clips                       only what cannot be decoded or has no caption is left out
   minisora prepare my_films/ data/clips --no-captions --curate --held-out 0.02
-  minisora prepare my_films/ data/clips --shots --min-motion 1 --max-text 0.02 --duplicates 18
+  minisora prepare my_films/ data/clips --shots --min-motion 1 --max-text 0.02 --duplicates 11
   minisora prepare my_films/ data/clips --curate --captioner Qwen/Qwen2.5-VL-3B-Instruct
   minisora prepare my_films/ data/clips --curate --captioner http://localhost:8000/v1#Qwen/Qwen2.5-VL-72B-Instruct
   minisora prepare /nfs/films /nfs/clips --curate --beam='--runner=FlinkRunner --flink_master=localhost:8081'
@@ -57,7 +57,9 @@ def add_arguments(parser):
     work.add_argument(
         "--timeout", type=float, default=120.0, help="seconds without a frame after which a file is left out (120)"
     )
-    work.add_argument("--files-per-part", type=int, default=64, help="unit of work, and of restarts (default 64)")
+    work.add_argument(
+        "--files-per-part", type=int, default=None, help="unit of work, and of restarts (default: 1 to 64)"
+    )
     work.add_argument("--shard-mb", type=int, default=256, help="size of a shard in MiB, at most (default 256)")
     work.add_argument(
         "--beam",

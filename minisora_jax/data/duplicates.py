@@ -3,7 +3,8 @@
 A clip's hash is the 64-bit pHash of three of its frames: 192 bits, which survive re-encoding, scaling and small changes
 of colour. Two clips are duplicates if at most `distance` bits differ. `repeated` finds all such pairs exactly, without
 comparing all: of `distance` + 1 bands of the bits, two duplicates share at least one (multi-index hashing: Norouzi et
-al. 2012, arXiv:1307.2982).
+al. 2012, arXiv:1307.2982). Pieces of one shot are held against each other too: of an hour of a talking head little
+stays.
 """
 
 from __future__ import annotations

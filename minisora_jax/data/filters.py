@@ -63,7 +63,7 @@ class Filters:
                 "frames (n, H, W, 3) that returns a number"
             )
         if self.duplicates is not None and not 0 <= self.duplicates < 64:
-            raise ValueError(f"duplicates={self.duplicates} must be 0 to 63 of the 192 bits of a hash; try 18")
+            raise ValueError(f"duplicates={self.duplicates} must be 0 to 63 of the 192 bits of a hash; try 11")
 
     def check(self) -> None:
         """Import what the filters that are on need, so that a missing package is said before any work."""
@@ -87,7 +87,7 @@ CURATED = Filters(
     min_sharpness=10.0,
     min_motion=0.5,
     max_text=0.05,
-    duplicates=18,
+    duplicates=11,
 )
 
 

@@ -28,7 +28,7 @@ from minisora_jax.data.stages import Candidate, Curation, Drop, clips_of
 from minisora_jax.data.workers import Died, Worker
 
 SPLITS = ("train", "heldout")
-SHOWN = 4  # pictures for the report, of each reason to drop and of the clips kept, a part
+SHOWN = 24  # pictures for the report, of each reason to drop and of the clips kept: over all parts, at least 4 each
 THUMBNAIL = 160  # pixels of the longer side
 TRIES = 2  # of a file that ends its worker's process
 
@@ -75,11 +75,12 @@ def is_held_out(source_hash: str, share: float) -> bool:
 def gather(plan: Plan, part: int, bad: dict[int, str], alive: Callable[[int], None]) -> None:
     """Write the clips of a part's files. bad: {number of a file: why it must not be touched}."""
     clips, drops, pictures, shortened = [], [], [], 0
+    most = max(4, -(-SHOWN // plan.parts))
     shown: dict[str, int] = {}
 
     def show(reason: str, name: str, frame_HWC: np.ndarray | None, caption: str = "") -> None:
         shown[reason] = shown.get(reason, 0) + 1
-        if shown[reason] <= SHOWN and frame_HWC is not None:
+        if shown[reason] <= most and frame_HWC is not None:
             pictures.append({"name": name, "reason": reason, "caption": caption, "jpeg": _thumbnail(frame_HWC)})
 
     stems = {split: plan.folder / f"{part:05d}.{split}" for split in SPLITS}

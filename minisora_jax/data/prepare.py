@@ -55,7 +55,7 @@ def prepare(
     captioner: str = "",
     held_out: float = 0.0,
     shard_bytes: int = 256 * 2**20,
-    files_per_part: int = 64,
+    files_per_part: int | None = None,
     workers: int = 0,
     timeout: float | None = 120.0,
     beam: list[str] | None = None,
@@ -65,23 +65,25 @@ def prepare(
     source: what `open_source` knows, such as a folder; "shapes" is `count` procedural clips of `split`.
     shots: cut files where their shots end.   filters: limits that clips must meet.   captioner: what describes the
     clips anew, as `open_captioner` spells it.   held_out: share of source files that go to `out_dir`/heldout instead.
-    files_per_part: the unit of work, of restarts, and (beside `shard_bytes`) of shards.
+    files_per_part: the unit of work, of restarts, and (beside `shard_bytes`) of shards; by default 1 to 64, so that
+    there are 64 parts or more where there are as many files.
     workers: processes, each of which may crash or hang for `timeout` seconds at the cost of one clip; 0 works here.
     beam: options of Apache Beam, which then does the work.
 
     An interrupted run, started again, keeps its finished parts. DataError if `out_dir` holds another data set, or no
     clip is good; ImportError if a package is missing that these settings need.
     """
-    if not 0 <= held_out < 1 or files_per_part < 1 or workers < 0:
+    if not 0 <= held_out < 1 or workers < 0 or (files_per_part is not None and files_per_part < 1):
         raise ValueError(
-            f"held_out={held_out} must be at least 0 and below 1, files_per_part={files_per_part} at least 1, and "
-            f"workers={workers} at least 0"
+            f"held_out={held_out} must be at least 0 and below 1, workers={workers} at least 0, and "
+            f"files_per_part={files_per_part} at least 1"
         )
     curation = Curation(Sizes(cell, max_frames, max_pixels), shots, filters or Filters())
     curation.check()
     model = open_captioner(captioner) if captioner else None
     spec = f"shapes:{split}:{count}" if str(source) == "shapes" else source
     clips = open_source(spec, need_caption=need_caption and not captioner, strict=strict)
+    files_per_part = files_per_part or min(64, max(1, len(clips) // 64))
     settings = {
         "preprocessing_version": PREPROCESSING_VERSION,
         "source": clips.identity,
