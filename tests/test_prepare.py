@@ -1,6 +1,7 @@
 """A run of `prepare`: the same bytes by any workers and after any interruption, and bad files cost themselves only."""
 
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -230,10 +231,27 @@ def exits(n, alive):
         run_here(lambda worker, n: worker.call(square, n), range(10, 16), 0, None)
 
 
-def test_an_error_ends_the_other_workers(films, tmp_path):
-    (tmp_path / "bad.py").write_text("def score(frames):\n    raise RuntimeError('the model is not there')\n")
+def test_an_error_ends_the_other_workers(tmp_path):
+    """One worker raises while the other never comes back: the run ends at once, and blames no file for its own end."""
+    (tmp_path / "in").mkdir()
+    for i, grey in enumerate((50, 200, 210)):
+        write_video(tmp_path / f"in/{i}.mp4", np.full((1, 32, 32, 3), grey, np.uint8), FPS)
+    (tmp_path / "bad.py").write_text(f"""
+import os, time
+def score(frames):
+    if frames.mean() < 100:
+        open({str(tmp_path / "waiting")!r}, "w").close()
+        time.sleep(600)
+    while not os.path.exists({str(tmp_path / "waiting")!r}):
+        time.sleep(0.01)
+    raise RuntimeError("the model is not there")
+""")
+    options = dict(need_caption=False, files_per_part=1, filters=Filters(aesthetic=f"{tmp_path}/bad.py:score"))
+    since = time.monotonic()
     with pytest.raises(RuntimeError, match="the model is not there"):
-        prepare(films, tmp_path / "out", workers=2, filters=Filters(aesthetic=f"{tmp_path}/bad.py:score"))
+        prepare(tmp_path / "in", tmp_path / "out", workers=2, timeout=None, **options)
+    assert time.monotonic() - since < 60 and not list((tmp_path / "out/parts").glob("*.bad.json"))
+    assert not multiprocessing.active_children()
 
 
 def test_nothing_good_leaves_the_way_free(tmp_path):

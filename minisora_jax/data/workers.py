@@ -32,6 +32,10 @@ class Died(RuntimeError):
         return Died, (self.at, self.how)
 
 
+class Stopped(RuntimeError):
+    """The run ends, by an error elsewhere or by Ctrl-C: nothing is wrong with the item."""
+
+
 class Worker:
     """One process. `call` runs function(*arguments, alive) there and returns what it returns, or raises what it raises.
 
@@ -40,10 +44,16 @@ class Worker:
     def __init__(self, timeout: float | None = None):
         self.timeout = timeout
         self._process = self._pipe = None
+        self._stopped = False
 
     def call(self, function: Callable, *arguments: Any, on_item: Callable[[int], None] = lambda i: None) -> Any:
+        if self._stopped:
+            raise Stopped
         if self._process is None:
             self._start()
+            if self._stopped:  # meanwhile
+                self.close()
+                raise Stopped
         at = None
         try:
             self._pipe.send((function, arguments))
@@ -64,8 +74,16 @@ class Worker:
         except (EOFError, ConnectionError):
             process, self._process = self._process, None
             process.join()
+            if self._stopped:
+                raise Stopped from None
             code = process.exitcode
             raise Died(at, f"was killed by {_signal(-code)}" if code < 0 else f"ended with code {code}") from None
+
+    def stop(self) -> None:
+        """From another thread: the call under way, and any further one, raises Stopped."""
+        self._stopped = True
+        if (process := self._process) is not None:
+            process.kill()
 
     def close(self) -> None:
         if self._process is not None:
@@ -128,8 +146,7 @@ def run_here(
     finally:
         stopping.set()
         for worker in workers:
-            if worker._process is not None:
-                worker._process.kill()  # its thread sees the end of its pipe
+            worker.stop()
         pool.shutdown()
         for worker in workers:
             worker.close()
