@@ -8,6 +8,7 @@ examples:
   minisora generate "a red circle grows on a black background" --sampler unipc --steps 12 --guidance-interval 0.2-0.9
   minisora generate "a cat on a skateboard" --model=models/wan --codec=models/wan-vae --text-encoder=models/umt5 \\
       --size 480x832 --frames 81 --fps 16 --sampler unipc --grid wan --guidance 5
+  minisora generate "a cat on a skateboard" --expand http://localhost:8000/v1#my-llm --model=models/wan ...
   minisora generate 207 --model=models/dit --codec=models/sd-vae --size 256x256 --frames 1
 
 The bundled model knows coloured shapes in motion; see --captions for what to say. A model trained here remembers its
