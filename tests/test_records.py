@@ -119,9 +119,9 @@ def test_prepared_shapes_are_the_shapes(tmp_path):
         assert (back[i].caption, back[i].fps, back[i].name) == (shapes[i].caption, shapes[i].fps, shapes[i].name)
         assert tuple(back.sizes[i]) == (*shapes[i].size_THW, len(shapes[i].caption))
     manifest = json.loads((tmp_path / "out/manifest.json").read_text())
-    assert manifest["settings"]["preprocessing_version"] == 1 and manifest["skipped"] == []
+    assert manifest["settings"]["preprocessing_version"] == 1 and manifest["skipped"]["counts"] == {}
     prepare("shapes", tmp_path / "again", count=5, split="heldout")
     prepare("shapes", tmp_path / "other", count=5, split="train")
     assert back.identity == Records(tmp_path / "again").identity != Records(tmp_path / "other").identity
-    with pytest.raises(DataError, match="count=5; this one has count=6"):
+    with pytest.raises(DataError, match="source=.shapes:heldout:5.; this one has source=.shapes:heldout:6."):
         prepare("shapes", tmp_path / "out", count=6, split="heldout")

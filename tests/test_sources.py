@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 
 import av
 import numpy as np
@@ -10,7 +11,8 @@ from PIL import Image
 
 from minisora_jax.data.prepare import Records, prepare
 from minisora_jax.data.records import DataError
-from minisora_jax.data.sources import BadClip, Folder, clip_length, crop_to_cells, scan
+from minisora_jax.data.sources import BadClip, Folder, Media, open_source
+from minisora_jax.data.stages import Curation, Drop, Sizes, clip_length, clips_of, crop_to_cells
 from minisora_jax.data.video import read_clip_frames, write_video
 
 GOOD = {  # name -> the clip's T, H, W, with cells of 8
@@ -130,12 +132,23 @@ def folder(tmp_path_factory):
 OPTIONS = dict(max_frames=13, max_pixels=200 * 200)
 
 
+def decode(media, sizes):
+    [clip] = clips_of(media, Curation(sizes))
+    return clip
+
+
+def decoded(source):
+    """(clips by name, reasons by name) of a source."""
+    outcomes = [decode(source[i], Sizes(**OPTIONS)) for i in range(len(source))]
+    skipped = {row["name"]: row["reason"] for row in source.report.skipped}
+    skipped |= {o.name: o.reason for o in outcomes if isinstance(o, Drop)}
+    return {o.name: o for o in outcomes if not isinstance(o, Drop)}, skipped
+
+
 def test_good_clips_are_kept_and_bad_ones_named(folder):
-    source = Folder(folder, **OPTIONS)
-    clips = {clip.name: clip for clip in source.clips()}
+    clips, skipped = decoded(open_source(folder))
     assert {name: clip.frames_THWC.shape for name, clip in clips.items()} == GOOD
-    assert {row["name"]: row["reason"] for row in source.report.skipped} == BAD
-    assert source.report.kept == len(GOOD) and sum(source.report.counts.values()) == len(BAD)
+    assert skipped == BAD
     assert clips["clip.mp4"].caption == "noise, and more noise — 猫" and clips["clip.mp4"].fps == 25
     assert clips["sub/deep.mkv"].caption == "deep noise" and clips["odd.mp4"].caption == "noise, in odd.mp4"
     assert (
@@ -144,8 +157,7 @@ def test_good_clips_are_kept_and_bad_ones_named(folder):
 
 
 def test_pixels_are_cut_and_never_resized(folder):
-    source = Folder(folder, **OPTIONS)
-    clips = {clip.name: clip for clip in source.clips()}
+    clips, _ = decoded(open_source(folder))
     whole, _ = read_clip_frames(folder / "odd.mp4")
     np.testing.assert_array_equal(clips["odd.mp4"].frames_THWC, whole[:, 2:34, 3:43])
     np.testing.assert_array_equal(clips["sub/deep.mkv"].frames_THWC, noise(3, 16, 16)[:1])
@@ -153,71 +165,111 @@ def test_pixels_are_cut_and_never_resized(folder):
     assert crop_to_cells(noise(1, 100, 33), 16).shape == (1, 96, 32, 3)
 
 
+def test_a_file_is_read_from_its_bytes_as_from_its_path(folder):
+    for name in GOOD:
+        path, sizes = folder / name, Sizes(**OPTIONS)
+        one, other = (decode(Media(name, "", data), sizes) for data in (path, path.read_bytes()))
+        np.testing.assert_array_equal(one.frames_THWC, other.frames_THWC)
+        assert (one.fps, one.source, one.still, one.shortened) == (
+            other.fps,
+            other.source,
+            other.still,
+            other.shortened,
+        )
+    for name, reason in BAD.items():
+        if (folder / name).is_file() and reason not in ("unknown suffix", "caption without a clip", "not an image"):
+            one, other = (
+                decode(Media(name, "", data), sizes) for data in (folder / name, (folder / name).read_bytes())
+            )
+            assert isinstance(one, Drop) == isinstance(other, Drop)
+            assert isinstance(one, Drop) is False or one.reason == other.reason
+
+
+def test_frames_are_media_too():
+    frames = noise(7, 20, 30)
+    clip = decode(Media("a", "b", frames, 12.0), Sizes(cell=8))
+    np.testing.assert_array_equal(clip.frames_THWC, frames[:5, 2:18, 3:27])
+    assert clip.fps == 12 and not clip.still and decode(Media("a", "b", frames[:1]), Sizes()).still
+    assert decode(Media("a", "b", frames), Sizes()).reason == "no frame rate"
+    assert decode(Media("a", "b", frames.astype(float), 12.0), Sizes()).reason == "not a video"
+
+
+def test_a_pickled_folder_is_its_path_and_insists_on_its_contents(folder, tmp_path):
+    source = open_source(folder)
+    pickled = pickle.dumps(source)
+    assert len(pickled) < 500
+    again = pickle.loads(pickled)
+    assert [again[i] for i in range(len(again))] == [source[i] for i in range(len(source))]
+    assert again.identity == source.identity != open_source(folder, need_caption=False).identity
+    write_video(tmp_path / "a.mp4", noise(5, 16, 16), 8)
+    (tmp_path / "a.txt").write_text("one")
+    pickled = pickle.dumps(open_source(tmp_path))
+    (tmp_path / "a.txt").write_text("another")
+    with pytest.raises(RuntimeError, match="has changed since this run began"):
+        pickle.loads(pickled)
+
+
 def test_the_report_reads_well_and_is_written(folder, tmp_path):
-    source = Folder(folder, **OPTIONS)
-    list(source.clips())
-    text = source.report.summary()
+    report = prepare(folder, tmp_path / "out", **OPTIONS)
+    text = report.summary()
     assert text.startswith(f"{len(GOOD)} clips kept, {len(BAD)} skipped: 4 truncated (")
     assert "1 audio only (audio.mp4)" in text
-    source.report.write(tmp_path / "skipped.jsonl")
+    report.write(tmp_path / "skipped.jsonl")
     rows = [json.loads(line) for line in (tmp_path / "skipped.jsonl").read_text().splitlines()]
-    assert rows == source.report.skipped
+    assert {row["name"]: row["reason"] for row in rows} == BAD
     small = next(row for row in rows if row["reason"] == "too small")
-    assert small["detail"] == "1x1 pixels, cells of 8"
+    assert small["detail"] == "1x1 pixels, cells of 8" and small["stage"] == "probe"
 
 
 def test_strict_stops_at_the_first_bad_file(folder):
-    with pytest.raises(BadClip):
-        scan(folder, strict=True)
+    with pytest.raises(BadClip, match="captions.jsonl:2: bad caption row"):
+        open_source(folder, strict=True)
 
 
 def test_captions_may_be_left_out(folder):
-    names = {entry.name: entry.caption for entry in Folder(folder, need_caption=False, **OPTIONS).entries}
+    names = dict(Folder(folder, need_caption=False).entries)
     assert names["mute.mp4"] == "" and names["empty-caption.mp4"] == "" and "latin1.mp4" not in names
-
-
-def test_only_decoding_shows_some_damage(folder):
-    source = Folder(folder, **OPTIONS)
-    at = [entry.name for entry in source.entries].index("zero.avi")
-    with pytest.raises(BadClip, match="zero.avi: zero frames"):
-        source[at]
 
 
 def test_options_are_checked(folder, tmp_path):
     with pytest.raises(ValueError, match=r"max_frames=16 must be 1 \+ 4\*k; use 13 or 17"):
-        Folder(folder, max_frames=16)
+        Sizes(max_frames=16)
     with pytest.raises(FileNotFoundError, match="not a folder"):
-        Folder(tmp_path / "nowhere")
+        open_source(tmp_path / "nowhere")
 
 
 def test_preparing_a_folder_keeps_pixels_and_the_report(folder, tmp_path):
     report = prepare(folder, tmp_path / "out", shard_bytes=30_000, **OPTIONS)
-    source = Folder(folder, **OPTIONS)
+    wanted, skipped = decoded(open_source(folder))
     prepared = Records(tmp_path / "out")
-    for wanted, found in zip(source.clips(), prepared, strict=True):
-        np.testing.assert_array_equal(found.frames_THWC, wanted.frames_THWC)
-        assert (found.caption, found.fps, found.name) == (wanted.caption, wanted.fps, wanted.name)
-    assert report.summary() == source.report.summary()
-    assert prepared.shards.manifest["skipped"] == source.report.skipped
+    assert [clip.name for clip in prepared] == list(wanted)
+    for clip, found in zip(wanted.values(), prepared, strict=True):
+        np.testing.assert_array_equal(found.frames_THWC, clip.frames_THWC)
+        assert (found.caption, found.fps) == (clip.caption, clip.fps)
+    assert {row["name"]: row["reason"] for row in report.skipped} == skipped
     assert prepare(folder, tmp_path / "out", shard_bytes=30_000, **OPTIONS).summary() == report.summary()
 
 
 def test_an_interrupted_preparation_loses_and_repeats_nothing(folder, tmp_path, monkeypatch):
-    options = dict(shard_bytes=3_000, **OPTIONS)
+    options = dict(shard_bytes=3_000, files_per_part=4, **OPTIONS)
     prepare(folder, tmp_path / "whole", **options)
-    decode, calls = Folder.__getitem__, []
+    get, calls = Folder.__getitem__, []
 
     def preempted(self, i):
         calls.append(i)
-        if len(calls) == 7:
+        if len(calls) == 15:
             raise KeyboardInterrupt
-        return decode(self, i)
+        return get(self, i)
 
     monkeypatch.setattr(Folder, "__getitem__", preempted)
     with pytest.raises(KeyboardInterrupt):
         prepare(folder, tmp_path / "cut", **options)
+    with pytest.raises(DataError, match="did not finish"):
+        Records(tmp_path / "cut")
+    with pytest.raises(DataError, match="max_frames=13; this one has max_frames=9"):
+        prepare(folder, tmp_path / "cut", **(options | {"max_frames": 9}))
     prepare(folder, tmp_path / "cut", **options)
-    assert calls[7] > 0
+    assert calls[15] == 12, "the three finished parts of four files are kept"
     files = lambda name: {p.name: p.read_bytes() for p in (tmp_path / name).iterdir()}
     assert files("cut") == files("whole")
 
@@ -226,5 +278,5 @@ def test_a_folder_without_a_good_clip_is_an_error(tmp_path):
     (tmp_path / "in").mkdir()
     (tmp_path / "in/a.mp4").touch()
     (tmp_path / "in/a.txt").write_text("a caption")
-    with pytest.raises(DataError, match="no good clip in .*: 0 clips kept, 1 skipped: 1 empty file"):
+    with pytest.raises(DataError, match="no good clip: 0 clips kept, 1 skipped: 1 empty file"):
         prepare(tmp_path / "in", tmp_path / "out")

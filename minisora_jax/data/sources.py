@@ -1,14 +1,14 @@
-"""A folder of captioned clips as a source: native sizes, nothing resized, and no file lost without a word.
+"""Where clips come from: a source is a sequence of `Media`, files not decoded yet, each with its caption.
 
     clips/
-      cat.mp4  cat.txt            a caption beside its clip,
+      cat.mp4  cat.txt            a folder: a caption beside its clip,
       sub/dog.webm  photo.png     or in one table at the top:
       captions.jsonl              {"file": "sub/dog.webm", "caption": "a dog runs"} a line, or
       captions.csv                a header line `file,caption`, then rows
+    shapes:train:5000             the procedural clips of data/shapes.py
 
-A file becomes a clip by two cuts only: its first 1 + 4k frames, as many as there are up to `max_frames`, and a centre
-crop of less than one `cell` of height and of width. A file that cannot become a clip is skipped, counted by reason and
-named in a `SkipReport`; it never stops a run (unless `strict`).
+`open_source` tells by the spelling which it is. What a source leaves out is counted by reason and named in a
+`SkipReport`; it never stops a run (unless `strict`). Nothing is decoded here: data/stages.py does that.
 """
 
 from __future__ import annotations
@@ -16,17 +16,19 @@ from __future__ import annotations
 import collections
 import csv
 import dataclasses
+import functools
+import hashlib
 import io
 import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
 from minisora_jax.data.atomic import replacing
-from minisora_jax.data.video import IMAGE_SUFFIXES, VIDEO_SUFFIXES, VideoError, probe, read_clip_frames
-from minisora_jax.types import Clip
+from minisora_jax.data.video import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 
 PREPROCESSING_VERSION = 1  # of the pixels a file turns into; caches remember it
 TABLES = ("captions.jsonl", "captions.csv")
@@ -45,29 +47,50 @@ class BadClip(ValueError):
 
 
 @dataclasses.dataclass(frozen=True)
-class Entry:
-    """A file that its header says will become a clip."""
+class Media:
+    """A clip's file, not decoded yet, and its caption ("" for none)."""
 
-    name: str  # path within the folder, with forward slashes
-    path: Path
+    name: str  # unique within its source; a path within a folder has forward slashes
     caption: str
-    frames: int  # by the header; 0 where it does not say
+    data: Path | bytes | np.ndarray  # a file, a file's bytes, or frames: uint8 RGB (T, H, W, 3)
+    fps: float | None = None  # frames per second where the source knows better than the file; frames need it if T > 1
+
+
+class Source(Protocol):
+    """A sequence of Media. It pickles into little, however long it is: a worker gets (source, range of indices)."""
+
+    identity: str  # a fingerprint of what it holds: another one, other contents
+    report: SkipReport  # what its own scan left out
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, i: int) -> Media: ...
+
+
+def open_source(spec: str | os.PathLike, *, need_caption: bool = True, strict: bool = False) -> Source:
+    """The source of that spelling: "shapes", "shapes:SPLIT" or "shapes:SPLIT:COUNT", or the path of a folder.
+
+    need_caption: False keeps clips without a caption, as "" (a codec needs none).   strict: BadClip instead of a skip.
+    """
+    if str(spec).split(":")[0] == "shapes":
+        return ProceduralShapes(str(spec))
+    return Folder(spec, need_caption=need_caption, strict=strict)
 
 
 class SkipReport:
-    """What was kept and what was not, and why. `skipped` has one {"name", "reason", "detail"} a skipped file."""
+    """What was kept and what was not, and why. `skipped` has one {"name", "stage", "reason", "detail"} each."""
 
     def __init__(self, strict: bool = False):
         self.kept = 0
         self.skipped: list[dict[str, str]] = []
-        self.shortened: list[str] = []  # kept, but longer than max_frames
+        self.shortened = 0  # kept, of files that are longer than max_frames
         self.strict = strict
 
-    def add(self, name: str, reason: str, detail: str = "") -> None:
-        """Record a skipped file; BadClip if strict."""
+    def add(self, name: str, reason: str, detail: str = "", stage: str = "scan") -> None:
+        """Record what was left out, and at which stage; BadClip if strict."""
         if self.strict:
             raise BadClip(name, reason, detail)
-        self.skipped.append({"name": name, "reason": reason, "detail": detail})
+        self.skipped.append({"name": name, "stage": stage, "reason": reason, "detail": detail})
 
     @property
     def counts(self) -> dict[str, int]:
@@ -83,7 +106,7 @@ class SkipReport:
             reasons.append(f"{count} {reason} ({', '.join(names[:NAMES_SHOWN])}{more})")
         text = f"{self.kept} clips kept, {len(self.skipped)} skipped"
         text += f": {'; '.join(reasons)}" if reasons else ""
-        return text + (f". {len(self.shortened)} cut to their first frames" if self.shortened else "")
+        return text + (f". {self.shortened} cut to their first frames" if self.shortened else "")
 
     def write(self, path: str | os.PathLike) -> None:
         """One skipped file a line, as JSON."""
@@ -91,118 +114,94 @@ class SkipReport:
             temporary.write_text("".join(json.dumps(row) + "\n" for row in self.skipped), encoding="utf-8")
 
 
-class Folder:
-    """The clips of a folder, decoded on demand: `folder[i]` is a Clip or raises BadClip; `clips()` yields the good.
+# ---- Procedural clips
 
-    cell: pixels; height and width become multiples of it (the codec's factor times the patch).
-    max_frames: 1 + 4k; longer files give their first frames.   max_pixels: height * width of the largest frame taken.
-    need_caption: False keeps files without a caption, as "" (a codec needs none).   strict: raise instead of skip.
+
+class ProceduralShapes:
+    """data/shapes.py as a source, drawn on demand. `spec`: "shapes[:SPLIT[:COUNT]]", by default train and 1024."""
+
+    def __init__(self, spec: str = "shapes"):
+        from minisora_jax.data.shapes import Shapes
+
+        _, split, count, *_ = [*spec.split(":"), "", ""]
+        if count and not count.isdigit():
+            raise ValueError(f"{spec!r}: the count of clips must be a whole number, as in shapes:train:5000")
+        self.clips = Shapes(split or "train", int(count or 1024))
+        self.identity, self.report = f"shapes:{self.clips.split}:{len(self.clips)}", SkipReport()
+
+    def __len__(self) -> int:
+        return len(self.clips)
+
+    def __getitem__(self, i: int) -> Media:
+        clip = self.clips[i]
+        return Media(clip.name, clip.caption, clip.frames_THWC, clip.fps)
+
+
+# ---- A folder
+
+
+class Folder:
+    """The videos and images of a folder and its subfolders, in order of name. Their bytes are not looked at.
+
+    A pickled Folder is its path: whoever unpickles it lists it again, once a process, and insists on the same contents.
     """
 
-    def __init__(
-        self,
-        path: str | os.PathLike,
-        *,
-        cell: int = 8,
-        max_frames: int = 121,
-        max_pixels: int = 4096 * 4096,
-        need_caption: bool = True,
-        strict: bool = False,
-    ):
-        if cell < 1 or max_pixels < cell * cell:
-            raise ValueError(f"cell={cell} must be at least 1, and max_pixels={max_pixels} at least one cell")
-        if max_frames != clip_length(max_frames):
-            low = clip_length(max_frames) if max_frames > 0 else 1
-            raise ValueError(f"max_frames={max_frames} must be 1 + 4*k; use {low} or {low + 4}")
-        self.path, self.cell, self.max_frames = Path(path), cell, max_frames
-        self.entries, self.report = scan(
-            path, cell=cell, max_frames=max_frames, max_pixels=max_pixels, need_caption=need_caption, strict=strict
-        )
+    def __init__(self, path: str | os.PathLike, *, need_caption: bool = True, strict: bool = False):
+        self.path, self.need_caption = Path(path), need_caption
+        if not self.path.is_dir():
+            raise FileNotFoundError(f"{path} is not a folder of clips")
+        self.report = SkipReport(strict)
+        self.entries: list[tuple[str, str]] = _scan(self.path, need_caption, self.report)  # (name, caption)
+        facts = (f.stat() if (f := self.path / name).exists() else f.lstat() for name, _ in self.entries)
+        rows = ([name, caption, s.st_size, s.st_mtime_ns] for (name, caption), s in zip(self.entries, facts))
+        digest = hashlib.sha256()
+        for row in rows:
+            digest.update(json.dumps(row).encode("utf-8"))
+        self.identity = f"folder:{digest.hexdigest()}"
 
     def __len__(self) -> int:
         return len(self.entries)
 
-    def __getitem__(self, i: int) -> Clip:
-        entry = self.entries[i]
-        try:
-            frames, fps = read_clip_frames(entry.path, max_frames=self.max_frames)
-        except VideoError as error:
-            raise BadClip(entry.name, error.reason, error.detail) from error
-        if min(frames.shape[1:3]) < self.cell:  # the header may have said otherwise
-            raise BadClip(entry.name, "too small", f"frames of {frames.shape[1:3]}, cells of {self.cell}")
-        frames = crop_to_cells(frames[: clip_length(len(frames))], self.cell)
-        return Clip(np.ascontiguousarray(frames), entry.caption, fps, entry.name)
+    def __getitem__(self, i: int) -> Media:
+        name, caption = self.entries[i]
+        return Media(name, caption, self.path / name)
 
-    def clips(self) -> Iterator[Clip]:
-        """Every clip that decodes, in order of name; the others go to `report`."""
-        for i in range(len(self)):
-            try:
-                clip = self[i]
-            except BadClip as bad:
-                self.report.add(bad.name, bad.reason, bad.detail)
-                continue
-            self.report.kept += 1
-            yield clip
+    def __reduce__(self):
+        return _same_folder, (str(self.path.resolve()), self.need_caption, self.identity)
 
 
-def clip_length(frames: int) -> int:
-    """The longest 1 + 4k within `frames`."""
-    return 1 + 4 * ((frames - 1) // 4)
+@functools.lru_cache(maxsize=4)
+def _same_folder(path: str, need_caption: bool, identity: str) -> Folder:
+    folder = Folder(path, need_caption=need_caption)
+    if folder.identity != identity:
+        raise RuntimeError(f"{path} has changed since this run began: expected {identity}, found {folder.identity}")
+    return folder
 
 
-def crop_to_cells(frames_THWC: np.ndarray, cell: int) -> np.ndarray:
-    """The centre of each frame, height and width lowered to multiples of `cell`. A view."""
-    H, W = frames_THWC.shape[1:3]
-    top, left = H % cell // 2, W % cell // 2
-    return frames_THWC[:, top : top + H // cell * cell, left : left + W // cell * cell]
-
-
-# ---- Looking through a folder, by headers only
-
-
-def scan(
-    folder: str | os.PathLike,
-    *,
-    cell: int = 8,
-    max_frames: int = 121,
-    max_pixels: int = 4096 * 4096,
-    need_caption: bool = True,
-    strict: bool = False,
-) -> tuple[list[Entry], SkipReport]:
-    """The files of a folder and its subfolders that can become clips as far as headers tell, and the others."""
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} is not a folder of clips")
-    report, entries = SkipReport(strict), []
-    files = _files(folder)
+def _scan(folder: Path, need_caption: bool, report: SkipReport) -> list[tuple[str, str]]:
+    """(name, caption) of the files that are clips by their names and have a caption; the others go to the report."""
+    files, entries = _files(folder), []
     captions = _read_tables(folder, report)
     used = {name for name in files if Path(name).suffix.lower() == ".txt"} & {_beside(n) for n in files}
     for name in files:
-        path = folder / name
+        suffix = Path(name).suffix.lower()
         if name in used or name in TABLES:
             continue
-        if path.suffix.lower() not in VIDEO_SUFFIXES + IMAGE_SUFFIXES:
-            kind = "caption without a clip" if path.suffix.lower() == ".txt" else "unknown suffix"
-            report.add(name, kind)
+        if suffix not in VIDEO_SUFFIXES + IMAGE_SUFFIXES:
+            report.add(name, "caption without a clip" if suffix == ".txt" else "unknown suffix")
             continue
         try:
-            caption = _caption(folder, name, captions, need_caption)
-            info = probe(path)
-            if min(info.height, info.width) < cell:
-                raise BadClip(name, "too small", f"{info.height}x{info.width} pixels, cells of {cell}")
-            if info.height * info.width > max_pixels:
-                raise BadClip(name, "too large", f"{info.height}x{info.width} pixels, at most {max_pixels}")
-        except VideoError as error:
-            report.add(name, error.reason, error.detail)
+            name.encode("utf-8")
+        except UnicodeEncodeError:
+            report.add(ascii(name)[1:-1], "name not UTF-8")
+            continue
+        try:
+            entries.append((name, _caption(folder, name, captions, need_caption)))
         except BadClip as bad:
-            report.add(name, bad.reason, bad.detail)
-        else:
-            entries.append(Entry(name, path, caption, info.frames))
-            if info.frames > max_frames:
-                report.shortened.append(name)
+            report.add(bad.name, bad.reason, bad.detail)
     for name in sorted(set(captions) - set(files)):
         report.add(name, "caption without a clip", "its row in the caption table names no file")
-    return entries, report
+    return entries
 
 
 def _files(folder: Path) -> list[str]:

@@ -3,11 +3,15 @@
 Decoding is PyAV's, at native size: no resize, no change of frame rate (a file of variable rate is read frame by
 frame and given its average rate). Quarter turns asked for by the file are applied, colour matrices are honoured,
 grey becomes RGB, and transparency is composited onto black. Still images are Pillow's.
+
+What is read is a path, or the bytes of a file: then its first bytes tell an image from a video, in place of a suffix.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
 import itertools
 import os
 from collections.abc import Iterator
@@ -48,19 +52,19 @@ class VideoInfo:
 # ---- Reading
 
 
-def probe(path: str | os.PathLike) -> VideoInfo:
+def probe(file: str | os.PathLike | bytes) -> VideoInfo:
     """Read the header only. VideoError: 'unreadable file', 'empty file', 'not a video', 'not an image', 'truncated',
     'audio only'. Height and width are as stored, before any quarter turn."""
-    if _is_image(path):
-        with _open_image(path) as image:
+    if is_image(file):
+        with _open_image(file) as image:
             return VideoInfo(1, image.height, image.width, STILL_FPS)
-    with _open_video(path) as container:
+    with _open_video(file) as container:
         stream = container.streams.video[0]
         return VideoInfo(stream.frames, stream.height, stream.width, _fps(stream))
 
 
 def read_clip_frames(
-    path: str | os.PathLike, *, start: int = 0, max_frames: int | None = None
+    file: str | os.PathLike | bytes, *, start: int = 0, max_frames: int | None = None
 ) -> tuple[np.ndarray, float]:
     """Frames start, start + 1, ... of a file, at most `max_frames`: (uint8 (T, H, W, 3), frames per second).
 
@@ -69,74 +73,98 @@ def read_clip_frames(
     """
     if start < 0 or (max_frames is not None and max_frames < 1):
         raise ValueError(f"start={start} must be at least 0 and max_frames={max_frames} at least 1")
-    if _is_image(path):
+    with open_frames(file, start=start) as (frames, fps):
+        return np.stack(list(itertools.islice(frames, max_frames))), fps
+
+
+@contextlib.contextmanager
+def open_frames(file: str | os.PathLike | bytes, *, start: int = 0) -> Iterator[tuple[Iterator[np.ndarray], float]]:
+    """(frames start, start + 1, ... one by one, each uint8 (H, W, 3); frames per second): a file of any length in the
+    memory of a frame. VideoError as of `read_clip_frames`, where the damage lies; 'zero frames' for none at all."""
+    if is_image(file):
         if start:
-            raise VideoError("zero frames", f"{path} is one image, and start={start}")
-        return _read_image(path)[None], STILL_FPS
-    frames = []
-    with _open_video(path) as container:
+            raise VideoError("zero frames", f"{_called(file)} is one image, and start={start}")
+        yield iter([_read_image(file)]), STILL_FPS
+        return
+    with _open_video(file) as container:
         stream = container.streams.video[0]
         stream.thread_type = "AUTO"
         fps = _fps(stream)
-        try:
-            for frame in _decode_from(container, stream, start):
-                if frame.is_corrupt:
-                    raise VideoError("corrupt frames", f"{path} is damaged at frame {start + len(frames)}")
-                frames.append(_to_rgb(frame))
-                end = (frame.time or 0.0) + 1 / fps
-                if len(frames) == max_frames:
-                    break
-        except (av.FFmpegError, OSError) as error:
-            raise VideoError("corrupt frames", f"{path} fails after frame {start + len(frames)}: {error}") from error
-        if not frames:
-            raise VideoError("zero frames", f"{path} has no frame from {start} on; its header says {stream.frames}")
-        if len(frames) != max_frames:
-            _check_reached_end(path, container, stream, start + len(frames), end)
-    sizes = {f.shape for f in frames}
-    if len(sizes) > 1:
-        raise VideoError("corrupt frames", f"{path} changes its frame size midway: {sorted(s[:2] for s in sizes)}")
-    return np.stack(frames), fps
+        yield _rgb_frames(file, container, stream, start, fps), fps
 
 
-def _is_image(path) -> bool:
-    return Path(path).suffix.lower() in IMAGE_SUFFIXES
-
-
-def _open_video(path) -> av.container.InputContainer:
-    head = _head(path)
+def _rgb_frames(file, container, stream, start: int, fps: float) -> Iterator[np.ndarray]:
+    count, size, end = 0, None, 0.0
     try:
-        container = av.open(os.fspath(path))
+        for frame in _decode_from(container, stream, start):
+            if frame.is_corrupt:
+                raise VideoError("corrupt frames", f"{_called(file)} is damaged at frame {start + count}")
+            pixels = _to_rgb(frame)
+            if size not in (None, pixels.shape):
+                sizes = sorted([size[:2], pixels.shape[:2]])
+                raise VideoError("corrupt frames", f"{_called(file)} changes its frame size midway: {sizes}")
+            size, end, count = pixels.shape, (frame.time or 0.0) + 1 / fps, count + 1
+            yield pixels
+    except (av.FFmpegError, OSError) as error:
+        raise VideoError("corrupt frames", f"{_called(file)} fails after frame {start + count}: {error}") from error
+    if not count:
+        header = f"its header says {stream.frames}"
+        raise VideoError("zero frames", f"{_called(file)} has no frame from {start} on; {header}")
+    _check_reached_end(file, container, stream, start + count, end)
+
+
+def is_image(file: str | os.PathLike | bytes) -> bool:
+    """A still image rather than a video, as its name (of a path) or its first bytes say."""
+    if isinstance(file, bytes):
+        return file.startswith((b"\x89PNG", b"\xff\xd8\xff", b"BM")) or file[8:12] == b"WEBP"
+    return Path(file).suffix.lower() in IMAGE_SUFFIXES
+
+
+def _called(file) -> str:
+    """How errors call a file."""
+    return f"the file of {len(file)} bytes" if isinstance(file, bytes) else str(file)
+
+
+def _open_video(file) -> av.container.InputContainer:
+    head = _head(file)
+    try:
+        container = av.open(io.BytesIO(file) if isinstance(file, bytes) else os.fspath(file))
     except (av.FFmpegError, OSError) as error:
         if _looks_like_video(head):
-            raise VideoError("truncated", f"{path} begins as a video and then stops: {error}") from error
-        raise VideoError("not a video", f"{path} begins with {head!r}: {error}") from error
+            raise VideoError("truncated", f"{_called(file)} begins as a video and then stops: {error}") from error
+        raise VideoError("not a video", f"{_called(file)} begins with {head!r}: {error}") from error
     try:
         if not container.streams.video:
             kinds = ", ".join(s.type for s in container.streams) or "none"
             # A text file can pass for a subtitle, so "audio only" is said of sound alone.
-            raise VideoError("audio only" if container.streams.audio else "not a video", f"{path} has streams: {kinds}")
-        stream, size = container.streams.video[0], os.path.getsize(path)
+            reason = "audio only" if container.streams.audio else "not a video"
+            raise VideoError(reason, f"{_called(file)} has streams: {kinds}")
+        stream = container.streams.video[0]
+        size = len(file) if isinstance(file, bytes) else os.path.getsize(file)
         if stream.codec_context is None or not (stream.height and stream.width):
-            raise VideoError("not a video", f"{path} holds a stream of size {stream.height}x{stream.width}")
+            raise VideoError("not a video", f"{_called(file)} holds a stream of size {stream.height}x{stream.width}")
         end = max((e.pos + e.size for e in stream.index_entries), default=0)
         if head.startswith(b"RIFF"):
             end = int.from_bytes(head[4:8], "little") + 8
         if end > size:
-            raise VideoError("truncated", f"{path} has {size} bytes, and its header or index says {end}")
+            raise VideoError("truncated", f"{_called(file)} has {size} bytes, and its header or index says {end}")
     except VideoError:
         container.close()
         raise
     return container
 
 
-def _head(path) -> bytes:
-    try:
-        with open(path, "rb") as file:
-            head = file.read(16)
-    except OSError as error:
-        raise VideoError("unreadable file", f"{path}: {error.strerror}") from error
+def _head(file) -> bytes:
+    if isinstance(file, bytes):
+        head = file[:16]
+    else:
+        try:
+            with open(file, "rb") as opened:
+                head = opened.read(16)
+        except OSError as error:
+            raise VideoError("unreadable file", f"{file}: {error.strerror}") from error
     if not head:
-        raise VideoError("empty file", f"{path} has 0 bytes")
+        raise VideoError("empty file", f"{_called(file)} has 0 bytes")
     return head
 
 
@@ -162,16 +190,18 @@ def _decode_from(container, stream, start: int) -> Iterator[av.VideoFrame]:
             yield frame
 
 
-def _check_reached_end(path, container, stream, count: int, end: float) -> None:
+def _check_reached_end(file, container, stream, count: int, end: float) -> None:
     """Did `count` frames, the last ending at `end` seconds, exhaust the file? The index answered for an mp4."""
     kind = container.format.name
     if "matroska" in kind and "DURATION" in stream.metadata:
         hours, minutes, seconds = stream.metadata["DURATION"].split(":")
         declared = 3600 * int(hours) + 60 * int(minutes) + float(seconds)
         if end < 0.9 * declared - 2 / _fps(stream):  # headers round up
-            raise VideoError("truncated", f"{path} ends at {end:.3f} s, and its header says {declared:.3f} s")
-    if kind == "gif" and not Path(path).read_bytes().rstrip(b"\0").endswith(b";"):
-        raise VideoError("truncated", f"{path} gives {count} frames and then lacks a gif's end mark")
+            raise VideoError("truncated", f"{_called(file)} ends at {end:.3f} s, and its header says {declared:.3f} s")
+    if kind == "gif":
+        data = file if isinstance(file, bytes) else Path(file).read_bytes()
+        if not data.rstrip(b"\0").endswith(b";"):
+            raise VideoError("truncated", f"{_called(file)} gives {count} frames and then lacks a gif's end mark")
 
 
 def _fps(stream) -> float:
@@ -194,23 +224,23 @@ def _over_black(rgba: np.ndarray) -> np.ndarray:
     return ((rgba[..., :3] * alpha + 127) // 255).astype(np.uint8)
 
 
-def _open_image(path) -> Image.Image:
-    head = _head(path)
+def _open_image(file) -> Image.Image:
+    head = _head(file)
     try:
-        return Image.open(path)
+        return Image.open(io.BytesIO(file) if isinstance(file, bytes) else file)
     except Image.DecompressionBombError as error:
-        raise VideoError("too large", f"{path}: {error}") from error
+        raise VideoError("too large", f"{_called(file)}: {error}") from error
     except (OSError, SyntaxError, ValueError) as error:
-        raise VideoError("not an image", f"{path} begins with {head!r}") from error
+        raise VideoError("not an image", f"{_called(file)} begins with {head!r}") from error
 
 
-def _read_image(path) -> np.ndarray:
-    with _open_image(path) as image:
+def _read_image(file) -> np.ndarray:
+    with _open_image(file) as image:
         try:
             image.load()
         except (OSError, SyntaxError, ValueError) as error:
             reason = "truncated" if "truncated" in str(error) else "corrupt frames"
-            raise VideoError(reason, f"{path}: {error}") from error
+            raise VideoError(reason, f"{_called(file)}: {error}") from error
         upright = ImageOps.exif_transpose(image)
         if upright.mode.startswith("I;16"):  # 16-bit grey: Pillow's own conversion would clip it at 255
             return np.repeat((np.asarray(upright) >> 8).astype(np.uint8)[..., None], 3, axis=-1)
