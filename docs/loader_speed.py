@@ -44,7 +44,7 @@ def make_latents(directory: Path, name: str) -> None:
             yield LatentClip(mean, std, encode_bytes(f"clip {i}"), f"clip {i}", 16.0, str(i))
 
     text = {"encoder": "bytes"}
-    write_latents(directory, clips(), codec_hash="none", text=text, empty_text_LE=encode_bytes(""))
+    write_latents(directory, list(clips()), codec_hash="none", text=text, empty_text_LE=encode_bytes(""))
 
 
 def cpu_seconds() -> float:

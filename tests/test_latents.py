@@ -12,7 +12,7 @@ from minisora_jax.models.text import encode_bytes
 from minisora_jax.types import LatentClip
 
 COUNT = 9
-MADE_WITH = dict(codec_hash="c0ffee", text={"encoder": "bytes"}, empty_text_LE=encode_bytes(""), shard_bytes=1500)
+MADE_WITH = dict(codec_hash="c0ffee", text={"encoder": "bytes"}, empty_text_LE=encode_bytes(""), clips_per_part=2)
 
 
 def latent(i):
@@ -23,14 +23,13 @@ def latent(i):
     return LatentClip(mean.astype(np.float32), std.astype(np.float32), text, f"clip {i} é", 29.97, f"a/{i}.mp4")
 
 
-def clips_from(start):
-    return map(latent, range(start, COUNT))
+CLIPS = [latent(i) for i in range(COUNT)]
 
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cache")
-    write_latents(folder, clips_from, **MADE_WITH)
+    write_latents(folder, CLIPS, **MADE_WITH)
     return folder
 
 
@@ -132,31 +131,38 @@ def test_no_damaged_byte_is_ever_read_as_data(copy):
     assert errors > 5
 
 
-@pytest.mark.parametrize("as_function", [True, False])
-def test_an_interrupted_encode_resumes_to_the_same_bytes(cache, tmp_path, as_function):
+def test_an_interrupted_encode_resumes_to_the_same_bytes(cache, tmp_path):
     encoded = []
 
-    def source(start, stop=COUNT):
-        for i in range(start, COUNT):
+    def source(numbers, stop=COUNT):
+        for i in numbers:
             if i == stop:
                 raise RuntimeError("preempted")
             encoded.append(i)
             yield latent(i)
 
     with pytest.raises(RuntimeError, match="preempted"):
-        write_latents(tmp_path, lambda start: source(start, 6), **MADE_WITH)
+        write_latents(tmp_path, lambda numbers: source(numbers, 5), count=COUNT, **MADE_WITH)
     with pytest.raises(DataError, match="did not finish"):
         Latents(tmp_path)
     encoded.clear()
-    write_latents(tmp_path, source if as_function else source(0), **MADE_WITH)
-    assert (encoded[0] > 0) == as_function
+    write_latents(tmp_path, source, count=COUNT, **MADE_WITH)
+    assert encoded[0] == 4
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == {p.name: p.read_bytes() for p in cache.iterdir()}
 
 
+def test_a_clip_that_cannot_be_read_is_left_out_and_named(tmp_path):
+    some = lambda numbers: (DataError(f"record {i} is corrupt") if i % 4 == 1 else latent(i) for i in numbers)
+    manifest = write_latents(tmp_path, some, count=COUNT, **MADE_WITH)
+    assert manifest["left_out"] == ["record 1 is corrupt", "record 5 is corrupt"]
+    latents = Latents(tmp_path)
+    assert [latents[i].name for i in range(len(latents))] == [f"a/{i}.mp4" for i in range(COUNT) if i % 4 != 1]
+
+
 def test_a_cache_of_other_clips_is_not_taken_for_finished(tmp_path):
-    write_latents(tmp_path, clips_from, source="cats", **MADE_WITH)
+    write_latents(tmp_path, CLIPS, source="cats", **MADE_WITH)
     with pytest.raises(DataError, match="source='cats'; this one has source='dogs'"):
-        write_latents(tmp_path, clips_from, source="dogs", **MADE_WITH)
+        write_latents(tmp_path, CLIPS, source="dogs", **MADE_WITH)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, 1e5])

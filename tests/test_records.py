@@ -9,22 +9,30 @@ import pytest
 
 from minisora_jax.data import records
 from minisora_jax.data.prepare import Records, prepare
-from minisora_jax.data.records import DataError, Item, Shards, pack_record, unpack_record, write_shards
+from minisora_jax.data.records import DataError, Shards, pack_record, unpack_record
 from minisora_jax.data.shapes import Shapes
 
 COUNT = 10
 
 
-def items_after(state, stop=COUNT):
-    for i in range(state or 0, COUNT):
+def write_part(part, writer, stop=COUNT):
+    for i in range(2 * part, 2 * part + 2):
         if i == stop:
             raise KeyboardInterrupt
         values = np.random.default_rng(i).integers(0, 255, (100 + 13 * i, 3), dtype=np.uint8)
-        yield Item(pack_record({"values": values}, {"i": i}), (len(values),), i + 1)
+        writer.add(pack_record({"values": values}, {"i": i}), (len(values),))
+    return [part]
 
 
-def write(out, items=items_after, **settings):
-    return write_shards(out, "things", items, settings={"codec": "abc", **settings}, shard_bytes=1000)
+def write(out, write_part=write_part, parts=range(COUNT // 2), **settings):
+    """As `latents.write_latents` does, `parts` being this process's share."""
+    opening = records.opening_of("things", {"codec": "abc", **settings}, 700, "group_size:1,uncompressed")
+    if manifest := records.finished(out, opening):
+        return manifest
+    records.begin(out, opening)
+    records.write_parts(out, opening, parts, write_part)
+    if len(parts) == COUNT // 2:
+        return records.finish_parts(out, opening, COUNT // 2, closing=lambda facts: {"order": sum(facts, [])})
 
 
 def contents(folder):
@@ -56,7 +64,8 @@ def test_any_flipped_bit_of_a_record_is_found():
 def test_every_record_of_every_shard_reads_back(tmp_path):
     manifest = write(tmp_path)
     assert len(manifest["shards"]) > 2 and manifest["records"] == COUNT
-    assert not (tmp_path / "progress.jsonl").exists()
+    assert not (tmp_path / "progress.jsonl").exists() and not (tmp_path / "parts").exists()
+    assert manifest["order"] == list(range(COUNT // 2))
     shards = Shards(tmp_path, "things", {"codec": "abc"})
     shards.verify()
     shards = pickle.loads(pickle.dumps(shards))
@@ -72,13 +81,21 @@ def test_every_record_of_every_shard_reads_back(tmp_path):
 def test_an_interrupted_write_resumes_to_the_same_bytes(tmp_path, stop):
     write(tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
-        write(tmp_path / "cut", lambda state: items_after(state, stop))
+        write(tmp_path / "cut", lambda part, writer: write_part(part, writer, stop))
     with pytest.raises(DataError, match="did not finish"):
         Shards(tmp_path / "cut", "things", {})
     started = []
-    write(tmp_path / "cut", lambda state: started.append(state or 0) or items_after(state))
-    assert started[0] <= stop and (stop < 4 or started[0] > 0), "finished shards are kept"
+    write(tmp_path / "cut", lambda part, writer: started.append(part) or write_part(part, writer))
+    assert started[0] == stop // 2, "finished parts are kept"
     assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
+
+
+def test_processes_share_the_parts(tmp_path):
+    write(tmp_path / "whole")
+    for share in (range(1, COUNT // 2, 3), range(2, COUNT // 2, 3), range(0, COUNT // 2, 3)):
+        write(tmp_path / "shared", parts=share)
+    write(tmp_path / "shared", lambda part, writer: pytest.fail("all parts are done"))
+    assert contents(tmp_path / "shared") == contents(tmp_path / "whole")
 
 
 def test_a_crash_while_finishing_is_resumed(tmp_path, monkeypatch):
@@ -87,26 +104,24 @@ def test_a_crash_while_finishing_is_resumed(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="disk full"):
         write(tmp_path / "cut")
     monkeypatch.undo()
-    torn = (tmp_path / "cut/progress.jsonl").read_text()
-    (tmp_path / "cut/progress.jsonl").write_text(torn[:-5])  # the last line half written
     write(tmp_path / "cut")
     assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
 
 
 def test_other_settings_never_mix(tmp_path):
     with pytest.raises(KeyboardInterrupt):
-        write(tmp_path, lambda state: items_after(state, 7))
+        write(tmp_path, lambda part, writer: write_part(part, writer, 7))
     with pytest.raises(DataError, match="codec='abc'; this one has codec='xyz'"):
         write(tmp_path, codec="xyz")
     first = write(tmp_path)
-    assert write(tmp_path, lambda state: pytest.fail("a finished data set is left alone")) == first
+    assert write(tmp_path, lambda part, writer: pytest.fail("a finished data set is left alone")) == first
     with pytest.raises(DataError, match="codec='abc'; this one has codec='xyz'"):
         write(tmp_path, codec="xyz")
 
 
 def test_nothing_to_write_is_an_error(tmp_path):
     with pytest.raises(DataError, match="no record to write"):
-        write(tmp_path, lambda state: [])
+        write(tmp_path, lambda part, writer: [])
 
 
 def test_prepared_shapes_are_the_shapes(tmp_path):

@@ -86,7 +86,7 @@ def test_it_is_no_failure_to_the_caller(capsys):
 def test_time_is_accounted_for(tmp_path):
     line(tmp_path, before=lambda number: time.sleep(0.02))
     rows = metrics(tmp_path)
-    assert sum(r["time_data"] for r in rows) > 0.15 and rows[0]["time_compile"] > 10 * rows[5]["time_step"]
+    assert sum(r["time_data"] for r in rows) > 0.15 and [r["step"] for r in rows if "time_compile" in r] == [1]
     spent = sum(v for r in rows for k, v in r.items() if k.startswith("time_"))
     assert spent < sum(1 / r["steps_per_s"] for r in rows) * 1.01
     assert 0 < rows[-1]["goodput"] < 1 and rows[-1]["productive_s"] == pytest.approx(

@@ -30,7 +30,7 @@ def make_cache(directory, codec_hash: str = "test") -> None:
             yield LatentClip(mean, np.full_like(mean, 0.1), encode_bytes(caption), caption, 8.0, str(i))
 
     text = {"encoder": "bytes"}
-    write_latents(directory, clips(), codec_hash=codec_hash, text=text, empty_text_LE=encode_bytes(""))
+    write_latents(directory, list(clips()), codec_hash=codec_hash, text=text, empty_text_LE=encode_bytes(""))
 
 
 def task(steps: int, rows: int = 8, strict: bool = False) -> DiffusionTask:

@@ -144,7 +144,7 @@ def add_mesh(parser):
 
 
 def mesh_in_use(text: str | None):
-    """A context in which the mesh of that text is set; no mesh for None."""
+    """A context in which the mesh of that text is set, of this process's devices; no mesh for None."""
     import contextlib
 
     if text is None:
@@ -154,7 +154,7 @@ def mesh_in_use(text: str | None):
 
     from minisora_jax.parallel.mesh import MeshConfig, make_mesh
 
-    return jax.set_mesh(make_mesh(MeshConfig.parse(text)))
+    return jax.set_mesh(make_mesh(MeshConfig.parse(text), jax.local_devices()))
 
 
 def parse_interval(text: str) -> tuple[float, float]:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from minisora_jax.data.records import DataError
 from minisora_jax.models.captions import Captions
 from minisora_jax.models.codec import Codec
 from minisora_jax.types import Clip, LatentClip
@@ -14,15 +15,22 @@ WINDOW = 256  # clips looked at together, so that those of one size share a pass
 PIXELS_AT_ONCE = 2**19  # H * W of a pass's clips together
 
 
-def encode_clips(codec: Codec, captions: Captions, clips: Sequence[Clip], start: int = 0) -> Iterator[LatentClip]:
-    """The latents of clips start, start + 1, ... Clips of one size go through the codec together."""
-    for first in range(start, len(clips), WINDOW):
-        window = [clips[i] for i in range(first, min(first + WINDOW, len(clips)))]
-        texts = captions.encode([clip.caption for clip in window])
+def encode_clips(
+    codec: Codec, captions: Captions, clips: Sequence[Clip], numbers: range
+) -> Iterator[LatentClip | DataError]:
+    """The latents of the clips of these numbers, in order; the error in the place of one that cannot be read.
+
+    Clips of one size go through the codec together.
+    """
+    for first in range(numbers.start, numbers.stop, WINDOW):
+        window = [_read(clips, i) for i in range(first, min(first + WINDOW, numbers.stop))]
+        read = [clip for clip in window if not isinstance(clip, DataError)]
+        texts = iter(captions.encode([clip.caption for clip in read]) if read else ())
         moments: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         by_size: dict[tuple, list[int]] = {}
         for i, clip in enumerate(window):
-            by_size.setdefault(clip.frames_THWC.shape, []).append(i)
+            if not isinstance(clip, DataError):
+                by_size.setdefault(clip.frames_THWC.shape, []).append(i)
         for (_, H, W, _), members in by_size.items():
             batch = int(np.clip(PIXELS_AT_ONCE // (H * W), 1, 8))
             for some in (members[k : k + batch] for k in range(0, len(members), batch)):
@@ -31,4 +39,14 @@ def encode_clips(codec: Codec, captions: Captions, clips: Sequence[Clip], start:
                 mean, std = codec.encode(np.stack([window[i].frames_THWC for i in padded]))
                 moments |= {i: (mean[k], std[k]) for k, i in enumerate(some)}
         for i, clip in enumerate(window):
-            yield LatentClip(*moments[i], texts[i], clip.caption, clip.fps, clip.name)
+            if isinstance(clip, DataError):
+                yield clip
+            else:
+                yield LatentClip(*moments[i], next(texts), clip.caption, clip.fps, clip.name)
+
+
+def _read(clips: Sequence[Clip], i: int) -> Clip | DataError:
+    try:
+        return clips[i]
+    except DataError as error:
+        return error

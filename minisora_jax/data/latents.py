@@ -8,60 +8,82 @@ text encoder made them, and a reader that expects others gets an error.
 
 from __future__ import annotations
 
-import itertools
+import json
+import logging
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
+from minisora_jax.data import records
 from minisora_jax.data.epochs import parse_mixture
-from minisora_jax.data.records import DataError, Item, Shards, pack_record, write_shards
+from minisora_jax.data.records import DataError, Shards, pack_record
 from minisora_jax.data.sources import PREPROCESSING_VERSION
+from minisora_jax.parallel.processes import barrier, is_main, several
 from minisora_jax.types import LatentClip
+
+log = logging.getLogger("minisora")
 
 
 def write_latents(
     out_dir: str | os.PathLike,
-    clips: Iterable[LatentClip] | Callable[[int], Iterable[LatentClip]],
+    clips: Sequence[LatentClip] | Callable[[range], Iterable[LatentClip | DataError]],
     *,
     codec_hash: str,
     text: dict[str, Any],
     empty_text_LE: np.ndarray,
     source: str = "",
+    count: int | None = None,
     preprocessing_version: int = PREPROCESSING_VERSION,
     shard_bytes: int = 256 * 2**20,
+    clips_per_part: int = 1024,
 ) -> dict[str, Any]:
-    """Write the cache and return its manifest.
+    """Write the cache and return its manifest. Of several processes all call it, and each writes a share of the parts.
 
-    clips: the encoded clips, or a function of n that gives them from number n on: with it an interrupted encode,
-    started again, does not encode the finished shards anew (an iterable is read through to that point instead).
+    clips: the encoded clips; or a function that gives those of a range of numbers below `count`, in order, with an
+    error in the place of one that could not be read, which is left out and named in the manifest.
     codec_hash: of the codec's weights and config.   text: the text encoder's identity, such as {"encoder": "bytes"}.
     empty_text_LE: features of the empty caption, for guidance.   source: which clips these are (`Records.identity`),
     so that a folder that holds other clips' latents is refused, and not taken for finished.
+    clips_per_part: the unit of work, and of what an interrupted encode may have to do again.
 
+    The bytes depend on the clips and settings, not on how many processes there were or how often they were interrupted.
     Raises ValueError for moments that float16 cannot hold, DataError where `out_dir` holds a cache of other settings.
     """
+    out_dir, count = Path(out_dir), len(clips) if count is None else count
+    parts = -(-count // clips_per_part)
+    settings = {"codec_hash": codec_hash, "preprocessing_version": preprocessing_version, "text": text}
+    settings |= {"source": source, "clips_per_part": clips_per_part}
+    opening = records.opening_of("latents", settings, shard_bytes, "group_size:1,uncompressed")
+    if manifest := records.finished(out_dir, opening):
+        return manifest
+    if is_main():
+        records.begin(out_dir, opening)
+    barrier("an encode begins")
 
-    def items_after(done: int | None) -> Iterator[Item]:
-        start = done or 0
-        rest = clips(start) if callable(clips) else itertools.islice(clips, start, None)
-        for number, clip in enumerate(rest, start):
-            yield Item(_to_record(clip), (*clip.mean_thwc.shape[:3], clip.text_LE.shape[0]), number + 1)
+    def write_part(part: int, writer: records.ShardWriter) -> list[str]:
+        numbers = range(part * clips_per_part, min((part + 1) * clips_per_part, count))
+        left_out = []
+        for clip in clips(numbers) if callable(clips) else clips[numbers.start : numbers.stop]:
+            if isinstance(clip, DataError):
+                log.warning("left out: %s", clip)
+                left_out.append(str(clip))
+            else:
+                writer.add(_to_record(clip), (*clip.mean_thwc.shape[:3], clip.text_LE.shape[0]))
+        return left_out
 
-    return write_shards(
-        out_dir,
-        "latents",
-        items_after,
-        settings={
-            "codec_hash": codec_hash,
-            "preprocessing_version": preprocessing_version,
-            "text": text,
-            "source": source,
-        },
-        tables={"empty_text": _stored(empty_text_LE, "the empty caption's features")},
-        shard_bytes=shard_bytes,
-    )
+    share = (jax.process_index(), jax.process_count()) if several() else (0, 1)
+    records.write_parts(out_dir, opening, range(share[0], parts, share[1]), write_part)
+    barrier("an encode's parts")
+    if is_main():
+        empty = {"empty_text": _stored(empty_text_LE, "the empty caption's features")}
+        together = lambda facts: {"left_out": [name for part in facts for name in part]}
+        records.finish_parts(out_dir, opening, parts, tables=empty, closing=together)
+    barrier("an encode's manifest")
+    return json.loads((out_dir / "manifest.json").read_text(encoding="utf-8"))
 
 
 class Latents:

@@ -4,8 +4,7 @@
         clips-00001-of-00002.array_record
         sizes.npy                           one row of integers a record: plans need no record to be read
         manifest.json                       written last: a folder without it is not finished
-        progress.jsonl                      only while writing: the shards finished so far
-        parts/                              only while `prepare` writes: the parts finished so far
+        progress.jsonl, parts/              only while writing: what is written, and the parts finished so far
 
 A record is `MSR1`, the crc32 of what follows, the length of a JSON header, the header (names, dtypes and shapes of
 the arrays, and the caller's facts), and the arrays' bytes. Every failure to read is a DataError that names the file,
@@ -15,15 +14,14 @@ what was expected and what was found; nothing is ever filled in.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import hashlib
-import itertools
 import json
 import os
+import shutil
 import struct
 import threading
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +34,7 @@ from minisora_jax.data.storage import patiently, require_readable
 
 FORMAT = 1
 MAGIC = b"MSR1"
+PARTS = "parts"
 RANDOM_ACCESS = "readahead_buffer_size:0,max_parallelism:0"
 
 
@@ -75,48 +74,54 @@ def unpack_record(record: bytes, where: str) -> tuple[dict[str, np.ndarray], dic
 # ---- Writing
 
 
-@dataclasses.dataclass(frozen=True)
-class Item:
-    record: bytes
-    size: tuple[int, ...]  # its row of sizes.npy
-    state: Any  # JSON: where to go on after this record
-
-
-def write_shards(
+def write_parts(
     out_dir: str | os.PathLike,
-    kind: str,
-    items_after: Callable[[Any], Iterable[Item]],
-    *,
-    settings: dict[str, Any],
-    tables: dict[str, np.ndarray] | None = None,
-    closing: Callable[[], dict[str, Any]] = dict,
-    shard_bytes: int = 256 * 2**20,
-    options: str = "group_size:1,uncompressed",
-) -> dict[str, Any]:
-    """Write a data set and return its manifest. Called again after an interruption, it keeps the finished shards.
+    opening: dict[str, Any],
+    parts: Sequence[int],
+    write_part: Callable[[int, ShardWriter], Any],
+) -> None:
+    """Write these parts of a data set, but for those that are done: of several processes, each its own.
 
-    items_after(state): the items that follow the one that carried `state` (None: from the first). They must be a
-    function of `settings` alone, so that a resumed run ends in the same bytes.
-    tables: arrays kept beside the records, as NAME.npy.   closing: more entries of the manifest, asked for at the end.
-    A finished data set of the same settings is left as it is; other settings are a DataError.
+    opening: of `opening_of`.   write_part(n, writer): adds the records of part n, and gives facts for `finish_parts`.
+    Both are functions of the settings alone, so whoever writes which part, after whatever interruption, the same bytes
+    come out. A part's JSON is written last: a part that has one is done.
     """
-    out_dir = Path(out_dir)
-    opening = opening_of(kind, settings, shard_bytes, options)
-    if manifest := finished(out_dir, opening):
-        return manifest
-    shards = _resume(out_dir, kind, opening)
-    items = iter(items_after(shards[-1]["state"] if shards else None))
-    while first := next(items, None):
-        shard = _write_shard(out_dir / f"{kind}-{len(shards):05d}", itertools.chain([first], items), opening)
-        shards.append(shard)
-        with open(out_dir / "progress.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(shard) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+    folder = Path(out_dir) / PARTS
+    folder.mkdir(parents=True, exist_ok=True)
+    for part in parts:
+        note = folder / f"{part:06d}.json"
+        if note.exists():
+            continue
+        for litter in folder.glob(f".{part:06d}-*.tmp*"):
+            litter.unlink()
+        with ShardWriter(folder / f"{part:06d}", opening) as writer:
+            facts = write_part(part, writer)
+        with replacing(note) as temporary:
+            temporary.write_text(json.dumps({"shards": writer.shards, "facts": facts}), encoding="utf-8")
+
+
+def finish_parts(
+    out_dir: str | os.PathLike,
+    opening: dict[str, Any],
+    parts: int,
+    *,
+    tables: dict[str, np.ndarray] | None = None,
+    closing: Callable[[list[Any]], dict[str, Any]] = lambda facts: {},
+) -> dict[str, Any]:
+    """The manifest of a data set all of whose parts are done, which puts them together.
+
+    tables: arrays kept beside the records, as NAME.npy.   closing(the parts' facts): more entries of the manifest.
+    """
+    folder = Path(out_dir) / PARTS
+    notes = [_read_json(folder / f"{part:06d}.json") for part in range(parts)]
+    shards = [{**shard, "file": f"{PARTS}/{shard['file']}"} for note in notes for shard in note["shards"]]
     if not shards:
-        (out_dir / "progress.jsonl").unlink()
+        shutil.rmtree(folder)
+        (Path(out_dir) / "progress.jsonl").unlink(missing_ok=True)
         raise DataError(f"{out_dir}: there was no record to write")
-    return finish(out_dir, opening, shards, tables or {}, closing())
+    manifest = finish(Path(out_dir), opening, shards, tables or {}, closing([note["facts"] for note in notes]))
+    shutil.rmtree(folder)
+    return manifest
 
 
 def opening_of(kind: str, settings: dict[str, Any], shard_bytes: int, options: str) -> dict[str, Any]:
@@ -133,6 +138,7 @@ def finished(out_dir: Path, opening: dict[str, Any]) -> dict[str, Any] | None:
     manifest = _read_json(out_dir / "manifest.json")
     _check_same(out_dir, opening, manifest)
     (out_dir / "progress.jsonl").unlink(missing_ok=True)
+    shutil.rmtree(out_dir / PARTS, ignore_errors=True)
     return manifest
 
 
@@ -147,21 +153,20 @@ def begin(out_dir: Path, opening: dict[str, Any]) -> None:
 
 
 class ShardWriter:
-    """Records into STEM.array_record, or STEM-0, STEM-1, ... with `numbered`: a file is whole or absent, and ends with
-    the record that reaches `shard_bytes`. `shards` lists those finished, all of them once the context is left."""
+    """Records into STEM-0.array_record, STEM-1.array_record, ...: a file is whole or absent, and ends with the record
+    that reaches `shard_bytes`. `shards` lists those finished, all of them once the context is left."""
 
-    def __init__(self, stem: Path, opening: dict[str, Any], *, numbered: bool = True):
-        self.stem, self.numbered = stem, numbered
+    def __init__(self, stem: Path, opening: dict[str, Any]):
+        self.stem = stem
         self.shard_bytes, self.options = opening["shard_bytes"], opening["options"]
         self.shards: list[dict[str, Any]] = []
         self._file = contextlib.ExitStack()
         self._sizes: list[list[int]] = []
 
-    def add(self, record: bytes, size: tuple[int, ...]) -> bool:
-        """Write a record; True if it was the last of its shard."""
+    def add(self, record: bytes, size: tuple[int, ...]) -> None:
+        """Write a record; `size` is its row of sizes.npy."""
         if not self._sizes:
-            number = f"-{len(self.shards)}" if self.numbered else ""
-            self._path = self.stem.with_name(f"{self.stem.name}{number}.array_record")
+            self._path = self.stem.with_name(f"{self.stem.name}-{len(self.shards)}.array_record")
             temporary = self._file.enter_context(replacing(self._path))
             self._writer, self._written = ArrayRecordWriter(str(temporary), self.options), 0
             self._file.callback(self._writer.close)
@@ -170,8 +175,6 @@ class ShardWriter:
         self._written += len(record)
         if self._written >= self.shard_bytes:
             self._close()
-            return True
-        return False
 
     def _close(self) -> None:
         self._file.close()
@@ -187,36 +190,6 @@ class ShardWriter:
             self._file.__exit__(kind, error, trace)
         elif self._sizes:
             self._close()
-
-
-def _write_shard(stem: Path, items: Iterator[Item], opening: dict[str, Any]) -> dict[str, Any]:
-    """The next shard: at least one record."""
-    with ShardWriter(stem, opening, numbered=False) as writer:
-        for item in items:
-            if writer.add(item.record, item.size):
-                break
-    return {**writer.shards[0], "state": item.state}
-
-
-def _resume(out_dir: Path, kind: str, opening: dict) -> list[dict[str, Any]]:
-    """The finished shards of an interrupted run, after checking that it wrote the same thing; else a fresh start."""
-    progress = out_dir / "progress.jsonl"
-    for litter in out_dir.glob(".*.tmp.*"):
-        litter.unlink()
-    lines = progress.read_text(encoding="utf-8").split("\n")[:-1] if progress.exists() else []  # whole lines only
-    if lines:
-        _check_same(out_dir, opening, json.loads(lines[0]))
-    shards = [json.loads(line) for line in lines[1:]]
-    for i, shard in enumerate(shards):
-        for renamed in out_dir.glob(f"{kind}-{i:05d}-of-*.array_record"):  # it was interrupted while finishing
-            os.replace(renamed, out_dir / shard["file"])
-        path = out_dir / shard["file"]
-        if not path.exists() or path.stat().st_size != shard["bytes"]:
-            shards = shards[:i]
-            break
-    with replacing(progress) as temporary:
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in [opening, *shards]), encoding="utf-8")
-    return shards
 
 
 def finish(out_dir: Path, opening: dict, shards: list, tables: dict, closing: dict) -> dict[str, Any]:
