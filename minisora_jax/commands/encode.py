@@ -42,17 +42,16 @@ def add_arguments(parser):
 
 
 def run(args, _):
-    import jax
     from tqdm import tqdm
 
     from minisora_jax.bundled import CODEC
     from minisora_jax.data.encode import encode_clips
-    from minisora_jax.data.latents import write_latents
+    from minisora_jax.data.latents import my_parts, write_latents
     from minisora_jax.data.prepare import open_clips
     from minisora_jax.data.records import DataError
     from minisora_jax.models.captions import BYTES, encoder_captions
     from minisora_jax.models.codec import Codec
-    from minisora_jax.parallel.processes import is_main, several
+    from minisora_jax.parallel.processes import is_main
 
     codec = Codec.load(args.codec or CODEC)
     captions = encoder_captions(args.text_encoder) if args.text_encoder else BYTES
@@ -60,8 +59,8 @@ def run(args, _):
 
     if args.clips_per_part < 1:
         raise ValueError(f"--clips-per-part={args.clips_per_part} must be at least 1")
-    share = len(clips) // jax.process_count() if several() else len(clips)
-    with mesh_in_use(args.mesh), tqdm(desc="encoding", unit="clip", total=share, disable=not is_main()) as bar:
+    mine = my_parts(len(clips), args.clips_per_part)
+    with mesh_in_use(args.mesh), tqdm(desc="encoding", unit="clip", total=sum(map(len, mine.values()))) as bar:
 
         def latents(numbers):
             for clip in encode_clips(codec, captions, clips, numbers):

@@ -65,8 +65,7 @@ def write_latents(
     barrier("an encode begins")
 
     def write_part(part: int, writer: records.ShardWriter) -> list[str]:
-        numbers = range(part * clips_per_part, min((part + 1) * clips_per_part, count))
-        left_out = []
+        numbers, left_out = mine[part], []
         for clip in clips(numbers) if callable(clips) else clips[numbers.start : numbers.stop]:
             if isinstance(clip, DataError):
                 log.warning("left out: %s", clip)
@@ -75,8 +74,8 @@ def write_latents(
                 writer.add(_to_record(clip), (*clip.mean_thwc.shape[:3], clip.text_LE.shape[0]))
         return left_out
 
-    share = (jax.process_index(), jax.process_count()) if several() else (0, 1)
-    records.write_parts(out_dir, opening, range(share[0], parts, share[1]), write_part)
+    mine = my_parts(count, clips_per_part)
+    records.write_parts(out_dir, opening, list(mine), write_part)
     barrier("an encode's parts")
     if is_main():
         empty = {"empty_text": _stored(empty_text_LE, "the empty caption's features")}
@@ -84,6 +83,13 @@ def write_latents(
         records.finish_parts(out_dir, opening, parts, tables=empty, closing=together)
     barrier("an encode's manifest")
     return json.loads((out_dir / "manifest.json").read_text(encoding="utf-8"))
+
+
+def my_parts(count: int, clips_per_part: int) -> dict[int, range]:
+    """{part: the numbers of its clips} of those that fall to this process, of all that there are."""
+    first, step = (jax.process_index(), jax.process_count()) if several() else (0, 1)
+    parts = range(first, -(-count // clips_per_part), step)
+    return {part: range(part * clips_per_part, min((part + 1) * clips_per_part, count)) for part in parts}
 
 
 class Latents:
