@@ -55,6 +55,7 @@ class Result:
     case: Case
     how: str  # "measured" or "compiled"
     seconds: float  # of a step; modelled where it was only compiled
+    cpu_seconds: float  # that the process computed in a step, where devices are made of a CPU and share its cores
     bytes: float  # of a device, as compiled
     useful_tokens: int  # of a step
     useful_flops: float
@@ -98,7 +99,7 @@ def measure(task: DiffusionTask, case: Case, rows: int, *, repeats: int, peak: f
     mesh = make_mesh(case.mesh)
     optim = task.run.optim
     optimizer = make_optimizer(optim, task.run.steps)
-    seconds = held = flops = 0.0
+    seconds = cpu_seconds = held = flops = 0.0
     tokens = 0
     with jax.set_mesh(mesh):
         state = jax.jit(lambda k: init_state(init_params(task, k), optimizer))(jax.random.key(0))
@@ -110,15 +111,16 @@ def measure(task: DiffusionTask, case: Case, rows: int, *, repeats: int, peak: f
             held = max(held, memory.temp_size_in_bytes + memory.argument_size_in_bytes)
             taken = []
             for _ in range(repeats + 1):
-                begin = time.perf_counter()
+                begin = np.array([time.perf_counter(), time.process_time()])
                 state, metrics = compiled(state, batch, jax.random.key(1))
                 float(metrics["loss"])
-                taken.append(time.perf_counter() - begin)
-            seconds += float(np.median(taken[1:]))
+                taken.append(np.array([time.perf_counter(), time.process_time()]) - begin)
+            seconds, cpu_seconds = (seconds, cpu_seconds) + np.median(taken[1:], axis=0)
             for n in (n for row in clips for n in row):
                 tokens, flops = tokens + n, flops + arithmetic(Workload(task, n, text_tokens=4)).useful
     mfu = flops / (seconds * peak * mesh.size) if peak else math.nan
-    return Result(case, "measured", seconds, held, tokens, flops, mfu)
+    on_cpu = jax.default_backend() == "cpu"
+    return Result(case, "measured", seconds, cpu_seconds if on_cpu else math.nan, held, tokens, flops, mfu)
 
 
 def compiled(task: DiffusionTask, case: Case, rows: int, topology: Topology) -> Result:
@@ -131,6 +133,7 @@ def compiled(task: DiffusionTask, case: Case, rows: int, topology: Topology) -> 
         case,
         "compiled" if facts.fits else "compiled: does not fit",
         estimate.step,
+        math.nan,
         facts.total_bytes,
         useful,
         estimate.arithmetic.useful,
@@ -194,15 +197,16 @@ def write(results: Sequence[Result], out: Path, title: str) -> None:
 
 def _markdown(results: Sequence[Result]) -> list[str]:
     lines = [
-        "| context | clips | batching | attention | remat | mesh | how | s / step | GiB / device | tokens / s | MFU |",
-        "|--:|--:|---|---|---|---|---|--:|--:|--:|--:|",
+        "| context | clips | batching | attention | remat | mesh | how | s / step | CPU s | GiB / device | tokens / s | MFU |",
+        "|--:|--:|---|---|---|---|---|--:|--:|--:|--:|--:|",
     ]
     for r in results:
         c, mfu = r.case, "" if math.isnan(r.mfu) else f"{100 * r.mfu:.1f} %"
+        cpu = "" if math.isnan(r.cpu_seconds) else f"{r.cpu_seconds:.3g}"
         clips = "mixed" if c.mixed else str(c.clips)
         lines.append(
             f"| {c.context:,} | {clips} | {c.batching} | {c.attention} | {c.remat} | {named(c.mesh)} | {r.how} | "
-            f"{r.seconds:.3g} | {r.bytes / 2**30:.2f} | {r.useful_tokens / r.seconds:,.0f} | {mfu} |"
+            f"{r.seconds:.3g} | {cpu} | {r.bytes / 2**30:.2f} | {r.useful_tokens / r.seconds:,.0f} | {mfu} |"
         )
     return lines
 

@@ -113,6 +113,61 @@ def kill(count: int, seed: int, steps: int, at: Path) -> None:
     )
 
 
+# ---- Other numbers of processes
+
+LOADING = """
+import json, sys
+import jax
+from minisora_jax.data.latents import Latents
+from minisora_jax.data.packing import PackConfig, PackPlan, token_counts
+from minisora_jax.parallel.mesh import MeshConfig, host_rows, make_mesh
+from minisora_jax.parallel.processes import started
+cache, out, first, last = sys.argv[1:]
+with started():
+    latents, pack = Latents(cache), PackConfig(tokens=32, text_tokens=512, slots=8, rows=4)
+    plan = PackPlan(*token_counts(latents.sizes, (1, 2, 2)), pack, 0, per_step=4)
+    jax.set_mesh(make_mesh(MeshConfig(data=2, ring=4)))
+    steps = range(int(first), int(last) if int(last) else 10**6)
+    read = {}
+    for step in steps:
+        if plan.epoch(step):
+            break
+        rows = plan.rows(step)
+        read[step] = {int(r): [latents[int(i)].name for i in rows[r]] for r in host_rows(4)}
+    with open(f"{out}-{jax.process_index()}.json", "w") as file:
+        json.dump(read, file)
+"""
+
+
+def elastic(count: int, seed: int, steps: int, at: Path) -> None:
+    """Which clips each process reads over an epoch: its first steps by 4 processes, the next by 2, the last by 4."""
+    from train_tiny import make_cache
+
+    make_cache(at / "cache")
+    rows: dict[tuple[int, int], list[str]] = {}
+    readers: dict[tuple[int, int], int] = {}
+    for turn, (processes, first, last) in enumerate(((4, 0, 1), (2, 1, 3), (4, 3, 0))):
+        command = [sys.executable, "launch/local_cpu.py", "-n", str(processes), "--devices", str(8 // processes), "--"]
+        command += [sys.executable, "-c", LOADING, str(at / "cache"), str(at / f"turn{turn}"), str(first), str(last)]
+        done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, done.stdout + done.stderr
+        found = sorted(at.glob(f"turn{turn}-*.json"))
+        assert len(found) == processes
+        for path in found:
+            for step, of_step in json.loads(path.read_text()).items():
+                for row, names in of_step.items():
+                    at_row = int(step), int(row)
+                    assert rows.setdefault(at_row, names) == names, "processes of one row read different clips"
+                    readers[at_row] = readers.get(at_row, 0) + 1
+    seen = [name for names in rows.values() for name in names]
+    step_count = max(step for step, _ in rows) + 1
+    assert len(rows) == 4 * step_count and len(seen) == len(set(seen)) and len(seen) >= 100 - 4 * 8
+    print(
+        f"{step_count} steps, {len(rows)} rows, {len(seen)} clips of 100, each once; rows read by "
+        f"{min(readers.values())} to {max(readers.values())} processes"
+    )
+
+
 def _write_clips(folder: Path, count: int) -> None:
     from minisora_jax.data.shapes import Shapes
     from minisora_jax.data.video import write_video
@@ -241,10 +296,10 @@ if __name__ == "__main__":
         print(json.dumps(read_broken(Path(sys.argv[2]), [int(s) for s in sys.argv[3:]])))
         sys.exit()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("kill", "fuzz"))
+    parser.add_argument("what", choices=("kill", "fuzz", "elastic"))
     parser.add_argument("--count", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=40, help="of the training that is killed")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="soak-") as directory:
-        {"kill": kill, "fuzz": fuzz}[args.what](args.count, args.seed, args.steps, Path(directory))
+        {"kill": kill, "fuzz": fuzz, "elastic": elastic}[args.what](args.count, args.seed, args.steps, Path(directory))
