@@ -2,6 +2,7 @@
 
 python tests/soak.py kill --count 100      kill -9 at random moments of prepare, encode and train
 python tests/soak.py fuzz --count 1000     broken videos and record files: no crash, no hang, each accounted for
+    python tests/soak.py elastic               an epoch on 4, then 2, then 4 processes: each clip exactly once
 """
 
 from __future__ import annotations
