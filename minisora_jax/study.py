@@ -197,7 +197,7 @@ def write(results: Sequence[Result], out: Path, title: str) -> None:
 
 def _markdown(results: Sequence[Result]) -> list[str]:
     lines = [
-        "| context | clips | batching | attention | remat | mesh | how | s a step | CPU s | GiB a device | tokens/s | MFU |",
+        "| context | clips | batching | attention | remat | mesh | how | s a step | CPU s | GiB | tokens/s | MFU |",
         "|--:|--:|---|---|---|---|---|--:|--:|--:|--:|--:|",
     ]
     for r in results:
