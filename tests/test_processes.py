@@ -58,6 +58,9 @@ def processes(count: int, *command, devices=None, timeout=300) -> subprocess.Pop
 
 def environment() -> dict[str, str]:
     return os.environ | {
+        # Only the first process of a job keeps what it compiled: the others, still compiling, would not be there when
+        # a later run's first process asks for them.
+        "JAX_ENABLE_COMPILATION_CACHE": "false",
         "XLA_FLAGS": "--xla_backend_optimization_level=0",
         "PYTHONPATH": str(LAUNCHER.parent.parent),
     }

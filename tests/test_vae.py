@@ -45,13 +45,13 @@ def clip(frames: int, seed: int = 0) -> jax.Array:
 def test_streaming_equals_whole(codec, chunks):
     # Random weights amplify rounding; test_codec.py holds the trained codec to 1e-5.
     vae, params = codec
-    x = clip(9)
-    mean, logvar, _ = vae.apply(params, x, method="encode")
-    y, _ = vae.apply(params, mean, method="decode")
+    apply, x = jax.jit(vae.apply, static_argnames="method"), clip(9)
+    mean, logvar, _ = apply(params, x, method="encode")
+    y, _ = apply(params, mean, method="decode")
 
     past, parts, at = None, [], 0
     for n in chunks:
-        *moments, past = vae.apply(params, x[:, at : at + n], past, method="encode")
+        *moments, past = apply(params, x[:, at : at + n], past, method="encode")
         parts.append(moments)
         at += n
     for whole, pieces in zip((mean, logvar), zip(*parts)):
@@ -60,7 +60,7 @@ def test_streaming_equals_whole(codec, chunks):
     past, frames, at = None, [], 0
     for n in chunks:
         latents = 1 + (n - 1) // 4 if at == 0 else n // 4
-        part, past = vae.apply(params, mean[:, at : at + latents], past, method="decode")
+        part, past = apply(params, mean[:, at : at + latents], past, method="decode")
         assert part.shape[1] == n
         frames.append(part)
         at += latents
