@@ -45,18 +45,21 @@ def train_step(
         sums = {name: (jnp.sum(v * w), jnp.sum(w)) for name, (v, w) in terms.items()}
         return sums["loss"][0], sums
 
+    gradients = jax.value_and_grad(summed, has_aux=True)
+
     def microstep(carry, inputs):
         i, microbatch = inputs
-        (_, sums), grads = jax.value_and_grad(summed, has_aux=True)(
-            state.params, microbatch, jax.random.fold_in(key, i)
-        )
+        (_, sums), grads = gradients(state.params, microbatch, jax.random.fold_in(key, i))
         return jax.tree.map(jnp.add, carry, (grads, sums)), None
 
     first = jax.tree.map(lambda x: x[0], batch)
-    (_, sums), grads = jax.value_and_grad(summed, has_aux=True)(state.params, first, jax.random.fold_in(key, 0))
-    if microbatches > 1:
-        rest = jax.tree.map(lambda x: x[1:], batch)
-        (grads, sums), _ = jax.lax.scan(microstep, (grads, sums), (jnp.arange(1, microbatches), rest))
+    if microbatches == 1:
+        (_, sums), grads = gradients(state.params, first, jax.random.fold_in(key, 0))
+    else:  # all in one loop, from zeros: the gradient is compiled once
+        (_, sums), _ = jax.eval_shape(gradients, state.params, first, key)
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), sums)
+        start = (jax.tree.map(jnp.zeros_like, state.params), zeros)
+        (grads, sums), _ = jax.lax.scan(microstep, start, (jnp.arange(microbatches), batch))
 
     weight = jnp.maximum(sums["loss"][1], 1.0)
     grads = jax.tree.map(lambda g: g / weight, grads)
