@@ -43,10 +43,11 @@ def main(tokens: int, rounds: int) -> None:
         "16 packed clips": compiled(clips(16), tokens // 16),
         "16 packed clips, their length not known": compiled(clips(16), 0),
     }
-    near, meet = ring._neighbours, blockwise.meet
-    ring._neighbours, blockwise.meet = (lambda *_: lambda away: True), (lambda *_: True)
+    neighbours, near = ring._neighbours, blockwise._near
+    ring._neighbours = lambda *_: lambda away: True
+    blockwise._near = lambda ids, others: (jnp.zeros(len(ids), int), jnp.full(len(ids), len(others)))
     cases["one clip, nothing left out"] = compiled(clips(1), tokens)
-    ring._neighbours, blockwise.meet = near, meet
+    ring._neighbours, blockwise._near = neighbours, near
 
     taken = {name: [] for name in cases}
     for step in cases.values():

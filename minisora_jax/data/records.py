@@ -197,6 +197,8 @@ def finish(out_dir: Path, opening: dict, shards: list, tables: dict, closing: di
 
     shards: {"file", "bytes", "sha256", "sizes"} each, the file by its path within `out_dir`; `tables`, `closing` as of
     `write_shards`."""
+    for litter in out_dir.glob(".*.tmp*"):  # of a process that was killed
+        litter.unlink()
     rows, entries = [], []
     for i, shard in enumerate(shards):
         name = f"{opening['kind']}-{i:05d}-of-{len(shards):05d}.array_record"

@@ -141,8 +141,9 @@ def _open_video(file) -> av.container.InputContainer:
             raise VideoError(reason, f"{_called(file)} has streams: {kinds}")
         stream = container.streams.video[0]
         size = len(file) if isinstance(file, bytes) else os.path.getsize(file)
-        if stream.codec_context is None or not (stream.height and stream.width):
-            raise VideoError("not a video", f"{_called(file)} holds a stream of size {stream.height}x{stream.width}")
+        height, width = (0, 0) if stream.codec_context is None else (stream.height, stream.width)
+        if not (height and width):
+            raise VideoError("not a video", f"{_called(file)} holds a stream of size {height}x{width}")
         end = max((e.pos + e.size for e in stream.index_entries), default=0)
         if head.startswith(b"RIFF"):
             end = int.from_bytes(head[4:8], "little") + 8
