@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from minisora_jax.data.files import is_url
 from minisora_jax.data.records import DataError, Item, Shards, pack_record, sha256, write_shards
 from minisora_jax.data.shapes import Shapes
 from minisora_jax.data.sources import PREPROCESSING_VERSION, SkipReport, Source, open_source
@@ -110,7 +111,7 @@ def open_clips(spec: str) -> Sequence[Clip]:
         if count and not count.isdigit():
             raise ValueError(f"{spec!r}: the count of clips must be a whole number, as in shapes:train:5000")
         return Shapes(split or "train", int(count or 100_000))
-    if not os.path.exists(os.path.join(spec, "manifest.json")):
+    if not is_url(spec) and not os.path.exists(os.path.join(spec, "manifest.json")):
         raise FileNotFoundError(f"{spec} is not a prepared data set: run `minisora prepare CLIPS_FOLDER {spec}` first")
     return Records(spec)
 

@@ -29,6 +29,7 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
 from minisora_jax.data.atomic import replacing
+from minisora_jax.data.files import is_url
 
 FORMAT = 1
 MAGIC = b"MSR1"
@@ -200,16 +201,24 @@ def _check_same(out_dir: Path, wanted: dict, found: dict) -> None:
 class Shards:
     """Random access to a finished data set; threads may share it, and it pickles (files open on demand).
 
+    directory: a path, or the URL of object storage, which data/mirror.py then fetches shard by shard.
     expect: settings that must match the manifest's; None means any.
     """
 
     def __init__(self, directory: str | os.PathLike, kind: str, expect: dict[str, Any]):
-        self.directory, self.kind = Path(directory), kind
+        self.directory, self.kind, self.mirror = Path(directory), kind, None
+        if is_url(directory):
+            from minisora_jax.data.mirror import Mirror
+
+            self.mirror = Mirror(os.fspath(directory))
+            self.directory = self.mirror.directory
         self.manifest = self._load_manifest()
         for key, wanted in expect.items():
             self._check(key, wanted, self.manifest["settings"].get(key))
         for shard in self.manifest["shards"]:
             path = self.directory / shard["file"]
+            if self.mirror and not path.exists():
+                continue
             if not path.is_file():
                 raise DataError(
                     f"{path} is missing: {path.parent}/manifest.json lists {shard['records']} records in it"
@@ -258,6 +267,8 @@ class Shards:
     def verify(self) -> None:
         """Read every byte of every shard against its sha256. DataError at the first that differs."""
         for shard in self.manifest["shards"]:
+            if self.mirror:
+                self.mirror.fetch(shard["file"], shard["sha256"])
             self._check_sha256(self.directory / shard["file"], shard["sha256"])
 
     def _load_manifest(self) -> dict[str, Any]:
@@ -283,6 +294,8 @@ class Shards:
             raise DataError(f"{path} is damaged: expected sha256 {wanted}, found {found}")
 
     def _reader(self, shard: int) -> ArrayRecordReader:
+        if self.mirror:
+            self.mirror.fetch(self.manifest["shards"][shard]["file"], self.manifest["shards"][shard]["sha256"])
         with self._lock:
             if shard not in self._open:
                 entry = self.manifest["shards"][shard]
