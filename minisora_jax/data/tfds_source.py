@@ -155,7 +155,7 @@ class TFRecords:
     def __init__(self, instructions: list, features, decoders):
         self.instructions, self.features, self.decoders = instructions, features, decoders
         self.ends = np.cumsum([instruction.take for instruction in instructions])
-        self.places: dict[int, list[tuple[int, int]]] = {}
+        self.places: dict[int, np.ndarray] = {}  # of each file (n, 2): where a record begins, and its bytes
         self.lock = threading.Lock()
 
     def __len__(self) -> int:
@@ -169,13 +169,13 @@ class TFRecords:
         file = find(instruction.filename)[0]
         with self.lock:
             if number not in self.places:
-                self.places[number] = list(_records(file))
+                self.places[number] = np.array(list(_records(file)), np.int64).reshape(-1, 2)
         places, at = self.places[number], i - int(self.ends[number]) + instruction.take + instruction.skip
         if at >= len(places):
             raise ValueError(
                 f"{file.url} has {len(places)} whole records of {instruction.examples_in_shard}: it is cut"
             )
-        start, size = places[at]
+        start, size = map(int, places[at])
         return self.features.deserialize_example_np(file.read(start, start + size), decoders=self.decoders)
 
 
