@@ -10,7 +10,7 @@ import sys
 
 VERBS = {
     "demo": "make clips from a few prompts with the bundled model",
-    "prepare": "check a folder of clips, or the procedural shapes, and write them as one data set",
+    "prepare": "check, cut, filter and caption clips, and write them as one data set",
     "train-vae": "train the video codec on a data set",
     "encode": "turn a data set into a latent cache with a trained codec",
     "train": "train the diffusion transformer on a latent cache",

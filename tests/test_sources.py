@@ -11,8 +11,8 @@ from PIL import Image
 
 from minisora_jax.data.prepare import Records, prepare
 from minisora_jax.data.records import DataError
-from minisora_jax.data.sources import BadClip, Folder, open_source
-from minisora_jax.data.stages import Drop, Media, Sizes, clip_length, crop_to_cells, decode
+from minisora_jax.data.sources import BadClip, Folder, Media, open_source
+from minisora_jax.data.stages import Curation, Drop, Sizes, clip_length, clips_of, crop_to_cells
 from minisora_jax.data.video import read_clip_frames, write_video
 
 GOOD = {  # name -> the clip's T, H, W, with cells of 8
@@ -132,6 +132,11 @@ def folder(tmp_path_factory):
 OPTIONS = dict(max_frames=13, max_pixels=200 * 200)
 
 
+def decode(media, sizes):
+    [clip] = clips_of(media, Curation(sizes))
+    return clip
+
+
 def decoded(source):
     """(clips by name, reasons by name) of a source."""
     outcomes = [decode(source[i], Sizes(**OPTIONS)) for i in range(len(source))]
@@ -213,7 +218,7 @@ def test_the_report_reads_well_and_is_written(folder, tmp_path):
     rows = [json.loads(line) for line in (tmp_path / "skipped.jsonl").read_text().splitlines()]
     assert {row["name"]: row["reason"] for row in rows} == BAD
     small = next(row for row in rows if row["reason"] == "too small")
-    assert small["detail"] == "1x1 pixels, cells of 8" and small["stage"] == "decode"
+    assert small["detail"] == "1x1 pixels, cells of 8" and small["stage"] == "probe"
 
 
 def test_strict_stops_at_the_first_bad_file(folder):
@@ -246,7 +251,7 @@ def test_preparing_a_folder_keeps_pixels_and_the_report(folder, tmp_path):
 
 
 def test_an_interrupted_preparation_loses_and_repeats_nothing(folder, tmp_path, monkeypatch):
-    options = dict(shard_bytes=3_000, **OPTIONS)
+    options = dict(shard_bytes=3_000, files_per_part=4, **OPTIONS)
     prepare(folder, tmp_path / "whole", **options)
     get, calls = Folder.__getitem__, []
 
@@ -259,8 +264,12 @@ def test_an_interrupted_preparation_loses_and_repeats_nothing(folder, tmp_path, 
     monkeypatch.setattr(Folder, "__getitem__", preempted)
     with pytest.raises(KeyboardInterrupt):
         prepare(folder, tmp_path / "cut", **options)
+    with pytest.raises(DataError, match="did not finish"):
+        Records(tmp_path / "cut")
+    with pytest.raises(DataError, match="max_frames=13; this one has max_frames=9"):
+        prepare(folder, tmp_path / "cut", **(options | {"max_frames": 9}))
     prepare(folder, tmp_path / "cut", **options)
-    assert calls[15] > 0
+    assert calls[15] == 12, "the three finished parts of four files are kept"
     files = lambda name: {p.name: p.read_bytes() for p in (tmp_path / name).iterdir()}
     assert files("cut") == files("whole")
 

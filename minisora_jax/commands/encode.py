@@ -21,6 +21,14 @@ def add_arguments(parser):
     parser.add_argument(
         "--text-encoder", default=None, help="a text encoder that `minisora import` wrote (default: captions as bytes)"
     )
+    parser.add_argument(
+        "--long-captions",
+        type=float,
+        default=0.95,
+        metavar="SHARE",
+        help="of a data set with new captions: share of clips that get their long one, the others their original or "
+        "short one (default 0.95, as DALL-E 3)",
+    )
     add_mesh(parser)
     parser.add_argument("--shard-mb", type=int, default=256, help="size of a shard in MiB (default 256)")
 
@@ -37,7 +45,7 @@ def run(args, _):
 
     codec = Codec.load(args.codec or CODEC)
     captions = encoder_captions(args.text_encoder) if args.text_encoder else BYTES
-    clips = open_clips(args.data)
+    clips = open_clips(args.data, long_captions=args.long_captions)
 
     def latents(start):
         rest = encode_clips(codec, captions, clips, start)

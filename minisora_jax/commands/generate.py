@@ -8,6 +8,7 @@ examples:
   minisora generate "a red circle grows on a black background" --sampler unipc --steps 12 --guidance-interval 0.2-0.9
   minisora generate "a cat on a skateboard" --model=models/wan --codec=models/wan-vae --text-encoder=models/umt5 \\
       --size 480x832 --frames 81 --fps 16 --sampler unipc --grid wan --guidance 5
+  minisora generate "a cat on a skateboard" --expand http://localhost:8000/v1#my-llm --model=models/wan ...
   minisora generate 207 --model=models/dit --codec=models/sd-vae --size 256x256 --frames 1
 
 The bundled model knows coloured shapes in motion; see --captions for what to say. A model trained here remembers its
@@ -31,6 +32,12 @@ def add_arguments(parser):
     parser.add_argument("--codec", default=None, help="its codec (default: the bundled one)")
     parser.add_argument("--out", default="minisora-out", help="directory for the files (default minisora-out)")
     parser.add_argument("--upscale", type=int, default=4, help="enlarge pixels this many times in files (default 4)")
+    parser.add_argument(
+        "--expand",
+        default=None,
+        metavar="MODEL",
+        help="write each prompt as a long caption first, by what --captioner of `minisora prepare` takes",
+    )
     add_mesh(parser)
     parser.add_argument("--captions", action="store_true", help="list what the bundled model understands, and exit")
 
@@ -47,6 +54,8 @@ def run(args, _):
     from minisora_jax.data.video import write_video
     from minisora_jax.generate import Generator, Request
 
+    if args.expand:
+        args.prompts = _expanded(args.prompts, args.expand)
     options = sampling(args)
     generator = Generator.load(args.model or MODEL, args.codec, args.guide_model, args.text_encoder)
     requests = [
@@ -164,6 +173,17 @@ def parse_size(text: str) -> tuple[int, int]:
     except ValueError:
         raise ValueError(f"--size {text!r} must be HEIGHTxWIDTH in pixels, such as 48x64") from None
     return height, width
+
+
+def _expanded(prompts: list[str], spec: str) -> list[str]:
+    """The prompts as long captions, each shown."""
+    from minisora_jax.data.captioners import expand, open_captioner
+
+    captioner = open_captioner(spec)
+    long = [expand(prompt, captioner) for prompt in prompts]
+    for prompt, words in zip(prompts, long):
+        print(f"{prompt} -> {words}")
+    return long
 
 
 def _list_captions():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,11 +13,12 @@ from pathlib import Path
 def replacing(path: str | os.PathLike) -> Iterator[Path]:
     """Yield a temporary path of the same suffix; rename it to `path` on success, delete it on any error.
 
-    The data reaches the disk before the name does, so a crash leaves the old file or the new one, never a part.
+    The data reaches the disk before the name does, so a crash leaves the old file or the new one, never a part. Several
+    processes, on several hosts, may write the same file: the last one stays.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}-{secrets.token_hex(4)}.tmp{path.suffix}")
     try:
         yield temporary
         with open(temporary, "rb+") as file:

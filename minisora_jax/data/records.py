@@ -5,6 +5,7 @@
         sizes.npy                           one row of integers a record: plans need no record to be read
         manifest.json                       written last: a folder without it is not finished
         progress.jsonl                      only while writing: the shards finished so far
+        parts/                              only while `prepare` writes: the parts finished so far
 
 A record is `MSR1`, the crc32 of what follows, the length of a JSON header, the header (names, dtypes and shapes of
 the arrays, and the caller's facts), and the arrays' bytes. Every failure to read is a DataError that names the file,
@@ -13,6 +14,7 @@ what was expected and what was found; nothing is ever filled in.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import itertools
@@ -98,47 +100,101 @@ def write_shards(
     A finished data set of the same settings is left as it is; other settings are a DataError.
     """
     out_dir = Path(out_dir)
-    out_dir.mkdir(parents=True, exist_ok=True)
-    progress = out_dir / "progress.jsonl"
-    settings = json.loads(json.dumps(settings))  # as it will be read back: tuples are lists
-    opening = {"kind": kind, "format": FORMAT, "settings": settings, "shard_bytes": shard_bytes, "options": options}
-    if (out_dir / "manifest.json").exists():
-        manifest = _read_json(out_dir / "manifest.json")
-        _check_same(out_dir, opening, manifest)
-        progress.unlink(missing_ok=True)
+    opening = opening_of(kind, settings, shard_bytes, options)
+    if manifest := finished(out_dir, opening):
         return manifest
     shards = _resume(out_dir, kind, opening)
     items = iter(items_after(shards[-1]["state"] if shards else None))
-    while shard := _write_shard(out_dir / f"{kind}-{len(shards):05d}.array_record", items, shard_bytes, options):
+    while first := next(items, None):
+        shard = _write_shard(out_dir / f"{kind}-{len(shards):05d}", itertools.chain([first], items), opening)
         shards.append(shard)
-        with open(progress, "a", encoding="utf-8") as file:
+        with open(out_dir / "progress.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(shard) + "\n")
             file.flush()
             os.fsync(file.fileno())
     if not shards:
-        progress.unlink()
+        (out_dir / "progress.jsonl").unlink()
         raise DataError(f"{out_dir}: there was no record to write")
-    return _finish(out_dir, kind, opening, shards, tables or {}, closing())
+    return finish(out_dir, opening, shards, tables or {}, closing())
 
 
-def _write_shard(path: Path, items: Iterator[Item], shard_bytes: int, options: str) -> dict[str, Any] | None:
-    """The next shard, at least one record and ended by the record that reaches `shard_bytes`; None at the end."""
-    first = next(items, None)
-    if first is None:
+def opening_of(kind: str, settings: dict[str, Any], shard_bytes: int, options: str) -> dict[str, Any]:
+    """The head of a manifest: what a run must have in common with the one that it goes on from."""
+    settings = json.loads(json.dumps(settings))  # as it will be read back: tuples are lists
+    return {"kind": kind, "format": FORMAT, "settings": settings, "shard_bytes": shard_bytes, "options": options}
+
+
+def finished(out_dir: Path, opening: dict[str, Any]) -> dict[str, Any] | None:
+    """The manifest, if the data set is finished; DataError if it is another one."""
+    out_dir.mkdir(parents=True, exist_ok=True)
+    if not (out_dir / "manifest.json").exists():
         return None
-    sizes, written = [], 0
-    with replacing(path) as temporary:
-        writer = ArrayRecordWriter(str(temporary), options)
-        try:
-            for item in itertools.chain([first], items):
-                writer.write(item.record)
-                sizes.append(list(map(int, item.size)))
-                written += len(item.record)
-                if written >= shard_bytes:
-                    break
-        finally:
-            writer.close()
-    return {"bytes": path.stat().st_size, "sha256": sha256(path), "sizes": sizes, "state": item.state}
+    manifest = _read_json(out_dir / "manifest.json")
+    _check_same(out_dir, opening, manifest)
+    (out_dir / "progress.jsonl").unlink(missing_ok=True)
+    return manifest
+
+
+def begin(out_dir: Path, opening: dict[str, Any]) -> None:
+    """Note in progress.jsonl what is being written; DataError if an unfinished run wrote something else."""
+    progress = out_dir / "progress.jsonl"
+    if progress.exists() and (lines := progress.read_text(encoding="utf-8").split("\n")[:-1]):
+        _check_same(out_dir, opening, json.loads(lines[0]))
+        return
+    with replacing(progress) as temporary:
+        temporary.write_text(json.dumps(opening) + "\n", encoding="utf-8")
+
+
+class ShardWriter:
+    """Records into STEM.array_record, or STEM-0, STEM-1, ... with `numbered`: a file is whole or absent, and ends with
+    the record that reaches `shard_bytes`. `shards` lists those finished, all of them once the context is left."""
+
+    def __init__(self, stem: Path, opening: dict[str, Any], *, numbered: bool = True):
+        self.stem, self.numbered = stem, numbered
+        self.shard_bytes, self.options = opening["shard_bytes"], opening["options"]
+        self.shards: list[dict[str, Any]] = []
+        self._file = contextlib.ExitStack()
+        self._sizes: list[list[int]] = []
+
+    def add(self, record: bytes, size: tuple[int, ...]) -> bool:
+        """Write a record; True if it was the last of its shard."""
+        if not self._sizes:
+            number = f"-{len(self.shards)}" if self.numbered else ""
+            self._path = self.stem.with_name(f"{self.stem.name}{number}.array_record")
+            temporary = self._file.enter_context(replacing(self._path))
+            self._writer, self._written = ArrayRecordWriter(str(temporary), self.options), 0
+            self._file.callback(self._writer.close)
+        self._writer.write(record)
+        self._sizes.append(list(map(int, size)))
+        self._written += len(record)
+        if self._written >= self.shard_bytes:
+            self._close()
+            return True
+        return False
+
+    def _close(self) -> None:
+        self._file.close()
+        entry = {"file": self._path.name, "bytes": self._path.stat().st_size, "sha256": sha256(self._path)}
+        self.shards.append({**entry, "sizes": self._sizes})
+        self._sizes = []
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        if kind is not None:
+            self._file.__exit__(kind, error, trace)
+        elif self._sizes:
+            self._close()
+
+
+def _write_shard(stem: Path, items: Iterator[Item], opening: dict[str, Any]) -> dict[str, Any]:
+    """The next shard: at least one record."""
+    with ShardWriter(stem, opening, numbered=False) as writer:
+        for item in items:
+            if writer.add(item.record, item.size):
+                break
+    return {**writer.shards[0], "state": item.state}
 
 
 def _resume(out_dir: Path, kind: str, opening: dict) -> list[dict[str, Any]]:
@@ -151,8 +207,10 @@ def _resume(out_dir: Path, kind: str, opening: dict) -> list[dict[str, Any]]:
         _check_same(out_dir, opening, json.loads(lines[0]))
     shards = [json.loads(line) for line in lines[1:]]
     for i, shard in enumerate(shards):
-        found = [*out_dir.glob(f"{kind}-{i:05d}.array_record"), *out_dir.glob(f"{kind}-{i:05d}-of-*.array_record")]
-        if not found or found[0].stat().st_size != shard["bytes"]:
+        for renamed in out_dir.glob(f"{kind}-{i:05d}-of-*.array_record"):  # it was interrupted while finishing
+            os.replace(renamed, out_dir / shard["file"])
+        path = out_dir / shard["file"]
+        if not path.exists() or path.stat().st_size != shard["bytes"]:
             shards = shards[:i]
             break
     with replacing(progress) as temporary:
@@ -160,13 +218,18 @@ def _resume(out_dir: Path, kind: str, opening: dict) -> list[dict[str, Any]]:
     return shards
 
 
-def _finish(out_dir: Path, kind: str, opening: dict, shards: list, tables: dict, closing: dict) -> dict[str, Any]:
-    """Final names, tables, and the manifest last. Safe to run again from any point."""
+def finish(out_dir: Path, opening: dict, shards: list, tables: dict, closing: dict) -> dict[str, Any]:
+    """Final names, tables, and the manifest last. Safe to run again from any point.
+
+    shards: {"file", "bytes", "sha256", "sizes"} each, the file by its path within `out_dir`; `tables`, `closing` as of
+    `write_shards`."""
     rows, entries = [], []
     for i, shard in enumerate(shards):
-        name = f"{kind}-{i:05d}-of-{len(shards):05d}.array_record"
-        for old in [*out_dir.glob(f"{kind}-{i:05d}.array_record"), *out_dir.glob(f"{kind}-{i:05d}-of-*.array_record")]:
-            os.replace(old, out_dir / name)
+        name = f"{opening['kind']}-{i:05d}-of-{len(shards):05d}.array_record"
+        if (out_dir / shard["file"]).exists():
+            os.replace(out_dir / shard["file"], out_dir / name)
+        elif not (out_dir / name).exists():
+            raise DataError(f"{out_dir / shard['file']} is missing. Delete {out_dir} and write it again")
         rows += shard["sizes"]
         entries.append(
             {"file": name, "records": len(shard["sizes"]), "bytes": shard["bytes"], "sha256": shard["sha256"]}
@@ -180,7 +243,7 @@ def _finish(out_dir: Path, kind: str, opening: dict, shards: list, tables: dict,
         manifest["tables"][name] = {"file": path.name, "sha256": sha256(path)}
     with replacing(out_dir / "manifest.json") as temporary:
         temporary.write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    (out_dir / "progress.jsonl").unlink()
+    (out_dir / "progress.jsonl").unlink(missing_ok=True)
     return manifest
 
 

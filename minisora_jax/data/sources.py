@@ -89,7 +89,7 @@ class SkipReport:
     def __init__(self, strict: bool = False):
         self.kept = 0
         self.skipped: list[dict[str, str]] = []
-        self.shortened: list[str] = []  # kept, but longer than max_frames
+        self.shortened = 0  # kept, of files that are longer than max_frames
         self.strict = strict
 
     def add(self, name: str, reason: str, detail: str = "", stage: str = "scan") -> None:
@@ -112,7 +112,7 @@ class SkipReport:
             reasons.append(f"{count} {reason} ({', '.join(names[:NAMES_SHOWN])}{more})")
         text = f"{self.kept} clips kept, {len(self.skipped)} skipped"
         text += f": {'; '.join(reasons)}" if reasons else ""
-        return text + (f". {len(self.shortened)} cut to their first frames" if self.shortened else "")
+        return text + (f". {self.shortened} cut to their first frames" if self.shortened else "")
 
     def write(self, path: str | os.PathLike) -> None:
         """One skipped file a line, as JSON."""
@@ -205,6 +205,11 @@ def scan_names(
             continue
         if suffix not in VIDEO_SUFFIXES + IMAGE_SUFFIXES:
             report.add(name, "caption without a clip" if suffix == ".txt" else "unknown suffix")
+            continue
+        try:
+            name.encode("utf-8")
+        except UnicodeEncodeError:
+            report.add(ascii(name)[1:-1], "name not UTF-8")
             continue
         try:
             beside = [other for other in _beside(name, samples) if other in known]

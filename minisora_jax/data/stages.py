@@ -1,9 +1,10 @@
-"""What one file goes through to become clips. Every stage is a pure function: it gives a candidate on, or a `Drop`.
+"""What one file goes through to become clips. Every stage is a pure function: it gives a clip on, or a `Drop`.
 
-    Media  ->  decode  ->  Candidate | Drop
+    Media -> probe -> shots -> decode -> filters -> Candidate | Drop ...           clips_of(media, curation)
 
-A file becomes a clip by two cuts only: its first 1 + 4k frames, as many as there are up to `max_frames`, and a centre
-crop of less than one `cell` of height and of width. Nothing is resized.
+A clip is cut from its file, and nothing is resized: in time to a shot's (or the file's first) 1 + 4k frames, as many as
+there are up to `max_frames`, and in space by a centre crop of less than one `cell` of height and of width. With the
+shot cut on, a file gives a clip for each shot, and for each `max_frames` of a longer one.
 """
 
 from __future__ import annotations
@@ -12,13 +13,16 @@ import contextlib
 import dataclasses
 import hashlib
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 
+from minisora_jax.data import shots
+from minisora_jax.data.duplicates import clip_hash
+from minisora_jax.data.filters import Filters, measure
 from minisora_jax.data.sources import Media
-from minisora_jax.data.video import STILL_FPS, VideoError, VideoInfo, open_frames, probe
+from minisora_jax.data.video import STILL_FPS, VideoError, VideoInfo, is_image, open_frames, probe
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,9 +33,11 @@ class Candidate:
     caption: str
     frames_THWC: np.ndarray  # uint8 RGB, T = 1 + 4k, H and W multiples of the cell
     fps: float
-    source: str  # sha256 of the file that it comes from
+    source: str = ""  # sha256 of the file that it comes from
     still: bool = False  # of an image: nothing can be asked of its motion
-    shortened: bool = False  # the file goes on after it
+    shortened: bool = False  # the file goes on after it, and nothing else is made of the rest
+    scores: dict[str, float] = dataclasses.field(default_factory=dict)  # what data/filters.py measured
+    hash: str = ""  # perceptual, where duplicates are looked for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +48,8 @@ class Drop:
     stage: str
     reason: str
     detail: str = ""
+    scores: dict[str, float] = dataclasses.field(default_factory=dict)
+    frame_HWC: np.ndarray | None = None  # to show what it was
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,21 +69,78 @@ class Sizes:
             raise ValueError(f"max_frames={self.max_frames} must be 1 + 4*k; use {low} or {low + 4}")
 
 
-def decode(media: Media, sizes: Sizes) -> Candidate | Drop:
-    """The first frames of a file, cropped to cells."""
+@dataclasses.dataclass(frozen=True)
+class Curation:
+    """What is asked of clips. shots: cut files where their shots end."""
+
+    sizes: Sizes = dataclasses.field(default_factory=Sizes)
+    shots: bool = False
+    filters: Filters = dataclasses.field(default_factory=Filters)
+
+    def check(self) -> None:
+        """Import what is needed; ImportError with the command that mends it."""
+        self.filters.check()
+        if self.shots:
+            shots.check()
+
+
+def clips_of(media: Media, curation: Curation, alive: Callable[[], None] = lambda: None) -> Iterator[Candidate | Drop]:
+    """The clips of a file, and what was refused of it. `alive` is called now and then: at each frame, for one."""
     try:
-        info = header(media)
-        check_size(info.height, info.width, sizes)
-        with opened(media) as (frames, fps):
-            frames_THWC = np.stack(list(itertools.islice(frames, sizes.max_frames)))
-        check_size(*frames_THWC.shape[1:3], sizes)  # the header may have said otherwise
+        info = probed(media, curation.sizes)
     except VideoError as error:
-        return Drop(media.name, "decode", error.reason, error.detail)
-    frames_THWC = crop_to_cells(frames_THWC[: clip_length(len(frames_THWC))], sizes.cell)
-    still, shortened = info.frames == 1, info.frames > sizes.max_frames
-    return Candidate(
-        media.name, media.caption, np.ascontiguousarray(frames_THWC), fps, content_hash(media), still, shortened
+        yield Drop(media.name, "probe", error.reason, error.detail)
+        return
+    still = info.frames == 1 and (isinstance(media.data, np.ndarray) or is_image(media.data))
+    try:
+        source = content_hash(media)
+        spans = spans_of(media, curation, still, alive)
+        for clip in decoded(media, spans, curation.sizes, alive):
+            shortened = not curation.shots and info.frames > curation.sizes.max_frames
+            clip = dataclasses.replace(clip, source=source, still=still, shortened=shortened)
+            yield filtered(clip, curation.filters)
+            alive()
+    except VideoError as error:
+        yield Drop(media.name, "decode", error.reason, error.detail)
+
+
+def probed(media: Media, sizes: Sizes) -> VideoInfo:
+    """What the header says, if it may become a clip."""
+    info = header(media)
+    check_size(info.height, info.width, sizes)
+    return info
+
+
+def spans_of(media: Media, curation: Curation, still: bool, alive: Callable[[], None]) -> list[tuple[int, int]]:
+    """The frames [start, end) that clips are made of. Finding shots decodes the whole file, a frame at a time."""
+    if still or not curation.shots:
+        return [(0, curation.sizes.max_frames)]
+    with opened(media, alive) as (frames, fps):
+        return shots.pieces(shots.find_shots(frames, fps), curation.sizes.max_frames)
+
+
+def decoded(media: Media, spans: list, sizes: Sizes, alive: Callable[[], None]) -> Iterator[Candidate]:
+    """The clips of a file's spans, in one pass over it and the memory of one clip, cropped to cells."""
+    with opened(media, alive) as (frames, fps):
+        for start, end in spans:
+            frames_THWC = np.stack(list(itertools.islice(frames, end - start)))
+            check_size(*frames_THWC.shape[1:3], sizes)  # the header may have said otherwise
+            frames_THWC = crop_to_cells(frames_THWC[: clip_length(len(frames_THWC))], sizes.cell)
+            name = media.name if len(spans) == 1 else f"{media.name}#{start}-{end}"
+            yield Candidate(name, media.caption, np.ascontiguousarray(frames_THWC), fps)
+
+
+def filtered(clip: Candidate, filters: Filters) -> Candidate | Drop:
+    """The clip with its measurements and, where duplicates are looked for, its hash."""
+    scores, reason, detail = measure(clip.frames_THWC, clip.fps, clip.still, filters)
+    if reason:
+        return Drop(clip.name, "filter", reason, detail, scores, clip.frames_THWC[len(clip.frames_THWC) // 2])
+    return dataclasses.replace(
+        clip, scores=scores, hash=clip_hash(clip.frames_THWC) if filters.duplicates is not None else ""
     )
+
+
+# ---- Files, frames in memory, and their sizes
 
 
 def header(media: Media) -> VideoInfo:
@@ -93,13 +158,19 @@ def header(media: Media) -> VideoInfo:
 
 
 @contextlib.contextmanager
-def opened(media: Media) -> Iterator[tuple[Iterator[np.ndarray], float]]:
+def opened(media: Media, alive: Callable[[], None]) -> Iterator[tuple[Iterator[np.ndarray], float]]:
     """(frames one by one, each uint8 (H, W, 3); frames per second) of a file of any length."""
+
+    def watched(frames):
+        for frame in frames:
+            alive()
+            yield frame
+
     if isinstance(media.data, np.ndarray):
-        yield iter(media.data), media.fps or STILL_FPS
+        yield watched(media.data), media.fps or STILL_FPS
         return
     with open_frames(media.data) as (frames, fps):
-        yield frames, media.fps or fps
+        yield watched(frames), media.fps or fps
 
 
 def check_size(height: int, width: int, sizes: Sizes) -> None:
