@@ -18,9 +18,9 @@ from PIL import Image
 
 from minisora_jax.data.files import expand_braces, find
 from minisora_jax.data.prepare import Records, prepare
-from minisora_jax.data.sources import BadClip, SkipReport, open_source
+from minisora_jax.data.sources import BadClip, Media, SkipReport, open_source
 from minisora_jax.data.spelling import split_options
-from minisora_jax.data.stages import Sizes, decode
+from minisora_jax.data.stages import header
 from minisora_jax.data.tars import Tars, members
 from minisora_jax.data.video import VideoError, write_video
 
@@ -522,8 +522,6 @@ def test_what_cannot_be_opened_says_why(tmp_path, monkeypatch):
         open_source(tmp_path / "x.parquet")
 
 
-def test_an_unread_clip_is_a_drop():
-    from minisora_jax.data.sources import Media
-
-    drop = decode(Media("a", "b", VideoError("no bytes", "row 3")), Sizes())
-    assert (drop.name, drop.reason, drop.detail) == ("a", "no bytes", "row 3")
+def test_a_clip_that_could_not_be_read_says_why_at_its_first_stage():
+    with pytest.raises(VideoError, match="no bytes: row 3"):
+        header(Media("a", "b", VideoError("no bytes", "row 3")))

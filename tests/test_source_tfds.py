@@ -1,6 +1,5 @@
 """TensorFlow Datasets as sources: our own set, RLDS, Video, frames; all without TensorFlow."""
 
-import hashlib
 import io
 import json
 import pickle
@@ -212,9 +211,8 @@ def test_video_clips_holds_any_source_and_gives_the_same_prepared_bytes(folder, 
     )
     prepare(folder, tmp_path / "one")
     prepare(f"tfds:video_clips:train?data_dir={tmp_path}", tmp_path / "two")
-    for name in ("clips-00000-of-00001.array_record", "sizes.npy"):
-        one, two = (hashlib.sha256((tmp_path / out / name).read_bytes()).digest() for out in ("one", "two"))
-        assert one == two
+    shards = lambda out: {path.name: path.read_bytes() for path in (tmp_path / out).glob("*.array_record")}
+    assert shards("one") == shards("two") != {}
     with pytest.raises(FileExistsError, match="is there already: delete it"):
         build(open_source(folder), tmp_path)
 
