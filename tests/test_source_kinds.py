@@ -506,6 +506,19 @@ def test_braces_and_options():
     )
 
 
+def test_paths_may_be_relative_odd_and_links(folder, samples, tmp_path, monkeypatch):
+    (tmp_path / "a::b [1]").mkdir()
+    write_tar(tmp_path / "a::b [1]/x{y}.tar", samples)
+    (tmp_path / "link.tar").symlink_to(tmp_path / "a::b [1]/x{y}.tar")
+    (tmp_path / "folder").symlink_to(folder)
+    monkeypatch.chdir(tmp_path)
+    for spec in ("a::b [1]/x{y}.tar", "link.tar", "lin?.tar", "folder", "./folder/"):
+        again = pickle.loads(pickle.dumps(open_source(spec)))
+        monkeypatch.chdir("/")
+        assert [media.caption for media in media_of(again).values()] == list(CAPTIONS.values())
+        monkeypatch.chdir(tmp_path)
+
+
 def test_what_cannot_be_opened_says_why(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match="is not a folder of clips, nor one of the other sources"):
         open_source(tmp_path / "nowhere")

@@ -48,6 +48,8 @@ def is_url(spec: str | os.PathLike) -> bool:
 
 def filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
     """(file system, path within it); ImportError with the command that installs what it needs."""
+    if not is_url(url):
+        return fsspec.filesystem("file"), os.path.abspath(url)  # a path may have "::" in it
     try:
         return fsspec.core.url_to_fs(url)
     except ImportError as error:
@@ -66,7 +68,7 @@ def find(spec: str | os.PathLike) -> list[File]:
     for name in expand_braces(os.fspath(spec)):
         fs, path = filesystem(name)
         if glob.has_magic(path) and not fs.exists(path):
-            infos = [info for info in fs.glob(path, detail=True).values() if info["type"] == "file"]
+            infos = [info for info in fs.glob(path, detail=True).values() if info["type"] != "directory"]
         else:
             infos = [info] if (info := _info(fs, path, folders)) else []
         if not infos:
@@ -111,18 +113,24 @@ def _choices(braced: str) -> list[str]:
 def _info(fs, path: str, folders: dict[str, dict]) -> dict | None:
     """What is known of a file; None if it is not there. Its folder is listed once: a range may have thousands."""
     parent = path.rpartition("/")[0]
-    if parent not in folders:
-        folders[parent] = None
-    elif folders[parent] is None:  # the second of a folder
-        folders[parent] = {info["name"]: info for info in fs.ls(parent, detail=True)}
     try:
-        info = fs.info(path) if folders[parent] is None else folders[parent].get(path)
+        if parent not in folders or "http" in fs.protocol:  # the first of a folder; web servers list none
+            folders[parent] = None
+            info = fs.info(path)
+        else:
+            if folders[parent] is None:
+                folders[parent] = {info["name"]: info for info in fs.ls(parent, detail=True)}
+            info = folders[parent].get(path)
     except FileNotFoundError:
         return None
-    return info if info and info["type"] == "file" else None
+    return info if info and info["type"] != "directory" else None
 
 
 def _file(fs, info: dict) -> File:
-    version = next((str(info[key]) for key in VERSIONS if info.get(key)), "")
     local = "file" in fs.protocol
+    if info.get("islink"):
+        info = fs.info(info["name"])  # of what it leads to
+    version = next((str(info[key]) for key in VERSIONS if info.get(key)), "")
+    if info["size"] is None:
+        raise ValueError(f"{info['name']}: the server does not say how large it is, so no part of it can be asked for")
     return File(info["name"] if local else fs.unstrip_protocol(info["name"]), int(info["size"]), version)
