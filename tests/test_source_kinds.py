@@ -130,7 +130,7 @@ def parquet_of_datasets(folder, files, samples, top):
     import datasets
 
     rows = {"media": [{"bytes": d, "path": n} for n, d in files.items()], "text": list(CAPTIONS.values())}
-    features = datasets.Features({"media": datasets.Image(decode=False), "text": datasets.Value("string")})
+    features = datasets.Features({"media": datasets.Video(decode=False), "text": datasets.Value("string")})
     datasets.Dataset.from_dict(rows, features=features).to_parquet(str(top / "0.parquet"))
     return top / "0.parquet"
 
@@ -529,6 +529,9 @@ def test_what_cannot_be_opened_says_why(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "gcsfs", None)
     with pytest.raises(ImportError, match=r"pip install 'minisora_jax\[cloud\]'"):
         open_source("gs://bucket/x.tar")
+    monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
+    with pytest.raises(ImportError, match=r"pip install 'minisora_jax\[tfds\]'"):
+        open_source("tfds:x:train")
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     (tmp_path / "x.parquet").touch()
     with pytest.raises(ImportError, match=r"pip install 'minisora_jax\[hf\]'"):

@@ -7,6 +7,7 @@ between, its digest says so. So memory is bounded by a file's index, and no work
 
 from __future__ import annotations
 
+import abc
 import hashlib
 import json
 import os
@@ -26,7 +27,7 @@ THREADS = 8  # that index, each a file: most of the time they wait for storage
 Entry = tuple  # (name, caption, and what a kind of file needs to find the clip)
 
 
-class Sharded:
+class Sharded(abc.ABC):
     """The clips of `files` in order. A kind of file says how to `index` one and how to `read` an entry of it.
 
     Names are unique: of several files, each one's clips are called by the file too, as in train-000/cat.mp4.
@@ -49,13 +50,14 @@ class Sharded:
         self.identity = f"{self.kind}:{hashlib.sha256(facts.encode('utf-8')).hexdigest()}"
         self._forget()
 
+    @abc.abstractmethod
     def index(self, file: File, report: SkipReport) -> list[Entry]:
         """The clips of a file, names unique within it. What is left out goes to the report; ImportError and ValueError
         for what is wrong with the whole source."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def read(self, file: File, entry: Entry) -> Media:
-        raise NotImplementedError
+        """A clip, its data a VideoError where it is damaged; OSError where the storage fails."""
 
     def __len__(self) -> int:
         return int(self.ends[-1]) if self.files else 0
