@@ -31,9 +31,12 @@ setup(
         "safetensors>=0.5",
         "tensorboardX>=2.6",
         "tqdm>=4.66",
+        "fsspec>=2025.3",
     ],
     extras_require={
-        "tfds": ["tensorflow-datasets>=4.9.10"],
+        "tfds": ["tensorflow-datasets>=4.9.10", "importlib_resources>=6"],  # 4.9.10 imports the second unasked
+        "hf": ["pyarrow>=20"],
+        "cloud": ["gcsfs>=2025.3", "s3fs>=2025.3"],
         "text": ["transformers>=5"],
         "tpu": ["jax[tpu]>=0.11.1", "tokamax>=0.0.17"],
         "curate": [

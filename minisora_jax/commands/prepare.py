@@ -35,7 +35,9 @@ LIMITS = {  # field of Filters -> (type, what it asks)
 
 
 def add_arguments(parser):
-    parser.add_argument("source", help="a folder of clips, or `shapes` for the procedural ones")
+    parser.add_argument(
+        "source", help="a folder, *.tar, *.parquet, tfds:NAME:SPLIT, gs://... (docs/sources.md), or shapes"
+    )
     parser.add_argument("out", help="the directory to write the data set to")
     parser.add_argument("--cell", type=int, default=16, help="pixels that heights and widths become multiples of")
     parser.add_argument(

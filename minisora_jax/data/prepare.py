@@ -26,6 +26,7 @@ from minisora_jax.data import records
 from minisora_jax.data.beam import run_on_beam
 from minisora_jax.data.captioners import LONG_CAPTIONS, choose, open_captioner
 from minisora_jax.data.duplicates import repeated
+from minisora_jax.data.files import is_url
 from minisora_jax.data.filters import Filters
 from minisora_jax.data.parts import SPLITS, Plan, finish_safely, gather_safely, read_notes
 from minisora_jax.data.records import DataError, Shards, sha256
@@ -231,7 +232,7 @@ def open_clips(spec: str, *, long_captions: float = LONG_CAPTIONS) -> Sequence[C
         if count and not count.isdigit():
             raise ValueError(f"{spec!r}: the count of clips must be a whole number, as in shapes:train:5000")
         return Shapes(split or "train", int(count or 100_000))
-    if not os.path.exists(os.path.join(spec, "manifest.json")):
+    if not is_url(spec) and not os.path.exists(os.path.join(spec, "manifest.json")):
         raise FileNotFoundError(f"{spec} is not a prepared data set: run `minisora prepare CLIPS_FOLDER {spec}` first")
     return Records(spec, long_captions=long_captions)
 

@@ -30,6 +30,7 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 from tqdm import tqdm
 
 from minisora_jax.data.atomic import replacing
+from minisora_jax.data.files import is_url
 from minisora_jax.data.storage import patiently, require_readable
 
 FORMAT = 1
@@ -240,16 +241,24 @@ def _check_same(out_dir: Path, wanted: dict, found: dict) -> None:
 class Shards:
     """Random access to a finished data set; threads may share it, and it pickles (files open on demand).
 
+    directory: a path, or the URL of object storage, which data/mirror.py then fetches shard by shard.
     expect: settings that must match the manifest's; None means any.
     """
 
     def __init__(self, directory: str | os.PathLike, kind: str, expect: dict[str, Any]):
-        self.directory, self.kind = Path(directory), kind
+        self.directory, self.kind, self.mirror = Path(directory), kind, None
+        if is_url(directory):
+            from minisora_jax.data.mirror import Mirror
+
+            self.mirror = Mirror(os.fspath(directory))
+            self.directory = self.mirror.directory
         self.manifest = self._load_manifest()
         for key, wanted in expect.items():
             self._check(key, wanted, self.manifest["settings"].get(key))
         for shard in self.manifest["shards"]:
             path = self.directory / shard["file"]
+            if self.mirror and not path.exists():
+                continue
             if not path.is_file():
                 raise DataError(
                     f"{path} is missing: {path.parent}/manifest.json lists {shard['records']} records in it"
@@ -301,11 +310,13 @@ class Shards:
         if entry is None or not path.is_file():
             raise DataError(f"{path} is missing; write the data set again")
         self._check_sha256(path, entry["sha256"])
-        return np.load(path, allow_pickle=False)
+        return np.load(path, allow_pickle=False, mmap_mode="r" if name == "sizes" else None)
 
     def verify(self, progress: bool = False) -> None:
         """Read every byte of every shard against its sha256. DataError at the first that differs."""
         for shard in tqdm(self.manifest["shards"], desc="verifying", unit="shard", disable=not progress):
+            if self.mirror:
+                self.mirror.fetch(shard["file"], shard["sha256"])
             self._check_sha256(self.directory / shard["file"], shard["sha256"])
 
     def _load_manifest(self) -> dict[str, Any]:
@@ -331,6 +342,8 @@ class Shards:
             raise DataError(f"{path} is damaged: expected sha256 {wanted}, found {found}")
 
     def _reader(self, shard: int) -> ArrayRecordReader:
+        if self.mirror:
+            self.mirror.fetch(self.manifest["shards"][shard]["file"], self.manifest["shards"][shard]["sha256"])
         with self._lock:
             if shard not in self._open:
                 entry = self.manifest["shards"][shard]

@@ -5,10 +5,12 @@
       sub/dog.webm  photo.png     or in one table at the top:
       captions.jsonl              {"file": "sub/dog.webm", "caption": "a dog runs"} a line, or
       captions.csv                a header line `file,caption`, then rows
+      metadata.jsonl, .csv        Hugging Face's image and video folders: `file_name` and `text`, in any subfolder
     shapes:train:5000             the procedural clips of data/shapes.py
+    clips.tar, gs://..., ...      docs/sources.md lists them all
 
-`open_source` tells by the spelling which it is. What a source leaves out is counted by reason and named in a
-`SkipReport`; it never stops a run (unless `strict`). Nothing is decoded here: data/stages.py does that.
+`open_source` tells by the spelling which it is (data/spelling.py). What a source leaves out is counted by reason and
+named in a `SkipReport`; it never stops a run (unless `strict`). Nothing is decoded here: data/stages.py does that.
 """
 
 from __future__ import annotations
@@ -21,17 +23,19 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
 from minisora_jax.data.atomic import replacing
-from minisora_jax.data.video import IMAGE_SUFFIXES, VIDEO_SUFFIXES
+from minisora_jax.data.video import IMAGE_SUFFIXES, VIDEO_SUFFIXES, VideoError
 
 PREPROCESSING_VERSION = 1  # of the pixels a file turns into; caches remember it
-TABLES = ("captions.jsonl", "captions.csv")
+TABLES = ("captions.jsonl", "captions.csv")  # at the top
+METADATA = ("metadata.jsonl", "metadata.csv")  # in any folder, about the files in it
+CAPTION_KEYS = ("caption", "text", "prompt", "description")  # of a table or a .json; the first that is there
 NAMES_SHOWN = 5  # of each reason, in a summary
 
 
@@ -52,7 +56,7 @@ class Media:
 
     name: str  # unique within its source; a path within a folder has forward slashes
     caption: str
-    data: Path | bytes | np.ndarray  # a file, a file's bytes, or frames: uint8 RGB (T, H, W, 3)
+    data: Path | bytes | np.ndarray | VideoError  # a file, its bytes, uint8 RGB frames (T, H, W, 3); why it has none
     fps: float | None = None  # frames per second where the source knows better than the file; frames need it if T > 1
 
 
@@ -68,13 +72,15 @@ class Source(Protocol):
 
 
 def open_source(spec: str | os.PathLike, *, need_caption: bool = True, strict: bool = False) -> Source:
-    """The source of that spelling: "shapes", "shapes:SPLIT" or "shapes:SPLIT:COUNT", or the path of a folder.
+    """The source of that spelling: "shapes:SPLIT:COUNT", the path of a folder, or what docs/sources.md lists.
 
     need_caption: False keeps clips without a caption, as "" (a codec needs none).   strict: BadClip instead of a skip.
     """
     if str(spec).split(":")[0] == "shapes":
         return ProceduralShapes(str(spec))
-    return Folder(spec, need_caption=need_caption, strict=strict)
+    from minisora_jax.data.spelling import open_spelled
+
+    return open_spelled(os.fspath(spec), need_caption=need_caption, strict=strict)
 
 
 class SkipReport:
@@ -179,13 +185,23 @@ def _same_folder(path: str, need_caption: bool, identity: str) -> Folder:
 
 
 def _scan(folder: Path, need_caption: bool, report: SkipReport) -> list[tuple[str, str]]:
-    """(name, caption) of the files that are clips by their names and have a caption; the others go to the report."""
-    files, entries = _files(folder), []
-    captions = _read_tables(folder, report)
-    used = {name for name in files if Path(name).suffix.lower() == ".txt"} & {_beside(n) for n in files}
+    return scan_names(_files(folder), lambda name: (folder / name).read_bytes(), need_caption, report)
+
+
+def scan_names(
+    files: list[str], read: Callable[[str], bytes], need_caption: bool, report: SkipReport, *, samples: bool = False
+) -> list[tuple[str, str]]:
+    """(name, caption) of the files that are clips by their names and have a caption; the others go to the report.
+
+    files: all names, with forward slashes.   read: the bytes of one, asked of captions and tables only.
+    samples: a name up to its first dot is a sample's (webdataset): a.mp4 and a.front.mp4 may share a.txt.
+    """
+    entries, known = [], set(files)
+    captions = _read_tables(files, read, report)
+    used = {beside for name in files for beside in _beside(name, samples)} & known
     for name in files:
         suffix = Path(name).suffix.lower()
-        if name in used or name in TABLES:
+        if name in used or name in TABLES or Path(name).name in METADATA:
             continue
         if suffix not in VIDEO_SUFFIXES + IMAGE_SUFFIXES:
             report.add(name, "caption without a clip" if suffix == ".txt" else "unknown suffix")
@@ -196,10 +212,13 @@ def _scan(folder: Path, need_caption: bool, report: SkipReport) -> list[tuple[st
             report.add(ascii(name)[1:-1], "name not UTF-8")
             continue
         try:
-            entries.append((name, _caption(folder, name, captions, need_caption)))
+            beside = [other for other in _beside(name, samples) if other in known]
+            entries.append((name, _caption(name, beside, read, captions, need_caption)))
         except BadClip as bad:
             report.add(bad.name, bad.reason, bad.detail)
-    for name in sorted(set(captions) - set(files)):
+        except OSError as error:
+            report.add(name, "unreadable caption", str(error))
+    for name in sorted(set(captions) - known):
         report.add(name, "caption without a clip", "its row in the caption table names no file")
     return entries
 
@@ -214,23 +233,36 @@ def _files(folder: Path) -> list[str]:
     return sorted(names)
 
 
-def _beside(name: str) -> str:
-    """The caption file of a clip; itself for a caption file that describes none."""
+def _beside(name: str, samples: bool) -> list[str]:
+    """The files that may hold a clip's caption, the likeliest first; none for what is no clip."""
     path = Path(name)
-    return path.with_suffix(".txt").as_posix() if path.suffix.lower() in VIDEO_SUFFIXES + IMAGE_SUFFIXES else ""
+    if path.suffix.lower() not in VIDEO_SUFFIXES + IMAGE_SUFFIXES:
+        return []
+    stems = [path.with_suffix("")]
+    if samples and (sample := path.name.split(".")[0]):
+        stems.append(path.with_name(sample))
+    return [f"{stem.as_posix()}{suffix}" for suffix in (".txt", ".json") for stem in stems]
 
 
-def _caption(folder: Path, name: str, captions: dict[str, str], needed: bool) -> str:
-    """A clip's caption, its white space single spaces. Bytes that are not UTF-8 arrive here as surrogates."""
-    beside = folder / _beside(name)
-    if beside.is_file():
-        text = beside.read_bytes().decode("utf-8-sig", "surrogateescape")
+def _caption(name: str, beside: list[str], read: Callable, captions: dict[str, str], needed: bool) -> str:
+    """A clip's caption, its white space single spaces: of a .txt beside it, a table, or a .json beside it."""
+    texts = [other for other in beside if other.endswith(".txt")]
+    text = None
+    if texts:
+        text = read(texts[0]).decode("utf-8-sig", "surrogateescape")
     elif name in captions:
         text = captions[name]
-    elif needed:
-        raise BadClip(name, "no caption", f"neither {beside.name} nor a row of {' or '.join(TABLES)}")
-    else:
-        return ""
+    elif beside:
+        text = caption_of(json_or_none(read(beside[0]).decode("utf-8-sig", "surrogateescape")))
+    if text is None and needed:
+        own = Path(name).with_suffix(".txt").name
+        keys = f", and {beside[0]} has none of {', '.join(CAPTION_KEYS)}" if beside else ""
+        raise BadClip(name, "no caption", f"neither {own} nor a row of {' or '.join(TABLES + METADATA)}{keys}")
+    return clean_caption(name, text or "", needed)
+
+
+def clean_caption(name: str, text: str, needed: bool) -> str:
+    """White space as single spaces; BadClip for bytes that were not UTF-8, which arrive here as surrogates."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -241,25 +273,44 @@ def _caption(folder: Path, name: str, captions: dict[str, str], needed: bool) ->
     return text
 
 
-def _read_tables(folder: Path, report: SkipReport) -> dict[str, str]:
+def caption_of(row: object) -> str | None:
+    """The caption among the facts of a table's row or a .json file."""
+    facts = row if isinstance(row, dict) else {}
+    return next((facts[key] for key in CAPTION_KEYS if isinstance(facts.get(key), str)), None)
+
+
+def _read_tables(files: list[str], read: Callable[[str], bytes], report: SkipReport) -> dict[str, str]:
     """File name -> caption from the tables of a folder. Rows that say neither are reported, by line."""
     captions = {}
-    for table in TABLES:
-        if not (folder / table).is_file():
-            continue
-        text = (folder / table).read_bytes().decode("utf-8-sig", "surrogateescape")
-        rows = _jsonl_rows(text) if table.endswith("jsonl") else csv.DictReader(io.StringIO(text, newline=""))
+    for table in (name for name in files if name in TABLES or Path(name).name in METADATA):
+        text = read(table).decode("utf-8-sig", "surrogateescape")
+        rows = _jsonl_rows(text) if table.endswith("jsonl") else _csv_rows(text)
         for number, row in enumerate(rows, 1):
-            if isinstance(row, dict) and isinstance(row.get("file"), str) and isinstance(row.get("caption"), str):
-                captions.setdefault(Path(row["file"]).as_posix(), row["caption"])
+            file = (row.get("file") or row.get("file_name")) if isinstance(row, dict) else None
+            caption = caption_of(row)
+            if isinstance(file, str) and caption is not None:
+                captions.setdefault((Path(table).parent / file).as_posix(), caption)
             else:
-                report.add(f"{table}:{number}", "bad caption row", "it needs 'file' and 'caption', both text")
+                detail = f"it needs 'file' (or 'file_name') and one of {', '.join(CAPTION_KEYS)}, both text"
+                report.add(f"{table}:{number}", "bad caption row", detail)
     return captions
 
 
 def _jsonl_rows(text: str) -> Iterator[dict | None]:
     for line in filter(str.strip, text.split("\n")):
-        try:
-            yield json.loads(line)
-        except json.JSONDecodeError:
-            yield None
+        yield json_or_none(line)
+
+
+def _csv_rows(text: str) -> Iterator[dict | None]:
+    try:
+        yield from csv.DictReader(io.StringIO(text, newline=""))
+    except csv.Error:  # a field of more than 128 KiB; where the next row begins nobody knows
+        yield None
+
+
+def json_or_none(text: str) -> object:
+    """What a JSON text says; None for what is not JSON."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None

@@ -144,7 +144,9 @@ def filtered(clip: Candidate, filters: Filters) -> Candidate | Drop:
 
 
 def header(media: Media) -> VideoInfo:
-    """Size and rate without decoding; VideoError for what is no video or image."""
+    """Size and rate without decoding; VideoError for what is no video or image, or could not be read."""
+    if isinstance(media.data, VideoError):
+        raise media.data
     if not isinstance(media.data, np.ndarray):
         return probe(media.data)
     shape, fps = media.data.shape, media.fps
