@@ -234,16 +234,22 @@ def _plots(results: Sequence[Result], out: Path) -> list[str]:
         for setting, points in lines.items():
             axes.plot(*zip(*sorted(points)), marker="o", label=setting)
         axes.set(xlabel="context, tokens", ylabel=label, xscale="log")
-        axes.set_xticks(contexts := sorted({r.case.context for r in results}), [f"{n // 1024} k" for n in contexts])
-        axes.minorticks_off()
+        axes.set_xticks(contexts := sorted({r.case.context for r in results}), [_tokens(n) for n in contexts])
         if name != "mfu.png":
             axes.set_yscale("log")
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_minor_formatter("{x:g}")
+        axes.xaxis.minorticks_off()
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
         figure.savefig(out / name, dpi=120)
         plt.close(figure)
         names.append(name)
     return names
+
+
+def _tokens(n: int) -> str:
+    return f"{n / 1e6:g} M" if n % 100_000 == 0 else f"{n / 1024:g} k"
 
 
 def _setting(case: Case, results: Sequence[Result]) -> str:
