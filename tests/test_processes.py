@@ -25,7 +25,7 @@ from ml_collections import ConfigDict
 
 def get_config(arg):
     return ConfigDict(dict(
-        data=arg,
+        data=dict(path=arg),
         # Little to compile, which every process does by itself.
         dit=dict(latent_channels=4, patch=(1, 2, 2), width=32, depth=1, heads=2, text_width=64, text_depth=0,
                  dtype="float32", positions="none", qk_norm="none", cross_norm=False, facts=False),
