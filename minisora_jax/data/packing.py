@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
+import functools
 import json
 import threading
 from pathlib import Path
@@ -275,7 +276,7 @@ class StagedPlan:
 
 def padded_text(text_LE: np.ndarray, tokens: int) -> np.ndarray:
     """A caption's features with zeros up to `tokens`, which Wan's models attend to as they do to the caption's own."""
-    return np.pad(text_LE, ((0, max(0, tokens - len(text_LE))), (0, 0)))
+    return np.pad(text_LE, ((0, tokens - len(text_LE)), (0, 0))) if len(text_LE) < tokens else text_LE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -305,8 +306,9 @@ def unpatchify(patches_thwP: np.ndarray, patch: tuple[int, int, int]) -> np.ndar
     return x.transpose(0, 3, 1, 4, 2, 5, 6).reshape(t * pt, h * ph, w * pw, -1)
 
 
+@functools.lru_cache(256)
 def grid_positions(size_thw: tuple[int, int, int]) -> np.ndarray:
-    """int32 (t * h * w, 3): the (t, y, x) of each token of a grid, in row order."""
+    """int32 (t * h * w, 3): the (t, y, x) of each token of a grid, in row order. Not to be written to."""
     return np.stack(np.meshgrid(*map(np.arange, size_thw), indexing="ij"), axis=-1).reshape(-1, 3).astype(np.int32)
 
 

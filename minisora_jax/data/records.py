@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import shutil
 import struct
@@ -66,7 +67,7 @@ def unpack_record(record: bytes, where: str) -> tuple[dict[str, np.ndarray], dic
     (length,) = struct.unpack("<I", body[:4])
     header, at, arrays = json.loads(bytes(body[4 : 4 + length])), 4 + length, {}
     for name, dtype, shape in header["arrays"]:
-        count = int(np.prod(shape, dtype=np.int64))
+        count = math.prod(shape)
         arrays[name] = np.frombuffer(body, dtype, count, at).reshape(shape)
         at += arrays[name].nbytes
     return arrays, header["facts"]
