@@ -81,8 +81,8 @@ def draw_run(path: str | Path, rows: list[dict]) -> None:
     steps = np.array([row["step"] for row in rows])
     figure, (loss_axes, norm_axes, time_axes) = plt.subplots(1, 3, figsize=(14, 3.4), constrained_layout=True)
     loss = np.array([row["loss"] for row in rows])
-    loss_axes.plot(steps, loss, color="tab:blue", alpha=0.3, linewidth=0.8)
     window = max(1, len(loss) // 30)
+    loss_axes.plot(steps, loss, color="tab:blue", alpha=0.3 if window > 1 else 1.0, linewidth=0.8)
     if window > 1:
         smooth = np.convolve(loss, np.ones(window) / window, mode="valid")
         loss_axes.plot(steps[window - 1 :], smooth, color="tab:blue")
