@@ -9,6 +9,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """A UTF-8 file, whole or absent."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[Path]:
     """Yield a temporary path of the same suffix; rename it to `path` on success, delete it on any error.

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from minisora_jax.data.atomic import replacing
+from minisora_jax.data.atomic import write_text
 from minisora_jax.data.epochs import Epochs, Stage
 from minisora_jax.models.text import BYTES_PER_TOKEN, PAD
 from minisora_jax.types import LatentClip, PackedBatch
@@ -196,7 +196,7 @@ class PackPlan:
         self._first_step = [0]  # of each part
         if remember and remember.exists():
             self._first_step = json.loads(remember.read_text(encoding="utf-8"))
-        self._parts: dict[int, tuple[int, list[np.ndarray]]] = {}
+        self._parts: dict[int, list[np.ndarray]] = {}
         self._lock = threading.Lock()
         _require_fit(tokens, text, config)
 
@@ -210,7 +210,7 @@ class PackPlan:
 
     def rows(self, step: int) -> list[np.ndarray]:
         part, first = self._place(step)
-        return self._part(part)[1][first : first + self.per_step]
+        return self._part(part)[first : first + self.per_step]
 
     def _place(self, step: int) -> tuple[int, int]:
         """(part, first row within it) of a step."""
@@ -218,7 +218,7 @@ class PackPlan:
             planned = len(self._first_step)
             while self._first_step[-1] <= step:
                 part = len(self._first_step) - 1
-                rows = self._part(part)[1]
+                rows = self._part(part)
                 if len(rows) < self.per_step:
                     raise ValueError(
                         f"{len(self.tokens)} clips fill only {len(rows)} rows of {self.config.tokens} tokens, a step "
@@ -226,19 +226,18 @@ class PackPlan:
                     )
                 self._first_step.append(self._first_step[-1] + len(rows) // self.per_step)
             if self._remember and len(self._first_step) > planned:
-                with replacing(self._remember) as partial:
-                    partial.write_text(json.dumps(self._first_step), encoding="utf-8")
+                write_text(self._remember, json.dumps(self._first_step))
             part = int(np.searchsorted(self._first_step, step, side="right")) - 1
             self._part(part)  # while others wait, so that none plans the same
             return part, (step - self._first_step[part]) * self.per_step
 
-    def _part(self, part: int) -> tuple[int, list[np.ndarray]]:
-        """(epoch, rows) of a part of an epoch; the newest two are kept."""
+    def _part(self, part: int) -> list[np.ndarray]:
+        """The rows of a part of an epoch; the newest two are kept."""
         if part not in self._parts:
-            epoch, clips = self.epochs.part(part)
+            _, clips = self.epochs.part(part)
             rows = pack_rows(self.tokens[clips], self.text[clips], self.config, self.seed, part)
             self._parts = {p: made for p, made in self._parts.items() if abs(p - part) <= 1}
-            self._parts[part] = epoch, [clips[row] for row in rows]
+            self._parts[part] = [clips[row] for row in rows]
         return self._parts[part]
 
 

@@ -21,8 +21,8 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader
 from PIL import Image
 
-from minisora_jax.data.atomic import replacing
-from minisora_jax.data.records import RANDOM_ACCESS, DataError, ShardWriter, pack_record, unpack_record
+from minisora_jax.data.atomic import write_text
+from minisora_jax.data.records import PARTS, RANDOM_ACCESS, DataError, ShardWriter, pack_record, unpack_record
 from minisora_jax.data.sources import BadClip, Source
 from minisora_jax.data.stages import Candidate, Curation, Drop, clips_of
 from minisora_jax.data.workers import Died, Worker
@@ -55,7 +55,7 @@ class Plan:
 
     @property
     def folder(self) -> Path:
-        return Path(self.out) / "parts"
+        return Path(self.out) / PARTS
 
     def gathered(self, part: int) -> Path:
         return self.folder / f"{part:05d}.json"
@@ -244,8 +244,7 @@ def _thumbnail(frame_HWC: np.ndarray) -> str:
 
 
 def _write(path: Path, facts: Any) -> None:
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(facts), encoding="utf-8")
+    write_text(path, json.dumps(facts))
 
 
 def read_notes(path: Path) -> Any:

@@ -100,7 +100,6 @@ def prepare(
     opening = records.opening_of("clips", settings, shard_bytes, "group_size:1,zstd:1")
     plan = Plan(clips, str(out_dir), curation, opening, files_per_part, held_out, captioner, strict)
     if manifest := records.finished(out_dir, opening):
-        shutil.rmtree(plan.folder, ignore_errors=True)
         return _report_of(out_dir, manifest)
     records.begin(out_dir, opening)
     plan.folder.mkdir(exist_ok=True)
@@ -168,7 +167,7 @@ def _close(plan: Plan, report: SkipReport) -> SkipReport:
         done = read_notes(plan.finished(part)) if plan.finished(part).exists() else None
         summary.add(gathered, done)
         for split, entries in (done or gathered)["shards"].items():
-            shards[split] += [{**entry, "file": f"parts/{entry['file']}"} for entry in entries]
+            shards[split] += [{**entry, "file": f"{records.PARTS}/{entry['file']}"} for entry in entries]
     report.skipped, report.shortened, report.kept = summary.skipped, summary.shortened, summary.kept
     if not shards["train"]:
         held = sum(len(s["sizes"]) for s in shards["heldout"])
@@ -228,10 +227,7 @@ class Records:
 def open_clips(spec: str, *, long_captions: float = LONG_CAPTIONS) -> Sequence[Clip]:
     """Clips by name: "shapes", "shapes:heldout" or "shapes:train:5000", or a directory that `prepare` wrote."""
     if spec.split(":")[0] == "shapes":
-        _, split, count, *_ = [*spec.split(":"), "", ""]
-        if count and not count.isdigit():
-            raise ValueError(f"{spec!r}: the count of clips must be a whole number, as in shapes:train:5000")
-        return Shapes(split or "train", int(count or 100_000))
+        return Shapes.of(spec, 100_000)
     if not is_url(spec) and not os.path.exists(os.path.join(spec, "manifest.json")):
         raise FileNotFoundError(f"{spec} is not a prepared data set: run `minisora prepare CLIPS_FOLDER {spec}` first")
     return Records(spec, long_captions=long_captions)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 
 import numpy as np
@@ -10,7 +9,7 @@ import numpy as np
 from minisora_jax.data.files import is_url
 from minisora_jax.data.prepare import Records
 from minisora_jax.data.records import DataError
-from minisora_jax.data.sources import Media, SkipReport
+from minisora_jax.data.sources import Media, SkipReport, reopened
 from minisora_jax.data.video import VideoError
 
 
@@ -37,13 +36,4 @@ class Prepared:
         return Media(clip.name, clip.caption, clip.frames_THWC, clip.fps)
 
     def __reduce__(self):
-        return _same, (self.directory, self.need_caption, self.identity)
-
-
-@functools.lru_cache(maxsize=4)
-def _same(directory: str, need_caption: bool, identity: str) -> Prepared:
-    found = Prepared(directory, need_caption=need_caption)
-    if found.identity != identity:
-        raise RuntimeError(f"{directory} has changed since this run began: expected {identity}, found {found.identity}")
-    found.report = SkipReport()
-    return found
+        return reopened, (Prepared, (self.directory,), self.need_caption, self.identity)

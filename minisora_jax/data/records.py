@@ -30,7 +30,7 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 from tqdm import tqdm
 
-from minisora_jax.data.atomic import replacing
+from minisora_jax.data.atomic import replacing, write_text
 from minisora_jax.data.files import is_url
 from minisora_jax.data.storage import patiently, require_readable
 
@@ -98,8 +98,7 @@ def write_parts(
             litter.unlink()
         with ShardWriter(folder / f"{part:06d}", opening) as writer:
             facts = write_part(part, writer)
-        with replacing(note) as temporary:
-            temporary.write_text(json.dumps({"shards": writer.shards, "facts": facts}), encoding="utf-8")
+        write_text(note, json.dumps({"shards": writer.shards, "facts": facts}))
 
 
 def finish_parts(
@@ -150,8 +149,7 @@ def begin(out_dir: Path, opening: dict[str, Any]) -> None:
     if progress.exists() and (lines := progress.read_text(encoding="utf-8").split("\n")[:-1]):
         _check_same(out_dir, opening, json.loads(lines[0]))
         return
-    with replacing(progress) as temporary:
-        temporary.write_text(json.dumps(opening) + "\n", encoding="utf-8")
+    write_text(progress, json.dumps(opening) + "\n")
 
 
 class ShardWriter:
@@ -219,8 +217,7 @@ def finish(out_dir: Path, opening: dict, shards: list, tables: dict, closing: di
         with replacing(path) as temporary:
             np.save(temporary, array)
         manifest["tables"][name] = {"file": path.name, "sha256": sha256(path)}
-    with replacing(out_dir / "manifest.json") as temporary:
-        temporary.write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_text(out_dir / "manifest.json", json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
     (out_dir / "progress.jsonl").unlink(missing_ok=True)
     return manifest
 

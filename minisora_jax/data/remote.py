@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 
 from minisora_jax.data.files import File, filesystem, listing
-from minisora_jax.data.sources import METADATA, TABLES, Media, SkipReport, scan_names
+from minisora_jax.data.sources import METADATA, TABLES, Media, SkipReport, reopened, scan_names
 
 CAPTIONS = (".txt", ".json")
 
@@ -38,15 +37,7 @@ class RemoteFolder:
         return Media(name, caption, file.read())
 
     def __reduce__(self):
-        return _same, (self.url, self.need_caption, self.identity)
-
-
-@functools.lru_cache(maxsize=4)
-def _same(url: str, need_caption: bool, identity: str) -> RemoteFolder:
-    folder = RemoteFolder(url, need_caption=need_caption)
-    if folder.identity != identity:
-        raise RuntimeError(f"{url} has changed since this run began: expected {identity}, found {folder.identity}")
-    return folder
+        return reopened, (RemoteFolder, (self.url,), self.need_caption, self.identity)
 
 
 def _is_table(name: str) -> bool:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from minisora_jax.data.atomic import replacing
+from minisora_jax.data.atomic import write_text
 from minisora_jax.data.filters import MEASURES, Filters
 
 PICTURES = 24  # of the clips kept, and a quarter of that of each reason to drop
@@ -85,8 +85,7 @@ def write_report(path: str | os.PathLike, summary: Summary, opening: dict[str, A
     page = (
         f"<!doctype html>\n<html lang=en><meta charset=utf-8><title>minisora prepare</title>\n<style>{STYLE}</style>\n"
     )
-    with replacing(path) as temporary:
-        temporary.write_text(page + "\n".join(body) + "\n</html>\n", encoding="utf-8")
+    write_text(path, page + "\n".join(body) + "\n</html>\n")
 
 
 def _reasons(summary: Summary) -> str:

@@ -100,6 +100,14 @@ class Shapes:
             raise ValueError(f"split={split!r} must be 'train' or 'heldout'")
         self.split, self.length, self.offset, self.size_THW = split, length, offset, size_THW
 
+    @classmethod
+    def of(cls, spec: str, count: int) -> Shapes:
+        """Of "shapes[:SPLIT[:COUNT]]", by default train and `count`."""
+        _, split, asked, *_ = [*spec.split(":"), "", ""]
+        if asked and not asked.isdigit():
+            raise ValueError(f"{spec!r}: the count of clips must be a whole number, as in shapes:train:5000")
+        return cls(split or "train", int(asked or count))
+
     def __len__(self) -> int:
         return self.length
 

@@ -29,7 +29,7 @@ from typing import Protocol
 
 import numpy as np
 
-from minisora_jax.data.atomic import replacing
+from minisora_jax.data.atomic import write_text
 from minisora_jax.data.video import IMAGE_SUFFIXES, VIDEO_SUFFIXES, VideoError
 
 PREPROCESSING_VERSION = 1  # of the pixels a file turns into; caches remember it
@@ -116,8 +116,7 @@ class SkipReport:
 
     def write(self, path: str | os.PathLike) -> None:
         """One skipped file a line, as JSON."""
-        with replacing(path) as temporary:
-            temporary.write_text("".join(json.dumps(row) + "\n" for row in self.skipped), encoding="utf-8")
+        write_text(path, "".join(json.dumps(row) + "\n" for row in self.skipped))
 
 
 # ---- Procedural clips
@@ -129,10 +128,7 @@ class ProceduralShapes:
     def __init__(self, spec: str = "shapes"):
         from minisora_jax.data.shapes import Shapes
 
-        _, split, count, *_ = [*spec.split(":"), "", ""]
-        if count and not count.isdigit():
-            raise ValueError(f"{spec!r}: the count of clips must be a whole number, as in shapes:train:5000")
-        self.clips = Shapes(split or "train", int(count or 1024))
+        self.clips = Shapes.of(spec, 1024)
         self.identity, self.report = f"shapes:{self.clips.split}:{len(self.clips)}", SkipReport()
 
     def __len__(self) -> int:
@@ -173,15 +169,16 @@ class Folder:
         return Media(name, caption, self.path / name)
 
     def __reduce__(self):
-        return _same_folder, (str(self.path.resolve()), self.need_caption, self.identity)
+        return reopened, (Folder, (str(self.path.resolve()),), self.need_caption, self.identity)
 
 
-@functools.lru_cache(maxsize=4)
-def _same_folder(path: str, need_caption: bool, identity: str) -> Folder:
-    folder = Folder(path, need_caption=need_caption)
-    if folder.identity != identity:
-        raise RuntimeError(f"{path} has changed since this run began: expected {identity}, found {folder.identity}")
-    return folder
+@functools.lru_cache(maxsize=8)
+def reopened(kind: type, where: tuple, need_caption: bool, identity: str) -> Source:
+    """kind(*where), once a process, of a source that pickles as its place; RuntimeError if it holds something else."""
+    source = kind(*where, need_caption=need_caption)
+    if source.identity != identity:
+        raise RuntimeError(f"{where[0]} has changed since this run began: expected {identity}, found {source.identity}")
+    return source
 
 
 def _scan(folder: Path, need_caption: bool, report: SkipReport) -> list[tuple[str, str]]:

@@ -18,7 +18,6 @@ Sequence(Image), and so it is read. Sets of ArrayRecord go through TFDS's data s
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import os
@@ -30,7 +29,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from minisora_jax.data.files import find
-from minisora_jax.data.sources import BadClip, Media, SkipReport, clean_caption
+from minisora_jax.data.sources import BadClip, Media, SkipReport, clean_caption, reopened
 from minisora_jax.data.tfds_features import builder_of, choose, import_tfds, texts_of, undecoded, value_of
 from minisora_jax.data.video import VideoError
 
@@ -93,15 +92,8 @@ class Tfds:
             raise VideoError(bad.reason, bad.detail or f"in {'/'.join(self.caption)}") from bad
 
     def __reduce__(self):
-        return _same, (*self.arguments.values(), self.identity)
-
-
-@functools.lru_cache(maxsize=4)
-def _same(directory, split, media, caption, fps, need_caption, identity) -> Tfds:
-    found = Tfds(directory, split, media, caption, fps, need_caption=need_caption)
-    if found.identity != identity:
-        raise RuntimeError(f"{directory} has changed since this run began: expected {identity}, found {found.identity}")
-    return found
+        *where, need_caption = self.arguments.values()
+        return reopened, (Tfds, tuple(where), need_caption, self.identity)
 
 
 def open_tfds(spec: str, *, data_dir="", media="", caption="", fps="", need_caption=True, strict=False) -> Tfds:

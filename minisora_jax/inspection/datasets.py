@@ -36,7 +36,7 @@ def facts_of(shards: Shards) -> list[tuple[str, str]]:
     if len(order) > MOST_SIZES:
         rest = counts[order[MOST_SIZES:]].sum()
         lines.append(("", f"{len(order) - MOST_SIZES} other sizes {rest:>8,}  {rest / len(shards):6.1%}"))
-    lines += [(name, _short(value)) for name, value in manifest["settings"].items()]
+    lines += [(name, short(value)) for name, value in manifest["settings"].items()]
     skipped = manifest.get("skipped")
     if isinstance(skipped, dict):
         lines.append(("skipped", ", ".join(f"{n} {why}" for why, n in skipped["counts"].items()) or "none"))
@@ -81,6 +81,7 @@ def _spread(values: np.ndarray) -> str:
     return f"{values.min():,} to {values.max():,} (median {np.median(values):,.0f})"
 
 
-def _short(value) -> str:
+def short(value) -> str:
+    """A setting, as much of it as fits a line."""
     text = str(value)
     return text if len(text) < 90 else f"{text[:87]}..."

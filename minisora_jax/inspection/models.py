@@ -11,7 +11,9 @@ from pathlib import Path
 from flax import traverse_util
 
 from minisora_jax.data.atomic import replacing
+from minisora_jax.inspection.datasets import short
 from minisora_jax.models.files import model_hash, open_model
+from minisora_jax.train.metrics import read_rows
 
 
 def model_facts(directory: Path) -> list[tuple[str, str]]:
@@ -58,16 +60,8 @@ def run_facts(workdir: Path) -> list[tuple[str, str]]:
 
 
 def metrics(workdir: Path) -> list[dict]:
-    path = workdir / "metrics.jsonl"
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:  # a run that is being written, or was killed
-            continue
-        if "loss" in row:
-            rows.append(row)
-    return rows
+    """The rows of training steps; those of held-out scores have no loss."""
+    return [row for row in read_rows(workdir / "metrics.jsonl") if "loss" in row]
 
 
 def draw_run(path: str | Path, rows: list[dict]) -> None:
@@ -106,5 +100,4 @@ def _flat(config: dict, at: str = "") -> Iterator[tuple[str, str]]:
         if isinstance(value, dict):
             yield from _flat(value, f"{at}{name}.")
         else:
-            text = str(value)
-            yield f"{at}{name}", text if len(text) < 90 else f"{text[:87]}..."
+            yield f"{at}{name}", short(value)

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from flax import traverse_util
 
-from minisora_jax.data.atomic import replacing
+from minisora_jax.data.atomic import write_text
 from minisora_jax.models.tensorfile import LazyArray, StoredTensor, order_of, read_tensors, write_tensors
 from minisora_jax.parallel.processes import is_main, parts_of
 
@@ -38,8 +38,7 @@ def export_model(
             list(tensors[name].parts())
         return ""
     write_tensors(directory / "model.safetensors", tensors, progress)
-    with replacing(directory / "config.json") as partial:
-        partial.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    write_text(directory / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
     return model_hash(directory)
 
 

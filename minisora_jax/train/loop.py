@@ -15,7 +15,7 @@ from typing import Any
 
 import jax
 
-from minisora_jax.data.atomic import replacing
+from minisora_jax.data.atomic import write_text
 from minisora_jax.parallel.mesh import MeshConfig, laid_out, make_mesh, place, require_divisible
 from minisora_jax.parallel.processes import (
     AskedToEnd,
@@ -219,8 +219,7 @@ def _tell_of_batch(workdir: Path, error: NonFiniteLoss, clip_names: Callable[[in
     """WORKDIR/nonfinite_NUMBER.json: what was said, and the names of the batch's clips."""
     if is_main():
         told = {"error": str(error), "batch": error.batch, "clips": clip_names(error.batch) if clip_names else []}
-        with replacing(workdir / f"nonfinite_{error.batch:07d}.json") as partial:
-            partial.write_text(json.dumps(told, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_text(workdir / f"nonfinite_{error.batch:07d}.json", json.dumps(told, indent=1, ensure_ascii=False) + "\n")
 
 
 def _left_out(workdir: Path) -> list[int]:
@@ -230,8 +229,7 @@ def _left_out(workdir: Path) -> list[int]:
 
 def _leave_out(workdir: Path, batches: list[int]) -> None:
     if is_main():
-        with replacing(workdir / "left_out.json") as partial:
-            partial.write_text(json.dumps(batches), encoding="utf-8")
+        write_text(workdir / "left_out.json", json.dumps(batches))
     barrier("left_out.json")
 
 
@@ -243,8 +241,7 @@ def _refuse_another_config(workdir: Path, describe: dict) -> None:
         if changed := _changes(before, now):
             raise ValueError(f"{workdir} was begun with another config ({'; '.join(changed)}): use a new --workdir")
     elif is_main():
-        with replacing(path) as partial:
-            partial.write_text(text, encoding="utf-8")
+        write_text(path, text)
     barrier("config.json")
     deadline = time.monotonic() + 10  # for file systems that remember for some seconds what was not there
     while several() and not path.exists():

@@ -17,7 +17,7 @@ from tensorboardX import SummaryWriter
 from tensorboardX.proto.summary_pb2 import Summary
 from tqdm import tqdm
 
-from minisora_jax.data.atomic import replacing
+from minisora_jax.data.atomic import write_text
 from minisora_jax.data.video import write_video
 from minisora_jax.parallel.processes import is_main
 
@@ -32,7 +32,7 @@ class Metrics:
         self._path = workdir / "metrics.jsonl"
         self._samples = workdir / "samples"
         self._samples.mkdir(exist_ok=True)
-        rows = self._rows()
+        rows = read_rows(self._path)
         kept = [row for row in rows if row["step"] <= start]
         self._write(kept)
         self._productive = next((row["productive_s"] for row in reversed(kept) if "productive_s" in row), 0.0)
@@ -81,16 +81,17 @@ class Metrics:
             self._board.close()
             self._file.close()
 
-    def _rows(self) -> list[dict]:
-        rows = []
-        for line in self._path.read_text(encoding="utf-8").splitlines() if self._path.exists() else []:
-            with contextlib.suppress(json.JSONDecodeError):  # the row that a kill cut short
-                rows.append(json.loads(line))
-        return rows
-
     def _write(self, rows: list[dict]) -> None:
-        with replacing(self._path) as partial:
-            partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        write_text(self._path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def read_rows(path: Path) -> list[dict]:
+    """The rows of a metrics.jsonl, but for one that is being written or that a kill cut short."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        with contextlib.suppress(json.JSONDecodeError):
+            rows.append(json.loads(line))
+    return rows
 
 
 class Clock:

@@ -21,7 +21,7 @@ from einops import rearrange
 from flax import traverse_util
 from tqdm import tqdm
 
-from minisora_jax.data.atomic import replacing
+from minisora_jax.data.atomic import write_text
 from minisora_jax.models.tensorfile import LazyArray, StoredTensor, write_tensors
 from minisora_jax.weights.checkpoint import Checkpoint, CheckpointError
 
@@ -229,5 +229,4 @@ def save_sharded(directory: str | Path, tensors: Mapping[str, LazyArray], stem: 
         write_tensors(directory / file, {n: tensors[n] for n in names}, f"exporting {i + 1} of {len(shards)}")
         weight_map |= dict.fromkeys(names, file)
     index = {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())}, "weight_map": weight_map}
-    with replacing(directory / f"{stem}.safetensors.index.json") as partial:
-        partial.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    write_text(directory / f"{stem}.safetensors.index.json", json.dumps(index, indent=2) + "\n")

@@ -24,7 +24,7 @@ def extent(segment_BS: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 def meet(extent_B, other_B) -> jax.Array:
     """Whether a segment may be in both blocks of ids, in any of the rows. Never wrong where it says no."""
-    return jnp.any(jnp.maximum(extent_B[0], other_B[0]) <= jnp.minimum(extent_B[1], other_B[1]))
+    return jnp.any(jnp.maximum(extent_B[0], other_B[0]) <= jnp.minimum(extent_B[1], other_B[1]), axis=-1)
 
 
 def forward(q_BSNK, k_BTNK, v_BTNK, q_segment_BS, kv_segment_BT, scale):
@@ -40,8 +40,7 @@ def _near(ids, other_ids) -> tuple[jax.Array, jax.Array]:
 
     Clips lie together in a row, so what is between the two is near as well, but for rows that differ.
     """
-    here, there = extent(ids), extent(other_ids)  # (tiles, B) each
-    near = jnp.any(jnp.maximum(here[0][:, None], there[0]) <= jnp.minimum(here[1][:, None], there[1]), axis=-1)
+    near = meet(jax.tree.map(lambda x: x[:, None], extent(ids)), extent(other_ids))  # of (tiles, B) each
     first, after = jnp.argmax(near, axis=1), near.shape[1] - jnp.argmax(near[:, ::-1], axis=1)
     return first, jnp.where(jnp.any(near, axis=1), after, first)
 
