@@ -217,7 +217,8 @@ def fuzz(count: int, seed: int, steps: int, at: Path) -> None:
 
 
 def _fuzz_clips(count: int, rng: np.random.Generator, at: Path) -> None:
-    from minisora_jax.data.prepare import Records, prepare
+    from minisora_jax.data.clips import Records
+    from minisora_jax.data.curate.prepare import prepare
 
     _write_clips(at / "good", 24)
     good = sorted(p for p in (at / "good").iterdir() if p.suffix != ".txt")
@@ -259,7 +260,7 @@ def read_broken(cache: Path, seeds: list[int]) -> dict[str, int]:
 
     A record that is given out must be the one that was written."""
     from minisora_jax.data.latents import Latents
-    from minisora_jax.data.records import DataError
+    from minisora_jax.data.storage import DataError
 
     whole = Latents(cache)
     clips = [whole[i] for i in range(len(whole))]

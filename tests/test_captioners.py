@@ -16,11 +16,12 @@ import pytest
 from PIL import Image
 
 from minisora_jax.cli import main
-from minisora_jax.data import endpoint
-from minisora_jax.data.captioners import EXPAND, LONG, SHORT, Refused, choose, describe, expand, open_captioner
-from minisora_jax.data.endpoint import Endpoint
-from minisora_jax.data.prepare import Records, open_clips, prepare
-from minisora_jax.data.records import DataError
+from minisora_jax.data.clips import Records, choose, open_clips
+from minisora_jax.data.curate import endpoint
+from minisora_jax.data.curate.captioners import EXPAND, LONG, SHORT, Refused, describe, expand, open_captioner
+from minisora_jax.data.curate.endpoint import Endpoint
+from minisora_jax.data.curate.prepare import prepare
+from minisora_jax.data.storage import DataError
 from minisora_jax.data.video import write_video
 
 COLOURS = {"red": (200, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 200)}

@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minisora_jax.data import shots
-from minisora_jax.data.duplicates import BITS, clip_hash, repeated
-from minisora_jax.data.filters import CURATED, MEASURES, Filters, load_function, measure
-from minisora_jax.data.sources import Media
-from minisora_jax.data.stages import Curation, Drop, Sizes, clips_of
+from minisora_jax.data.curate import shots
+from minisora_jax.data.curate.duplicates import BITS, clip_hash, repeated
+from minisora_jax.data.curate.filters import CURATED, MEASURES, Filters, load_function, measure
+from minisora_jax.data.curate.stages import Curation, Drop, Sizes, clips_of
+from minisora_jax.data.sources.base import Media
 from minisora_jax.data.video import read_clip_frames, write_video
 
 FPS = 12.0

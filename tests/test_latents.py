@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from minisora_jax.data.latents import Latents, write_latents
-from minisora_jax.data.records import DataError
+from minisora_jax.data.storage import DataError
 from minisora_jax.models.text import encode_bytes
 from minisora_jax.types import LatentClip
 

@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 
 from minisora_jax.data import records
-from minisora_jax.data.prepare import Records, prepare
-from minisora_jax.data.records import DataError, Shards, pack_record, unpack_record
+from minisora_jax.data.clips import Records
+from minisora_jax.data.curate.prepare import prepare
+from minisora_jax.data.records import Shards, pack_record, unpack_record
 from minisora_jax.data.shapes import Shapes
+from minisora_jax.data.storage import DataError
 
 COUNT = 10
 

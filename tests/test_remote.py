@@ -13,11 +13,12 @@ import pyarrow.parquet as pq
 import pytest
 from moto.server import ThreadedMotoServer
 
+from minisora_jax.data.clips import Records, open_clips
+from minisora_jax.data.curate.prepare import prepare
 from minisora_jax.data.latents import Latents, write_latents
 from minisora_jax.data.mirror import Mirror
-from minisora_jax.data.prepare import Records, open_clips, prepare
-from minisora_jax.data.records import DataError
-from minisora_jax.data.sources import open_source
+from minisora_jax.data.sources.base import open_source
+from minisora_jax.data.storage import DataError
 from minisora_jax.data.video import write_video
 from minisora_jax.types import LatentClip
 

@@ -17,12 +17,12 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from minisora_jax.data.clips import Records
+from minisora_jax.data.curate.prepare import prepare
 from minisora_jax.data.files import expand_braces, find
-from minisora_jax.data.prepare import Records, prepare
-from minisora_jax.data.sources import BadClip, Media, SkipReport, open_source
-from minisora_jax.data.spelling import split_options
-from minisora_jax.data.stages import header
-from minisora_jax.data.tars import Tars, members
+from minisora_jax.data.sources.base import BadClip, Media, SkipReport, header, open_source
+from minisora_jax.data.sources.spelling import split_options
+from minisora_jax.data.sources.tars import Tars, members
 from minisora_jax.data.video import VideoError, write_video
 
 CAPTIONS = {"a.mp4": "noise moves", "b.gif": "more noise — 猫", "c.png": "a photo of noise", "d.webm": "noise in time"}

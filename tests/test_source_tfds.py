@@ -15,9 +15,9 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from minisora_jax.data.prepare import prepare
-from minisora_jax.data.sources import open_source
-from minisora_jax.data.tfds_builder import VideoClips, as_file, build
+from minisora_jax.data.curate.prepare import prepare
+from minisora_jax.data.sources.base import open_source
+from minisora_jax.data.sources.tfds_builder import VideoClips, as_file, build
 from minisora_jax.data.video import VideoError, read_clip_frames, write_video
 
 F = tfds.features
@@ -230,14 +230,16 @@ def test_frames_become_lossless_files(tmp_path):
 
 def test_the_program_builds_and_reads_without_tensorflow(folder, tmp_path):
     done = subprocess.run(
-        [sys.executable, "-m", "minisora_jax.data.tfds_builder", folder, tmp_path], capture_output=True, text=True
+        [sys.executable, "-m", "minisora_jax.data.sources.tfds_builder", folder, tmp_path],
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1].startswith("3 clips kept, 2 skipped: 1 no caption (mute.mp4)")
     code = """
 import sys
 import tensorflow_datasets as tfds
-from minisora_jax.data.sources import open_source
+from minisora_jax.data.sources.base import open_source
 data = tfds.data_source("video_clips", split="train", data_dir=sys.argv[1])
 source = open_source(f"tfds:video_clips:train?data_dir={sys.argv[1]}")
 print(len(data), data[0]["caption"], source[0].caption)

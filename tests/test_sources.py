@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from minisora_jax.data.prepare import Records, prepare
-from minisora_jax.data.records import DataError
-from minisora_jax.data.sources import BadClip, Folder, Media, open_source
-from minisora_jax.data.stages import Curation, Drop, Sizes, clip_length, clips_of, crop_to_cells
+from minisora_jax.data.clips import Records
+from minisora_jax.data.curate.prepare import prepare
+from minisora_jax.data.curate.stages import Curation, Drop, Sizes, clip_length, clips_of, crop_to_cells
+from minisora_jax.data.sources.base import BadClip, Folder, Media, open_source
+from minisora_jax.data.storage import DataError
 from minisora_jax.data.video import read_clip_frames, write_video
 
 GOOD = {  # name -> the clip's T, H, W, with cells of 8

@@ -19,8 +19,7 @@ from minisora_jax.cli import _run
 from minisora_jax.data import storage
 from minisora_jax.data.latents import Latents, open_latents
 from minisora_jax.data.loader import packed_batches
-from minisora_jax.data.records import DataError
-from minisora_jax.data.storage import Damaged, StorageError
+from minisora_jax.data.storage import Damaged, DataError, StorageError
 from minisora_jax.parallel.processes import AskedToEnd
 from minisora_jax.train.checkpoint import CheckpointError
 from minisora_jax.train.diffusion_task import pack_plan

@@ -37,7 +37,7 @@ def run(args, _):
     from minisora_jax.models.codec import Codec
 
     if args.what == "codec":
-        from minisora_jax.data.prepare import open_clips
+        from minisora_jax.data.clips import open_clips
 
         scores, rows = evaluate_codec(Codec.load(args.codec or CODEC), open_clips(args.data))
     else:

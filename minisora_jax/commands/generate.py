@@ -177,7 +177,7 @@ def parse_size(text: str) -> tuple[int, int]:
 
 def _expanded(prompts: list[str], spec: str) -> list[str]:
     """The prompts as long captions, each shown."""
-    from minisora_jax.data.captioners import expand, open_captioner
+    from minisora_jax.data.curate.captioners import expand, open_captioner
 
     captioner = open_captioner(spec)
     long = [expand(prompt, captioner) for prompt in prompts]

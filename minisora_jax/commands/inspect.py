@@ -59,7 +59,7 @@ def run(args, config_flags):
 def _data(where: Path, verify: bool, out: Path) -> None:
     import json
 
-    from minisora_jax.data.prepare import Records
+    from minisora_jax.data.clips import Records
     from minisora_jax.data.records import Shards
     from minisora_jax.inspection.datasets import draw_clips, draw_sizes, facts_of
 

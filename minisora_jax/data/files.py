@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import glob
 import itertools
+import json
 import os
 import re
 from collections.abc import Iterator
@@ -134,3 +135,11 @@ def _file(fs, info: dict) -> File:
     if info["size"] is None:
         raise ValueError(f"{info['name']}: the server does not say how large it is, so no part of it can be asked for")
     return File(info["name"] if local else fs.unstrip_protocol(info["name"]), int(info["size"]), version)
+
+
+def json_or_none(text: str) -> object:
+    """What a JSON text says; None for what is not JSON."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None

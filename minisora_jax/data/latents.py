@@ -20,8 +20,9 @@ import numpy as np
 
 from minisora_jax.data import records
 from minisora_jax.data.epochs import parse_mixture
-from minisora_jax.data.records import DataError, Shards, pack_record
-from minisora_jax.data.sources import PREPROCESSING_VERSION
+from minisora_jax.data.records import Shards, pack_record
+from minisora_jax.data.sources.base import PREPROCESSING_VERSION
+from minisora_jax.data.storage import DataError
 from minisora_jax.parallel.processes import barrier, is_main, several
 from minisora_jax.types import LatentClip
 

@@ -18,9 +18,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from minisora_jax.data.atomic import replacing
-from minisora_jax.data.files import filesystem
-from minisora_jax.data.records import DataError
-from minisora_jax.data.sources import json_or_none
+from minisora_jax.data.files import filesystem, json_or_none
+from minisora_jax.data.storage import DataError
 
 CHUNK = 2**24  # bytes fetched at a time
 log = logging.getLogger("minisora")

@@ -32,16 +32,12 @@ from tqdm import tqdm
 
 from minisora_jax.data.atomic import replacing, write_text
 from minisora_jax.data.files import is_url
-from minisora_jax.data.storage import patiently, require_readable
+from minisora_jax.data.storage import DataError, patiently, require_readable
 
 FORMAT = 1
 MAGIC = b"MSR1"
 PARTS = "parts"
 RANDOM_ACCESS = "readahead_buffer_size:0,max_parallelism:0"
-
-
-class DataError(RuntimeError):
-    """A data set on disk that is not what it should be, and will not be at another attempt."""
 
 
 # ---- One record

@@ -15,6 +15,10 @@ DELAYS = (0.5, 2.0, 8.0)  # seconds before each further attempt
 SLOW = 10.0  # seconds of a read that are worth a word
 
 
+class DataError(RuntimeError):
+    """A data set on disk that is not what it should be, and will not be at another attempt."""
+
+
 class StorageError(RuntimeError):
     """A file that could not be read at all, after several attempts."""
 

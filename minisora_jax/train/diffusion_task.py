@@ -18,8 +18,7 @@ from minisora_jax.data.known import KnownConfig
 from minisora_jax.data.latents import Latents, Mixture
 from minisora_jax.data.loader import DataConfig, packed_batches
 from minisora_jax.data.packing import PackConfig, PackPlan, Segment, StagedPlan, pack_segments, token_counts
-from minisora_jax.data.records import DataError
-from minisora_jax.data.storage import Damaged
+from minisora_jax.data.storage import Damaged, DataError
 from minisora_jax.diffusion.loss import diffusion_loss
 from minisora_jax.diffusion.objective import ObjectiveConfig
 from minisora_jax.diffusion.time import TimeConfig

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable
 
-from minisora_jax.data.workers import Worker
+from minisora_jax.data.curate.workers import Worker
 
 log = logging.getLogger("minisora")
 

@@ -39,7 +39,7 @@ FLOW_RATE = 12.0  # frames per second, about, between which it is computed
 class Filters:
     """Limits by the measurements above. aesthetic: "FILE.py:FUNCTION" or "package.module:function", called with uint8
     RGB (n, H, W, 3), n <= 8 frames evenly spaced, and returning a number. duplicates: how many of the 192 bits of two
-    clips' perceptual hashes may differ for the later clip to be dropped (data/duplicates.py)."""
+    clips' perceptual hashes may differ for the later clip to be dropped (data/curate/duplicates.py)."""
 
     min_seconds: float | None = None
     min_side: int | None = None

@@ -3,9 +3,9 @@
 
 A captioner answers an instruction about some frames in words. `open_captioner` tells by the spelling which it is:
 
-    http://localhost:8000/v1#MODEL         an OpenAI-compatible endpoint, such as vLLM's (data/endpoint.py)
+    http://localhost:8000/v1#MODEL         an OpenAI-compatible endpoint, such as vLLM's (data/curate/endpoint.py)
     FILE.py:FUNCTION, or package.module:function     str = function(instruction, frames uint8 (n, H, W, 3))
-    Qwen/Qwen2.5-VL-3B-Instruct, or a path           a vision-language model of `transformers` (data/vlm.py)
+    Qwen/Qwen2.5-VL-3B-Instruct, or a path           a vision-language model of `transformers` (data/curate/vlm.py)
 
 Each clip gets a short and a long caption, which are kept beside its original one; which of them a model is trained on
 is chosen when the data set is read (`choose`): DALL-E 3 took the long one of 95 % of the samples and the original of
@@ -21,9 +21,8 @@ from typing import Protocol
 
 import numpy as np
 
-from minisora_jax.data.filters import load_function
+from minisora_jax.data.curate.filters import load_function
 
-LONG_CAPTIONS = 0.95  # share of samples, of DALL-E 3
 FRAMES = 8  # shown to the captioner, evenly spaced
 
 SHORT = (
@@ -81,32 +80,16 @@ def expand(prompt: str, captioner: Captioner) -> str:
     return _clean(captioner.ask(EXPAND + prompt))
 
 
-def choose(original: str, captions: dict[str, str], name: str, long_share: float = LONG_CAPTIONS) -> str:
-    """The caption that a clip of that name is trained on: the long one with probability `long_share`, else the original
-    or the short one, each of which is as likely if there are both. A function of the name: the same in every epoch.
-
-    original: "" for none.   captions: {"short": ..., "long": ...}, or {} where no captioner was at work."""
-    if not 0 <= long_share <= 1:
-        raise ValueError(f"the share of long captions is {long_share} and must be 0 to 1")
-    if not captions:
-        return original
-    draw = int.from_bytes(hashlib.sha256(name.encode("utf-8")).digest()[:8]) / 2**64
-    others = [caption for caption in (original, captions["short"]) if caption]
-    if draw < long_share or not others:
-        return captions["long"]
-    return others[int((draw - long_share) / (1 - long_share) * len(others))]
-
-
 @functools.lru_cache(maxsize=1)
 def open_captioner(spec: str) -> Captioner:
     """The captioner of that spelling, once a process."""
     if re.match(r"https?://", spec):
-        from minisora_jax.data.endpoint import Endpoint
+        from minisora_jax.data.curate.endpoint import Endpoint
 
         return Endpoint(spec, asked=ASKED)
     if re.fullmatch(r"(.+\.py|[\w.]+):\w+", spec):
         return Function(spec)
-    from minisora_jax.data.vlm import VisionLanguageModel
+    from minisora_jax.data.curate.vlm import VisionLanguageModel
 
     return VisionLanguageModel(spec, asked=ASKED)
 

@@ -12,8 +12,8 @@ from __future__ import annotations
 import tarfile
 
 from minisora_jax.data.files import File, is_hidden
-from minisora_jax.data.sharded import Entry, Sharded
-from minisora_jax.data.sources import Media, SkipReport, scan_names
+from minisora_jax.data.sources.base import Media, SkipReport, scan_names
+from minisora_jax.data.sources.sharded import Entry, Sharded
 from minisora_jax.data.video import VideoError
 
 COMPRESSED = {b"\x1f\x8b": "gunzip", b"BZ": "bunzip2", b"\xfd7": "unxz", b"(\xb5": "unzstd"}

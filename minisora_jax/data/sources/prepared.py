@@ -6,10 +6,10 @@ import os
 
 import numpy as np
 
+from minisora_jax.data.clips import Records
 from minisora_jax.data.files import is_url
-from minisora_jax.data.prepare import Records
-from minisora_jax.data.records import DataError
-from minisora_jax.data.sources import Media, SkipReport, reopened
+from minisora_jax.data.sources.base import Media, SkipReport, reopened
+from minisora_jax.data.storage import DataError
 from minisora_jax.data.video import VideoError
 
 

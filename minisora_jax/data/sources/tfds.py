@@ -7,7 +7,7 @@
 Of each example one feature is the clip, and one its caption; `choose` tells them by types and names, "?media=" and
 "?caption=" by their paths:
 
-    Text (a file's bytes)              VideoClips of data/tfds_builder.py, and sets like it
+    Text (a file's bytes)              VideoClips of data/sources/tfds_builder.py, and sets like it
     Video, Sequence(Image), Tensor     frames
     Dataset of steps with an Image     RLDS: an episode is a clip, its language instruction the caption
     Image                              a clip of one frame
@@ -29,8 +29,8 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from minisora_jax.data.files import find
-from minisora_jax.data.sources import BadClip, Media, SkipReport, clean_caption, reopened
-from minisora_jax.data.tfds_features import builder_of, choose, import_tfds, texts_of, undecoded, value_of
+from minisora_jax.data.sources.base import BadClip, Media, SkipReport, clean_caption, reopened
+from minisora_jax.data.sources.tfds_features import builder_of, choose, import_tfds, texts_of, undecoded, value_of
 from minisora_jax.data.video import VideoError
 
 VERSION = re.compile(r"\d+\.\d+\.\d+")

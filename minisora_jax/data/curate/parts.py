@@ -22,10 +22,11 @@ from array_record.python.array_record_module import ArrayRecordReader
 from PIL import Image
 
 from minisora_jax.data.atomic import write_text
-from minisora_jax.data.records import PARTS, RANDOM_ACCESS, DataError, ShardWriter, pack_record, unpack_record
-from minisora_jax.data.sources import BadClip, Source
-from minisora_jax.data.stages import Candidate, Curation, Drop, clips_of
-from minisora_jax.data.workers import Died, Worker
+from minisora_jax.data.curate.stages import Candidate, Curation, Drop, clips_of
+from minisora_jax.data.curate.workers import Died, Worker
+from minisora_jax.data.records import PARTS, RANDOM_ACCESS, ShardWriter, pack_record, unpack_record
+from minisora_jax.data.sources.base import BadClip, Source
+from minisora_jax.data.storage import DataError
 
 SPLITS = ("train", "heldout")
 SHOWN = 24  # pictures for the report, of each reason to drop and of the clips kept: over all parts, at least 4 each
@@ -154,7 +155,7 @@ def finish(plan: Plan, part: int, repeats: dict[int, str], alive: Callable[[int]
     """Write a part's records again: those that repeat no other clip, with new captions if a captioner is asked for.
 
     repeats: {number of a clip within the part: name of the earlier clip that it repeats}."""
-    from minisora_jax.data.captioners import Refused, describe, open_captioner
+    from minisora_jax.data.curate.captioners import Refused, describe, open_captioner
 
     captioner = open_captioner(plan.captioner) if plan.captioner else None
     facts = read_notes(plan.gathered(part))

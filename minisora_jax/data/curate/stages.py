@@ -18,11 +18,11 @@ from pathlib import Path
 
 import numpy as np
 
-from minisora_jax.data import shots
-from minisora_jax.data.duplicates import clip_hash
-from minisora_jax.data.filters import Filters, measure
-from minisora_jax.data.sources import Media
-from minisora_jax.data.video import STILL_FPS, VideoError, VideoInfo, is_image, open_frames, probe
+from minisora_jax.data.curate import shots
+from minisora_jax.data.curate.duplicates import clip_hash
+from minisora_jax.data.curate.filters import Filters, measure
+from minisora_jax.data.sources.base import Media, header
+from minisora_jax.data.video import STILL_FPS, VideoError, VideoInfo, is_image, open_frames
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Candidate:
     source: str = ""  # sha256 of the file that it comes from
     still: bool = False  # of an image: nothing can be asked of its motion
     shortened: bool = False  # the file goes on after it, and nothing else is made of the rest
-    scores: dict[str, float] = dataclasses.field(default_factory=dict)  # what data/filters.py measured
+    scores: dict[str, float] = dataclasses.field(default_factory=dict)  # what data/curate/filters.py measured
     hash: str = ""  # perceptual, where duplicates are looked for
 
 
@@ -141,20 +141,6 @@ def filtered(clip: Candidate, filters: Filters) -> Candidate | Drop:
 
 
 # ---- Files, frames in memory, and their sizes
-
-
-def header(media: Media) -> VideoInfo:
-    """Size and rate without decoding; VideoError for what is no video or image, or could not be read."""
-    if isinstance(media.data, VideoError):
-        raise media.data
-    if not isinstance(media.data, np.ndarray):
-        return probe(media.data)
-    shape, fps = media.data.shape, media.fps
-    if media.data.dtype != np.uint8 or len(shape) != 4 or shape[-1] != 3 or 0 in shape:
-        raise VideoError("not a video", f"frames are {media.data.dtype} {shape}, and should be uint8 (T, H, W, 3)")
-    if shape[0] > 1 and not fps:
-        raise VideoError("no frame rate", f"{shape[0]} frames came without their number a second")
-    return VideoInfo(*shape[:3], fps or STILL_FPS)
 
 
 @contextlib.contextmanager

@@ -3,7 +3,7 @@
     source -> parts: probe, shots, decode, filters, split -> duplicates -> captions
            -> clips-00000-of-0000N.array_record, sizes.npy, skipped.jsonl, report.html, manifest.json
 
-A source is cut into parts of some files, which are tasks (data/parts.py) for local processes or for Apache Beam; only
+A source is cut into parts of some files, which are tasks (parts.py here) for local processes or for Apache Beam; only
 duplicates are looked for over all parts, between two rounds of tasks, by the clips' hashes. Pixels are kept exactly
 (zstd). The bytes written depend on the source and the settings, not on how many workers there were or interruptions.
 """
@@ -15,27 +15,24 @@ import functools
 import json
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from tqdm import tqdm
 
 from minisora_jax.data import records
-from minisora_jax.data.beam import run_on_beam
-from minisora_jax.data.captioners import LONG_CAPTIONS, choose, open_captioner
-from minisora_jax.data.duplicates import repeated
-from minisora_jax.data.files import is_url
-from minisora_jax.data.filters import Filters
-from minisora_jax.data.parts import SPLITS, Plan, finish_safely, gather_safely, read_notes
-from minisora_jax.data.records import DataError, Shards, sha256
-from minisora_jax.data.report import Summary, write_report
-from minisora_jax.data.shapes import Shapes
-from minisora_jax.data.sources import PREPROCESSING_VERSION, SkipReport, open_source
-from minisora_jax.data.stages import Curation, Sizes
-from minisora_jax.data.workers import run_here
-from minisora_jax.types import Clip
+from minisora_jax.data.curate.beam import run_on_beam
+from minisora_jax.data.curate.captioners import open_captioner
+from minisora_jax.data.curate.duplicates import repeated
+from minisora_jax.data.curate.filters import Filters
+from minisora_jax.data.curate.parts import SPLITS, Plan, finish_safely, gather_safely, read_notes
+from minisora_jax.data.curate.report import Summary, write_report
+from minisora_jax.data.curate.stages import Curation, Sizes
+from minisora_jax.data.curate.workers import run_here
+from minisora_jax.data.records import sha256
+from minisora_jax.data.sources.base import PREPROCESSING_VERSION, SkipReport, open_source
+from minisora_jax.data.storage import DataError
 
 SKIPPED = "skipped.jsonl"
 
@@ -196,59 +193,3 @@ def _report_of(out_dir: Path, manifest: dict[str, Any]) -> SkipReport:
     report.kept, report.shortened = manifest["records"] + manifest["heldout"], manifest["shortened"]
     report.skipped = [json.loads(line) for line in (out_dir / SKIPPED).read_text(encoding="utf-8").splitlines()]
     return report
-
-
-class Records:
-    """A prepared data set as a sequence of clips. `sizes` (n, 4): T, H, W, and the longest caption's length in bytes.
-
-    long_captions: share of the clips of a data set with new captions that are given their long one (`choose`)."""
-
-    def __init__(self, directory: str | os.PathLike, *, long_captions: float = LONG_CAPTIONS):
-        self.shards = Shards(directory, "clips", {"preprocessing_version": PREPROCESSING_VERSION})
-        self.sizes: np.ndarray = self.shards.sizes
-        self.long_captions = long_captions
-
-    def __len__(self) -> int:
-        return len(self.shards)
-
-    @property
-    def identity(self) -> str:
-        """Of the manifest, which has the sha256 of everything else, and of the choice of captions."""
-        manifest = sha256(self.shards.directory / "manifest.json")
-        recaptioned = self.shards.manifest["settings"].get("captioner")
-        return f"{manifest}+{self.long_captions:g} long captions" if recaptioned else manifest
-
-    def __getitem__(self, i: int) -> Clip:
-        arrays, facts = self.shards.read(i)
-        caption = choose(facts["caption"], facts.get("captions", {}), facts["name"], self.long_captions)
-        return Clip(arrays["frames"], caption, facts["fps"], facts["name"])
-
-
-def open_clips(spec: str, *, long_captions: float = LONG_CAPTIONS) -> Sequence[Clip]:
-    """Clips by name: "shapes", "shapes:heldout" or "shapes:train:5000", or a directory that `prepare` wrote."""
-    if spec.split(":")[0] == "shapes":
-        return Shapes.of(spec, 100_000)
-    if not is_url(spec) and not os.path.exists(os.path.join(spec, "manifest.json")):
-        raise FileNotFoundError(f"{spec} is not a prepared data set: run `minisora prepare CLIPS_FOLDER {spec}` first")
-    return Records(spec, long_captions=long_captions)
-
-
-class Part(Sequence):
-    """clips[start:stop] without reading any."""
-
-    def __init__(self, clips: Sequence[Clip], start: int, stop: int):
-        self.clips, self.range = clips, range(start, stop)
-
-    def __len__(self) -> int:
-        return len(self.range)
-
-    def __getitem__(self, i: int) -> Clip:
-        return self.clips[self.range[i]]
-
-
-def hold_out(clips: Sequence[Clip], share: float = 1 / 16) -> tuple[Sequence[Clip], Sequence[Clip]]:
-    """(for training, held out): the last clips of a data set, at least one, are kept for evaluation."""
-    if len(clips) < 2:
-        raise DataError(f"{len(clips)} clips: at least 2 are needed to train on some and hold some out")
-    cut = len(clips) - max(1, round(share * len(clips)))
-    return Part(clips, 0, cut), Part(clips, cut, len(clips))

@@ -3,7 +3,7 @@
 A `Worker` is one spawned process that calls functions for us. They say `alive(i)` as they come to item i of their task;
 a process that dies (a decoder's segmentation fault, the kernel's out-of-memory killer) or says nothing for `timeout`
 seconds is reported as `Died` with the item it was at, and the next call starts a new one. `run_here` has several of
-them work through a list of tasks; data/beam.py has Apache Beam's workers each own one.
+them work through a list of tasks; data/curate/beam.py has Apache Beam's workers each own one.
 """
 
 from __future__ import annotations

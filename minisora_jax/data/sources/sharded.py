@@ -19,7 +19,7 @@ from pathlib import PurePosixPath
 import numpy as np
 
 from minisora_jax.data.files import File
-from minisora_jax.data.sources import Media, SkipReport
+from minisora_jax.data.sources.base import Media, SkipReport
 
 KEPT = 3  # indices a process holds
 THREADS = 8  # that index, each a file: most of the time they wait for storage

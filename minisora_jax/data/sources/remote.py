@@ -6,7 +6,7 @@ import hashlib
 import json
 
 from minisora_jax.data.files import File, filesystem, listing
-from minisora_jax.data.sources import METADATA, TABLES, Media, SkipReport, reopened, scan_names
+from minisora_jax.data.sources.base import METADATA, TABLES, Media, SkipReport, reopened, scan_names
 
 CAPTIONS = (".txt", ".json")
 

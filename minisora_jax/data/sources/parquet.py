@@ -13,8 +13,8 @@ import json
 import threading
 
 from minisora_jax.data.files import File
-from minisora_jax.data.sharded import Entry, Sharded
-from minisora_jax.data.sources import CAPTION_KEYS, BadClip, Media, SkipReport, clean_caption
+from minisora_jax.data.sources.base import CAPTION_KEYS, BadClip, Media, SkipReport, clean_caption
+from minisora_jax.data.sources.sharded import Entry, Sharded
 from minisora_jax.data.video import VideoError
 
 BUFFER = 2**20  # bytes read ahead of a column

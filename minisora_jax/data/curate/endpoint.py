@@ -22,7 +22,7 @@ import urllib.request
 import numpy as np
 from PIL import Image
 
-from minisora_jax.data.captioners import Refused
+from minisora_jax.data.curate.captioners import Refused
 
 TIMEOUT = 120.0  # seconds for an answer
 WAITS = (1.0, 2.0, 4.0, 8.0, 16.0)  # seconds before each further try

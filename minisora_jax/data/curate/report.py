@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from minisora_jax.data.atomic import write_text
-from minisora_jax.data.filters import MEASURES, Filters
+from minisora_jax.data.curate.filters import MEASURES, Filters
 
 PICTURES = 24  # of the clips kept, and a quarter of that of each reason to drop
 BINS = 40

@@ -7,8 +7,8 @@ import re
 from collections.abc import Iterator
 from urllib.parse import parse_qsl
 
-from minisora_jax.data.files import File, filesystem, find, is_hidden, is_url, listing
-from minisora_jax.data.sources import Folder, Source, json_or_none, open_source
+from minisora_jax.data.files import File, filesystem, find, is_hidden, is_url, json_or_none, listing
+from minisora_jax.data.sources.base import Folder, Source, open_source
 from minisora_jax.data.video import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")  # those that are refused are, by name
@@ -19,17 +19,17 @@ def open_spelled(spec: str, *, need_caption: bool = True, strict: bool = False) 
     install."""
     options = {"need_caption": need_caption, "strict": strict}
     if " + " in spec and not os.path.exists(spec):
-        from minisora_jax.data.together import Together
+        from minisora_jax.data.sources.together import Together
 
         parts = [part.strip() for part in spec.split(" + ")]
         return Together(parts, [open_source(part, **options) for part in parts], strict=strict)
     where, asked = split_options(spec)
     if where.startswith("tfds:"):
-        from minisora_jax.data.tfds_source import open_tfds
+        from minisora_jax.data.sources.tfds import open_tfds
 
         return open_tfds(where, **asked, **options)
     if where.endswith(TAR_SUFFIXES) and not is_folder(where):
-        from minisora_jax.data.tars import Tars
+        from minisora_jax.data.sources.tars import Tars
 
         return Tars(find(where), **asked, **options)
     if where.endswith(".parquet") and not is_folder(where):
@@ -64,14 +64,14 @@ def _folder(where: str, asked: dict, options: dict) -> Source:
         )
     if is_prepared(where):
         _refuse(where, asked)
-        from minisora_jax.data.prepared import Prepared
+        from minisora_jax.data.sources.prepared import Prepared
 
         return Prepared(where, **options)
     if files := _only_parquets(where):
         return _parquets(files, asked, options)
     _refuse(where, asked)
     if is_url(where):
-        from minisora_jax.data.remote import RemoteFolder
+        from minisora_jax.data.sources.remote import RemoteFolder
 
         return RemoteFolder(where, **options)
     return Folder(where, **options)
@@ -94,7 +94,7 @@ def _only_parquets(where: str) -> list[File]:
         parquets += [name] if name.endswith(".parquet") else []
     if not parquets:
         return []
-    from minisora_jax.data.parquet import splits
+    from minisora_jax.data.sources.parquet import splits
 
     if len(found := splits(parquets)) > 1:
         raise ValueError(
@@ -112,7 +112,7 @@ def _names(folder: str) -> Iterator[str]:
 
 
 def _parquets(files: list[File], asked: dict, options: dict) -> Source:
-    from minisora_jax.data.parquet import Parquets
+    from minisora_jax.data.sources.parquet import Parquets
 
     return Parquets(files, **asked, **options)
 

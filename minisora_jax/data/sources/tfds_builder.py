@@ -1,6 +1,6 @@
 """Any source as a TensorFlow Datasets set, `video_clips`, written and read without TensorFlow.
 
-    python -m minisora_jax.data.tfds_builder my_clips/ /data/tfds --split train
+    python -m minisora_jax.data.sources.tfds_builder my_clips/ /data/tfds --split train
     tfds.data_source("video_clips", split="train", data_dir="/data/tfds")[0]
     {"clip": bytes of an mp4 (or another video or image file), "caption": bytes, "fps": float64, "name": bytes}
 
@@ -20,8 +20,7 @@ import av
 import numpy as np
 from PIL import Image
 
-from minisora_jax.data.sources import Media, SkipReport, Source, open_source
-from minisora_jax.data.stages import header
+from minisora_jax.data.sources.base import Media, SkipReport, Source, header, open_source
 from minisora_jax.data.video import VideoError
 
 try:
@@ -34,7 +33,7 @@ class VideoClips(tfds.core.GeneratorBasedBuilder):
     """sources: {split: Source}; not needed to read what is there. What it leaves out is in `reports`, by split."""
 
     VERSION = tfds.core.Version("1.0.0")
-    __module__ = "minisora_jax.data.tfds_builder"  # also where this file is run as a program
+    __module__ = "minisora_jax.data.sources.tfds_builder"  # also where this file is run as a program
 
     def __init__(self, *, sources: dict[str, Source] | None = None, file_format: str = "array_record", **options):
         self.sources, self.reports = sources or {}, {}

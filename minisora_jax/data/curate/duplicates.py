@@ -15,7 +15,7 @@ from collections.abc import Iterable
 import numpy as np
 from PIL import Image
 
-from minisora_jax.data.filters import curate_module
+from minisora_jax.data.curate.filters import curate_module
 
 BITS = 192
 PLACES = (1 / 6, 1 / 2, 5 / 6)  # of the clip's length

@@ -7,7 +7,7 @@ import re
 
 import numpy as np
 
-from minisora_jax.data.sources import Media, SkipReport, Source
+from minisora_jax.data.sources.base import Media, SkipReport, Source
 
 
 class Together:

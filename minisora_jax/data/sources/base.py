@@ -9,8 +9,8 @@
     shapes:train:5000             the procedural clips of data/shapes.py
     clips.tar, gs://..., ...      docs/sources.md lists them all
 
-`open_source` tells by the spelling which it is (data/spelling.py). What a source leaves out is counted by reason and
-named in a `SkipReport`; it never stops a run (unless `strict`). Nothing is decoded here: data/stages.py does that.
+`open_source` tells by the spelling which it is (spelling.py). What a source leaves out is counted by reason and
+named in a `SkipReport`; it never stops a run (unless `strict`). Nothing is decoded here: `prepare` does that.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ from typing import Protocol
 import numpy as np
 
 from minisora_jax.data.atomic import write_text
-from minisora_jax.data.video import IMAGE_SUFFIXES, VIDEO_SUFFIXES, VideoError
+from minisora_jax.data.files import json_or_none
+from minisora_jax.data.video import IMAGE_SUFFIXES, STILL_FPS, VIDEO_SUFFIXES, VideoError, VideoInfo, probe
 
 PREPROCESSING_VERSION = 1  # of the pixels a file turns into; caches remember it
 TABLES = ("captions.jsonl", "captions.csv")  # at the top
@@ -78,7 +79,7 @@ def open_source(spec: str | os.PathLike, *, need_caption: bool = True, strict: b
     """
     if str(spec).split(":")[0] == "shapes":
         return ProceduralShapes(str(spec))
-    from minisora_jax.data.spelling import open_spelled
+    from minisora_jax.data.sources.spelling import open_spelled
 
     return open_spelled(os.fspath(spec), need_caption=need_caption, strict=strict)
 
@@ -305,9 +306,15 @@ def _csv_rows(text: str) -> Iterator[dict | None]:
         yield None
 
 
-def json_or_none(text: str) -> object:
-    """What a JSON text says; None for what is not JSON."""
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        return None
+def header(media: Media) -> VideoInfo:
+    """Size and rate without decoding; VideoError for what is no video or image, or could not be read."""
+    if isinstance(media.data, VideoError):
+        raise media.data
+    if not isinstance(media.data, np.ndarray):
+        return probe(media.data)
+    shape, fps = media.data.shape, media.fps
+    if media.data.dtype != np.uint8 or len(shape) != 4 or shape[-1] != 3 or 0 in shape:
+        raise VideoError("not a video", f"frames are {media.data.dtype} {shape}, and should be uint8 (T, H, W, 3)")
+    if shape[0] > 1 and not fps:
+        raise VideoError("no frame rate", f"{shape[0]} frames came without their number a second")
+    return VideoInfo(*shape[:3], fps or STILL_FPS)

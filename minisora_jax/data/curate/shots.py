@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from minisora_jax.data.filters import curate_module
+from minisora_jax.data.curate.filters import curate_module
 
 THRESHOLD, LEAST, WINDOW = 3.0, 15.0, 2  # PySceneDetect's own defaults
 SHORTEST = 5  # frames: nearer cuts are flashes
