@@ -171,7 +171,7 @@ def elastic(count: int, seed: int, steps: int, at: Path) -> None:
 
 def _write_clips(folder: Path, count: int) -> None:
     from minisora_jax.data.shapes import Shapes
-    from minisora_jax.data.video import write_video
+    from minisora_jax.data.video_writer import write_video
 
     folder.mkdir(parents=True, exist_ok=True)
     for i, clip in enumerate(Shapes("train", count)[k] for k in range(count)):

@@ -22,7 +22,7 @@ from minisora_jax.data.curate.captioners import EXPAND, LONG, SHORT, Refused, de
 from minisora_jax.data.curate.endpoint import Endpoint
 from minisora_jax.data.curate.prepare import prepare
 from minisora_jax.data.storage import DataError
-from minisora_jax.data.video import write_video
+from minisora_jax.data.video_writer import write_video
 
 COLOURS = {"red": (200, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 200)}
 

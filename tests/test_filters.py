@@ -14,7 +14,8 @@ from minisora_jax.data.curate.duplicates import BITS, clip_hash, repeated
 from minisora_jax.data.curate.filters import CURATED, MEASURES, Filters, load_function, measure
 from minisora_jax.data.curate.stages import Curation, Drop, Sizes, clips_of
 from minisora_jax.data.sources.base import Media
-from minisora_jax.data.video import read_clip_frames, write_video
+from minisora_jax.data.video import read_clip_frames
+from minisora_jax.data.video_writer import write_video
 
 FPS = 12.0
 

@@ -7,7 +7,6 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from tqdm import tqdm
 
 from minisora_jax.bundled import CODEC, MODEL
 from minisora_jax.diffusion.guidance import GuidanceConfig
@@ -15,6 +14,7 @@ from minisora_jax.diffusion.objective import ObjectiveConfig
 from minisora_jax.diffusion.sampler import SAMPLER_NAMES, SamplerConfig
 from minisora_jax.diffusion.time import GRIDS
 from minisora_jax.generate import Generator, Request
+from minisora_jax.generate.sampling import Layout
 from minisora_jax.models.files import export_model, load_model
 from minisora_jax.parallel.mesh import MeshConfig, make_mesh
 
@@ -84,13 +84,12 @@ def test_nor_does_one_of_a_stochastic_or_an_adaptive_sampler(generator, name):
 
 
 def test_noise_is_of_the_seed_and_the_step_and_equal_for_twins(generator):
-    grids = [(2, 2, 3), (1, 2, 2)]
-    requests = [RED, BLUE]
-    one = generator._noise([[0, 1]], requests, grids, 40, 1)[0]
+    lay_out = lambda rows: Layout([RED, BLUE], [(2, 2, 3), (1, 2, 2)], rows, 2, 40, generator.config)
+    one = lay_out([[0, 1]]).noise(1)[0]
     assert (one[:12] == one[12:24]).all() and (one[24:28] == one[28:32]).all() and not one[32:].any()
-    other = generator._noise([[1], [0]], requests, grids, 40, 1)
+    other = lay_out([[1], [0]]).noise(1)
     assert (other[0, :8] == one[24:32]).all() and (other[1, :24] == one[:24]).all()
-    assert (generator._noise([[0, 1]], requests, grids, 40, 2)[0, :32] != one[:32]).any()
+    assert (lay_out([[0, 1]]).noise(2)[0, :32] != one[:32]).any()
 
 
 @pytest.mark.parametrize("sampler", [n for n in SAMPLER_NAMES if n not in ("euler", "heun")])
@@ -150,21 +149,9 @@ def test_other_objectives_are_read_back_and_sampled(generator, tmp_path, path, p
     export_model(tmp_path / "model", params, config, dtype="float32")
     other = Generator.load(tmp_path / "model", CODEC)
     assert other.objective == ObjectiveConfig(path, prediction, "min-snr") and generator.objective == ObjectiveConfig()
-    grids, rows = [other.grid(RED.size_THW)], [[0]]
-    latents = dict(
-        other._sample(
-            rows,
-            [RED],
-            other.captions.encode([RED.prompt, ""]),
-            grids,
-            2 * 2 * 2 * 3,
-            GuidanceConfig(2.0, rescale=0.5),
-            SamplerConfig(sampler, 3, grid),
-            (other.params,),
-            tqdm(disable=True),
-        )
-    )
-    assert np.isfinite(latents[0]).all() and latents[0].std() > 0.01
+    options = dict(guidance=GuidanceConfig(2.0, rescale=0.5), sampler=SamplerConfig(sampler, 3, grid), progress=False)
+    [latents] = other.sample([RED], **options)
+    assert np.isfinite(latents).all() and latents.std() > 0.01
 
 
 @pytest.mark.parametrize(

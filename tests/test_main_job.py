@@ -7,7 +7,8 @@ import pytest
 
 from minisora_jax.cli import main
 from minisora_jax.data.shapes import Shapes
-from minisora_jax.data.video import read_clip_frames, write_video
+from minisora_jax.data.video import read_clip_frames
+from minisora_jax.data.video_writer import write_video
 
 
 @pytest.fixture(scope="module")

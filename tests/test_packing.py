@@ -193,7 +193,7 @@ def test_a_row_is_laid_out_clip_after_clip():
 @settings(deadline=None, max_examples=60)
 @given(st.integers(1, 6), st.integers(1, 4), st.integers(1, 4), st.integers(0, 10_000))
 def test_known_tokens_always_leave_something_to_learn(t, h, w, seed):
-    every = KnownConfig(0.2, 0.1, 0.1, 0.2, 0.1, 0.1, 0.2)
+    every = KnownConfig(0.2, 0.1, 0.1, 0.2, 0.1, 0.1, 0.1, 0.1)
     known = every.draw((t, h, w), np.random.default_rng(seed))
     assert known.shape == (t, h, w) and not known.all()
 
@@ -204,3 +204,15 @@ def test_known_shares_are_kept():
     first_only = np.mean([d[0].all() and not d[1:].any() for d in draws])
     assert abs(np.mean([not d.any() for d in draws]) - 0.6) < 0.05
     assert first_only >= config.first - 0.02
+
+
+def test_stretches_are_of_the_middle_and_of_the_clip_not_of_its_company():
+    config, clips, frames = KnownConfig(middle=0.3), np.arange(20_000), np.tile([1, 2, 5, 9], 5000)
+    spans = config.stretches(clips, frames, seed=3, epoch=2)
+    cut = spans[:, 0] > 0
+    assert not cut[frames == 1].any() and abs(cut[frames > 1].mean() - 0.3) < 0.02
+    assert (spans[~cut] == np.stack([0 * frames, frames], -1)[~cut]).all()
+    assert (spans[:, 0] < spans[:, 1]).all() and (spans[:, 1] <= frames).all()
+    assert set(map(tuple, spans[(frames == 5) & cut])) == {(a, b) for a in range(1, 5) for b in range(a + 1, 6)}
+    assert (config.stretches(clips[7:9], frames[7:9], 3, 2) == spans[7:9]).all()
+    assert (config.stretches(clips, frames, 3, 3) != spans).any()

@@ -19,7 +19,7 @@ from minisora_jax.data.curate.parts import is_held_out
 from minisora_jax.data.curate.prepare import prepare
 from minisora_jax.data.curate.workers import Died, Worker, run_here
 from minisora_jax.data.storage import DataError
-from minisora_jax.data.video import write_video
+from minisora_jax.data.video_writer import write_video
 
 FPS = 8
 

@@ -23,7 +23,8 @@ from minisora_jax.data.files import expand_braces, find
 from minisora_jax.data.sources.base import BadClip, Media, SkipReport, header, open_source
 from minisora_jax.data.sources.spelling import split_options
 from minisora_jax.data.sources.tars import Tars, members
-from minisora_jax.data.video import VideoError, write_video
+from minisora_jax.data.video import VideoError
+from minisora_jax.data.video_writer import write_video
 
 CAPTIONS = {"a.mp4": "noise moves", "b.gif": "more noise — 猫", "c.png": "a photo of noise", "d.webm": "noise in time"}
 

@@ -18,7 +18,8 @@ from PIL import Image
 from minisora_jax.data.curate.prepare import prepare
 from minisora_jax.data.sources.base import open_source
 from minisora_jax.data.sources.tfds_builder import VideoClips, as_file, build
-from minisora_jax.data.video import VideoError, read_clip_frames, write_video
+from minisora_jax.data.video import VideoError, read_clip_frames
+from minisora_jax.data.video_writer import write_video
 
 F = tfds.features
 

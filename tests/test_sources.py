@@ -14,7 +14,8 @@ from minisora_jax.data.curate.prepare import prepare
 from minisora_jax.data.curate.stages import Curation, Drop, Sizes, clip_length, clips_of, crop_to_cells
 from minisora_jax.data.sources.base import BadClip, Folder, Media, open_source
 from minisora_jax.data.storage import DataError
-from minisora_jax.data.video import read_clip_frames, write_video
+from minisora_jax.data.video import read_clip_frames
+from minisora_jax.data.video_writer import write_video
 
 GOOD = {  # name -> the clip's T, H, W, with cells of 8
     "alpha.png": (1, 16, 24, 3),

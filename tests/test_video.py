@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from minisora_jax.data import video
+from minisora_jax.data import video, video_writer
 from minisora_jax.data.contact_sheet import contact_sheet
+from minisora_jax.data.video_writer import write_video
 
 
 def moving_square(T=9, H=48, W=64):
@@ -25,7 +26,7 @@ def difference(a, b):
 def test_round_trip_keeps_size_rate_and_picture(tmp_path, suffix, tolerance):
     frames = moving_square()
     path = tmp_path / f"clip{suffix}"
-    video.write_video(path, frames, 12.5)
+    write_video(path, frames, 12.5)
     back, fps = video.read_clip_frames(path)
     assert back.shape == frames.shape and back.dtype == np.uint8
     assert fps == pytest.approx(12.5, rel=0.01)
@@ -36,33 +37,33 @@ def test_round_trip_keeps_size_rate_and_picture(tmp_path, suffix, tolerance):
 
 def test_flat_colours_survive_mp4(tmp_path):
     for rgb in [(215, 40, 40), (40, 175, 60), (50, 90, 235), (245, 245, 245), (10, 10, 10)]:
-        video.write_video(tmp_path / "c.mp4", np.full((3, 32, 32, 3), rgb, np.uint8), 8)
+        write_video(tmp_path / "c.mp4", np.full((3, 32, 32, 3), rgb, np.uint8), 8)
         back, _ = video.read_clip_frames(tmp_path / "c.mp4")
         assert np.abs(back.astype(int) - rgb).max() <= 4
 
 
 def test_one_frame_is_a_lossless_png(tmp_path):
     frame = moving_square()[:1]
-    video.write_video(tmp_path / "a.png", frame, 8)
+    write_video(tmp_path / "a.png", frame, 8)
     back, _ = video.read_clip_frames(tmp_path / "a.png")
     np.testing.assert_array_equal(back, frame)
     with pytest.raises(ValueError, match="9 frames; a .png holds one"):
-        video.write_video(tmp_path / "b.png", moving_square(), 8)
+        write_video(tmp_path / "b.png", moving_square(), 8)
 
 
 def test_odd_sizes_and_upscale(tmp_path):
-    video.write_video(tmp_path / "odd.mp4", moving_square(H=33, W=47)[:3], 8)
+    write_video(tmp_path / "odd.mp4", moving_square(H=33, W=47)[:3], 8)
     assert video.read_clip_frames(tmp_path / "odd.mp4")[0].shape == (3, 34, 48, 3)
-    video.write_video(tmp_path / "tiny.mp4", moving_square(H=32, W=32)[:3], 8, upscale=4)
+    write_video(tmp_path / "tiny.mp4", moving_square(H=32, W=32)[:3], 8, upscale=4)
     assert video.read_clip_frames(tmp_path / "tiny.mp4")[0].shape == (3, 128, 128, 3)
-    video.write_video(tmp_path / "pixel.mp4", np.zeros((1, 1, 1, 3), np.uint8), 8)
+    write_video(tmp_path / "pixel.mp4", np.zeros((1, 1, 1, 3), np.uint8), 8)
     assert video.read_clip_frames(tmp_path / "pixel.mp4")[0].shape == (1, 2, 2, 3)
 
 
 @pytest.mark.parametrize("suffix", [".mp4", ".webm"])
 def test_start_and_max_frames_name_exact_frames(tmp_path, suffix):
     frames = moving_square(T=30, W=160)
-    video.write_video(tmp_path / f"a{suffix}", frames, 29.97)
+    write_video(tmp_path / f"a{suffix}", frames, 29.97)
     whole, _ = video.read_clip_frames(tmp_path / f"a{suffix}")
     for start, count in [(0, 5), (1, 5), (7, 9), (24, 100), (29, 1)]:
         part, _ = video.read_clip_frames(tmp_path / f"a{suffix}", start=start, max_frames=count)
@@ -72,7 +73,7 @@ def test_start_and_max_frames_name_exact_frames(tmp_path, suffix):
 
 
 def test_a_still_gif_keeps_its_frames(tmp_path):
-    video.write_video(tmp_path / "still.gif", np.zeros((10, 32, 32, 3), np.uint8), 8)
+    write_video(tmp_path / "still.gif", np.zeros((10, 32, 32, 3), np.uint8), 8)
     back, fps = video.read_clip_frames(tmp_path / "still.gif")
     assert back.shape == (10, 32, 32, 3) and fps == pytest.approx(8, rel=0.05)
 
@@ -161,20 +162,20 @@ def test_alpha_is_composited_onto_black_and_grey_becomes_rgb(tmp_path):
 
 def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path, monkeypatch):
     path = tmp_path / "a.mp4"
-    video.write_video(path, moving_square(), 8)
+    write_video(path, moving_square(), 8)
     before = path.read_bytes()
-    monkeypatch.setattr(video, "_enlarge", lambda *a: (_ for _ in ()).throw(RuntimeError("disk on fire")))
+    monkeypatch.setattr(video_writer, "_enlarge", lambda *a: (_ for _ in ()).throw(RuntimeError("disk on fire")))
     with pytest.raises(RuntimeError):
-        video.write_video(path, moving_square(), 8)
+        write_video(path, moving_square(), 8)
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["a.mp4"]
 
 
 def test_errors_say_what_to_do(tmp_path):
     with pytest.raises(ValueError, match=r"uint8 \(T, H, W, 3\)"):
-        video.write_video(tmp_path / "a.mp4", np.zeros((3, 8, 8, 3), np.float32), 8)
-    with pytest.raises(ValueError, match=".mp4, .webm, .gif and .png"):
-        video.write_video(tmp_path / "a.wmv", moving_square(), 8)
+        write_video(tmp_path / "a.mp4", np.zeros((3, 8, 8, 3), np.float32), 8)
+    with pytest.raises(ValueError, match=".mp4, .webm, .gif, .png and folders"):
+        write_video(tmp_path / "a.wmv", moving_square(), 8)
 
 
 def test_contact_sheet_shows_every_clip(tmp_path):

@@ -28,7 +28,7 @@ def run(args, _):
     from minisora_jax.checker import check
     from minisora_jax.data.contact_sheet import contact_sheet
     from minisora_jax.data.shapes import FPS, caption, sample_scene
-    from minisora_jax.data.video import write_video
+    from minisora_jax.data.video_writer import write_video
     from minisora_jax.generate import Generator, Request
 
     generator = Generator.load(MODEL, CODEC)

@@ -1,11 +1,21 @@
-"""Make videos and images from prompts.
+"""Make videos and images: from words, pictures and other videos.
 
 examples:
   minisora generate "a large red circle moves left slowly on a black background"
   minisora generate "a photo of a small green cross on a navy background" --frames 1 --size 64x64
-  minisora generate "a blue square grows on a grey background" "a red triangle moves up slowly on a brown background" \\
-      --size 48x64 --frames 17 --seed 7 --out my_videos
-  minisora generate "a red circle grows on a black background" --sampler unipc --steps 12 --guidance-interval 0.2-0.9
+  minisora generate "a blue square grows on a grey background" "a red triangle moves up on a brown background" --seed 7
+  minisora generate "..." --image cat.png                          # animate a picture
+  minisora generate "..." --image a.png --last b.png               # from one picture to another
+  minisora generate "..." --video cat.mp4 --strength 0.6           # restyle (0: as it is, 1: all anew)
+  minisora generate "..." --video cat.mp4 --mask mask.png          # make anew what the mask has white
+  minisora generate "..." --video cat.mp4 --size 64x96             # outpaint: a larger frame around it
+  minisora generate "..." --video cat.mp4 --extend forward --seconds 2      # or backward, or both
+  minisora generate "..." --video cat.mp4 --connect dog.mp4        # a transition from one to the other
+  minisora generate "..." --loop                                   # a seamless loop; with --video, of that
+  minisora generate "a red circle grows on a black background [4s] it moves up on a black background" --seconds 9
+  minisora generate --batch jobs.jsonl --out made                  # a job a line: {"prompt": "...", "image": "cat.png"}
+  minisora generate --remake made/00003-a-cat-0.mp4                # the same again, and say whether to the bit
+  minisora generate "..." --negative "blurry" --guidance 5 --guidance-schedule cosine --sampler unipc --steps 12
   minisora generate "a cat on a skateboard" --model=models/wan --codec=models/wan-vae --text-encoder=models/umt5 \\
       --size 480x832 --frames 81 --fps 16 --sampler unipc --grid wan --guidance 5
   minisora generate "a cat on a skateboard" --expand http://localhost:8000/v1#my-llm --model=models/wan ...
@@ -13,25 +23,55 @@ examples:
 
 The bundled model knows coloured shapes in motion; see --captions for what to say. A model trained here remembers its
 text encoder, an imported one is told. To a model of classes a prompt is the number of one.
-Sizes are HEIGHTxWIDTH in pixels.
+Sizes are HEIGHTxWIDTH in pixels. Beside each file, and within it, is the record that --remake makes it from.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
+FORMATS = ("mp4", "webm", "gif", "frames")
+
 
 def add_arguments(parser):
-    parser.add_argument("prompts", nargs="*", help="one video each")
-    parser.add_argument("--size", default="48x48", help="HEIGHTxWIDTH in pixels (default 48x48)")
-    parser.add_argument("--frames", type=int, default=17, help="1 + 4k frames; 1 for an image (default 17)")
-    parser.add_argument("--fps", type=float, default=8.0, help="frames per second (default 8)")
+    parser.add_argument("prompts", nargs="*", help="one video each; [4s] within one: what comes from then on")
+    parser.add_argument("--negative", default="", help="what it should not be: guidance goes away from this prompt")
+    parser.add_argument("--size", default=None, help="HEIGHTxWIDTH in pixels (default: the input's, or 48x48)")
+    parser.add_argument(
+        "--frames", type=int, default=None, help="1 + 4k frames; 1: an image; 4k of a loop (default 17)"
+    )
+    parser.add_argument("--seconds", type=float, default=None, help="how long, or how much longer; up to 60")
+    parser.add_argument("--fps", type=float, default=None, help="frames per second (default: the input's, or 8)")
     parser.add_argument("--seed", type=int, default=0, help="of the first prompt; the next ones count up (default 0)")
+    given = parser.add_argument_group("what is given")
+    given.add_argument("--image", default=None, help="the first frame")
+    given.add_argument("--last", default=None, help="the last frame, with --image")
+    given.add_argument("--video", default=None, help="what to restyle, inpaint, outpaint, extend, connect or loop")
+    given.add_argument("--strength", type=float, default=None, help="restyle: the share of noise to start from, 0 to 1")
+    given.add_argument("--mask", default=None, help="inpaint: a picture or a video, white where to make it anew")
+    given.add_argument("--extend", default=None, choices=("forward", "backward", "both"))
+    given.add_argument("--connect", default=None, metavar="VIDEO", help="the video to lead to")
+    given.add_argument("--loop", action="store_true", help="the end meets the beginning")
     add_sampling(parser)
     parser.add_argument("--model", default=None, help="an exported model (default: the bundled one)")
     parser.add_argument("--codec", default=None, help="its codec (default: the bundled one)")
+    parser.add_argument(
+        "--window",
+        type=int,
+        default=None,
+        metavar="FRAMES",
+        help="frames that the model makes at once (default: as trained); longer videos are made of windows",
+    )
     parser.add_argument("--out", default="minisora-out", help="directory for the files (default minisora-out)")
+    parser.add_argument(
+        "--format", default="mp4", choices=FORMATS, help="of videos (default mp4; frames: a folder of png)"
+    )
     parser.add_argument("--upscale", type=int, default=4, help="enlarge pixels this many times in files (default 4)")
+    parser.add_argument(
+        "--batch", default=None, metavar="FILE", help="jobs as JSON lines; goes on where it was stopped"
+    )
+    parser.add_argument("--together", type=int, default=8, help="jobs packed together (default 8)")
+    parser.add_argument("--remake", default=None, metavar="FILE", help="a file made here, to be made again")
     parser.add_argument(
         "--expand",
         default=None,
@@ -45,38 +85,134 @@ def add_arguments(parser):
 def run(args, _):
     if args.captions:
         return _list_captions()
-    if not args.prompts:
+    if not (args.prompts or args.batch or args.remake):
         raise ValueError('no prompt given; for example: minisora generate "a red circle grows on a black background"')
-    size_HW = parse_size(args.size)
+    if args.together < 1:
+        raise ValueError(f"--together {args.together} must be at least 1")
+    from minisora_jax.generate.batch import free_paths, read_jobs, run_batch, run_jobs
+
+    if args.remake:
+        return _remake(args)
+    jobs = read_jobs(Path(args.batch)) if args.batch else _jobs(args)
+    generator, options = load(args), sampling(args)
+    out, suffix = Path(args.out), "" if args.format == "frames" else f".{args.format}"
+    common = {"model": model_of(args, generator), "sampling": options, "upscale": args.upscale}
+    with mesh_in_use(args.mesh):
+        if args.batch:
+            counts = run_batch(generator, jobs, out, suffix, args.together, **common)
+            print(", ".join(f"{n} {what}" for what, n in counts.items()) + f": {out / 'manifest.jsonl'}")
+            return 1 if counts["failed"] else 0
+        paths = free_paths(out, jobs, suffix)
+        for first in range(0, len(jobs), args.together):
+            some = slice(first, first + args.together)
+            run_jobs(generator, jobs[some], paths[some], **common)
+    print(*paths, sep="\n")
+    print(_sheet(out, paths, jobs))
+
+
+def _jobs(args) -> list:
+    """One for each prompt on the command line."""
+    from minisora_jax.generate.job import Job
+
+    prompts = _expanded(args.prompts, args.expand) if args.expand else args.prompts
+    names = "negative frames seconds fps image last video strength mask extend connect loop".split()
+    size = parse_size(args.size) if args.size else None
+    said = {name: getattr(args, name) for name in names} | {"size": size}
+    return [Job(prompt=prompt, seed=args.seed + i, **said) for i, prompt in enumerate(prompts)]
+
+
+def load(args):
+    """The generator that --model, --codec, --guide-model, --text-encoder and --window ask for."""
+    import dataclasses
 
     from minisora_jax.bundled import MODEL
-    from minisora_jax.data.contact_sheet import contact_sheet
-    from minisora_jax.data.video import write_video
-    from minisora_jax.generate import Generator, Request
+    from minisora_jax.generate import Generator
 
-    if args.expand:
-        args.prompts = _expanded(args.prompts, args.expand)
-    options = sampling(args)
     generator = Generator.load(args.model or MODEL, args.codec, args.guide_model, args.text_encoder)
-    requests = [
-        Request(prompt, (args.frames, *size_HW), args.seed + i, args.fps) for i, prompt in enumerate(args.prompts)
-    ]
-    with mesh_in_use(args.mesh):
-        videos = generator.generate(requests, **options)
-    out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
-    for request, frames in zip(requests, videos):
-        words = "-".join("".join(c if c.isalnum() else " " for c in request.prompt).split())[:60]
-        path = out / f"{words}-{request.seed}.{'png' if args.frames == 1 else 'mp4'}"
-        write_video(path, frames, request.fps, upscale=args.upscale)
-        print(path)
-    sheet = out / "contact-sheet.png"
-    contact_sheet(sheet, [(frames, r.prompt) for r, frames in zip(requests, videos)])
-    print(sheet)
+    if args.window is None:
+        return generator
+    factor = generator.codec.config.time_factor
+    if args.window < 2 * factor + 1:
+        raise ValueError(f"--window {args.window} must be at least {2 * factor + 1} frames: three latent ones")
+    return dataclasses.replace(generator, window=1 + (args.window - 1) // factor)
+
+
+def model_of(args, generator) -> dict:
+    """What a record says of the model."""
+    paths = {name: getattr(args, name) for name in ("model", "codec", "guide_model", "text_encoder", "mesh")}
+    window = 1 + (generator.window - 1) * generator.codec.config.time_factor
+    return paths | {"hash": generator.hash, "codec_hash": generator.codec.hash, "window": window}
+
+
+def _remake(args) -> int:
+    """Make a file again from its record, and compare."""
+    import argparse
+
+    from minisora_jax.data.records import sha256
+    from minisora_jax.generate.batch import run_jobs
+    from minisora_jax.generate.job import Job
+    from minisora_jax.generate.output import different_machine, read_record, sampling_of
+
+    record = read_record(args.remake)
+    said = record["model"]
+    generator = load(argparse.Namespace(**said))
+    for name, found in (("hash", generator.hash), ("codec_hash", generator.codec.hash)):
+        if said[name] != found:
+            raise ValueError(f"it was made with a model of {name} {said[name]}, and this one has {found}")
+    for path, digest in record["inputs"].items():
+        if sha256(Path(path)) != digest:
+            raise ValueError(f"{path} has changed since")
+    if words := different_machine(record):
+        print(words)
+    jobs = [Job.of(values) for values in record["together"] or [record["job"]]]
+    out, source = (
+        Path(args.out),
+        Path(args.remake).with_suffix("") if args.remake.endswith(".json") else Path(args.remake),
+    )
+    paths = [out / f".remade-{i}{source.suffix}" for i in range(len(jobs))]
+    paths[record["index"]] = out / source.name
+    with mesh_in_use(said["mesh"]):
+        made = run_jobs(generator, jobs, paths, model=said, sampling=sampling_of(record), upscale=args.upscale)
+    for i, path in enumerate(paths):
+        if i != record["index"]:
+            _remove(path)
+    again = made[record["index"]]["pixels"]
+    before = record.get("pixels")
+    verdict = "no hash to compare with" if not before else "the same to the bit" if again == before else "NOT the same"
+    print(f"{paths[record['index']]}: {verdict} ({again[:16]})")
+    return 0 if before in (None, again) else 1
+
+
+def _remove(path: Path) -> None:
+    import shutil
+
+    shutil.rmtree(path, ignore_errors=True)
+    for file in (path, path.with_name(path.name + ".json")):
+        if not file.is_dir():
+            file.unlink(missing_ok=True)
+
+
+def _sheet(out: Path, paths: list[Path], jobs: list) -> Path:
+    """A contact sheet of the files, of a minute's video its first seconds."""
+    from minisora_jax.data.contact_sheet import contact_sheet
+    from minisora_jax.data.video import read_clip_frames
+
+    rows = []
+    for path, job in list(zip(paths, jobs))[:32]:
+        if path.is_dir():
+            import numpy as np
+
+            frames = np.concatenate([read_clip_frames(p)[0] for p in sorted(path.glob("*.png"))[:256]])
+        else:
+            frames, _ = read_clip_frames(path, max_frames=256)
+        rows.append((frames, job.prompt))
+    contact_sheet(out / "contact-sheet.png", rows)
+    return out / "contact-sheet.png"
 
 
 # The names of diffusion/sampler.py and diffusion/time.py, without importing jax for --help; a test compares them.
 SAMPLERS = ("euler", "heun", "ddim", "ddpm", "sde", "dpm++2m", "unipc", "dopri5")
+SCHEDULES = ("constant", "linear", "cosine")
 GRIDS = ("even", "wan", "karras", "leading", "linspace", "trailing")
 
 
@@ -110,6 +246,12 @@ def add_sampling(parser):
         help="share by which to undo the contrast that guidance adds, 0 (default) to 1",
     )
     group.add_argument(
+        "--guidance-schedule",
+        default="constant",
+        choices=SCHEDULES,
+        help="how guidance goes over time, its mean being kept: linear and cosine are weak at first",
+    )
+    group.add_argument(
         "--text-encoder",
         default=None,
         help="a text encoder that `minisora import` wrote (default: the one that the model was trained with)",
@@ -128,7 +270,9 @@ def sampling(args) -> dict:
 
     return {
         "sampler": SamplerConfig(args.sampler, args.steps, args.grid, args.eta, args.tolerance),
-        "guidance": GuidanceConfig(args.guidance, parse_interval(args.guidance_interval), args.guidance_rescale),
+        "guidance": GuidanceConfig(
+            args.guidance, parse_interval(args.guidance_interval), args.guidance_rescale, args.guidance_schedule
+        ),
     }
 
 

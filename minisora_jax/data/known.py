@@ -1,4 +1,8 @@
-"""Which tokens of a training clip are given clean: what makes one model animate, extend, connect and inpaint."""
+"""Which tokens of a training clip are given clean: what makes one model animate, extend, connect and inpaint.
+
+And which clips are shown without their first frame. A codec's first latent frame is one picture, the others stand for
+several; a stretch of the others alone is what a window of a longer video, or a loop, is made of.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,7 @@ import numpy as np
 class KnownConfig:
     """Shares of clips trained with each kind of known tokens; the rest have none (text to video).
 
-    Images, having one frame, take only `box`.
+    Images, having one frame, take only `box` and `outside`.
     """
 
     first: float = 0.12  # the first frame: image to video
@@ -21,27 +25,47 @@ class KnownConfig:
     suffix: float = 0.04  # some last frames: extend backwards
     frames: float = 0.04  # any frames
     box: float = 0.04  # all frames outside a box: inpaint
+    outside: float = 0.02  # all frames inside a box: outpaint
+    middle: float = 0.1  # share of all clips, whatever is known of them, that are shown from a later frame on
 
     def __post_init__(self):
-        shares = dataclasses.astuple(self)
-        if min(shares) < 0 or sum(shares) > 1:
+        if min(self._shares) < 0 or sum(self._shares) > 1:
             raise ValueError(f"known shares {dataclasses.asdict(self)} must be positive and sum to at most 1")
+        if not 0 <= self.middle < 1:
+            raise ValueError(f"known.middle={self.middle} must be in [0, 1)")
+
+    @property
+    def _shares(self) -> tuple[float, ...]:
+        return dataclasses.astuple(self)[:-1]
+
+    def stretches(self, clips_n: np.ndarray, frames_n: np.ndarray, seed: int, epoch: int) -> np.ndarray:
+        """int32 (n, 2): from and to which latent frame each clip is shown, (0, frames) or 1 <= start < stop <= frames.
+
+        A function of the clip's number, its length and the epoch: every host knows it of every clip, unread.
+        """
+        key = np.uint64((seed * 1_000_003 + epoch) % 2**64) + clips_n.astype(np.uint64) * np.uint64(4)
+        chosen, first, length = (_uniform(key + np.uint64(i)) for i in range(3))
+        start = 1 + (first * (frames_n - 1)).astype(np.int32)
+        stop = start + 1 + (length * (frames_n - start)).astype(np.int32)
+        shown = np.where((chosen < self.middle) & (frames_n > 1), [start, stop], [np.zeros_like(frames_n), frames_n])
+        return shown.T.astype(np.int32)
 
     def draw(self, size_thw: tuple[int, int, int], rng: np.random.Generator) -> np.ndarray:
         """bool (t, h, w): the known tokens of one clip; at least one token is always unknown."""
         t, h, w = size_thw
         known = np.zeros(size_thw, bool)
-        kinds = [f.name for f in dataclasses.fields(self)]
-        edges = np.cumsum(dataclasses.astuple(self))
+        kinds = [f.name for f in dataclasses.fields(self)][:-1]
+        edges = np.cumsum(self._shares)
         # Draw everything in every case, so that one clip's kind never shifts another's randomness.
         which, cut, flips = rng.uniform(), int(rng.integers(1, max(t, 2))), rng.uniform(size=t) < 0.5
         y0, y1 = np.sort(rng.integers(0, h + 1, 2))
         x0, x1 = np.sort(rng.integers(0, w + 1, 2))
         kind = kinds[int(np.searchsorted(edges, which, side="right"))] if which < edges[-1] else "none"
-        if kind == "box":
+        if kind in ("box", "outside"):
             if y0 < y1 and x0 < x1:
-                known[:] = True
-                known[:, y0:y1, x0:x1] = False
+                known[:, y0:y1, x0:x1] = True
+                if kind == "box" or known.all():
+                    known = ~known
         elif t > 1 and kind != "none":
             chosen = {
                 "first": [0],
@@ -53,3 +77,11 @@ class KnownConfig:
             }[kind]
             known[chosen] = True
         return known
+
+
+def _uniform(number: np.ndarray) -> np.ndarray:
+    """[0, 1) from uint64, each by itself: SplitMix64 (Steele et al. 2014, doi:10.1145/2660193.2660195)."""
+    z = number * np.uint64(0x9E3779B97F4A7C15)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return ((z ^ (z >> np.uint64(31))) >> np.uint64(11)) * 2.0**-53

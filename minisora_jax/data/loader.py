@@ -112,23 +112,27 @@ def packed_batches(
     pack, seed, accumulate = plan.config, plan.seed, plan.per_step // plan.config.rows
     mine = [a * pack.rows + b for a in range(accumulate) for b in host_rows(pack.rows)]
 
-    def segment(epoch: int, i: int):
+    def segment(epoch: int, i: int, shown: tuple[int, int]):
         # Seeded by the clip and the epoch, never by its place, so that packing changes nothing about a clip.
         rng = np.random.default_rng([seed, epoch, i])
         try:
             clip = latents[i]
         except DataError as error:
             return damaged.add(error)
-        made = training_segment(clip, patch, known, caption_dropout, latents.empty_text_LE, rng)
+        made = training_segment(clip, patch, known, caption_dropout, latents.empty_text_LE, rng, shown)
         return dataclasses.replace(made, text_LE=padded_text(made.text_LE, caption_tokens))
 
     def batch(step: int):
         epoch, rows = plan.epoch(step), plan.rows(step)
-        made = [[s for i in rows[r] if (s := segment(epoch, int(i)))] for r in mine]
+        sizes = [latents.sizes[clips].clip((0, 0, 0, caption_tokens)) for clips in rows]
+        shown = [known.stretches(clips, size[:, 0], seed, epoch) for clips, size in zip(rows, sizes)]
+        made = [[s for i, span in zip(rows[r], shown[r]) if (s := segment(epoch, int(i), span))] for r in mine]
         if not any(made):
             raise DataError(f"none of the clips of step {step + 1} could be read: {damaged.count} were damaged so far")
         packed = pack_segments(made, pack, plan.longest)
         packed = jax.tree.map(lambda x: x.reshape(accumulate, -1, *x.shape[1:]), packed)
-        return packed, [np.maximum(latents.sizes[r], (0, 0, 0, caption_tokens)) for r in rows]
+        for size, spans in zip(sizes, shown):
+            size[:, 0] = spans[:, 1] - spans[:, 0]
+        return packed, sizes
 
     return in_order(batch, steps)

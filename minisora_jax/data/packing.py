@@ -287,6 +287,7 @@ class Segment:
     size_thw: tuple[int, int, int]  # of the patch grid, n = t * h * w
     text_LE: np.ndarray
     fps: float
+    first: int = 0  # its first frame's place in time: above 0 where the codec's own first frame is not among them
 
 
 def patchify(latents_thwc: np.ndarray, patch: tuple[int, int, int]) -> np.ndarray:
@@ -339,7 +340,7 @@ def pack_segments(rows: list[list[Segment]], config: PackConfig, longest: int = 
                 raise ValueError(f"row {b} is full: {at + n} of {S} video and {text_at + m} of {L} caption tokens")
             batch.tokens_BSP[b, at : at + n] = s.tokens_nP
             batch.segment_BS[b, at : at + n] = g + 1
-            batch.position_BS3[b, at : at + n] = grid_positions(s.size_thw)
+            batch.position_BS3[b, at : at + n] = grid_positions(s.size_thw) + (s.first, 0, 0)
             batch.known_BS[b, at : at + n] = s.known_n
             batch.text_BLE[b, text_at : text_at + m] = s.text_LE
             batch.text_segment_BL[b, text_at : text_at + m] = g + 1
@@ -349,11 +350,22 @@ def pack_segments(rows: list[list[Segment]], config: PackConfig, longest: int = 
 
 
 def training_segment(
-    clip: LatentClip, patch: tuple[int, int, int], known, drop_caption: float, empty_text_LE: np.ndarray, rng
+    clip: LatentClip,
+    patch: tuple[int, int, int],
+    known,
+    drop_caption: float,
+    empty_text_LE: np.ndarray,
+    rng,
+    shown: tuple[int, int],
 ) -> Segment:
-    """A clip as training sees it: a posterior sample, some tokens known, the caption sometimes left out."""
+    """A clip as training sees it: a posterior sample, some tokens known, the caption sometimes left out.
+
+    shown: from and to which latent frame. Places in time are 0, 1, ..., or 1, 2, ... for a stretch without the first.
+    """
     noise = rng.standard_normal(clip.mean_thwc.shape, np.float32)
     grid = patchify(clip.mean_thwc + clip.std_thwc * noise, patch)
+    grid = grid[shown[0] : shown[1]]
     size = grid.shape[:3]
     text = empty_text_LE if rng.uniform() < drop_caption else clip.text_LE
-    return Segment(grid.reshape(-1, grid.shape[-1]), known.draw(size, rng).reshape(-1), size, text, clip.fps)
+    known_n = known.draw(size, rng).reshape(-1)
+    return Segment(grid.reshape(-1, grid.shape[-1]), known_n, size, text, clip.fps, min(shown[0], 1))

@@ -1,4 +1,4 @@
-"""Video and image files to uint8 RGB frames (T, H, W, 3), and back.
+"""Video and image files to uint8 RGB frames (T, H, W, 3); video_writer.py has the way back.
 
 Decoding is PyAV's, at native size: no resize, no change of frame rate (a file of variable rate is read frame by
 frame and given its average rate). Quarter turns asked for by the file are applied, colour matrices are honoured,
@@ -15,20 +15,16 @@ import io
 import itertools
 import os
 from collections.abc import Iterator
-from fractions import Fraction
 from pathlib import Path
 
 import av
 import numpy as np
 from PIL import Image, ImageOps
 
-from minisora_jax.data.atomic import replacing
-
 VIDEO_SUFFIXES = (".mp4", ".avi", ".webm", ".mov", ".mkv", ".gif")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 STILL_FPS = 8.0  # said of an image, which has no rate; the procedural clips say the same
 REORDER = 16  # frames that a codec may shift at most between decoding and display: key frames are found by the former
-BT709 = 1  # FFmpeg's number of the colour matrix that we write
 
 
 class VideoError(ValueError):
@@ -248,78 +244,12 @@ def _read_image(file) -> np.ndarray:
         return _over_black(np.asarray(upright.convert("RGBA")))
 
 
-# ---- Writing
-
-
-def write_video(path: str | os.PathLike, frames_THWC: np.ndarray, fps: float, *, upscale: int = 1) -> None:
-    """Write uint8 (T, H, W, 3) as the suffix says: .mp4 (H.264), .webm (VP9), .gif, or .png for a single frame.
-
-    `upscale` repeats each pixel that many times a side, for clips too small to look at. An odd side of an mp4 or webm
-    gains a copy of its last row or column, since their chroma is stored at half size. The file appears whole.
-    """
-    frames_THWC = np.asarray(frames_THWC)
-    if frames_THWC.dtype != np.uint8 or frames_THWC.ndim != 4 or frames_THWC.shape[-1] != 3 or not frames_THWC.size:
-        raise ValueError(f"frames are {frames_THWC.dtype} {frames_THWC.shape}; write_video takes uint8 (T, H, W, 3)")
-    if not fps > 0 or upscale < 1:
-        raise ValueError(f"fps={fps} must be above 0 and upscale={upscale} at least 1")
-    suffix = Path(path).suffix.lower()
-    if suffix not in (".mp4", ".webm", ".gif", ".png"):
-        raise ValueError(f"{path} ends in {suffix!r}; write_video knows .mp4, .webm, .gif and .png")
-    if suffix == ".png" and len(frames_THWC) > 1:
-        raise ValueError(f"{path} would hold {len(frames_THWC)} frames; a .png holds one: use .mp4, or contact_sheet")
-    with replacing(path) as temporary:
-        if suffix == ".png":
-            Image.fromarray(_enlarge(frames_THWC[0], upscale)).save(temporary)
-        elif suffix == ".gif":
-            _write_gif(temporary, frames_THWC, fps, upscale)
-        else:
-            _write_encoded(temporary, frames_THWC, fps, upscale)
-
-
-def _write_encoded(path: Path, frames_THWC, fps: float, upscale: int) -> None:
-    mp4 = path.suffix == ".mp4"
-    codec, options = ("libx264", {"crf": "14"}) if mp4 else ("libvpx-vp9", {"crf": "16", "b": "0", "cpu-used": "4"})
-    height, width = (n * upscale for n in frames_THWC.shape[1:3])
-    with av.open(os.fspath(path), "w", options={"movflags": "+faststart"} if mp4 else {}) as container:
-        stream = container.add_stream(codec, rate=Fraction(fps).limit_denominator(1001), options=options)
-        stream.height, stream.width, stream.pix_fmt = height + height % 2, width + width % 2, "yuv420p"
-        stream.codec_context.colorspace, stream.codec_context.color_range = BT709, 1  # 1: limited range
-        for frame in frames_THWC:
-            padded = np.pad(_enlarge(frame, upscale), ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
-            rgb = av.VideoFrame.from_ndarray(padded, format="rgb24")
-            yuv = rgb.reformat(format="yuv420p", dst_colorspace=BT709, dst_color_range=1)
-            container.mux(stream.encode(yuv))
-        container.mux(stream.encode())
-
-
-def _write_gif(path: Path, frames_THWC, fps: float, upscale: int) -> None:
-    """One palette for the clip, made by FFmpeg's palettegen from all of it. A gif counts time in 1/100 s."""
-    height, width = (n * upscale for n in frames_THWC.shape[1:3])
-    with av.open(os.fspath(path), "w", options={"final_delay": str(round(100 / fps))}) as container:
-        stream = container.add_stream("gif", rate=100)
-        stream.height, stream.width, stream.pix_fmt = height, width, "pal8"
-        graph = av.filter.Graph()
-        source = graph.add_buffer(width=width, height=height, format="rgb24", time_base=Fraction(1, 100))
-        split, palette = graph.add("split"), graph.add("palettegen", "reserve_transparent=0")
-        use, sink = graph.add("paletteuse", "dither=none"), graph.add("buffersink")
-        source.link_to(split)
-        split.link_to(palette, 0, 0)
-        split.link_to(use, 1, 0)
-        palette.link_to(use, 0, 1)
-        use.link_to(sink)
-        graph.configure()
-        for t, frame in enumerate(frames_THWC):
-            picture = av.VideoFrame.from_ndarray(_enlarge(frame, upscale), format="rgb24")
-            picture.pts, picture.time_base = round(t * 100 / fps), Fraction(1, 100)
-            source.push(picture)
-        source.push(None)
-        for _ in frames_THWC:
-            container.mux(stream.encode(sink.pull()))
-        container.mux(stream.encode())
-
-
-def _enlarge(frame_HWC: np.ndarray, upscale: int) -> np.ndarray:
-    return frame_HWC.repeat(upscale, axis=0).repeat(upscale, axis=1)
-
-
-# ---- Looking
+def read_note(path: str | os.PathLike) -> str:
+    """What `write_video` kept in a file as its note; "" for none. VideoError for what is no video or image."""
+    path = Path(path)
+    if path.suffix.lower() in (".png", ".gif"):
+        with _open_image(path) as image:
+            note = image.info.get("comment", b"")
+            return note.decode("utf-8", "replace") if isinstance(note, bytes) else note
+    with _open_video(path) as container:
+        return {k.lower(): v for k, v in container.metadata.items()}.get("comment", "")

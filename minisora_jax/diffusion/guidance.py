@@ -22,6 +22,13 @@ from minisora_jax.diffusion.path import Path, solve, target
 from minisora_jax.models.layers import per_slot_mean, per_token
 from minisora_jax.parallel.mesh import take_in_row
 
+SCHEDULES = {  # w - 1 at a time, in units of its mean: weak at first, strong at the end (Wang et al. 2024,
+    # arXiv:2404.13040, who find that it gives sharper and more varied pictures)
+    "constant": lambda t: jnp.ones_like(t),
+    "linear": lambda t: 2.0 * (1.0 - t),
+    "cosine": lambda t: 1.0 + jnp.cos(jnp.pi * t),
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class GuidanceConfig:
@@ -32,13 +39,21 @@ class GuidanceConfig:
     # Share of the clean estimate brought back to the spread it has without guidance (Lin et al. 2023,
     # arXiv:2305.08891, section 3.4)
     rescale: float = 0.0
+    schedule: str = "constant"  # how w goes over time, its mean being kept
 
     def __post_init__(self):
+        if self.schedule not in SCHEDULES:
+            raise ValueError(f"guidance schedule={self.schedule!r} must be one of {', '.join(SCHEDULES)}")
         low, high = self.interval
         if not 0 <= low < high <= 1:
             raise ValueError(f"guidance interval {low}-{high} must be two rising times within 0 (clean) and 1 (noise)")
         if not 0 <= self.rescale <= 1:
             raise ValueError(f"guidance rescale={self.rescale} must be in [0, 1]")
+
+    @property
+    def static(self) -> tuple[float, str]:
+        """What a sampling step is compiled for."""
+        return self.rescale, self.schedule
 
 
 def twins(p_BSP: jax.Array, with_caption_BS: jax.Array, without_BS: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -51,11 +66,16 @@ def twins(p_BSP: jax.Array, with_caption_BS: jax.Array, without_BS: jax.Array) -
 
 
 def guide(
-    good_BSP: jax.Array, worse_BSP: jax.Array, time_BS: jax.Array, scale: jax.Array | float, interval=(0.0, 1.0)
+    good_BSP: jax.Array,
+    worse_BSP: jax.Array,
+    time_BS: jax.Array,
+    scale: jax.Array | float,
+    interval: tuple[float, float] = (0.0, 1.0),
+    schedule: str = "constant",
 ) -> jax.Array:
     """p_worse + w (p_good - p_worse) at times in the interval, p_good at others."""
     guided = (time_BS >= interval[0]) & (time_BS <= interval[1])
-    w_BS1 = jnp.where(guided, scale, 1.0)[..., None]
+    w_BS1 = jnp.where(guided, 1.0 + (scale - 1.0) * SCHEDULES[schedule](time_BS), 1.0)[..., None]
     return worse_BSP + w_BS1 * (good_BSP - worse_BSP)
 
 

@@ -134,9 +134,12 @@ def sampling_times(
     path: Path = LINEAR,
     grid: str = "even",
     latest: float = 1.0,
+    start_BS: jax.Array | float = 1.0,
 ) -> jax.Array:
-    """Falling times for each token, (steps + 1, B, S), shifted as in training; 0 at the end, and wherever known."""
+    """Falling times for each token, (steps + 1, B, S), shifted as in training; 0 at the end, and wherever known.
+
+    start_BS: the share of the way, in times before the shift, that each token has to go."""
     if grid not in GRIDS:
         raise ValueError(f"grid={grid!r} must be one of {', '.join(GRIDS)}")
-    times = jnp.asarray(GRIDS[grid](steps, path), jnp.float32)[:, None, None]
+    times = jnp.asarray(GRIDS[grid](steps, path), jnp.float32)[:, None, None] * start_BS
     return jnp.minimum(token_times(config, times, batch), latest)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import jax
@@ -81,23 +81,53 @@ class Codec:
             at += some.shape[1]
         return frames_BTHWC
 
-    def stream(self, z_Bthwc: np.ndarray) -> Iterator[np.ndarray]:
+    def stream(self, latents: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
         """`decode`, a latent frame at a time (1 frame, then 4, 4, ...): memory does not grow with length.
 
-        With a mesh set, clips are divided over its axes of rows, and the height of each over its sequence axes.
+        latents: Bthwc in one piece, or in pieces as they come. With a mesh set, clips are divided over its axes of
+        rows, and the height of each over its sequence axes.
         """
-        clips, t, h = z_Bthwc.shape[:3]
-        params = self._half("decoder")
+        params, sizes = self._half("decoder"), []
 
         def chunks():
             past = None
-            for i in range(t):
-                z = np.asarray(z_Bthwc[:, i : i + 1], np.float32) * self.latent_std + self.latent_mean
-                x_BTHWC, past = _decode(self.config, h, params, place_pictures(z, h), past)
-                yield x_BTHWC
+            for piece_Bthwc in [latents] if isinstance(latents, np.ndarray) else latents:
+                clips, t, h = piece_Bthwc.shape[:3]
+                sizes[:] = [clips, h]
+                for i in range(t):
+                    z = np.asarray(piece_Bthwc[:, i : i + 1], np.float32) * self.latent_std + self.latent_mean
+                    x_BTHWC, past = _decode(self.config, h, params, place_pictures(z, h), past)
+                    yield x_BTHWC
 
         for x_BTHWC in _one_ahead(chunks()):
-            yield fetch_pictures(x_BTHWC, clips, h)
+            yield fetch_pictures(x_BTHWC, *sizes)
+
+    def decoder(self) -> Callable[[np.ndarray], np.ndarray]:
+        """Normalised latents (t, h, w, c) -> uint8 (T, H, W, 3), piece after piece of one clip: each call goes on from
+        the one before, and is equal to having decoded all at once."""
+        params, past = self._half("decoder"), None
+
+        def more(z_thwc: np.ndarray) -> np.ndarray:
+            nonlocal past
+            made = []
+            for z_hwc in z_thwc:
+                z = np.asarray(z_hwc, np.float32)[None, None] * self.latent_std + self.latent_mean
+                x_BTHWC, past = _decode(self.config, z.shape[2], params, place_pictures(z, z.shape[2]), past)
+                made.append(fetch_pictures(x_BTHWC, 1, z.shape[2])[0])
+            return np.concatenate(made)
+
+        return more
+
+    def decode_loop(self, z_Bthwc: np.ndarray) -> np.ndarray:
+        """Normalised latents of a circle in time -> uint8 frames_BTHWC, 4 t of them, whose end meets their beginning.
+
+        The decoder sees only backwards, and has gone round as far as it remembers before what it makes is kept: so each
+        frame follows from those before it on the circle, the first ones from the last.
+        """
+        t = z_Bthwc.shape[1]
+        turns = -(-(1 + self.config.decoder_reach) // t)
+        frames = [f for i, f in enumerate(self.stream(z_Bthwc for _ in range(turns + 1))) if i >= turns * t]
+        return np.concatenate(frames, axis=1)
 
     def _half(self, name: str):
         """The encoder's or the decoder's parameters, on the devices."""

@@ -15,6 +15,7 @@ The bottleneck is a diagonal Gaussian (Kingma & Welling 2013, arXiv:1312.6114). 
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -86,6 +87,19 @@ class VAEConfig:
             if n % self.space_factor or n < 1:
                 raise ValueError(f"{name}={n} must be a multiple of {self.space_factor}")
         return 1 + (T - 1) // self.time_factor, H // self.space_factor, W // self.space_factor
+
+    @property
+    def decoder_reach(self) -> int:
+        """Latent frames before its own that a decoded frame depends on, at most."""
+        if self.images:
+            return 0
+        residuals, up = 2 * 2 * (self.residual_blocks + 1), [*reversed(self.time_down), False]
+        reach, rate = 2.0 + 2 * 2 * 2, 1  # conv_in and the middle, each convolution two frames back
+        for doubles in up:
+            reach += residuals / rate
+            if doubles:
+                reach, rate = reach + 2 / rate, 2 * rate
+        return math.ceil(reach + 2 / rate)  # conv_out
 
     def pixel_size(self, size_thw: tuple[int, int, int]) -> tuple[int, int, int]:
         t, h, w = size_thw

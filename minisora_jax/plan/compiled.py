@@ -17,8 +17,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
+from minisora_jax.diffusion.guidance import GuidanceConfig
 from minisora_jax.diffusion.sampler import SAMPLERS
-from minisora_jax.generate import sampling_step
+from minisora_jax.generate.sampling import sampling_step
 from minisora_jax.models.dit import abstract_batch
 from minisora_jax.parallel.mesh import TOKENS, MeshConfig, laid_out, layout, make_mesh
 from minisora_jax.plan.hardware import Topology
@@ -95,7 +96,10 @@ def lower(work: Workload, mesh: jax.sharding.Mesh) -> tuple[dict[str, Any], jax.
         time_BS = on(jax.ShapeDtypeStruct((work.rows, tokens), jnp.float32), TOKENS)
         index_BS = on(jax.ShapeDtypeStruct((work.rows, tokens), jnp.int32), TOKENS)
         inputs = ((state.params,), batch, index_BS, index_BS, 3.0, (0.0, 1.0))
-        static, past = ((work.task.dit,), work.task.objective, 0.0), SAMPLERS["heun"].begin(batch.tokens_BSP, time_BS)
+        static, past = (
+            ((work.task.dit,), work.task.objective, GuidanceConfig().static),
+            SAMPLERS["heun"].begin(batch.tokens_BSP, time_BS),
+        )
         with jax.set_mesh(mesh):
             lowered = sampling_step.lower(static, "heun", batch.tokens_BSP, time_BS, time_BS, past, None, 0.0, inputs)
         return {"parameters": state.params, "batch": batch}, lowered

@@ -18,7 +18,7 @@ from tensorboardX.proto.summary_pb2 import Summary
 from tqdm import tqdm
 
 from minisora_jax.data.atomic import write_text
-from minisora_jax.data.video import write_video
+from minisora_jax.data.video_writer import write_video
 from minisora_jax.parallel.processes import is_main
 
 

@@ -1,0 +1,139 @@
+"""Many jobs: in groups that are packed together, each result a file, a manifest line for each job that is done.
+
+    prompts.jsonl   one job a line (job.py)      ->   OUT/00000-a-red-circle-0.mp4, ..., OUT/manifest.jsonl
+
+A run that is started again leaves out the groups whose jobs are all in the manifest with their files in place. A job
+that cannot be done, say since its video is damaged, has its reason in the manifest and holds nothing up.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from minisora_jax.data.files import json_or_none
+from minisora_jax.generate.generator import Generator
+from minisora_jax.generate.job import Job, exists, name_of, start
+from minisora_jax.generate.output import Output, record_of
+from minisora_jax.generate.verbs import perform
+
+log = logging.getLogger("minisora")
+
+MANIFEST = "manifest.jsonl"
+
+
+def run_jobs(
+    generator: Generator,
+    jobs: Sequence[Job],
+    paths: Sequence[Path],
+    *,
+    model: dict,
+    sampling: dict,
+    upscale: int = 1,
+    progress: bool = True,
+    strict: bool = True,
+) -> list[dict | Exception]:
+    """The record of each job, done in one group. Where not `strict`, a job that cannot begin is its exception."""
+    found: list[dict | Exception] = [RuntimeError("not done")] * len(jobs)
+    started, outputs = [], {}
+    for i, job in enumerate(jobs):
+        try:
+            exists(job)
+            started.append((i, *start(generator, job)))
+        except (ValueError, OSError) as error:
+            if strict:
+                raise
+            found[i] = error
+    together = [jobs[i] for i, _, _ in started]
+
+    def write(number: int, frames) -> None:
+        i, _, fps = started[number]
+        if i not in outputs:
+            outputs[i] = Output(paths[i], fps, record_of(together, number, model, sampling), upscale)
+        outputs[i].write(frames)
+
+    try:
+        perform(generator, [verb for _, verb, _ in started], write=write, progress=progress, **sampling)
+    except BaseException:
+        for output in outputs.values():
+            output.abandon()
+        raise
+    for i, output in outputs.items():
+        found[i] = output.close()
+    return found
+
+
+def read_jobs(path: Path) -> list[Job]:
+    """The jobs of a batch file; ValueError names the line that is none."""
+    jobs = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            jobs.append(Job.of(json.loads(line)))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path}, line {number}: {error}") from error
+    if not jobs:
+        raise ValueError(f'{path} has no jobs: one a line, such as {{"prompt": "a red circle moves left"}}')
+    return jobs
+
+
+def run_batch(generator: Generator, jobs: Sequence[Job], out: Path, suffix: str, together: int, **options) -> dict:
+    """{"made": n, "failed": n, "before": n}: how many jobs were done, could not be, or were done by an earlier run."""
+    out.mkdir(parents=True, exist_ok=True)
+    done = _done(out, jobs)
+    counts = {"made": 0, "failed": 0, "before": 0}
+    for first in range(0, len(jobs), together):
+        numbers = range(first, min(first + together, len(jobs)))
+        if all(n in done for n in numbers):
+            counts["before"] += len(numbers)
+            continue
+        paths = [out / f"{n:05d}-{name_of(jobs[n])}{suffix_of(jobs[n], suffix)}" for n in numbers]
+        results = run_jobs(generator, [jobs[n] for n in numbers], paths, strict=False, **options)
+        with (out / MANIFEST).open("a", encoding="utf-8") as manifest:
+            for n, path, result in zip(numbers, paths, results):
+                line = {"number": n, "job": jobs[n].said}
+                if isinstance(result, Exception):
+                    line["error"] = f"{type(result).__name__}: {result}"
+                    log.warning("job %d could not be done: %s", n, result)
+                else:
+                    line |= {"file": path.name, "frames": result["frames"], "pixels": result["pixels"]}
+                counts["failed" if "error" in line else "made"] += 1
+                manifest.write(json.dumps(line) + "\n")
+    return counts
+
+
+def _done(out: Path, jobs: Sequence[Job]) -> set[int]:
+    """Numbers of the jobs that an earlier run has done, or found that they cannot be."""
+    done: set[int] = set()
+    manifest = out / MANIFEST
+    for text in manifest.read_text(encoding="utf-8").splitlines() if manifest.exists() else []:
+        line = json_or_none(text)
+        if not isinstance(line, dict) or line.get("number", -1) not in range(len(jobs)):
+            continue  # a line half written, or of a longer batch
+        same = line.get("job") == json.loads(json.dumps(jobs[line["number"]].said))
+        if not same:
+            raise ValueError(
+                f"{manifest}: job {line['number']} was {line.get('job')} and is now {jobs[line['number']].said}: "
+                f"use another --out for other jobs"
+            )
+        if "error" in line or (out / line["file"]).exists():
+            done.add(line["number"])
+    return done
+
+
+def free_paths(out: Path, jobs: Sequence[Job], suffix: str) -> list[Path]:
+    """A path for each job that no file has yet: what was made before may be what a job reads."""
+    paths: list[Path] = []
+    for job in jobs:
+        name, kind = name_of(job), suffix_of(job, suffix)
+        tries = (out / f"{name}{f'-{n}' if n > 1 else ''}{kind}" for n in itertools.count(1))
+        paths.append(next(path for path in tries if path not in paths and not path.exists()))
+    return paths
+
+
+def suffix_of(job: Job, suffix: str) -> str:
+    return ".png" if job.frames == 1 and job.verb == "make" and not job.seconds else suffix

@@ -1,0 +1,129 @@
+"""Results as files: a video, and beside it and within it all that it takes to make it again.
+
+    minisora-out/a-red-circle-0.mp4         its own comment is the same record
+    minisora-out/a-red-circle-0.mp4.json    the job, the sampling, what it was packed with, hashes of model and inputs
+
+Rounding depends on what goes through the model together, so a record names all jobs of its group, and `remake` makes
+the whole group again: bit for bit on the same kind of machine and versions.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from minisora_jax import __version__
+from minisora_jax.data.atomic import write_text
+from minisora_jax.data.files import json_or_none
+from minisora_jax.data.records import sha256
+from minisora_jax.data.video import VideoError, read_note
+from minisora_jax.data.video_writer import VideoWriter
+from minisora_jax.diffusion.guidance import GuidanceConfig
+from minisora_jax.diffusion.sampler import SamplerConfig
+from minisora_jax.generate.job import Job
+
+
+@dataclasses.dataclass
+class Digest:
+    """sha256 of the pixels of a video, as they come; upscaling and compression come after."""
+
+    frames: int = 0
+
+    def __post_init__(self):
+        self._hash = hashlib.sha256()
+
+    def add(self, frames_THWC: np.ndarray) -> None:
+        self.frames += len(frames_THWC)
+        self._hash.update(np.ascontiguousarray(frames_THWC).tobytes())
+
+    @property
+    def text(self) -> str:
+        return self._hash.hexdigest()
+
+
+def record_of(jobs: Sequence[Job], index: int, model: dict, sampling: dict) -> dict:
+    """What makes job `index` of a group again. model: {"model": path, "hash": ..., "codec": ..., ...}."""
+    return {
+        "minisora": __version__,
+        "job": jobs[index].said,
+        "together": [job.said for job in jobs] if len(jobs) > 1 else [],
+        "index": index,
+        "sampling": {k: dataclasses.asdict(v) if dataclasses.is_dataclass(v) else v for k, v in sampling.items()},
+        "model": model,
+        "inputs": {path: sha256(Path(path)) for path in jobs[index].inputs},
+        "machine": machine(),
+    }
+
+
+def machine() -> dict[str, str]:
+    """What rounding depends on."""
+    return {"jax": jax.__version__, "device": jax.devices()[0].device_kind, "processor": platform.machine()}
+
+
+def sampling_of(record: dict) -> dict:
+    """The options of `Generator.sample` that a record was made with."""
+    said = dict(record["sampling"])
+    guidance = dict(said["guidance"])
+    guidance["interval"] = tuple(guidance["interval"])
+    return said | {"sampler": SamplerConfig(**said["sampler"]), "guidance": GuidanceConfig(**guidance)}
+
+
+class Output:
+    """One result's file, written as frames come; the record goes within it and, with the pixels' hash, beside it."""
+
+    def __init__(self, path: Path, fps: float, record: dict, upscale: int = 1):
+        self.path, self.record, self.digest = path, record | {"fps": fps}, Digest()
+        # Within a file the record has no hash of what has not been written yet.
+        self._writer = VideoWriter(path, fps, upscale=upscale, note=json.dumps(self.record))
+        self._writer.__enter__()
+
+    def write(self, frames_THWC: np.ndarray) -> None:
+        self.digest.add(frames_THWC)
+        self._writer.write(frames_THWC)
+
+    def close(self) -> dict:
+        """The whole record."""
+        self._writer.__exit__(None, None, None)
+        whole = self.record | {"frames": self.digest.frames, "pixels": self.digest.text}
+        write_text(beside(self.path), json.dumps(whole, indent=1) + "\n")
+        return whole
+
+    def abandon(self) -> None:
+        """Leave no file."""
+        error = RuntimeError("abandoned")
+        self._writer.__exit__(type(error), error, None)
+
+
+def beside(path: Path) -> Path:
+    return path.with_name(path.name + ".json")
+
+
+def read_record(path: str | os.PathLike) -> dict:
+    """The record of a video made here, from the file beside it or the video itself. ValueError where there is none."""
+    path = Path(path)
+    aside = path if path.suffix == ".json" else beside(path)
+    text = aside.read_text(encoding="utf-8") if aside.is_file() else ""
+    if not text and path.is_file():
+        try:
+            text = read_note(path)
+        except VideoError as error:
+            raise ValueError(f"{path} tells nothing of how it was made: {error}") from error
+    record = json_or_none(text)
+    if not isinstance(record, dict) or "job" not in record:
+        raise ValueError(f"{path} tells nothing of how it was made: neither it nor {aside.name} has a record")
+    return record
+
+
+def different_machine(record: dict) -> str:
+    """A sentence where rounding may differ from when the record was made; "" where it does not."""
+    then, now = record.get("machine", {}), machine()
+    changed = [f"{k} {then.get(k)} then, {now[k]} now" for k in now if then.get(k) != now[k]]
+    return f"made elsewhere ({'; '.join(changed)}): pixels may differ in rounding" if changed else ""

@@ -1,0 +1,243 @@
+"""From requests to latents: requests packed into rows, one step of the sampler after another.
+
+A request's noise, at the start and at every step of a stochastic sampler, comes from its own seed, so its video does
+not depend on what it is generated with. Known tokens are at time 0 and stay. Of a loop the latents stand on a circle,
+which is cut for the model at another place at each step (latent shift: Bi et al. 2025, arXiv:2502.20307): their places
+in time are turned, so that no place of it is the end.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from minisora_jax.data.packing import PackConfig, Segment, pack_segments, padded_text, patchify, unpatchify
+from minisora_jax.diffusion.adaptive import dopri5
+from minisora_jax.diffusion.denoiser import Denoiser
+from minisora_jax.diffusion.guidance import GuidanceConfig, guide, rescale, twins
+from minisora_jax.diffusion.path import Path
+from minisora_jax.diffusion.sampler import SAMPLERS, SamplerConfig
+from minisora_jax.diffusion.time import TimeConfig, latest_time, sampling_times, token_times
+from minisora_jax.generate.request import Request
+from minisora_jax.models.dit import DiT, DiTConfig, mean_of
+from minisora_jax.parallel.mesh import TOKENS, on_mesh
+from minisora_jax.types import PackedBatch
+
+GOLDEN = 0.6180339887  # turns of a circle, one a step, that come closest to every place soonest
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Requests in rows. A request's twins, of which there are `copies`, lie one after another."""
+
+    requests: Sequence[Request]
+    grids: Sequence[tuple[int, int, int]]
+    rows: list[list[int]]  # requests by number
+    copies: int  # segments of a request: with and without its caption, or the one that both models of autoguidance see
+    length: int  # tokens of a row
+    config: DiTConfig
+
+    @functools.cached_property
+    def places(self) -> list[tuple[int, int, int]]:
+        """(request, row, its first token) of everything laid out."""
+        found = []
+        for b, row in enumerate(self.rows):
+            at = 0
+            for i in row:
+                found.append((i, b, at))
+                at += self.copies * self.tokens(i)
+        return found
+
+    def tokens(self, i: int) -> int:
+        return int(np.prod(self.grids[i]))
+
+    def batch(self, captions: Sequence[Sequence[np.ndarray]]) -> PackedBatch:
+        """captions: of each request the features of each of its copies."""
+        text = max(sum(len(c) for i in row for c in captions[i]) for row in self.rows)
+        slots = self.copies * max(len(row) for row in self.rows)
+        pack = PackConfig(tokens=self.length, text_tokens=-(-text // 64) * 64, slots=slots, rows=len(self.rows))
+        return pack_segments([[s for i in row for s in self._segments(i, captions[i])] for row in self.rows], pack)
+
+    def _segments(self, i: int, captions: Sequence[np.ndarray]) -> list[Segment]:
+        request, n = self.requests[i], self.tokens(i)
+        tokens, known = np.zeros((n, self.config.token_width), np.float32), np.zeros(n, bool)
+        if given := request.given:
+            patches = patchify(np.asarray(given.latents_thwc, np.float32), self.config.patch)
+            if patches.shape[:3] != self.grids[i] or given.known_thw.shape != self.grids[i]:
+                raise ValueError(
+                    f"what is given has {patches.shape[:3]} tokens, {given.known_thw.shape} of them marked known or "
+                    f"not, and the video asked for {self.grids[i]}"
+                )
+            known = given.known_thw.reshape(-1)
+            kept = known | (given.strength < 1)
+            tokens = np.where(kept[:, None], patches.reshape(n, -1), 0.0).astype(np.float32)
+        return [Segment(tokens, known, self.grids[i], text, request.fps, request.first) for text in captions]
+
+    def per_token(self, value) -> np.ndarray:
+        """value(request) of each token's own, (B, S) float32; 0 for padding."""
+        filled = np.zeros((len(self.rows), self.length), np.float32)
+        for i, b, at in self.places:
+            filled[b, at : at + self.copies * self.tokens(i)] = value(i)
+        return filled
+
+    def twins(self) -> tuple[np.ndarray, np.ndarray]:
+        """For each token the index in its row of its twin with the caption, and of that without; int32 (B, S)."""
+        index = np.tile(np.arange(self.length, dtype=np.int32), (len(self.rows), 1))
+        with_caption_BS, without_BS = index.copy(), index.copy()
+        for i, b, at in self.places:
+            n, end = self.tokens(i), at + self.copies * self.tokens(i)
+            with_caption_BS[b, at:end] = np.tile(np.arange(at, at + n), self.copies)
+            without_BS[b, at:end] = np.tile(np.arange(end - n, end), self.copies)
+        return with_caption_BS, without_BS
+
+    def noise(self, step: int) -> np.ndarray:
+        """Standard normal (B, S, P) for a sampler step (0: the start), by each request's seed, equal for its twins."""
+        noise = np.zeros((len(self.rows), self.length, self.config.token_width), np.float32)
+        for i, b, at in self.places:
+            seed = (self.requests[i].seed, step) if step else self.requests[i].seed
+            draw = np.random.default_rng(seed).standard_normal((self.tokens(i), noise.shape[-1]), np.float32)
+            noise[b, at : at + self.copies * len(draw)] = np.tile(draw, (self.copies, 1))
+        return noise
+
+    def latents(self, x_BSP: np.ndarray) -> dict[int, np.ndarray]:
+        """latents_thwc of each request."""
+        found = {}
+        for i, b, at in self.places:
+            patches = x_BSP[b, at : at + self.tokens(i)].reshape(*self.grids[i], -1)
+            found.setdefault(i, unpatchify(patches, self.config.patch))
+        return found
+
+
+def sample(
+    layout: Layout,
+    captions: Sequence[Sequence[np.ndarray]],
+    models: Sequence[tuple[DiTConfig, dict]],
+    times: TimeConfig,
+    objective,
+    guidance: GuidanceConfig,
+    sampler: SamplerConfig,
+    on_step,
+) -> dict[int, np.ndarray]:
+    """latents_thwc of each request laid out. After each step `on_step(k, look)`; look(): latents as they seem."""
+    path, latest = objective.along, latest_time(objective.along, objective.prediction)
+    batch = on_mesh(layout.batch(captions))
+    tokens = lambda values: on_mesh(values, TOKENS)
+    start_BS = tokens(
+        layout.per_token(lambda i: layout.requests[i].given.strength if layout.requests[i].given else 1.0)
+    )
+    static = (tuple(config for config, _ in models), objective, guidance.static)
+    params = tuple(p for _, p in models)
+    both = tuple(tokens(index) for index in layout.twins())
+    inputs = lambda batch: (params, batch, *both, guidance.scale, guidance.interval)
+    circle = [layout.grids[i][0] if request.loop else 0 for i, request in enumerate(layout.requests)]
+    circle_BS = tokens(layout.per_token(lambda i: circle[i]).astype(np.int32)) if any(circle) else None
+
+    if sampler.name == "dopri5":
+        if any(circle):
+            raise ValueError("a loop is cut at another place at each step, and dopri5 has no steps: use --sampler heun")
+        first = jnp.minimum(token_times(times, start_BS, batch), latest)
+        x = _begin(path, batch, tokens(layout.noise(0)), first, start_BS)
+        x = _integrate(static, times, latest, sampler.tolerance, x, start_BS, inputs(batch)).block_until_ready()
+        on_step(1, lambda: layout.latents(np.asarray(x)))
+        return layout.latents(np.asarray(x))
+
+    times_BS = sampling_times(times, sampler.steps, batch, path, sampler.grid, latest, start_BS)
+    x = _begin(path, batch, tokens(layout.noise(0)), times_BS[0], start_BS)
+    past = SAMPLERS[sampler.name].begin(x, times_BS[0])
+    for k in range(sampler.steps):
+        fresh = tokens(layout.noise(k + 1)) if sampler.noise else None
+        seen = batch if circle_BS is None else _turned(batch, circle_BS, k * GOLDEN % 1.0)
+        before, (now, then) = x, (times_BS[k], times_BS[k + 1])
+        x, past = sampling_step(static, sampler.name, x, now, then, past, fresh, sampler.noise, inputs(seen))
+        x.block_until_ready()
+        so_far = functools.partial(_clean_estimate, path, before, x, now, then)
+        on_step(k + 1, lambda estimate=so_far: layout.latents(np.asarray(estimate())))
+    return layout.latents(np.asarray(x))
+
+
+def _begin(path: Path, batch: PackedBatch, noise_BSP, time_BS, start_BS) -> jax.Array:
+    """Noise, as wide as data with it would be; where something is known or kept in part, that with its noise."""
+    given_BS1 = (batch.known_BS | (start_BS < 1))[..., None]
+    mixed_BSP = path.mix(batch.tokens_BSP, noise_BSP, time_BS[..., None])
+    return jnp.where(given_BS1, mixed_BSP, noise_BSP * path.spread(time_BS)[..., None])
+
+
+@jax.jit
+def _turned(batch: PackedBatch, circle_BS: jax.Array, share) -> PackedBatch:
+    """The batch with the places in time of what stands on a circle turned by that share of it; they begin at 1."""
+    t_BS = batch.position_BS3[..., 0]
+    by_BS = jnp.round(share * circle_BS).astype(jnp.int32)
+    turned_BS = 1 + (t_BS - 1 + by_BS) % jnp.maximum(circle_BS, 1)
+    t_BS = jnp.where(circle_BS > 0, turned_BS, t_BS)
+    return batch.replace(position_BS3=jnp.concatenate([t_BS[..., None], batch.position_BS3[..., 1:]], axis=-1))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _clean_estimate(path: Path, before_BSP, x_BSP, now_BS, then_BS):
+    """The data from two states of one trajectory, as if it and its noise had not changed between them (DDIM's view)."""
+    a, s, a2, s2 = (f(t)[..., None] for t in (now_BS, then_BS) for f in (path.alpha, path.sigma))
+    det = a2 * s - a * s2
+    return jnp.where(jnp.abs(det) > 1e-6, (s * x_BSP - s2 * before_BSP) / jnp.where(det == 0, 1.0, det), x_BSP)
+
+
+def fill_rows(grids: Sequence[tuple[int, int, int]], length: int, copies: int) -> list[list[int]]:
+    """First-fit decreasing of requests, each taking `copies` times its tokens."""
+    rows, room = [], []
+    for i in sorted(range(len(grids)), key=lambda i: -int(np.prod(grids[i]))):
+        need = copies * int(np.prod(grids[i]))
+        for r, left in enumerate(room):
+            if left >= need:
+                rows[r].append(i)
+                room[r] -= need
+                break
+        else:
+            rows.append([i])
+            room.append(length - need)
+    return rows
+
+
+def features(captions, requests: Sequence[Request], copies: int, padded_to: int) -> list[list[np.ndarray]]:
+    """Of each request the caption features of each of its copies: its prompt, and what it should not be."""
+    words = [[r.prompt, r.negative][:copies] for r in requests]
+    each = list(dict.fromkeys(w for some in words for w in some))
+    found = {w: padded_text(text_LE, padded_to) for w, text_LE in zip(each, captions.encode(each), strict=True)}
+    return [[found[w] for w in some] for some in words]
+
+
+def _denoiser(static, inputs) -> Denoiser:
+    """The guided model. static: (configs, objective, (rescale, schedule)); configs has a worse model second, if any."""
+    configs, objective, (share, schedule) = static
+    params, batch, with_caption_BS, without_BS, scale, interval = inputs
+    path = objective.along
+
+    def predict(x_BSP, time_BS):
+        seen = path.model_input(x_BSP, time_BS)
+        good_BSP, *worse_BSP = (mean_of(c, DiT(c).apply(p, *seen, batch)) for c, p in zip(configs, params))
+        if worse_BSP:
+            worse_BSP = worse_BSP[0]
+        else:
+            good_BSP, worse_BSP = twins(good_BSP, with_caption_BS, without_BS)
+        p_BSP = guide(good_BSP, worse_BSP, time_BS, scale, interval, schedule)
+        if share:
+            unknown_BS, slots = jnp.where(batch.known_BS, 0, batch.segment_BS), batch.fps_BG.shape[1]
+            p_BSP = rescale(path, objective.prediction, p_BSP, good_BSP, x_BSP, time_BS, unknown_BS, slots, share)
+        return p_BSP
+
+    return Denoiser(predict, path, objective.prediction)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def sampling_step(static, sampler: str, x_BSP, time_BS, next_BS, past, noise_BSP, eta, inputs):
+    return SAMPLERS[sampler].step(_denoiser(static, inputs), x_BSP, time_BS, next_BS, past, noise_BSP, eta)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _integrate(static, times: TimeConfig, latest, tolerance, x_BSP, start_BS, inputs):
+    batch = inputs[1]
+    time_at = lambda u: jnp.minimum(token_times(times, u * start_BS, batch), latest)
+    return dopri5(_denoiser(static, inputs), x_BSP, time_at, tolerance)[0]

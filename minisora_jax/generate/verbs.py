@@ -1,0 +1,365 @@
+"""Everything to be asked of a model, as requests with different known tokens.
+
+    make       words                     ->  a video, an image, a loop
+    animate    a picture                 ->  its first frame is known
+    join       two pictures              ->  first and last are
+    restyle    a video                   ->  its latents are where noise starts from (SDEdit)
+    inpaint    a video and a mask        ->  tokens outside the mask are known
+    outpaint   a video, a larger frame   ->  tokens inside the old frame are
+    extend     a video                   ->  its end, or its beginning, is
+    connect    two videos                ->  the end of one and the beginning of the other are; one with itself: a loop
+    rollout    words that change         ->  window after window, each with the end of the one before
+
+A verb is a Python generator: it yields what it needs next (an `Encode`, a `Request`, a `Decode`), is sent the answer,
+and yields `Frames` of its result. `perform` runs many verbs at once, and packs what they ask for at one time together.
+
+A codec's latent frame stands for 4 frames of the video and remembers those before it; a clip's first stands for 1.
+A video whose beginning is to be made has no past yet: it is encoded as if it had stood still before.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Generator, Sequence
+
+import numpy as np
+
+from minisora_jax.generate.request import Given, Request
+
+NEXT_SEED = 1_000_003  # windows of one video have seeds so far apart
+FEATHER = 2  # pixels over which made and kept parts of a picture pass into each other
+
+
+@dataclasses.dataclass(frozen=True)
+class Encode:
+    """Answered with latents (t, h, w, c) of uint8 frames, 1 + 4k of them."""
+
+    frames_THWC: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Decode:
+    """Answered with uint8 frames of latents (t, h, w, c)."""
+
+    latents_thwc: np.ndarray
+    loop: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Frames:
+    """Some of the result, uint8 (T, H, W, 3). Not answered."""
+
+    frames_THWC: np.ndarray
+
+
+Verb = Generator  # of Encode, Request, Decode and Frames, sent their answers
+
+
+# ---- Verbs
+
+
+def make(generator, request: Request) -> Verb:
+    """Text to video, or to an image, or to a loop."""
+    latents = yield request
+    yield Frames((yield Decode(latents, request.loop)))
+
+
+def animate(generator, request: Request, image_HWC: np.ndarray) -> Verb:
+    """Image to video: its first frame is the image, as the codec has it."""
+    _same_size(request, image_HWC, "the image")
+    first = yield Encode(image_HWC[None])
+    yield from _decoded(_given(generator, request, {0: first}))
+
+
+def join(generator, request: Request, first_HWC: np.ndarray, last_HWC: np.ndarray) -> Verb:
+    """From one image to another: the video stands still on the last for its last latent frame."""
+    _same_size(request, first_HWC, "the first image")
+    _same_size(request, last_HWC, "the last image")
+    t = generator.grid(request)[0]
+    if t < 3:
+        raise ValueError(f"frames={request.size_THW[0]} leave nothing between two images: use 9 or more")
+    first = yield Encode(first_HWC[None])
+    still = yield Encode(np.repeat(last_HWC[None], _frames(generator, 3), axis=0))
+    yield from _decoded(_given(generator, request, {0: first, t - 1: still[-1:]}))
+
+
+def restyle(generator, request: Request, frames_THWC: np.ndarray, strength: float) -> Verb:
+    """Video to video: noise is added up to `strength`, and taken away again by the words of the request."""
+    _same_size(request, frames_THWC, "the whole video")
+    latents = yield Encode(frames_THWC)
+    known = np.zeros(generator.grid(request), bool)
+    made = yield dataclasses.replace(request, given=Given(latents, known, strength))
+    yield Frames((yield Decode(made)))
+
+
+def inpaint(generator, request: Request, frames_THWC: np.ndarray, mask: np.ndarray) -> Verb:
+    """What the mask (H, W) or (T, H, W) marks is made anew; the rest stays, to the pixel."""
+    _same_size(request, frames_THWC, "the whole video")
+    mask_THW = np.broadcast_to(mask.astype(bool), frames_THWC.shape[:3])
+    if not mask_THW.any():
+        raise ValueError("the mask marks nothing: white is what is made anew")
+    filled = _filled(frames_THWC, mask_THW)
+    latents = yield Encode(filled)
+    grid = generator.grid(request)
+    known = ~_token_mask(generator, mask_THW, grid)
+    made = yield dataclasses.replace(request, given=Given(latents, known))
+    frames = yield Decode(made)
+    new = _feathered(mask_THW)[..., None]
+    yield Frames(np.round(frames * new + frames_THWC * (1.0 - new)).astype(np.uint8))
+
+
+def outpaint(generator, request: Request, frames_THWC: np.ndarray, at: tuple[int, int] | None = None) -> Verb:
+    """The video in a larger frame, the request's; `at` is where its top left corner comes to lie (the middle)."""
+    T, H, W = frames_THWC.shape[:3]
+    _, tall, wide = request.size_THW
+    y, x = at or ((tall - H) // 2, (wide - W) // 2)
+    if min(y, x, tall - H - y, wide - W - x) < 0 or (tall, wide) == (H, W):
+        raise ValueError(f"a video of {H}x{W} at {y},{x} does not lie within {tall}x{wide} with room to make")
+    pads = ((0, 0), (y, tall - H - y), (x, wide - W - x))
+    canvas = np.pad(frames_THWC, (*pads, (0, 0)), mode="edge")
+    yield from inpaint(generator, request, canvas, np.pad(np.zeros((T, H, W), bool), pads, constant_values=True))
+
+
+def extend(generator, request: Request, frames_THWC: np.ndarray, *, before: int = 0, after: int = 0) -> Verb:
+    """The video, itself to the pixel, with so many frames made before and after it."""
+    _same_size(request, frames_THWC, "the video")
+    if before + after < 1:
+        raise ValueError(f"before={before} and after={after}: extend by at least one frame")
+    if before:
+        yield Frames((yield from _backwards(generator, request, frames_THWC, before)))
+    yield Frames(frames_THWC)
+    if after:
+        yield from _onwards(generator, request, frames_THWC, after)
+
+
+def connect(
+    generator, request: Request, a_THWC: np.ndarray, b_THWC: np.ndarray, *, between: int, loop: bool = False
+) -> Verb:
+    """Video a, so many frames that lead from it to b (rounded up to the codec's grid), and video b.
+
+    loop: b is a itself; what is made leads back to its beginning, and b is not shown again.
+    """
+    _same_size(request, a_THWC, "the first video")
+    _same_size(request, b_THWC, "the second video")
+    factor = generator.codec.config.time_factor
+    k = -(-(between + 1) // factor)  # latent frames to make; the last pixel frame of the last is b's first
+    room = max(generator.window - k, 2)
+    a = _last(a_THWC, min((room + 1) // 2, 1 + (len(a_THWC) - 1) // factor), factor)
+    b = _first(b_THWC, min(room // 2, (len(b_THWC) - 1) // factor), factor)
+    past = yield Encode(a)
+    future = yield Encode(np.concatenate([np.repeat(b[:1], factor * k, axis=0), b]))
+    future = future[1 + k :]
+    t = len(past) + k + len(future)
+    whole = dataclasses.replace(request, size_THW=(_frames(generator, t), *request.size_THW[1:]))
+    latents = yield from _given(generator, whole, {0: past, t - len(future): future})
+    frames = yield Decode(latents)
+    made = frames[len(a) : len(a) + factor * k - 1]
+    yield Frames(a_THWC)
+    yield Frames(made)
+    if not loop:
+        yield Frames(b_THWC)
+
+
+def rollout(generator, request: Request, frames: int, prompts: Sequence[tuple[int, str]] = ()) -> Verb:
+    """A video of any length, in windows of `generator.window` latent frames, each from the end of the one before.
+
+    prompts: (from which frame on, words), in order; without any, the request's. Memory does not grow with length: the
+    decoder goes on from where it was, so that windows have no seams.
+    """
+    factor, at_once = generator.codec.config.time_factor, generator.window
+    words = lambda frame: next((text for start, text in reversed(prompts) if frame >= start), request.prompt)
+    request = dataclasses.replace(request, prompt=words(0))
+    if frames <= _frames(generator, at_once) and len(prompts) < 2:
+        size = (_frames(generator, 1 + -(-(frames - 1) // factor)), *request.size_THW[1:])
+        latents = yield dataclasses.replace(request, size_THW=size)
+        yield Frames((yield Decode(latents))[:frames])
+        return
+    decoder = generator.codec.decoder()
+    latents = yield dataclasses.replace(request, size_THW=(_frames(generator, at_once), *request.size_THW[1:]))
+    shown = decoder(latents)
+    yield Frames(shown[:frames])
+    made = len(shown)
+    for number in range(1, frames):
+        if made >= frames:
+            return
+        overlap = _overlap(generator)
+        window = dataclasses.replace(_window(request, number), prompt=words(made + factor * (at_once - overlap) // 2))
+        latents = yield from _window_after(generator, window, latents[-overlap:])
+        shown = decoder(latents[overlap:])
+        yield Frames(shown[: frames - made])
+        made += len(shown)
+
+
+# ---- What verbs are made of
+
+
+def _given(generator, request: Request, known: dict[int, np.ndarray]) -> Verb:
+    """The latents of a request of which some latent frames, from a place in time on, are known."""
+    t, h, w = generator.grid(request)
+    some = next(iter(known.values()))
+    latents, mask = np.zeros((t, *some.shape[1:]), np.float32), np.zeros((t, h, w), bool)
+    for start, z in known.items():
+        latents[start : start + len(z)] = z
+        mask[start : start + len(z)] = True
+    return (yield dataclasses.replace(request, given=Given(latents, mask)))
+
+
+def _decoded(verb: Verb) -> Verb:
+    latents = yield from verb
+    yield Frames((yield Decode(latents)))
+
+
+def _window_after(generator, request: Request, known: np.ndarray) -> Verb:
+    """A window from the middle of a video whose first latent frames are known."""
+    frames = generator.codec.config.time_factor * generator.window
+    middle = dataclasses.replace(request, middle=True, size_THW=(frames, *request.size_THW[1:]))
+    return (yield from _given(generator, middle, {0: known}))
+
+
+def _onwards(generator, request: Request, frames_THWC: np.ndarray, after: int) -> Verb:
+    """Frames that follow a video, window by window; the decoder goes on from the video's own latents."""
+    factor = generator.codec.config.time_factor
+    new = -(-after // factor)
+    keep = max(generator.window - min(new, generator.window - _overlap(generator)), 1)
+    context = _last(frames_THWC, min(keep, 1 + (len(frames_THWC) - 1) // factor), factor)
+    latents = yield Encode(context)
+    decoder = generator.codec.decoder()
+    decoder(latents)
+    first = min(generator.window, len(latents) + new)
+    whole = dataclasses.replace(request, size_THW=(_frames(generator, first), *request.size_THW[1:]))
+    known, made, number = len(latents), 0, 0
+    latents = yield from _given(generator, whole, {0: latents})
+    while True:
+        shown = decoder(latents[known:])
+        yield Frames(shown[: after - made])
+        made, number = made + len(shown), number + 1
+        if made >= after:
+            return
+        known = _overlap(generator)
+        latents = yield from _window_after(generator, _window(request, number), latents[-known:])
+
+
+def _backwards(generator, request: Request, frames_THWC: np.ndarray, before: int) -> Verb:
+    """The `before` frames that lead to a video: windows from the last to the first, then decoded from the first on."""
+    factor = generator.codec.config.time_factor
+    new = -(-before // factor)  # latent frames before the one in which the video begins
+    keep = max(generator.window - min(1 + new, generator.window - _overlap(generator)), 1)
+    context = _first(frames_THWC, min(keep, (len(frames_THWC) - 1) // factor), factor)
+    latents = yield Encode(np.concatenate([np.repeat(context[:1], factor, axis=0), context]))
+    # The video's first frame is the last of a latent frame that is missing; where it is all there is, it stood still.
+    latents, missing = (latents[2:], 1 + new) if len(latents) > 2 else (latents[1:], new)
+    number = 0
+    while missing:
+        overlap = min(len(latents), _overlap(generator) if number else keep)
+        step = min(missing, generator.window - overlap)
+        begins = step == missing
+        frames = _frames(generator, step + overlap) if begins else factor * (step + overlap)
+        window = dataclasses.replace(
+            _window(request, number), middle=not begins, size_THW=(frames, *request.size_THW[1:])
+        )
+        made = yield from _given(generator, window, {step: latents[:overlap]})
+        latents, missing, number = np.concatenate([made[:step], latents]), missing - step, number + 1
+    frames = yield Decode(latents)
+    return frames[factor * new - before : factor * new]
+
+
+def _window(request: Request, number: int) -> Request:
+    """The request for a window: its noise is its own."""
+    return dataclasses.replace(request, seed=request.seed + number * NEXT_SEED)
+
+
+def _overlap(generator) -> int:
+    """Latent frames of a window that are known from the one before."""
+    return max(generator.window // 2, 1)
+
+
+def _frames(generator, latent_frames: int) -> int:
+    return 1 + (latent_frames - 1) * generator.codec.config.time_factor
+
+
+def _last(frames_THWC: np.ndarray, latent_frames: int, factor: int) -> np.ndarray:
+    """The last 1 + 4k frames, `latent_frames` latent ones (at least one)."""
+    return frames_THWC[-(1 + factor * (max(latent_frames, 1) - 1)) :]
+
+
+def _first(frames_THWC: np.ndarray, latent_frames: int, factor: int) -> np.ndarray:
+    """The first 1 + 4k frames, k = latent_frames."""
+    return frames_THWC[: 1 + factor * latent_frames]
+
+
+def _same_size(request: Request, pictures: np.ndarray, what: str) -> None:
+    """ValueError unless pictures (..., H, W, 3) are of the size asked for, and, if a whole video, as many."""
+    T, H, W = request.size_THW
+    if pictures.shape[-3:-1] != (H, W):
+        raise ValueError(f"{what} is {pictures.shape[-3]}x{pictures.shape[-2]}, the video asked for {H}x{W}")
+    if what == "the whole video" and len(pictures) != T:
+        raise ValueError(f"{what} has {len(pictures)} frames, the video asked for {T}")
+
+
+def _filled(frames_THWC: np.ndarray, mask_THW: np.ndarray) -> np.ndarray:
+    """What is masked in the mean colour of what is not: the codec's latents beside it must not tell what was there."""
+    kept = frames_THWC[~mask_THW]
+    colour = np.median(kept, axis=0) if len(kept) else np.array([128, 128, 128])
+    return np.where(mask_THW[..., None], np.round(colour).astype(np.uint8), frames_THWC)
+
+
+def _token_mask(generator, mask_THW: np.ndarray, grid_thw: tuple[int, int, int]) -> np.ndarray:
+    """bool (t, h, w): tokens of which the mask marks any pixel."""
+    t, h, w = grid_thw
+    factor, cell = generator.codec.config.time_factor, generator.cell
+    in_space = mask_THW.reshape(-1, h, cell, w, cell).any((2, 4))
+    return np.concatenate([in_space[:1], in_space[1:].reshape(t - 1, factor, h, w).any(1)])
+
+
+def _feathered(mask_THW: np.ndarray) -> np.ndarray:
+    """1 where the mask is, falling to 0 over `FEATHER` pixels outside it; float32."""
+    weight, grown = mask_THW.astype(np.float32), mask_THW
+    for step in range(1, FEATHER + 1):
+        around = np.pad(grown, ((0, 0), (1, 1), (1, 1)))
+        wider = grown | around[:, :-2, 1:-1] | around[:, 2:, 1:-1] | around[:, 1:-1, :-2] | around[:, 1:-1, 2:]
+        weight[wider & ~grown] = 1.0 - step / (FEATHER + 1)
+        grown = wider
+    return weight
+
+
+# ---- Many at once
+
+
+def perform(
+    generator,
+    verbs: Sequence[Verb],
+    *,
+    write: Callable[[int, np.ndarray], None] | None = None,
+    **options,
+) -> list[np.ndarray] | None:
+    """The frames of each verb, uint8 (T, H, W, 3); or `write(number, frames)` is called with them as they come.
+
+    options are those of `Generator.sample`. What the verbs ask for at one time goes through the model together.
+    """
+    pieces: list[list[np.ndarray]] = [[] for _ in verbs]
+    write = write or (lambda i, frames: pieces[i].append(frames))
+    waiting = {}
+
+    def go_on(i: int, answer) -> None:
+        try:
+            asked = verbs[i].send(answer)
+            while isinstance(asked, Frames):
+                write(i, asked.frames_THWC)
+                asked = verbs[i].send(None)
+            waiting[i] = asked
+        except StopIteration:
+            waiting.pop(i, None)
+
+    for i in range(len(verbs)):
+        go_on(i, None)
+    while waiting:
+        for kind, answer in (
+            (Encode, lambda some: generator.encode([a.frames_THWC for a in some])),
+            (Request, lambda some: generator.sample(some, **options)),
+            (Decode, lambda some: generator.decode([a.latents_thwc for a in some], [a.loop for a in some])),
+        ):
+            asking = [i for i, asked in waiting.items() if isinstance(asked, kind)]
+            if asking:
+                for i, result in zip(asking, answer([waiting[i] for i in asking]), strict=True):
+                    go_on(i, result)
+    return [np.concatenate(some) for some in pieces] if any(pieces) else None
