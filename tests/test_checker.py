@@ -5,8 +5,8 @@ import collections
 import numpy as np
 import pytest
 
-from minisora_jax.checker import check
 from minisora_jax.data.shapes import COLOURS, MOTIONS, PHRASES, SHAPES, Shapes, parse_caption
+from minisora_jax.evaluation.checker import check
 
 
 @pytest.mark.parametrize("split", ["train", "heldout"])

@@ -25,10 +25,10 @@ def add_arguments(parser):
 def run(args, _):
     since = time.perf_counter()
     from minisora_jax.bundled import CODEC, MODEL
-    from minisora_jax.checker import check
     from minisora_jax.data.contact_sheet import contact_sheet
     from minisora_jax.data.shapes import FPS, caption, sample_scene
     from minisora_jax.data.video_writer import write_video
+    from minisora_jax.evaluation.checker import check
     from minisora_jax.generate import Generator, Request
 
     generator = Generator.load(MODEL, CODEC)

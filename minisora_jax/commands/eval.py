@@ -1,53 +1,113 @@
-"""Score a codec (PSNR and SSIM of reconstructions) or a model (does each video show what its caption says?).
+"""Measure a codec, a model, or everything that one can ask of a model; numbers, and the pictures to look at.
 
 examples:
   minisora eval codec --data shapes:heldout:256
-  minisora eval codec --codec=runs/codec/export --data data/clips
-  minisora eval model --count 256 --out eval
-  minisora eval model --model=runs/model/export --codec=runs/codec/export --count 64
+  minisora eval codec --codec=runs/codec/export --data data/clips --lpips my_lpips.py:distance
+  minisora eval model --count 256 --out eval                  # does each video show what its caption says?
+  minisora eval verbs --count 128 --out eval                  # animate, extend, loop, connect, ...: eval/report.html
+  minisora eval verbs --only loop connect --count 32
+  minisora eval frechet --count 256 --extractor i3d:i3d_torchscript.pt       # generated against true clips
+  minisora eval frechet --data data/clips --against data/other --extractor random
 
-The model is asked for held-out captions, whose (colour, shape, motion) never occurred in training, at the sizes of the
-true clips; an independent checker reads colour, shape, motion and permanence off the pixels.
+The model is asked for held-out captions, whose (colour, shape, motion) never occurred in training; an independent
+checker reads colour, shape, motion and permanence off the pixels. A Frechet distance is named by its extractor and that
+file's hash: it is FVD only with the I3D of the FVD paper, which is not part of this package.
 """
 
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
-from minisora_jax.commands.generate import add_sampling, sampling
+from minisora_jax.commands.generate import add_sampling, load, sampling
 
 
 def add_arguments(parser):
-    parser.add_argument("what", choices=("codec", "model"))
-    parser.add_argument("--data", default="shapes:heldout:256", help="clips for `codec` (default shapes:heldout:256)")
+    parser.add_argument("what", choices=("codec", "model", "verbs", "frechet"))
+    parser.add_argument("--data", default=None, help="clips for `codec` and `frechet` (default shapes:heldout:256)")
+    parser.add_argument("--against", default=None, help="clips for `frechet` in place of generated ones")
+    parser.add_argument("--extractor", default=None, help="of `frechet`: random, i3d:FILE, inception:FILE, FILE.py:F")
+    parser.add_argument("--lpips", default=None, metavar="FILE.py:F", help="of `codec`: F(frames, frames) -> distance")
+    parser.add_argument("--only", nargs="*", default=None, metavar="VERB", help="of `verbs`: which (default: all)")
     parser.add_argument("--codec", default=None, help="an exported codec (default: the bundled one)")
     parser.add_argument("--model", default=None, help="an exported model (default: the bundled one)")
-    parser.add_argument("--count", type=int, default=206, help="videos made by `model` (default 206)")
+    parser.add_argument("--window", type=int, default=None, metavar="FRAMES", help="as in `minisora generate`")
+    parser.add_argument("--count", type=int, default=206, help="videos made, of each verb (default 206)")
     parser.add_argument("--split", default="heldout", choices=("train", "heldout"), help="of the captions for `model`")
     add_sampling(parser)
-    parser.add_argument("--out", default="eval", help="directory for scores.json and the contact sheets (default eval)")
+    parser.add_argument("--out", default="eval", help="directory for the numbers and pictures (default eval)")
 
 
 def run(args, _):
-    from minisora_jax.bundled import CODEC, MODEL
-    from minisora_jax.data.contact_sheet import contact_sheet
-    from minisora_jax.evaluate import evaluate_codec, evaluate_model
-    from minisora_jax.generate import Generator
-    from minisora_jax.models.codec import Codec
-
-    if args.what == "codec":
-        from minisora_jax.data.clips import open_clips
-
-        scores, rows = evaluate_codec(Codec.load(args.codec or CODEC), open_clips(args.data))
-    else:
-        options = sampling(args)
-        generator = Generator.load(args.model or MODEL, args.codec, args.guide_model, args.text_encoder)
-        scores, rows = evaluate_model(generator, args.split, args.count, **options)
-        scores["guide_model"] = args.guide_model
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
+    scores = {"codec": _codec, "model": _model, "verbs": _verbs, "frechet": _frechet}[args.what](args, out)
     (out / f"{args.what}.json").write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
-    contact_sheet(out / f"{args.what}.png", rows[:32])
     print(json.dumps(scores, indent=2))
-    print(out / f"{args.what}.png")
+    print(out / ("report.html" if args.what == "verbs" else f"{args.what}.json"))
+
+
+def _codec(args, out: Path) -> dict:
+    from minisora_jax.bundled import CODEC
+    from minisora_jax.data.clips import open_clips
+    from minisora_jax.data.contact_sheet import contact_sheet
+    from minisora_jax.evaluation.models import evaluate_codec
+    from minisora_jax.models.codec import Codec
+
+    clips = open_clips(args.data or "shapes:heldout:256")
+    scores, rows = evaluate_codec(Codec.load(args.codec or CODEC), clips, args.lpips)
+    contact_sheet(out / "codec.png", rows[:32])
+    return scores
+
+
+def _model(args, out: Path) -> dict:
+    from minisora_jax.data.contact_sheet import contact_sheet
+    from minisora_jax.evaluation.models import evaluate_model
+
+    scores, rows = evaluate_model(load(args), args.split, args.count, **sampling(args))
+    contact_sheet(out / "model.png", rows[:32])
+    return scores | {"guide_model": args.guide_model}
+
+
+def _verbs(args, out: Path) -> dict:
+    from minisora_jax.evaluation.report import write_report
+    from minisora_jax.evaluation.verbs import VERBS
+    from minisora_jax.generate.output import machine
+
+    names = args.only or list(VERBS)
+    if unknown := set(names) - set(VERBS):
+        raise ValueError(f"--only {', '.join(sorted(unknown))}: the verbs are {', '.join(VERBS)}")
+    generator, options = load(args), sampling(args)
+    facts = {"model": generator.hash, "codec": generator.codec.hash, "videos of each": args.count, **machine()}
+    facts |= {k: str(v) for k, v in options.items()}
+    results = {}
+    for name in names:
+        since = time.perf_counter()
+        scores, rows = VERBS[name](generator, args.count, options)
+        results[name] = scores | {"seconds": round(time.perf_counter() - since, 1)}, rows
+        short = {k: v for k, v in results[name][0].items() if not isinstance(v, dict)}
+        print(f"{name}: {json.dumps(short)}", flush=True)
+        # Written anew after each, so that what took an hour is not lost with the last one.
+        write_report(out / "report.html", "What one model does", facts, results)
+    return facts | {name: scores for name, (scores, _) in results.items()}
+
+
+def _frechet(args, out: Path) -> dict:
+    from minisora_jax.data.clips import open_clips
+    from minisora_jax.evaluation.frechet import frechet, open_extractor
+    from minisora_jax.generate import Request
+
+    if not args.extractor:
+        raise ValueError("name what sees: --extractor i3d:FILE.pt, inception:FILE.pt, FILE.py:FUNCTION, or random")
+    extractor = open_extractor(args.extractor)
+    true = open_clips(args.data or f"shapes:heldout:{args.count}")
+    theirs = [true[i] for i in range(min(len(true), args.count))]
+    if args.against:
+        other = open_clips(args.against)
+        ours = [other[i].frames_THWC for i in range(min(len(other), args.count))]
+    else:
+        asked = [Request(c.caption, c.size_THW, seed=i, fps=c.fps) for i, c in enumerate(theirs)]
+        ours = load(args).generate(asked, **sampling(args))
+    found = frechet(ours, [c.frames_THWC for c in theirs], extractor)
+    return {"frechet": round(found, 5), "extractor": extractor.name, "videos": [len(ours), len(theirs)]}

@@ -38,6 +38,7 @@ class Seen:
     motion: str  # one of shapes.MOTIONS; "unclear" where none fits
     visible_T: np.ndarray  # bool
     returns: bool  # seen, then hidden, then seen again
+    path_T2: np.ndarray  # (x, y) of its middle in pixels, where it is seen
 
 
 def check(frames_THWC: np.ndarray, caption: str) -> dict[str, bool]:
@@ -103,7 +104,7 @@ def _describe(x, colour: int, others: list[int], background, wall: bool) -> Seen
     motion, returns = _motion(x, cover, path, area_T, visible_T, wall)
     is_wall = np.linalg.norm(x - _PALETTE[_WALL], axis=-1) < 40.0
     shape = _shape(cover, path, area_T, visible_T, (is_wall.mean((0, 1)) > 0.5) if wall else np.zeros(W, bool))
-    return Seen(_NAMES[colour], shape, motion, visible_T, returns)
+    return Seen(_NAMES[colour], shape, motion, visible_T, returns, path)
 
 
 def _near_the_blob(cover_THW: np.ndarray) -> np.ndarray:

@@ -9,8 +9,9 @@ from collections.abc import Sequence
 import numpy as np
 from tqdm import tqdm
 
-from minisora_jax.checker import check
+from minisora_jax.data.curate.filters import load_function
 from minisora_jax.data.shapes import FPS, Shapes, parse_caption
+from minisora_jax.evaluation.checker import check
 from minisora_jax.generate import Generator, Request
 from minisora_jax.models.codec import Codec
 from minisora_jax.train.codec_task import reconstruct
@@ -19,20 +20,27 @@ from minisora_jax.types import Clip
 Rows = list[tuple[np.ndarray, str]]  # (frames_THWC, label), for a contact sheet
 
 
-def evaluate_codec(codec: Codec, clips: Sequence[Clip]) -> tuple[dict, Rows]:
-    """{"psnr", "ssim", ...} of reconstructions of the posterior mean, and rows of originals and reconstructions."""
+def evaluate_codec(codec: Codec, clips: Sequence[Clip], lpips: str | None = None) -> tuple[dict, Rows]:
+    """{"psnr", "ssim", ...} of reconstructions of the posterior mean, and rows of originals and reconstructions.
+
+    lpips: FILE.py:FUNCTION, a distance of two clips uint8 (T, H, W, 3), whose weights are its own affair.
+    """
     each, rows = [], []
+    perceived = load_function(lpips) if lpips else None
     for i in tqdm(range(len(clips)), desc="codec", unit="clip"):
         clip = clips[i]
         scores, [(_, frames)] = reconstruct(codec, [clip])
+        if perceived:
+            scores["lpips"] = float(perceived(clip.frames_THWC, frames))
         each.append(scores)
         if len(rows) < 32:
             rows += [
                 (clip.frames_THWC, clip.name),
                 (frames, f"PSNR {scores['psnr']:.1f} dB, SSIM {scores['ssim']:.3f}"),
             ]
-    mean = {k: round(float(np.mean([s[k] for s in each])), 4) for k in ("psnr", "ssim")}
-    return mean | {"psnr_worst": round(min(s["psnr"] for s in each), 4), "clips": len(clips), "codec": codec.hash}, rows
+    mean = {k: round(float(np.mean([s[k] for s in each])), 4) for k in each[0]}
+    facts = {"clips": len(clips), "codec": codec.hash} | ({"lpips_by": lpips} if lpips else {})
+    return mean | {"psnr_worst": round(min(s["psnr"] for s in each), 4)} | facts, rows
 
 
 def evaluate_model(generator: Generator, split: str, count: int, **options) -> tuple[dict, Rows]:

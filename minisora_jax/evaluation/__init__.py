@@ -1,0 +1,1 @@
+"""Measurements, each with the pictures to look at beside the numbers."""

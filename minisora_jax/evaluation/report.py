@@ -1,0 +1,110 @@
+"""One page of measurements: a table of what was wanted and found, plots by motion, contact sheets.
+
+The page is one file without scripts, fonts or links.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+from pathlib import Path
+
+from minisora_jax.data.atomic import write_text
+from minisora_jax.data.contact_sheet import contact_sheet
+
+SHOWN = 8  # rows of a contact sheet on the page
+
+# What the bundled model is to reach: (measurement, score) -> (at least or at most, how much)
+WANTED = {
+    ("animate", "colour"): (">=", 0.95),
+    ("animate", "shape"): (">=", 0.95),
+    ("animate", "motion"): (">=", 0.85),
+    ("extend-forward", "known_psnr"): (">=", 30.0),
+    ("extend-forward", "motion"): (">=", 0.85),
+    ("extend-backward", "known_psnr"): (">=", 30.0),
+    ("extend-backward", "motion"): (">=", 0.85),
+    ("loop", "seam_at_most_1.5"): (">=", 0.9),
+    ("permanence", "permanence"): (">=", 0.8),
+}
+
+STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:1000px;margin:2em auto;padding:0 1em;color:#222}
+table{border-collapse:collapse;margin:1em 0}td,th{border-bottom:1px solid #ddd;padding:.25em .8em;text-align:left}
+td.n{text-align:right;font-variant-numeric:tabular-nums}.good{color:#17723b}.short{color:#b3261e;font-weight:600}
+img{max-width:100%;border:1px solid #ddd;margin:.5em 0}h2{margin-top:2em;border-top:2px solid #eee;padding-top:.6em}
+small{color:#666}"""
+
+
+def write_report(path: Path, title: str, facts: dict, results: dict[str, tuple[dict, list]]) -> None:
+    """results: measurement -> (scores, rows (frames, label)). Contact sheets are written beside the page too."""
+    parts = [f"<h1>{_text(title)}</h1>", _table([(k, v) for k, v in facts.items()]), "<h2>At a glance</h2>"]
+    glance = []
+    for (name, score), (sign, bound) in WANTED.items():
+        if name in results and score in results[name][0]:
+            found = results[name][0][score]
+            good = found >= bound if sign == ">=" else found <= bound
+            glance.append((f"{name}: {score}", f"{sign} {bound:g}", _mark(found, good)))
+    parts.append(_table(glance, ("measured", "wanted", "found")) if glance else "<p>Nothing of it has a goal.</p>")
+    for name, (scores, rows) in results.items():
+        parts.append(f"<h2>{_text(name)}</h2>")
+        plain = [(k, v) for k, v in scores.items() if not isinstance(v, dict)]
+        parts.append(_table(plain))
+        for key, by_kind in scores.items():
+            if isinstance(by_kind, dict) and by_kind:
+                parts.append(_plot(f"{name}: {key}", by_kind))
+        if rows:
+            sheet = path.parent / f"{name}.png"
+            contact_sheet(sheet, rows[:SHOWN])
+            parts.append(_image(sheet.read_bytes(), f"frames of {name}"))
+    head = f"<!doctype html><meta charset=utf-8><title>{_text(title)}</title><style>{STYLE}</style>"
+    write_text(path, head + "\n".join(parts) + "\n")
+
+
+def _mark(found: float, good: bool) -> str:
+    return f'<span class="{"good" if good else "short"}">{found:.4g}{"" if good else " (short)"}</span>'
+
+
+def _table(rows, header=()) -> str:
+    cell = lambda v: v if isinstance(v, str) and v.startswith("<span") else _text(_number(v))
+    body = "".join(
+        "<tr>" + "".join(f'<td class="{"n" if i else ""}">{cell(v)}</td>' for i, v in enumerate(row)) + "</tr>"
+        for row in rows
+    )
+    head = "<tr>" + "".join(f"<th>{_text(h)}</th>" for h in header) + "</tr>" if header else ""
+    return f"<table>{head}{body}</table>"
+
+
+def _plot(title: str, by_kind: dict[str, list]) -> str:
+    """Bars of the share of each kind, how many there were of it written beside."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    kinds = list(by_kind)[::-1]
+    figure, axes = plt.subplots(figsize=(7, 0.28 * len(kinds) + 0.9), constrained_layout=True)
+    shares = [by_kind[k][0] for k in kinds]
+    axes.barh(
+        [f"{k} ({by_kind[k][1]})" for k in kinds], shares, color=["#2a7f62" if s >= 0.85 else "#c8553d" for s in shares]
+    )
+    axes.set_xlim(0, 1)
+    axes.set_title(title, fontsize=10)
+    axes.tick_params(labelsize=8)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=110)
+    plt.close(figure)
+    return _image(picture.getvalue(), title)
+
+
+def _image(png: bytes, words: str) -> str:
+    return f'<img alt="{_text(words)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
+
+
+def _number(value) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _text(value) -> str:
+    return html.escape(str(value))
