@@ -31,6 +31,7 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 from tqdm import tqdm
 
 from minisora_jax.data.atomic import replacing, write_text
+from minisora_jax.data.ends import Ends
 from minisora_jax.data.files import is_url
 from minisora_jax.data.storage import DataError, patiently, require_readable
 
@@ -260,11 +261,11 @@ class Shards:
             if path.stat().st_size != shard["bytes"]:
                 raise DataError(f"{path} is damaged: expected {shard['bytes']} bytes, found {path.stat().st_size}")
         self.sizes = self.table("sizes")
-        self._ends = np.cumsum([shard["records"] for shard in self.manifest["shards"]])
-        if not len(self.sizes) == self.manifest["records"] == self._ends[-1]:
+        self._ends = Ends(shard["records"] for shard in self.manifest["shards"])
+        if not len(self.sizes) == self.manifest["records"] == len(self._ends):
             raise DataError(
                 f"{self.directory}: expected {self.manifest['records']} records, found {len(self.sizes)} sizes and "
-                f"{self._ends[-1]} records in shards"
+                f"{len(self._ends)} records in shards"
             )
         self._open: dict[int, ArrayRecordReader] = {}
         self._lock = threading.Lock()
@@ -274,10 +275,7 @@ class Shards:
 
     def read(self, i: int) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         """(arrays, facts) of record i, its checksum verified. The arrays are read-only."""
-        if not 0 <= i < len(self):
-            raise IndexError(f"record {i} of {len(self)} in {self.directory}")
-        shard = int(np.searchsorted(self._ends, i, side="right"))
-        at = int(i - self._ends[shard] + self.manifest["shards"][shard]["records"])
+        shard, at = self._ends.place(i)
         path = self.directory / self.manifest["shards"][shard]["file"]
         where = f"record {at} of {path}"
 
