@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
+import functools
 
 import numpy as np
 
@@ -27,17 +29,21 @@ class KnownConfig:
         if min(shares) < 0 or sum(shares) > 1:
             raise ValueError(f"known shares {dataclasses.asdict(self)} must be positive and sum to at most 1")
 
+    @functools.cached_property
+    def _edges(self) -> tuple[list[str], list[float]]:
+        """The kinds, and the draw below which each lies."""
+        return [f.name for f in dataclasses.fields(self)], np.cumsum(dataclasses.astuple(self)).tolist()
+
     def draw(self, size_thw: tuple[int, int, int], rng: np.random.Generator) -> np.ndarray:
         """bool (t, h, w): the known tokens of one clip; at least one token is always unknown."""
         t, h, w = size_thw
         known = np.zeros(size_thw, bool)
-        kinds = [f.name for f in dataclasses.fields(self)]
-        edges = np.cumsum(dataclasses.astuple(self))
+        kinds, edges = self._edges
         # Draw everything in every case, so that one clip's kind never shifts another's randomness.
-        which, cut, flips = rng.uniform(), int(rng.integers(1, max(t, 2))), rng.uniform(size=t) < 0.5
-        y0, y1 = np.sort(rng.integers(0, h + 1, 2))
-        x0, x1 = np.sort(rng.integers(0, w + 1, 2))
-        kind = kinds[int(np.searchsorted(edges, which, side="right"))] if which < edges[-1] else "none"
+        which, cut, flips = rng.random(), int(rng.integers(1, max(t, 2))), rng.random(t) < 0.5
+        y0, y1 = sorted((rng.integers(h + 1), rng.integers(h + 1)))
+        x0, x1 = sorted((rng.integers(w + 1), rng.integers(w + 1)))
+        kind = kinds[bisect.bisect_right(edges, which)] if which < edges[-1] else "none"
         if kind == "box":
             if y0 < y1 and x0 < x1:
                 known[:] = True

@@ -25,6 +25,7 @@ import numpy as np
 
 from minisora_jax.data.atomic import write_text
 from minisora_jax.data.epochs import Epochs, Stage
+from minisora_jax.data.known import KnownConfig
 from minisora_jax.models.text import BYTES_PER_TOKEN, PAD
 from minisora_jax.types import LatentClip, PackedBatch
 
@@ -379,11 +380,17 @@ def pack_segments(rows: list[list[Segment]], config: PackConfig, longest: int = 
 
 
 def training_segment(
-    clip: LatentClip, patch: tuple[int, int, int], known, drop_caption: float, empty_text_LE: np.ndarray, rng
+    clip: LatentClip,
+    patch: tuple[int, int, int],
+    known: KnownConfig,
+    drop_caption: float,
+    empty_text_LE: np.ndarray,
+    caption_tokens: int,
+    rng: np.random.Generator,
 ) -> Segment:
     """A clip as training sees it: a posterior sample, some tokens known, the caption sometimes left out."""
     noise = rng.standard_normal(clip.mean_thwc.shape, np.float32)
     grid = patchify(clip.mean_thwc + clip.std_thwc * noise, patch)
     size = grid.shape[:3]
-    text = empty_text_LE if rng.uniform() < drop_caption else clip.text_LE
+    text = padded_text(empty_text_LE if rng.random() < drop_caption else clip.text_LE, caption_tokens)
     return Segment(grid.reshape(-1, grid.shape[-1]), known.draw(size, rng).reshape(-1), size, text, clip.fps)

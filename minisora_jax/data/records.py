@@ -57,16 +57,13 @@ def unpack_record(record: bytes, where: str) -> tuple[dict[str, np.ndarray], dic
     """(arrays, facts) of a record. `where` is how an error calls it."""
     if record[:4] != MAGIC or len(record) < 12:
         raise DataError(f"{where} is corrupt: expected {MAGIC!r} at its start, found {record[:4]!r}")
-    body = memoryview(record)[8:]
-    (expected,), found = struct.unpack("<I", record[4:8]), zlib.crc32(body)
-    if expected != found:
+    expected, length = struct.unpack_from("<II", record, 4)
+    if expected != (found := zlib.crc32(memoryview(record)[8:])):
         raise DataError(f"{where} is corrupt: expected crc32 {expected:08x}, found {found:08x}")
-    (length,) = struct.unpack("<I", body[:4])
-    header, at, arrays = json.loads(bytes(body[4 : 4 + length])), 4 + length, {}
+    header, at, arrays = json.loads(record[12 : 12 + length].decode("utf-8")), 12 + length, {}
     for name, dtype, shape in header["arrays"]:
-        count = math.prod(shape)
-        arrays[name] = np.frombuffer(body, dtype, count, at).reshape(shape)
-        at += arrays[name].nbytes
+        arrays[name] = array = np.frombuffer(record, dtype, math.prod(shape), at).reshape(shape)
+        at += array.nbytes
     return arrays, header["facts"]
 
 
@@ -250,8 +247,8 @@ class Shards:
         self.manifest = self._load_manifest()
         for key, wanted in expect.items():
             self._check(key, wanted, self.manifest["settings"].get(key))
-        for shard in self.manifest["shards"]:
-            path = self.directory / shard["file"]
+        self._paths = [str(self.directory / shard["file"]) for shard in self.manifest["shards"]]
+        for shard, path in zip(self.manifest["shards"], map(Path, self._paths)):
             if self.mirror and not path.exists():
                 continue
             if not path.is_file():
@@ -276,18 +273,17 @@ class Shards:
     def read(self, i: int) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         """(arrays, facts) of record i, its checksum verified. The arrays are read-only."""
         shard, at = self._ends.place(i)
-        path = self.directory / self.manifest["shards"][shard]["file"]
-        where = f"record {at} of {path}"
+        where = f"record {at} of {self._paths[shard]}"
 
         def attempt():
             try:
-                return self._reader(shard).read([at])
+                return (self._open.get(shard) or self._reader(shard)).read([at])
             except DataError:
                 raise
             except Exception as error:  # the library raises bare RuntimeErrors of its own, whatever went wrong
                 with self._lock:
                     self._open.pop(shard, None)
-                require_readable(path)
+                require_readable(self._paths[shard])
                 raise DataError(f"{where} is corrupt: {error}") from error
 
         found = patiently(attempt, where)
@@ -338,14 +334,11 @@ class Shards:
             self.mirror.fetch(self.manifest["shards"][shard]["file"], self.manifest["shards"][shard]["sha256"])
         with self._lock:
             if shard not in self._open:
-                entry = self.manifest["shards"][shard]
-                os.stat(self.directory / entry["file"])  # OSError; the library opens what is not there as empty
-                reader = ArrayRecordReader(str(self.directory / entry["file"]), RANDOM_ACCESS)
-                if reader.num_records() != entry["records"]:
-                    raise DataError(
-                        f"{self.directory / entry['file']} is damaged: expected {entry['records']} records, found "
-                        f"{reader.num_records()}"
-                    )
+                path, expected = self._paths[shard], self.manifest["shards"][shard]["records"]
+                os.stat(path)  # OSError; the library opens what is not there as empty
+                reader = ArrayRecordReader(path, RANDOM_ACCESS)
+                if (found := reader.num_records()) != expected:
+                    raise DataError(f"{path} is damaged: expected {expected} records, found {found}")
                 self._open[shard] = reader
             return self._open[shard]
 
