@@ -8,7 +8,8 @@ examples:
 The processes find each other by JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, which `minisora train`
 and `minisora train-vae` read (a script of yours: `with minisora_jax.parallel.processes.started():` before any other use
 of JAX). Each line they print is prefixed with the number of its process. When one fails, the others are ended, and its
-exit code is this command's. SIGINT and SIGTERM are passed on to all of them; on SIGTERM a training saves and ends.
+exit code is this command's. SIGINT and SIGTERM are passed on to all of them; on SIGTERM a training saves and ends with
+exit code 0, and if all do so does this command.
 
 Run by us: yes, with 1, 2 and 4 processes, on Linux; tests/test_processes.py does it in CI. Needs nothing but Python.
 """
@@ -110,7 +111,7 @@ class Group:
                 say(f"killing the {len(running)} that are still there")
                 self._signal(signal.SIGKILL)
                 kill_at = now + GRACE
-        return result or (128 + self.asked_to_end if self.asked_to_end else 0)
+        return result or (128 + signal.SIGINT if self.asked_to_end == signal.SIGINT else 0)
 
     def _print(self, i: int) -> None:
         for line in self.processes[i].stdout:

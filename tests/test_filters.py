@@ -2,6 +2,7 @@
 
 import dataclasses
 import sys
+import types
 
 import cv2
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minisora_jax.data.curate import shots
+from minisora_jax.data.curate import filters, shots
 from minisora_jax.data.curate.duplicates import BITS, clip_hash, repeated
 from minisora_jax.data.curate.filters import CURATED, MEASURES, Filters, load_function, measure
 from minisora_jax.data.curate.stages import Curation, Drop, Sizes, clips_of
@@ -62,6 +63,15 @@ def test_the_cheap_measurements_by_hand():
     assert set(scores(frames, still=True, filters=Filters())[0]) == {"side", "brightness", "sharpness"}
 
 
+def test_an_object_that_the_detector_takes_for_text_is_none(monkeypatch):
+    """As a cup before a wall, in one box of 380 of 480 rows; real films have them."""
+    line, cup = [[8, 80], [120, 80], [120, 90], [8, 90]], [[40, 10], [125, 12], [122, 90], [38, 88]]
+    for boxes, share in (([line], 112 * 10 / (96 * 128)), ([cup], 0.0), ([line, cup], 112 * 10 / (96 * 128))):
+        found = types.SimpleNamespace(boxes=np.array(boxes, np.float32))
+        monkeypatch.setattr(filters, "_text_detector", lambda found=found: lambda *_, **__: found)
+        assert scores(sliding(2, T=9), filters=Filters(max_text=1))[0]["text"] == pytest.approx(share, abs=1e-5)
+
+
 def test_each_filter_refuses_what_it_is_for_and_no_good_clip():
     good = sliding(2, T=9)
     bad = {
@@ -77,6 +87,8 @@ def test_each_filter_refuses_what_it_is_for_and_no_good_clip():
     limits = dict(min_side=96, min_sharpness=1.0)
     assert scores(good, **limits)[1] == ""
     assert {reason: scores(frames, **limits)[1] for reason, frames in bad.items()} == {reason: reason for reason in bad}
+    title = [cv2.putText(f.copy(), "NEWS", (4, 70), 0, 1.5, (255, 255, 255), 8) for f in good]  # a third as high as it
+    assert scores(np.stack(title), **limits)[1] == "text overlay"
     noise = np.random.default_rng(0).normal(0, 4, good.shape)  # a sensor's: it changes, and nothing moves
     still = np.clip(good[:1] + noise, 0, 255).astype(np.uint8)
     _, reason, detail = scores(still, **limits)

@@ -113,6 +113,35 @@ def test_a_plan_of_parts_shows_every_clip_once_and_remembers_where_they_begin(tm
     assert all(map(np.array_equal, make().rows(len(steps) - 1), steps[-1]))
 
 
+def test_what_a_plan_remembers_of_other_clips_or_settings_is_not_believed(tmp_path, caplog):
+    rng = np.random.default_rng(0)
+    tokens, others = (rng.integers(1, 64, 1000).astype(np.int32) for _ in range(2))
+    usual = dict(tokens=tokens, slots=16, seed=1, part_size=300, members=None)
+
+    def plan(remember=None, **changes):
+        s = usual | changes
+        epochs = Epochs((1000,), seed=s["seed"], members=(s["members"],), part_size=s["part_size"])
+        text, pack = np.ones(1000, np.int32), PackConfig(64, 64, s["slots"], 2)
+        return PackPlan(s["tokens"], text, pack, s["seed"], 2, epochs, remember)
+
+    file = tmp_path / "steps.json"
+    some = np.sort(rng.permutation(1000)[:900])
+    changes = [dict(tokens=others), dict(slots=2), dict(seed=2), dict(part_size=200), dict(members=some)]
+    for change in changes:
+        plan(file).rows(400)
+        caplog.clear()
+        plan(file).rows(400)
+        assert not caplog.text
+        assert all(map(np.array_equal, plan(file, **change).rows(400), plan(**change).rows(400)))
+        assert "steps.json is not of these clips and settings" in caplog.text
+        late = plan(file, **change)  # written anew
+        late.rows(400)
+        assert len(late._parts) == 1
+    for broken in ("[0, 1, 2]", '{"of": ', "3"):
+        file.write_text(broken)
+        assert all(map(np.array_equal, plan(file).rows(400), plan().rows(400)))
+
+
 def test_a_curriculum_begins_with_images():
     sizes = np.array([(1, 2, 2, 4)] * 60 + [(3, 2, 2, 4)] * 60 + [(5, 4, 4, 4)] * 60)
     stages = []

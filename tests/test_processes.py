@@ -1,8 +1,9 @@
-"""Several processes: the same losses however 8 devices are divided, and on other meshes and counts after a resume; one
-that ends early ends all."""
+"""Several processes: the same losses however 8 devices are divided, on other meshes and counts after a resume, after a
+notice to end; one that ends early ends all."""
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -19,7 +20,7 @@ from minisora_jax.models.files import load_model, model_hash
 from minisora_jax.parallel.processes import asked_for
 
 LAUNCHER = Path(__file__).parent.parent / "launch" / "local_cpu.py"
-STEPS = 4
+STEPS = 6
 CONFIG = """
 from ml_collections import ConfigDict
 
@@ -30,40 +31,73 @@ def get_config(arg):
         dit=dict(latent_channels=4, patch=(1, 2, 2), width=32, depth=1, heads=2, text_width=64, text_depth=0,
                  dtype="float32", positions="none", qk_norm="none", cross_norm=False, facts=False),
         pack=dict(tokens=16, text_tokens=128, slots=8, rows=8),
-        run=dict(steps=STEPS, log_every=1, save_every=2, sample_every=0, keep=9, mesh=dict(data=2, ring=4),
+        run=dict(steps=STEPS, log_every=1, save_every=3, sample_every=0, keep=9, mesh=dict(data=2, ring=4),
                  optim=dict(warmup=2, name="adamw")),
     ))
 """.replace("STEPS", str(STEPS))
 
 
-# Each job is "WORKDIR --config.flag ...": several in one start, for starting and importing are most of such a run.
-TRAINING = """
-import argparse, sys
-from minisora_jax.commands import train
-from minisora_jax.parallel.processes import started
-with started():
-    for job in sys.argv[2:]:
-        workdir, *flags = job.split()
-        train.run(argparse.Namespace(workdir=workdir, codec=None, init=None), [sys.argv[1], *flags])
+# The processes of a job compile each program once: the first hands it to the others, and to later jobs. jax's key of a
+# program has the process in it, by which the others would not know it.
+ONCE = """
+import jax._src.cache_key as key
+key._hash_accelerator_config = key._hash_devices
 """
 
+VERB = ONCE + "import sys; from minisora_jax.cli import main; sys.exit(main())"
 
-def processes(count: int, *command, devices=None, timeout=300) -> subprocess.Popen:
+# Each job is "WORKDIR --config.flag ...": several in one start, for starting and importing are most of such a run. One
+# called "halted" gets batches slowly after the second, so that a notice to end reaches all processes before the last.
+TRAINING = (
+    ONCE
+    + """
+import argparse, sys, time
+from minisora_jax.cli import _run
+from minisora_jax.commands import train
+from minisora_jax.train import diffusion_task
+
+def slowly(*args, **options):
+    for n, batch in enumerate(packed_batches(*args, **options)):
+        if n >= 2:
+            print("waiting", flush=True)
+            time.sleep(5)
+        yield batch
+
+packed_batches = diffusion_task.packed_batches
+
+class Jobs:
+    ON_SEVERAL_PROCESSES = True
+    def run(args, flags):
+        for job in sys.argv[2:]:
+            workdir, *flags = job.split()
+            diffusion_task.packed_batches = slowly if workdir.endswith("halted") else packed_batches
+            train.run(argparse.Namespace(workdir=workdir, codec=None, init=None), [sys.argv[1], *flags])
+
+sys.exit(_run(Jobs, None, []))
+"""
+)
+
+
+def processes(count: int, *command, devices=None, timeout=300, compiled=None) -> subprocess.Popen:
     flags = ["--devices", str(devices)] if devices else []
     launcher = [sys.executable, LAUNCHER, "-n", str(count), *flags, "--timeout", str(timeout), "--"]
     return subprocess.Popen(
-        [*launcher, *map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment()
+        [*launcher, *map(str, command)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment(compiled),
     )
 
 
-def environment() -> dict[str, str]:
-    return os.environ | {
-        # Only the first process of a job keeps what it compiled: the others, still compiling, would not be there when
-        # a later run's first process asks for them.
-        "JAX_ENABLE_COMPILATION_CACHE": "false",
-        "XLA_FLAGS": "--xla_backend_optimization_level=0",
-        "PYTHONPATH": str(LAUNCHER.parent.parent),
-    }
+def environment(compiled: Path | None = None) -> dict[str, str]:
+    """compiled: a folder for programs that processes share, which only those that begin with `ONCE` may."""
+    cache = {"JAX_ENABLE_COMPILATION_CACHE": "false"}
+    if compiled:
+        cache = {"JAX_COMPILATION_CACHE_DIR": str(compiled), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+        cache |= {"JAX_SHARE_BINARY_BETWEEN_HOSTS": "true"}
+    flags = {"XLA_FLAGS": "--xla_backend_optimization_level=0", "PYTHONPATH": str(LAUNCHER.parent.parent)}
+    return os.environ | flags | cache
 
 
 def ended(process: subprocess.Popen) -> tuple[int, str]:
@@ -88,18 +122,28 @@ def losses(workdir: Path) -> np.ndarray:
 @pytest.fixture(scope="module")
 def workdirs(files):
     """Runs of 1 x 8, 2 x 4 and 4 x 2 processes x devices, on the config's mesh, where a row's tokens lie on two of four
-    processes; and the second half of the 2 x 4 run, gone on with by one and by four on other meshes.
+    processes; the 2 x 4 run once more, ended by SIGTERM and gone on with; and its second half, gone on with by one and
+    by four on other meshes.
     """
-    config = f"--config={files}/config.py:{files}/latents"
-    verb = [sys.executable, "-m", "minisora_jax.cli", "train", config, f"--workdir={files}/run2"]
-    code, out = ended(processes(2, *verb))
+    config, compiled = f"--config={files}/config.py:{files}/latents", files / "compiled"
+    training = processes(2, sys.executable, "-c", TRAINING, config, files / "run2", files / "halted", compiled=compiled)
+    said = []
+    for line in training.stdout:
+        if "waiting" in line and not any("waiting" in earlier for earlier in said):
+            training.send_signal(signal.SIGTERM)
+        said.append(line)
+    assert training.wait() == 0, "".join(said)  # that of every process
+    (files / "said").write_text("".join(said))
+    verb = [sys.executable, "-c", VERB, "train", config, f"--workdir={files}/halted"]
+    code, out = ended(processes(2, *verb, compiled=compiled))
     assert code == 0 and "[0] 2 processes, 8 devices" in out and out.count("model exported to") == 1, out
+    (files / "said again").write_text(out)
     for count, mesh in ((1, "fsdp=4 ring=2"), (4, "ring=4 ulysses=2")):
         half = files / f"resumed{count}"
         shutil.copytree(files / "run2", half, ignore=shutil.ignore_patterns("export", str(STEPS)))
         flags = [f"--config.run.mesh.{size}" for size in ("data=1", *mesh.split())]
         jobs = [f"{files}/run{count}", " ".join([str(half), *flags])]
-        code, out = ended(processes(count, sys.executable, "-c", TRAINING, config, *jobs))
+        code, out = ended(processes(count, sys.executable, "-c", TRAINING, config, *jobs, compiled=compiled))
         assert code == 0 and out.count("model exported to") == 2, out
     return files
 
@@ -121,6 +165,16 @@ def test_a_run_of_two_processes_goes_on_with_one_and_with_four_on_other_meshes(w
         same = [ours == theirs for ours, theirs in zip(resumed, whole)]  # to the last digit of the clock
         assert same == [True] * (STEPS // 2) + [False] * (STEPS // 2)
         np.testing.assert_allclose(losses(workdirs / f"resumed{count}"), losses(workdirs / "run2"), rtol=1e-5)
+
+
+def test_sigterm_has_every_process_save_and_the_run_goes_on_bit_for_bit(workdirs):
+    said = (workdirs / "said").read_text()
+    (step,) = {int(n) for n in re.findall(r"AskedToEnd: ended at step (\d+), which is saved", said)}
+    assert step < STEPS and all(f"[{i}] minisora: AskedToEnd: ended at step {step}" in said for i in range(2)), said
+    assert f"[0] diffusion: resumed at step {step} of {STEPS}" in (workdirs / "said again").read_text()
+    np.testing.assert_array_equal(losses(workdirs / "halted"), losses(workdirs / "run2"))
+    ours, theirs = (load_model(workdirs / name / "export")[0] for name in ("halted", "run2"))
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
 
 
 FAILING = """

@@ -35,6 +35,21 @@ def test_round_trip_keeps_size_rate_and_picture(tmp_path, suffix, tolerance):
     assert (info.height, info.width) == (48, 64)
 
 
+def test_an_avi_with_places_left_empty_has_the_rate_of_the_frames_that_are_there(tmp_path):
+    path = tmp_path / "sparse.avi"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mjpeg", rate=15)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuvj420p"
+        for t, pixels in enumerate(moving_square()):
+            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+            frame.pts = 6 * t
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    assert video.probe(path).fps == pytest.approx(2.5) and video.probe(path).frames > 9  # empty ones are counted too
+    back, fps = video.read_clip_frames(path, start=2)
+    assert fps == pytest.approx(2.5) and difference(back, moving_square()[2:]) < 4.0
+
+
 def test_flat_colours_survive_mp4(tmp_path):
     for rgb in [(215, 40, 40), (40, 175, 60), (50, 90, 235), (245, 245, 245), (10, 10, 10)]:
         write_video(tmp_path / "c.mp4", np.full((3, 32, 32, 3), rgb, np.uint8), 8)

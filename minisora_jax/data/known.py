@@ -6,7 +6,9 @@ several; a stretch of the others alone is what a window of a longer video, or a 
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
+import functools
 
 import numpy as np
 
@@ -43,24 +45,30 @@ class KnownConfig:
 
         A function of the clip's number, its length and the epoch: every host knows it of every clip, unread.
         """
-        key = np.uint64((seed * 1_000_003 + epoch) % 2**64) + clips_n.astype(np.uint64) * np.uint64(4)
+        key = np.random.SeedSequence([seed, epoch]).generate_state(1, np.uint64) + clips_n.astype(
+            np.uint64
+        ) * np.uint64(3)
         chosen, first, length = (_uniform(key + np.uint64(i)) for i in range(3))
         start = 1 + (first * (frames_n - 1)).astype(np.int32)
         stop = start + 1 + (length * (frames_n - start)).astype(np.int32)
         shown = np.where((chosen < self.middle) & (frames_n > 1), [start, stop], [np.zeros_like(frames_n), frames_n])
         return shown.T.astype(np.int32)
 
+    @functools.cached_property
+    def _edges(self) -> tuple[list[str], list[float]]:
+        """The kinds, and the draw below which each lies."""
+        return [f.name for f in dataclasses.fields(self)][:-1], np.cumsum(self._shares).tolist()
+
     def draw(self, size_thw: tuple[int, int, int], rng: np.random.Generator) -> np.ndarray:
         """bool (t, h, w): the known tokens of one clip; at least one token is always unknown."""
         t, h, w = size_thw
         known = np.zeros(size_thw, bool)
-        kinds = [f.name for f in dataclasses.fields(self)][:-1]
-        edges = np.cumsum(self._shares)
+        kinds, edges = self._edges
         # Draw everything in every case, so that one clip's kind never shifts another's randomness.
-        which, cut, flips = rng.uniform(), int(rng.integers(1, max(t, 2))), rng.uniform(size=t) < 0.5
-        y0, y1 = np.sort(rng.integers(0, h + 1, 2))
-        x0, x1 = np.sort(rng.integers(0, w + 1, 2))
-        kind = kinds[int(np.searchsorted(edges, which, side="right"))] if which < edges[-1] else "none"
+        which, cut, flips = rng.random(), int(rng.integers(1, max(t, 2))), rng.random(t) < 0.5
+        y0, y1 = sorted((rng.integers(h + 1), rng.integers(h + 1)))
+        x0, x1 = sorted((rng.integers(w + 1), rng.integers(w + 1)))
+        kind = kinds[bisect.bisect_right(edges, which)] if which < edges[-1] else "none"
         if kind in ("box", "outside"):
             if y0 < y1 and x0 < x1:
                 known[:, y0:y1, x0:x1] = True

@@ -19,6 +19,7 @@ import jax
 import numpy as np
 
 from minisora_jax.data import records
+from minisora_jax.data.ends import Ends
 from minisora_jax.data.epochs import parse_mixture
 from minisora_jax.data.records import Shards, pack_record
 from minisora_jax.data.sources.base import PREPROCESSING_VERSION
@@ -147,14 +148,14 @@ class Mixture:
         self.counts = tuple(len(cache) for cache in caches)
         self.sizes = first.sizes if len(caches) == 1 else np.concatenate([cache.sizes for cache in caches])
         self.empty_text_LE, self.text, self.codec_hash = first.empty_text_LE, first.text, first.codec_hash
-        self._ends = np.cumsum(self.counts)
+        self._ends = Ends(self.counts)
 
     def __len__(self) -> int:
-        return int(self._ends[-1])
+        return len(self._ends)
 
     def __getitem__(self, i: int) -> LatentClip:
-        cache = int(np.searchsorted(self._ends, i, side="right"))
-        return self.caches[cache][i - int(self._ends[cache] - self.counts[cache])]
+        cache, at = self._ends.place(i)
+        return self.caches[cache][at]
 
 
 def open_latents(text: str, **expect) -> Mixture:

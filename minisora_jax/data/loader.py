@@ -16,7 +16,7 @@ import numpy as np
 from minisora_jax.data.epochs import curriculum
 from minisora_jax.data.known import KnownConfig
 from minisora_jax.data.latents import Latents, Mixture
-from minisora_jax.data.packing import PackPlan, StagedPlan, pack_segments, padded_text, training_segment
+from minisora_jax.data.packing import PackPlan, StagedPlan, pack_segments, training_segment
 from minisora_jax.data.storage import Damaged, DataError
 from minisora_jax.parallel.mesh import host_rows
 from minisora_jax.types import Clip, PackedBatch
@@ -119,8 +119,7 @@ def packed_batches(
             clip = latents[i]
         except DataError as error:
             return damaged.add(error)
-        made = training_segment(clip, patch, known, caption_dropout, latents.empty_text_LE, rng, shown)
-        return dataclasses.replace(made, text_LE=padded_text(made.text_LE, caption_tokens))
+        return training_segment(clip, patch, known, caption_dropout, latents.empty_text_LE, caption_tokens, rng, shown)
 
     def batch(step: int):
         epoch, rows = plan.epoch(step), plan.rows(step)

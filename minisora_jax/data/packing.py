@@ -12,9 +12,12 @@ lengths, not the token count) form a step, so that devices finish together. A mi
 from __future__ import annotations
 
 import bisect
+import contextlib
 import dataclasses
 import functools
+import hashlib
 import json
+import logging
 import threading
 from pathlib import Path
 
@@ -22,8 +25,11 @@ import numpy as np
 
 from minisora_jax.data.atomic import write_text
 from minisora_jax.data.epochs import Epochs, Stage
+from minisora_jax.data.known import KnownConfig
 from minisora_jax.models.text import BYTES_PER_TOKEN, PAD
 from minisora_jax.types import LatentClip, PackedBatch
+
+log = logging.getLogger("minisora")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,6 +182,7 @@ class PackPlan:
     tokens, text (n,): of each clip (`token_counts`), 8 bytes a clip; all else is as large as one part of an epoch.
     epochs: the clips of each epoch in their order; by default every clip once.
     remember: a file for how many steps each part has, so that a run that goes on late need not plan all parts before.
+    One of other clips or settings is not believed, and is written anew.
 
     A part ends with its last whole step, so up to per_step - 1 rows of it are left out, others each time.
     """
@@ -194,8 +201,9 @@ class PackPlan:
         self.epochs = epochs or Epochs((len(tokens),), seed)
         self._remember = remember
         self._first_step = [0]  # of each part
-        if remember and remember.exists():
-            self._first_step = json.loads(remember.read_text(encoding="utf-8"))
+        if remember:
+            self._of = self._digest()
+            self._first_step = self._remembered() or self._first_step
         self._parts: dict[int, list[np.ndarray]] = {}
         self._lock = threading.Lock()
         _require_fit(tokens, text, config)
@@ -226,10 +234,33 @@ class PackPlan:
                     )
                 self._first_step.append(self._first_step[-1] + len(rows) // self.per_step)
             if self._remember and len(self._first_step) > planned:
-                write_text(self._remember, json.dumps(self._first_step))
+                write_text(self._remember, json.dumps({"of": self._of, "first_step": self._first_step}))
             part = int(np.searchsorted(self._first_step, step, side="right")) - 1
             self._part(part)  # while others wait, so that none plans the same
             return part, (step - self._first_step[part]) * self.per_step
+
+    def _digest(self) -> str:
+        """Of all that the rows depend on."""
+        epochs = {field.name: getattr(self.epochs, field.name) for field in dataclasses.fields(Epochs)}
+        members = epochs.pop("members")
+        settings = [dataclasses.asdict(self.config), self.seed, self.per_step, epochs]
+        found = hashlib.sha256(json.dumps(settings).encode("utf-8"))
+        for array in (self.tokens, self.text, *members):
+            array = np.zeros(0) if array is None else np.ascontiguousarray(array)
+            found.update(f"{array.dtype.str}{array.shape}".encode())
+            found.update(array)
+        return found.hexdigest()
+
+    def _remembered(self) -> list[int] | None:
+        """The first step of each part, of a plan like this one."""
+        if not self._remember.exists():
+            return None
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            kept = json.loads(self._remember.read_text(encoding="utf-8"))
+            if kept["of"] == self._of:
+                return kept["first_step"]
+        log.warning("%s is not of these clips and settings: steps are placed anew", self._remember)
+        return None
 
     def _part(self, part: int) -> list[np.ndarray]:
         """The rows of a part of an epoch; the newest two are kept."""
@@ -352,10 +383,11 @@ def pack_segments(rows: list[list[Segment]], config: PackConfig, longest: int = 
 def training_segment(
     clip: LatentClip,
     patch: tuple[int, int, int],
-    known,
+    known: KnownConfig,
     drop_caption: float,
     empty_text_LE: np.ndarray,
-    rng,
+    caption_tokens: int,
+    rng: np.random.Generator,
     shown: tuple[int, int],
 ) -> Segment:
     """A clip as training sees it: a posterior sample, some tokens known, the caption sometimes left out.
@@ -366,6 +398,6 @@ def training_segment(
     grid = patchify(clip.mean_thwc + clip.std_thwc * noise, patch)
     grid = grid[shown[0] : shown[1]]
     size = grid.shape[:3]
-    text = empty_text_LE if rng.uniform() < drop_caption else clip.text_LE
+    text = padded_text(empty_text_LE if rng.random() < drop_caption else clip.text_LE, caption_tokens)
     known_n = known.draw(size, rng).reshape(-1)
     return Segment(grid.reshape(-1, grid.shape[-1]), known_n, size, text, clip.fps, min(shown[0], 1))

@@ -31,6 +31,7 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 from tqdm import tqdm
 
 from minisora_jax.data.atomic import replacing, write_text
+from minisora_jax.data.ends import Ends
 from minisora_jax.data.files import is_url
 from minisora_jax.data.storage import DataError, patiently, require_readable
 
@@ -56,16 +57,13 @@ def unpack_record(record: bytes, where: str) -> tuple[dict[str, np.ndarray], dic
     """(arrays, facts) of a record. `where` is how an error calls it."""
     if record[:4] != MAGIC or len(record) < 12:
         raise DataError(f"{where} is corrupt: expected {MAGIC!r} at its start, found {record[:4]!r}")
-    body = memoryview(record)[8:]
-    (expected,), found = struct.unpack("<I", record[4:8]), zlib.crc32(body)
-    if expected != found:
+    expected, length = struct.unpack_from("<II", record, 4)
+    if expected != (found := zlib.crc32(memoryview(record)[8:])):
         raise DataError(f"{where} is corrupt: expected crc32 {expected:08x}, found {found:08x}")
-    (length,) = struct.unpack("<I", body[:4])
-    header, at, arrays = json.loads(bytes(body[4 : 4 + length])), 4 + length, {}
+    header, at, arrays = json.loads(record[12 : 12 + length].decode("utf-8")), 12 + length, {}
     for name, dtype, shape in header["arrays"]:
-        count = math.prod(shape)
-        arrays[name] = np.frombuffer(body, dtype, count, at).reshape(shape)
-        at += arrays[name].nbytes
+        arrays[name] = array = np.frombuffer(record, dtype, math.prod(shape), at).reshape(shape)
+        at += array.nbytes
     return arrays, header["facts"]
 
 
@@ -249,8 +247,8 @@ class Shards:
         self.manifest = self._load_manifest()
         for key, wanted in expect.items():
             self._check(key, wanted, self.manifest["settings"].get(key))
-        for shard in self.manifest["shards"]:
-            path = self.directory / shard["file"]
+        self._paths = [str(self.directory / shard["file"]) for shard in self.manifest["shards"]]
+        for shard, path in zip(self.manifest["shards"], map(Path, self._paths)):
             if self.mirror and not path.exists():
                 continue
             if not path.is_file():
@@ -260,11 +258,11 @@ class Shards:
             if path.stat().st_size != shard["bytes"]:
                 raise DataError(f"{path} is damaged: expected {shard['bytes']} bytes, found {path.stat().st_size}")
         self.sizes = self.table("sizes")
-        self._ends = np.cumsum([shard["records"] for shard in self.manifest["shards"]])
-        if not len(self.sizes) == self.manifest["records"] == self._ends[-1]:
+        self._ends = Ends(shard["records"] for shard in self.manifest["shards"])
+        if not len(self.sizes) == self.manifest["records"] == len(self._ends):
             raise DataError(
                 f"{self.directory}: expected {self.manifest['records']} records, found {len(self.sizes)} sizes and "
-                f"{self._ends[-1]} records in shards"
+                f"{len(self._ends)} records in shards"
             )
         self._open: dict[int, ArrayRecordReader] = {}
         self._lock = threading.Lock()
@@ -274,22 +272,18 @@ class Shards:
 
     def read(self, i: int) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         """(arrays, facts) of record i, its checksum verified. The arrays are read-only."""
-        if not 0 <= i < len(self):
-            raise IndexError(f"record {i} of {len(self)} in {self.directory}")
-        shard = int(np.searchsorted(self._ends, i, side="right"))
-        at = int(i - self._ends[shard] + self.manifest["shards"][shard]["records"])
-        path = self.directory / self.manifest["shards"][shard]["file"]
-        where = f"record {at} of {path}"
+        shard, at = self._ends.place(i)
+        where = f"record {at} of {self._paths[shard]}"
 
         def attempt():
             try:
-                return self._reader(shard).read([at])
+                return (self._open.get(shard) or self._reader(shard)).read([at])
             except DataError:
                 raise
             except Exception as error:  # the library raises bare RuntimeErrors of its own, whatever went wrong
                 with self._lock:
                     self._open.pop(shard, None)
-                require_readable(path)
+                require_readable(self._paths[shard])
                 raise DataError(f"{where} is corrupt: {error}") from error
 
         found = patiently(attempt, where)
@@ -340,14 +334,11 @@ class Shards:
             self.mirror.fetch(self.manifest["shards"][shard]["file"], self.manifest["shards"][shard]["sha256"])
         with self._lock:
             if shard not in self._open:
-                entry = self.manifest["shards"][shard]
-                os.stat(self.directory / entry["file"])  # OSError; the library opens what is not there as empty
-                reader = ArrayRecordReader(str(self.directory / entry["file"]), RANDOM_ACCESS)
-                if reader.num_records() != entry["records"]:
-                    raise DataError(
-                        f"{self.directory / entry['file']} is damaged: expected {entry['records']} records, found "
-                        f"{reader.num_records()}"
-                    )
+                path, expected = self._paths[shard], self.manifest["shards"][shard]["records"]
+                os.stat(path)  # OSError; the library opens what is not there as empty
+                reader = ArrayRecordReader(path, RANDOM_ACCESS)
+                if (found := reader.num_records()) != expected:
+                    raise DataError(f"{path} is damaged: expected {expected} records, found {found}")
                 self._open[shard] = reader
             return self._open[shard]
 

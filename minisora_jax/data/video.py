@@ -202,9 +202,13 @@ def _check_reached_end(file, container, stream, count: int, end: float) -> None:
 
 
 def _fps(stream) -> float:
+    """The header's average rate; of an AVI, which counts the places it leaves empty, that of the frames there are."""
     rate = stream.average_rate or stream.guessed_rate
     if not rate or rate <= 0:
         raise VideoError("not a video", f"{stream.container.name} states no frame rate")
+    stamps = [e.timestamp for e in stream.index_entries if e.size]
+    if stream.container.format.name == "avi" and 1 < len(stamps) < stream.frames:
+        rate = (len(stamps) - 1) / ((stamps[-1] - stamps[0]) * stream.time_base)
     return float(rate)
 
 

@@ -31,6 +31,7 @@ from types import ModuleType
 import numpy as np
 
 SAMPLED = 8  # frames looked at, evenly spaced
+LINE = 1 / 2  # of the frame's shorter side: what is thicker is an object that was taken for text
 FLOW_SIDE = 256  # pixels of the longer side that flow is computed at
 FLOW_RATE = 12.0  # frames per second, about, between which it is computed
 
@@ -187,9 +188,11 @@ def _text_share(frame_HWC: np.ndarray) -> float:
     found = _text_detector()(np.ascontiguousarray(frame_HWC[..., ::-1]), use_det=True, use_cls=False, use_rec=False)
     if getattr(found, "boxes", None) is None:
         return 0.0
-    x, y = np.moveaxis(np.asarray(found.boxes, np.float64), -1, 0)  # (n, 4) each: the corners of n boxes
+    boxes = np.asarray(found.boxes, np.float64)  # (n, 4, 2): the corners of n boxes
+    x, y = np.moveaxis(boxes, -1, 0)
     areas = 0.5 * np.abs((x * np.roll(y, -1, 1) - y * np.roll(x, -1, 1)).sum(1))
-    return min(1.0, float(areas.sum()) / math.prod(frame_HWC.shape[:2]))
+    lines = np.linalg.norm(boxes - np.roll(boxes, -1, 1), axis=-1).min(1) <= LINE * min(frame_HWC.shape[:2])
+    return min(1.0, float(areas[lines].sum()) / math.prod(frame_HWC.shape[:2]))
 
 
 def aesthetic(look: Look) -> float:

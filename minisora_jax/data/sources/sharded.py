@@ -16,8 +16,7 @@ from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import PurePosixPath
 
-import numpy as np
-
+from minisora_jax.data.ends import Ends
 from minisora_jax.data.files import File
 from minisora_jax.data.sources.base import Media, SkipReport
 
@@ -45,7 +44,7 @@ class Sharded(abc.ABC):
             for row in rows:
                 self.report.add(row["name"], row["reason"], row["detail"])
         self.digests = [digest for _, digest, _ in scans]
-        self.ends = np.cumsum([count for _, _, count in scans])
+        self.ends = Ends(count for _, _, count in scans)
         facts = json.dumps([*zip(self.prefixes, self.digests)])
         self.identity = f"{self.kind}:{hashlib.sha256(facts.encode('utf-8')).hexdigest()}"
         self._forget()
@@ -60,14 +59,11 @@ class Sharded(abc.ABC):
         """A clip, its data a VideoError where it is damaged; OSError where the storage fails."""
 
     def __len__(self) -> int:
-        return int(self.ends[-1]) if self.files else 0
+        return len(self.ends)
 
     def __getitem__(self, i: int) -> Media:
-        if not 0 <= i < len(self):
-            raise IndexError(f"clip {i} of {len(self)}")
-        shard = int(np.searchsorted(self.ends, i, side="right"))
-        entries = self._entries(shard)
-        return self.read(self.files[shard], entries[i - int(self.ends[shard])])  # counted from the file's end
+        shard, at = self.ends.place(i)
+        return self.read(self.files[shard], self._entries(shard)[at])
 
     def _scanned(self, shard: int) -> tuple[list[dict[str, str]], str, int]:
         entries, report = self._index(shard)

@@ -28,6 +28,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from minisora_jax.data.ends import Ends
 from minisora_jax.data.files import find
 from minisora_jax.data.sources.base import BadClip, Media, SkipReport, clean_caption, reopened
 from minisora_jax.data.sources.tfds_features import builder_of, choose, import_tfds, texts_of, undecoded, value_of
@@ -146,23 +147,21 @@ class TFRecords:
 
     def __init__(self, instructions: list, features, decoders):
         self.instructions, self.features, self.decoders = instructions, features, decoders
-        self.ends = np.cumsum([instruction.take for instruction in instructions])
+        self.ends = Ends(instruction.take for instruction in instructions)
         self.places: dict[int, np.ndarray] = {}  # of each file (n, 2): where a record begins, and its bytes
         self.lock = threading.Lock()
 
     def __len__(self) -> int:
-        return int(self.ends[-1]) if self.instructions else 0
+        return len(self.ends)
 
     def __getitem__(self, i: int) -> dict:
-        if not 0 <= i < len(self):
-            raise IndexError(f"example {i} of {len(self)}")
-        number = int(np.searchsorted(self.ends, i, side="right"))
+        number, at = self.ends.place(i)
         instruction = self.instructions[number]
         file = find(instruction.filename)[0]
         with self.lock:
             if number not in self.places:
                 self.places[number] = np.array(list(_records(file)), np.int64).reshape(-1, 2)
-        places, at = self.places[number], i - int(self.ends[number]) + instruction.take + instruction.skip
+        places, at = self.places[number], at + instruction.skip
         if at >= len(places):
             raise ValueError(
                 f"{file.url} has {len(places)} whole records of {instruction.examples_in_shard}: it is cut"

@@ -5,8 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 
-import numpy as np
-
+from minisora_jax.data.ends import Ends
 from minisora_jax.data.sources.base import Media, SkipReport, Source
 
 
@@ -18,7 +17,7 @@ class Together:
 
     def __init__(self, spellings: list[str], sources: list[Source], *, strict: bool = False):
         self.sources, self.labels = sources, _labels(spellings)
-        self.ends = np.cumsum([len(source) for source in sources])
+        self.ends = Ends(map(len, sources))
         self.report = SkipReport(strict)
         for label, source in zip(self.labels, sources):
             self.report.skipped += [row | {"name": f"{label}/{row['name']}"} for row in source.report.skipped]
@@ -26,14 +25,11 @@ class Together:
         self.identity = f"together:{hashlib.sha256(facts.encode('utf-8')).hexdigest()}"
 
     def __len__(self) -> int:
-        return int(self.ends[-1])
+        return len(self.ends)
 
     def __getitem__(self, i: int) -> Media:
-        if not 0 <= i < len(self):
-            raise IndexError(f"clip {i} of {len(self)}")
-        number = int(np.searchsorted(self.ends, i, side="right"))
-        source = self.sources[number]
-        media = source[i - int(self.ends[number]) + len(source)]
+        number, at = self.ends.place(i)
+        media = self.sources[number][at]
         return Media(f"{self.labels[number]}/{media.name}", media.caption, media.data, media.fps)
 
     def __getstate__(self):
