@@ -70,9 +70,10 @@ def test_what_a_user_can_mend_is_said_in_a_sentence(argv, sentence, capsys):
 
 
 def test_the_choices_are_those_of_the_code():
-    from minisora_jax.commands.generate import GRIDS, SAMPLERS
-    from minisora_jax.diffusion import sampler, time
+    from minisora_jax.commands.generate import GRIDS, SAMPLERS, SCHEDULES
+    from minisora_jax.diffusion import guidance, sampler, time
 
+    assert SCHEDULES == tuple(guidance.SCHEDULES)
     assert SAMPLERS == sampler.SAMPLER_NAMES and GRIDS == tuple(time.GRIDS)
 
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minisora_jax.diffusion.guidance import GuidanceConfig, guide, rescale, twins
+from minisora_jax.diffusion.guidance import SCHEDULES, GuidanceConfig, guide, rescale, twins
 from minisora_jax.diffusion.path import PATHS, PREDICTIONS, convert
 
 
@@ -70,3 +70,14 @@ def test_rescaling_gives_each_clip_the_spread_of_the_unguided_estimate(predictio
 def test_settings_that_make_no_sense_are_refused(values, message):
     with pytest.raises(ValueError, match=message):
         GuidanceConfig(**values)
+
+
+def test_schedules_keep_their_mean_and_grow_towards_the_data():
+    good, worse = jnp.ones((1, 1001, 1)), jnp.zeros((1, 1001, 1))
+    time = jnp.linspace(0.0, 1.0, 1001)[None]
+    for schedule in SCHEDULES:
+        weights = np.asarray(guide(good, worse, time, 5.0, schedule=schedule))[0, :, 0]
+        assert weights.mean() == pytest.approx(5.0, abs=0.01)
+        assert (np.diff(weights) <= 1e-5).all()
+    with pytest.raises(ValueError, match="schedule='step' must be one of constant, linear, cosine"):
+        GuidanceConfig(schedule="step")

@@ -45,9 +45,8 @@ class KnownConfig:
 
         A function of the clip's number, its length and the epoch: every host knows it of every clip, unread.
         """
-        key = np.random.SeedSequence([seed, epoch]).generate_state(1, np.uint64) + clips_n.astype(
-            np.uint64
-        ) * np.uint64(3)
+        key = np.random.SeedSequence([seed, epoch]).generate_state(1, np.uint64)
+        key = key + np.uint64(3) * clips_n.astype(np.uint64)
         chosen, first, length = (_uniform(key + np.uint64(i)) for i in range(3))
         start = 1 + (first * (frames_n - 1)).astype(np.int32)
         stop = start + 1 + (length * (frames_n - start)).astype(np.int32)

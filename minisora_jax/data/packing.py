@@ -319,6 +319,13 @@ class Segment:
     text_LE: np.ndarray
     fps: float
     first: int = 0  # its first frame's place in time: above 0 where the codec's own first frame is not among them
+    spacing: tuple[float, float, float] = (1.0, 1.0, 1.0)  # of its tokens in t, y, x
+
+    @property
+    def grid_thw(self) -> tuple[int, int, int]:
+        """The size of the grid that it is put onto."""
+        (t, h, w), (a, b, c) = self.size_thw, self.spacing
+        return 1 + round((t - 1) * a), max(1, round(h * b)), max(1, round(w * c))
 
 
 def patchify(latents_thwc: np.ndarray, patch: tuple[int, int, int]) -> np.ndarray:
@@ -338,20 +345,31 @@ def unpatchify(patches_thwP: np.ndarray, patch: tuple[int, int, int]) -> np.ndar
 
 
 @functools.lru_cache(256)
-def grid_positions(size_thw: tuple[int, int, int]) -> np.ndarray:
-    """int32 (t * h * w, 3): the (t, y, x) of each token of a grid, in row order. Not to be written to."""
-    return np.stack(np.meshgrid(*map(np.arange, size_thw), indexing="ij"), axis=-1).reshape(-1, 3).astype(np.int32)
+def grid_positions(size_thw: tuple[int, int, int], first: int = 0, spacing: tuple = (1.0, 1.0, 1.0)) -> np.ndarray:
+    """(t * h * w, 3): the (t, y, x) of each token of a grid, in row order. Not to be written to.
+
+    int32 on its own grid; float32 where it is put onto another, frames from the first on, pictures edge on edge.
+    """
+    places = np.stack(np.meshgrid(*map(np.arange, size_thw), indexing="ij"), axis=-1).reshape(-1, 3).astype(np.int32)
+    places += np.array([first, 0, 0], np.int32)
+    if spacing == (1.0, 1.0, 1.0):
+        return places
+    middle = np.array([0.0, 0.5, 0.5], np.float32)
+    return (places + middle) * np.array(spacing, np.float32) - middle
 
 
 def pack_segments(rows: list[list[Segment]], config: PackConfig, longest: int = 0) -> PackedBatch:
     """A PackedBatch of NumPy arrays from the segments of each row, none of which has more than `longest` tokens."""
     B, S, L, G = len(rows), config.tokens, config.text_tokens, config.slots
     some = next(segment for row in rows for segment in row)
+    on_others = any(segment.spacing != (1.0, 1.0, 1.0) for row in rows for segment in row)
     text, token_width = some.text_LE, some.tokens_nP.shape[1]
     batch = PackedBatch(
         tokens_BSP=np.zeros((B, S, token_width), np.float32),
         segment_BS=np.zeros((B, S), np.int32),
-        position_BS3=np.zeros((B, S, 3), np.int32),
+        position_BS3=np.zeros(
+            (B, S, 3), np.float32 if any(set(s.spacing) != {1.0} for row in rows for s in row) else np.int32
+        ),
         known_BS=np.zeros((B, S), bool),
         text_BLE=np.full((B, L, text.shape[1]), PAD, text.dtype),
         text_segment_BL=np.zeros((B, L), np.int32),
@@ -371,11 +389,11 @@ def pack_segments(rows: list[list[Segment]], config: PackConfig, longest: int = 
                 raise ValueError(f"row {b} is full: {at + n} of {S} video and {text_at + m} of {L} caption tokens")
             batch.tokens_BSP[b, at : at + n] = s.tokens_nP
             batch.segment_BS[b, at : at + n] = g + 1
-            batch.position_BS3[b, at : at + n] = grid_positions(s.size_thw) + (s.first, 0, 0)
+            batch.position_BS3[b, at : at + n] = grid_positions(s.size_thw, s.first, s.spacing)
             batch.known_BS[b, at : at + n] = s.known_n
             batch.text_BLE[b, text_at : text_at + m] = s.text_LE
             batch.text_segment_BL[b, text_at : text_at + m] = g + 1
-            batch.fps_BG[b, g], batch.size_BG3[b, g] = s.fps, s.size_thw
+            batch.fps_BG[b, g], batch.size_BG3[b, g] = s.fps, s.grid_thw
             at, text_at = at + n, text_at + m
     return batch
 

@@ -99,7 +99,7 @@ class VideoWriter:
         if self._container is None:
             mp4 = self.suffix == ".mp4"
             codec, options = ("libx264", X264) if mp4 else ("libvpx-vp9", VP9)
-            flags = {"movflags": "+faststart"} if mp4 else {}
+            flags = {"movflags": "+faststart"} if mp4 else {"fflags": "+bitexact"}  # else a random number goes in
             self._container = av.open(os.fspath(self._temporary), "w", options=flags)
             self._container.metadata["comment"] = self.note
             rate = Fraction(self.fps).limit_denominator(1001)
@@ -148,7 +148,8 @@ def _write_gif(path: Path, frames_THWC, fps: float, upscale: int, note: str) -> 
         data = note.encode("utf-8")
         blocks = b"".join(bytes([len(data[i : i + 255])]) + data[i : i + 255] for i in range(0, len(data), 255))
         whole = path.read_bytes()
-        path.write_bytes(whole[:-1] + b"\x21\xfe" + blocks + b"\0" + whole[-1:])  # a comment before the end mark
+        at = 13 + (3 * 2 ** ((whole[10] & 7) + 1) if whole[10] & 128 else 0)  # after the header and its palette
+        path.write_bytes(whole[:at] + b"\x21\xfe" + blocks + b"\0" + whole[at:])
 
 
 def _enlarge(frame_HWC: np.ndarray, upscale: int) -> np.ndarray:

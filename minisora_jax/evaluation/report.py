@@ -20,11 +20,12 @@ WANTED = {
     ("animate", "colour"): (">=", 0.95),
     ("animate", "shape"): (">=", 0.95),
     ("animate", "motion"): (">=", 0.85),
-    ("extend-forward", "known_psnr"): (">=", 30.0),
+    ("extend-forward", "seam_psnr"): (">=", 30.0),
     ("extend-forward", "motion"): (">=", 0.85),
-    ("extend-backward", "known_psnr"): (">=", 30.0),
+    ("extend-backward", "seam_psnr"): (">=", 30.0),
     ("extend-backward", "motion"): (">=", 0.85),
     ("loop", "seam_at_most_1.5"): (">=", 0.9),
+    ("connect", "no_step_above_2"): (">=", 1.0),
     ("permanence", "permanence"): (">=", 0.8),
 }
 

@@ -13,6 +13,7 @@ from minisora_jax.generate.request import Given, Request
 from minisora_jax.generate.verbs import (
     animate,
     connect,
+    enlarge,
     extend,
     inpaint,
     join,
@@ -29,6 +30,7 @@ __all__ = [
     "Request",
     "animate",
     "connect",
+    "enlarge",
     "extend",
     "inpaint",
     "join",

@@ -43,6 +43,7 @@ class Generator:
     captions: Captions = BYTES
     worse: tuple[DiTConfig, dict] | None = None
     window: int = 21  # latent frames that the model makes at once; longer videos are made of windows
+    sides: tuple[int, int] | None = None  # the tallest and widest latents of its training, where that is on record
 
     @classmethod
     def load(
@@ -85,8 +86,18 @@ class Generator:
                     raise ValueError(f"the guide model has {name}={other!r}, the model {ours!r}: they must be the same")
             worse = (worse_dit, worse_params)
         captions = captions_of(dit, config.get("text"), text_encoder, pair and pair.text_encoder)
-        window = config.get("latent_frames", cls.window)
-        return cls(codec_, dit, times, params, model_hash(model), objective, captions, worse, window)
+        frames, *sides = config.get("latent_size", [cls.window])
+        return cls(
+            codec_, dit, times, params, model_hash(model), objective, captions, worse, frames, tuple(sides) or None
+        )
+
+    @property
+    def known_size(self) -> tuple[int, int, int] | None:
+        """Frames, height and width of the longest, tallest and widest of training's clips; None where not on record."""
+        if not self.sides:
+            return None
+        codec = self.codec.config
+        return codec.pixel_size((self.window, *self.sides))
 
     @property
     def cell(self) -> int:
@@ -108,6 +119,8 @@ class Generator:
             if n < self.cell or n % self.cell:
                 low = max(n // self.cell, 1) * self.cell
                 raise ValueError(f"{name}={n} must be a multiple of {self.cell}; use {low} or {low + self.cell}")
+        if set(request.spacing) != {1.0} and {"spatial", "temporal"} & set(self.config.groups):
+            raise ValueError("this model attends by rows of places, which have to be whole: it makes no larger sizes")
         if not request.first:
             t, _, _ = self.codec.config.latent_size((T, self.cell, self.cell))
             return t, H // self.cell, W // self.cell

@@ -20,7 +20,6 @@ import re
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from minisora_jax.data.video import read_clip_frames
 from minisora_jax.generate import verbs
@@ -160,7 +159,7 @@ def _inpaint(generator, job: Job):
     marks, _ = read_clip_frames(job.mask, max_frames=len(frames))
     if len(marks) not in (1, len(frames)):
         raise ValueError(f"the mask {job.mask} has {len(marks)} frames, the video {len(frames)}: give one, or as many")
-    mask = np.stack([_resized(m, frames.shape[1:3]).mean(-1) > 127 for m in marks])
+    mask = np.stack([verbs.resized(m, frames.shape[1:3]).mean(-1) > 127 for m in marks])
     return verbs.inpaint(generator, _request(job, len(frames), frames.shape[1:3], fps), frames, mask), fps
 
 
@@ -243,16 +242,10 @@ def _fitted(generator, frames_THWC: np.ndarray, size_HW: tuple[int, int] | None)
         scale = max(size_HW[0] / H, size_HW[1] / W)
         scaled = (max(size_HW[0], round(H * scale)), max(size_HW[1], round(W * scale)))
         if scaled != (H, W):
-            frames_THWC = np.stack([_resized(f, scaled) for f in frames_THWC])
+            frames_THWC = np.stack([verbs.resized(f, scaled) for f in frames_THWC])
         H, W = scaled
     y, x = (H - size_HW[0]) // 2, (W - size_HW[1]) // 2
     return np.ascontiguousarray(frames_THWC[:, y : y + size_HW[0], x : x + size_HW[1]])
-
-
-def _resized(frame_HWC: np.ndarray, size_HW: tuple[int, int]) -> np.ndarray:
-    if frame_HWC.shape[:2] == tuple(size_HW):
-        return frame_HWC
-    return np.asarray(Image.fromarray(frame_HWC).resize((size_HW[1], size_HW[0]), Image.Resampling.LANCZOS))
 
 
 def name_of(job: Job) -> str:

@@ -39,6 +39,12 @@ class Request:
     given: Given | None = None
     middle: bool = False
     loop: bool = False
+    spacing: tuple[float, float, float] = (
+        1.0,
+        1.0,
+        1.0,
+    )  # of its tokens in t, y, x: below 1, a video larger than those
+    # of training is put onto the grid that they had (position interpolation: Chen et al. 2023, arXiv:2306.15595)
 
     @property
     def first(self) -> int:

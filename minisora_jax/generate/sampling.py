@@ -28,6 +28,7 @@ from minisora_jax.models.dit import DiT, DiTConfig, mean_of
 from minisora_jax.parallel.mesh import TOKENS, on_mesh
 from minisora_jax.types import PackedBatch
 
+CUTS = 2  # places at which a circle is cut at each step, whose ways are averaged
 GOLDEN = 0.6180339887  # turns of a circle, one a step, that come closest to every place soonest
 
 
@@ -76,7 +77,10 @@ class Layout:
             known = given.known_thw.reshape(-1)
             kept = known | (given.strength < 1)
             tokens = np.where(kept[:, None], patches.reshape(n, -1), 0.0).astype(np.float32)
-        return [Segment(tokens, known, self.grids[i], text, request.fps, request.first) for text in captions]
+        return [
+            Segment(tokens, known, self.grids[i], text, request.fps, request.first, request.spacing)
+            for text in captions
+        ]
 
     def per_token(self, value) -> np.ndarray:
         """value(request) of each token's own, (B, S) float32; 0 for padding."""
@@ -151,9 +155,15 @@ def sample(
     past = SAMPLERS[sampler.name].begin(x, times_BS[0])
     for k in range(sampler.steps):
         fresh = tokens(layout.noise(k + 1)) if sampler.noise else None
-        seen = batch if circle_BS is None else _turned(batch, circle_BS, k * GOLDEN % 1.0)
+        turns = [None] if circle_BS is None else [(k * GOLDEN + n / CUTS) % 1.0 for n in range(CUTS)]
         before, (now, then) = x, (times_BS[k], times_BS[k + 1])
-        x, past = sampling_step(static, sampler.name, x, now, then, past, fresh, sampler.noise, inputs(seen))
+        ways = []
+        for turn in turns:
+            seen = batch if turn is None else _turned(batch, circle_BS, turn)
+            ways.append(
+                sampling_step(static, sampler.name, before, now, then, past, fresh, sampler.noise, inputs(seen))
+            )
+        x, past = ways[0] if len(ways) == 1 else jax.tree.map(lambda *each: sum(each) / len(each), *ways)
         x.block_until_ready()
         so_far = functools.partial(_clean_estimate, path, before, x, now, then)
         on_step(k + 1, lambda estimate=so_far: layout.latents(np.asarray(estimate())))

@@ -23,11 +23,14 @@ import dataclasses
 from collections.abc import Callable, Generator, Sequence
 
 import numpy as np
+from PIL import Image
 
 from minisora_jax.generate.request import Given, Request
 
 NEXT_SEED = 1_000_003  # windows of one video have seeds so far apart
+DETAIL = 0.3  # strength at which an enlarged video's detail is made anew
 FEATHER = 2  # pixels over which made and kept parts of a picture pass into each other
+EASE = 4  # frames of a given video over which it passes into what the codec makes of it, and that into what is made
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,9 +62,23 @@ Verb = Generator  # of Encode, Request, Decode and Frames, sent their answers
 
 
 def make(generator, request: Request) -> Verb:
-    """Text to video, or to an image, or to a loop."""
-    latents = yield request
-    yield Frames((yield Decode(latents, request.loop)))
+    """Text to video, or to an image, or to a loop.
+
+    What is longer or larger than all that training saw is made at a length and size that it knew, and enlarged from
+    there: frames between frames, pixels between pixels, and their detail by the model.
+    """
+    generator.grid(request)
+    sizes = [request.size_THW] if request.loop else _growing(generator, request.size_THW)
+    frames = yield Decode((yield dataclasses.replace(request, size_THW=sizes[0])), request.loop)
+    for size in sizes[1:]:
+        frames = yield from _enlarged(generator, request, frames, size)
+    yield Frames(frames)
+
+
+def enlarge(generator, request: Request, frames_THWC: np.ndarray) -> Verb:
+    """A video in the request's size, longer, taller or wider: its detail is made by the model."""
+    generator.grid(request)
+    yield Frames((yield from _enlarged(generator, request, frames_THWC, request.size_THW)))
 
 
 def animate(generator, request: Request, image_HWC: np.ndarray) -> Verb:
@@ -121,15 +138,19 @@ def outpaint(generator, request: Request, frames_THWC: np.ndarray, at: tuple[int
 
 
 def extend(generator, request: Request, frames_THWC: np.ndarray, *, before: int = 0, after: int = 0) -> Verb:
-    """The video, itself to the pixel, with so many frames made before and after it."""
+    """The video with so many frames made before and after it; itself to the pixel but for `EASE` frames at a seam."""
     _same_size(request, frames_THWC, "the video")
     if before + after < 1:
         raise ValueError(f"before={before} and after={after}: extend by at least one frame")
+    given = frames_THWC
     if before:
-        yield Frames((yield from _backwards(generator, request, frames_THWC, before)))
-    yield Frames(frames_THWC)
+        made, coded = yield from _backwards(generator, request, frames_THWC, before)
+        yield Frames(made)
+        given = _eased(given, coded, at_end=False)
     if after:
-        yield from _onwards(generator, request, frames_THWC, after)
+        yield from _onwards(generator, request, given, frames_THWC, after)
+    else:
+        yield Frames(given)
 
 
 def connect(
@@ -137,6 +158,7 @@ def connect(
 ) -> Verb:
     """Video a, so many frames that lead from it to b (rounded up to the codec's grid), and video b.
 
+    Both themselves to the pixel, but for `EASE` frames at a seam.
     loop: b is a itself; what is made leads back to its beginning, and b is not shown again.
     """
     _same_size(request, a_THWC, "the first video")
@@ -153,11 +175,16 @@ def connect(
     whole = dataclasses.replace(request, size_THW=(_frames(generator, t), *request.size_THW[1:]))
     latents = yield from _given(generator, whole, {0: past, t - len(future): future})
     frames = yield Decode(latents)
-    made = frames[len(a) : len(a) + factor * k - 1]
-    yield Frames(a_THWC)
-    yield Frames(made)
-    if not loop:
-        yield Frames(b_THWC)
+    until = len(a) + factor * k - 1
+    a_eased, b_eased = _eased(a_THWC, frames[: len(a)], at_end=True), _eased(b_THWC, frames[until:], at_end=False)
+    if loop:  # one video, eased at both ends
+        rest = len(b_THWC) // 2
+        yield Frames(np.concatenate([b_eased[:rest], a_eased[rest:]]))
+        yield Frames(frames[len(a) : until])
+    else:
+        yield Frames(a_eased)
+        yield Frames(frames[len(a) : until])
+        yield Frames(b_eased)
 
 
 def rollout(generator, request: Request, frames: int, prompts: Sequence[tuple[int, str]] = ()) -> Verb:
@@ -193,6 +220,51 @@ def rollout(generator, request: Request, frames: int, prompts: Sequence[tuple[in
 # ---- What verbs are made of
 
 
+def _growing(generator, size_THW: tuple[int, int, int]) -> list[tuple[int, int, int]]:
+    """Sizes from one that training knew to that asked for, each at most twice the one before."""
+    most = generator.known_size
+    sizes, cell, factor = [tuple(size_THW)], generator.cell, generator.codec.config.time_factor
+    while most and any(n > m for n, m in zip(sizes[0], most)):
+        T, H, W = sizes[0]
+        shrink = min(2.0, max(H / most[1], W / most[2], 1.0))
+        frames = 1 + factor * -(-(T - 1) // (2 * factor)) if T > most[0] else T
+        smaller = (frames, *(max(cell, round(n / shrink / cell) * cell) for n in (H, W)))
+        if smaller == sizes[0]:
+            break
+        sizes.insert(0, smaller)
+    return sizes
+
+
+def _enlarged(generator, request: Request, frames_THWC: np.ndarray, size_THW: tuple[int, int, int]) -> Verb:
+    """Frames at a larger size, on the grid that training knew: position interpolation and SDEdit (arXiv:2108.01073)."""
+    latents = yield Encode(stretched(frames_THWC, size_THW))
+    most, spacing = generator.known_size, (1.0, 1.0, 1.0)
+    if most:
+        in_space = min(1.0, *(m / n for m, n in zip(most[1:], size_THW[1:])))
+        spacing = (min(1.0, (most[0] - 1) / max(size_THW[0] - 1, 1)), in_space, in_space)
+    whole = dataclasses.replace(request, size_THW=size_THW, spacing=spacing)
+    known = np.zeros(generator.grid(whole), bool)
+    return (yield Decode((yield dataclasses.replace(whole, given=Given(latents, known, DETAIL)))))
+
+
+def stretched(frames_THWC: np.ndarray, size_THW: tuple[int, int, int]) -> np.ndarray:
+    """A video at another length and size, each frame between those next to it in time, its pixels between theirs."""
+    larger = np.stack([resized(frame, size_THW[1:]) for frame in frames_THWC])
+    if len(larger) == size_THW[0]:
+        return larger
+    at = np.linspace(0, len(larger) - 1, size_THW[0])
+    before = np.minimum(at.astype(int), max(len(larger) - 2, 0))
+    after, share = np.minimum(before + 1, len(larger) - 1), (at - before)[:, None, None, None]
+    return np.round((1 - share) * larger[before] + share * larger[after]).astype(np.uint8)
+
+
+def resized(frame_HWC: np.ndarray, size_HW: tuple[int, int]) -> np.ndarray:
+    """A picture at another size, its aspect not kept."""
+    if frame_HWC.shape[:2] == tuple(size_HW):
+        return frame_HWC
+    return np.asarray(Image.fromarray(frame_HWC).resize((size_HW[1], size_HW[0]), Image.Resampling.BICUBIC))
+
+
 def _given(generator, request: Request, known: dict[int, np.ndarray]) -> Verb:
     """The latents of a request of which some latent frames, from a place in time on, are known."""
     t, h, w = generator.grid(request)
@@ -216,15 +288,18 @@ def _window_after(generator, request: Request, known: np.ndarray) -> Verb:
     return (yield from _given(generator, middle, {0: known}))
 
 
-def _onwards(generator, request: Request, frames_THWC: np.ndarray, after: int) -> Verb:
-    """Frames that follow a video, window by window; the decoder goes on from the video's own latents."""
+def _onwards(generator, request: Request, given_THWC: np.ndarray, frames_THWC: np.ndarray, after: int) -> Verb:
+    """A video (given: as it is to be shown) and frames that follow it, window by window.
+
+    The decoder goes on from the video's own latents.
+    """
     factor = generator.codec.config.time_factor
     new = -(-after // factor)
     keep = max(generator.window - min(new, generator.window - _overlap(generator)), 1)
     context = _last(frames_THWC, min(keep, 1 + (len(frames_THWC) - 1) // factor), factor)
     latents = yield Encode(context)
     decoder = generator.codec.decoder()
-    decoder(latents)
+    yield Frames(_eased(given_THWC, decoder(latents), at_end=True))
     first = min(generator.window, len(latents) + new)
     whole = dataclasses.replace(request, size_THW=(_frames(generator, first), *request.size_THW[1:]))
     known, made, number = len(latents), 0, 0
@@ -240,7 +315,10 @@ def _onwards(generator, request: Request, frames_THWC: np.ndarray, after: int) -
 
 
 def _backwards(generator, request: Request, frames_THWC: np.ndarray, before: int) -> Verb:
-    """The `before` frames that lead to a video: windows from the last to the first, then decoded from the first on."""
+    """(the `before` frames that lead to a video, its first frames as decoded after them).
+
+    Windows are made from the last to the first, and decoded from the first on.
+    """
     factor = generator.codec.config.time_factor
     new = -(-before // factor)  # latent frames before the one in which the video begins
     keep = max(generator.window - min(1 + new, generator.window - _overlap(generator)), 1)
@@ -260,7 +338,20 @@ def _backwards(generator, request: Request, frames_THWC: np.ndarray, before: int
         made = yield from _given(generator, window, {step: latents[:overlap]})
         latents, missing, number = np.concatenate([made[:step], latents]), missing - step, number + 1
     frames = yield Decode(latents)
-    return frames[factor * new - before : factor * new]
+    return frames[factor * new - before : factor * new], frames[factor * new :]
+
+
+def _eased(given_THWC: np.ndarray, coded_THWC: np.ndarray, *, at_end: bool) -> np.ndarray:
+    """A given video that passes, at its end or its beginning, into what the codec makes of it: a codec's softer edges
+    come over `EASE` frames, and not from one frame to the next."""
+    n = min(EASE, len(given_THWC), len(coded_THWC))
+    share = (np.arange(1, n + 1, dtype=np.float32) / (n + 1))[:, None, None, None]
+    where, of = (slice(len(given_THWC) - n, None), slice(len(coded_THWC) - n, None)) if at_end else (slice(n), slice(n))
+    share = share if at_end else share[::-1]
+    mixed = (1.0 - share) * given_THWC[where] + share * coded_THWC[of]
+    eased = given_THWC.copy()
+    eased[where] = np.round(mixed).astype(np.uint8)
+    return eased
 
 
 def _window(request: Request, number: int) -> Request:

@@ -120,7 +120,7 @@ def train_diffusion(
     )
     if damaged.count:
         log.warning("%d times a damaged clip was left out: %s", damaged.count, damaged.path)
-    config = {"kind": "dit", "latent_frames": int(latents.sizes[:, 0].max())} | {
+    config = {"kind": "dit", "latent_size": latents.sizes[:, :3].max(0).tolist()} | {
         k: dataclasses.asdict(getattr(task, k)) for k in ("dit", "times", "objective")
     }
     export_model(workdir / "export", state.ema, config | export | {"training": describe}, dtype=task.export_dtype)

@@ -1,0 +1,175 @@
+"""Jobs in words and paths, batches that go on where they stopped, records that make a video again."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from minisora_jax.bundled import CODEC, MODEL
+from minisora_jax.cli import main
+from minisora_jax.data.shapes import Shapes
+from minisora_jax.data.video import read_clip_frames, read_note
+from minisora_jax.data.video_writer import VideoWriter, write_video
+from minisora_jax.generate import Generator
+from minisora_jax.generate.batch import run_batch
+from minisora_jax.generate.job import Job, start
+from minisora_jax.generate.output import read_record
+
+FAST = ["--steps", "2", "--frames", "5", "--size", "32x32", "--upscale", "1"]
+RED = "a large red circle moves left slowly on a black background"
+
+
+@pytest.fixture(scope="module")
+def generator():
+    return Generator.load(MODEL, CODEC)
+
+
+@pytest.fixture(scope="module")
+def media(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("media")
+    frames = Shapes("train", 50, size_THW=(9, 40, 50))[3].frames_THWC
+    write_video(folder / "clip.mp4", frames, 8)
+    write_video(folder / "other.webm", frames[::-1], 8)
+    Image.fromarray(frames[0]).save(folder / "first.png")
+    Image.fromarray(frames[-1]).resize((100, 30)).save(folder / "last.jpg")
+    mask = np.zeros((40, 50), np.uint8)
+    mask[:, 25:] = 255
+    Image.fromarray(mask).save(folder / "mask.png")
+    (folder / "text.mp4").write_text("no video")
+    return folder
+
+
+@pytest.mark.parametrize(
+    "said, verb, first_size",
+    [
+        ({}, "make", (17, 48, 48)),
+        ({"frames": 1, "size": [64, 32]}, "make", (1, 64, 32)),
+        ({"loop": True}, "make", (16, 48, 48)),
+        ({"loop": True, "seconds": 1}, "make", (8, 48, 48)),
+        ({"seconds": 3}, "rollout", (17, 48, 48)),
+        ({"image": "first.png"}, "animate", None),
+        ({"image": "first.png", "last": "last.jpg"}, "join", None),
+        ({"video": "clip.mp4", "strength": 0.5}, "restyle", None),
+        ({"video": "clip.mp4", "mask": "mask.png"}, "inpaint", None),
+        ({"video": "clip.mp4", "size": [48, 64]}, "outpaint", None),
+        ({"video": "clip.mp4", "extend": "both", "seconds": 0.5}, "extend", None),
+        ({"video": "clip.mp4", "connect": "other.webm"}, "connect", None),
+        ({"video": "clip.mp4", "loop": True}, "loop", None),
+    ],
+)
+def test_what_is_said_is_what_is_meant(generator, media, said, verb, first_size):
+    paths = {k: str(media / v) for k, v in said.items() if k in ("image", "last", "video", "mask", "connect")}
+    job = Job.of({"prompt": RED} | said | paths)
+    assert job.verb == verb and Job.of(json.loads(json.dumps(job.said))) == job
+    at_work, fps = start(generator, job)
+    asks = next(at_work)
+    assert fps == 8
+    if first_size:
+        assert asks.size_THW == first_size
+    elif verb == "outpaint":
+        assert asks.frames_THWC.shape[1:3] == (48, 64)
+    elif verb != "extend":
+        assert asks.frames_THWC.shape[1:3] == (32, 48)  # 40x50 in whole cells
+
+
+@pytest.mark.parametrize(
+    "said, sentence",
+    [
+        ({"prompt": " "}, "the prompt is empty"),
+        ({"prompt": "x", "colour": 1}, "a job has no colour; it has prompt, negative"),
+        ({"prompt": "x", "image": "a", "video": "b", "loop": True}, "do not go together"),
+        ({"prompt": "x", "video": "a", "strength": 0.5, "mask": "m"}, "restyle and inpaint do not go together"),
+        ({"prompt": "x", "last": "a"}, "last='a' needs image"),
+        ({"prompt": "x", "strength": 0.5}, "strength=0.5 needs video"),
+        ({"prompt": "x", "video": "a"}, "say what to do with it"),
+        ({"prompt": "x", "video": "a", "extend": "up"}, "extend='up' must be one of forward, backward, both"),
+        ({"prompt": "x", "seconds": 61}, "seconds=61 must be above 0 and at most 60"),
+        ({"prompt": "x", "fps": 0}, "fps=0 must be above 0"),
+    ],
+)
+def test_what_cannot_be_meant_is_said(said, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        Job.of(said)
+
+
+def test_times_in_a_prompt_rise(generator):
+    with pytest.raises(ValueError, match="must rise: 0s, 4s, 2s"):
+        start(generator, Job(prompt="a [4s] b [2s] c", seconds=9))
+
+
+def test_a_batch_goes_on_and_names_what_cannot_be_done(generator, media, tmp_path):
+    from minisora_jax.diffusion.guidance import GuidanceConfig
+    from minisora_jax.diffusion.sampler import SamplerConfig
+
+    small = {"size": (32, 32), "frames": 5}
+    jobs = [Job(RED, seed=i, **small) for i in range(3)]
+    jobs.insert(1, Job(RED, video=str(media / "text.mp4"), extend="forward"))
+    options = dict(model={}, sampling={"sampler": SamplerConfig(steps=2), "guidance": GuidanceConfig()}, progress=False)
+    run = lambda out, jobs=jobs: run_batch(generator, jobs, out, ".mp4", 2, **options)
+    assert run(tmp_path / "whole") == {"made": 3, "failed": 1, "before": 0}
+    assert run(tmp_path / "whole") == {"made": 0, "failed": 0, "before": 4}
+    lines = [json.loads(line) for line in (tmp_path / "whole/manifest.jsonl").read_text().splitlines()]
+    assert [line["number"] for line in lines] == [0, 1, 2, 3] and "VideoError: not a video" in lines[1]["error"]
+
+    # Killed after the first group, and in the middle of a line of the manifest: the rest comes out the same.
+    run(tmp_path / "cut", jobs[:2])
+    with (tmp_path / "cut/manifest.jsonl").open("a") as manifest:
+        manifest.write('{"number": 2, "job"')
+    (tmp_path / "cut/manifest.jsonl").open("a").write("\n")
+    assert run(tmp_path / "cut") == {"made": 2, "failed": 0, "before": 2}
+    pixels = lambda out: {p.name: json.loads(p.read_text())["pixels"] for p in sorted(out.glob("*.mp4.json"))}
+    assert pixels(tmp_path / "cut") == pixels(tmp_path / "whole") and len(pixels(tmp_path / "cut")) == 3
+    with pytest.raises(ValueError, match="job 0 was .* use another --out"):
+        run(tmp_path / "whole", [Job("another", **small)])
+
+
+def test_on_the_command_line_made_and_made_again(tmp_path, capsys):
+    assert main(["generate", RED, "a blue square grows on a grey background", *FAST, "--out", str(tmp_path)]) == 0
+    made = sorted(tmp_path.glob("*.mp4"))
+    assert len(made) == 2 and (tmp_path / "contact-sheet.png").exists()
+    record = read_record(made[1])
+    assert record["job"]["prompt"] == RED and len(record["together"]) == 2 and record["frames"] == 5
+    assert json.loads(read_note(made[1]))["job"] == record["job"]
+    (tmp_path / (made[1].name + ".json")).unlink()  # the file itself still tells
+    assert main(["generate", "--remake", str(made[0]), "--out", str(tmp_path / "again"), "--upscale", "1"]) == 0
+    assert "the same to the bit" in capsys.readouterr().out
+    assert (tmp_path / "again" / made[0].name).read_bytes() == made[0].read_bytes()
+    assert main(["generate", "--remake", str(made[1]), "--out", str(tmp_path / "again"), "--upscale", "1"]) == 0
+    assert "no hash to compare with" in capsys.readouterr().out
+
+    # What is read is never written over.
+    extended = ["generate", RED, "--video", str(made[0]), "--extend", "forward", "--seconds", "0.25", "--steps", "2"]
+    before = made[0].read_bytes()
+    assert main([*extended, "--out", str(tmp_path), "--seed", "1", "--upscale", "1", "--format", "gif"]) == 0
+    assert made[0].read_bytes() == before
+    assert main(["generate", "--remake", str(tmp_path / "contact-sheet.png")]) == 2
+    assert "tells nothing of how it was made" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".webm", ".gif", ".png", ""])
+def test_files_written_in_pieces_keep_their_note(tmp_path, suffix):
+    frames = Shapes("train", 9, size_THW=(9, 32, 32))[2].frames_THWC[: 1 if suffix == ".png" else None]
+    note = json.dumps({"prompt": "ein Käfer " * 60})
+    with VideoWriter(tmp_path / f"pieces{suffix}", 8, note=note) as writer:
+        for some in np.array_split(frames, min(3, len(frames))):
+            writer.write(some)
+    write_video(tmp_path / f"whole{suffix}", frames, 8, note=note)
+    file = tmp_path / (f"pieces{suffix}" if suffix else "pieces/00000.png")
+    assert read_note(file) == note
+    if suffix:
+        assert file.read_bytes() == (tmp_path / f"whole{suffix}").read_bytes()
+        assert read_clip_frames(file)[0].shape == frames.shape
+    else:
+        assert len(list((tmp_path / "pieces").iterdir())) == len(frames)
+        assert (read_clip_frames(file)[0][0] == frames[0]).all()
+
+
+def test_a_writer_that_fails_leaves_nothing(tmp_path):
+    for name in ("a.mp4", "folder"):
+        with pytest.raises(RuntimeError), VideoWriter(tmp_path / name, 8) as writer:
+            writer.write(np.zeros((2, 16, 16, 3), np.uint8))
+            raise RuntimeError("killed")
+    with pytest.raises(ValueError, match="no frames were written"), VideoWriter(tmp_path / "a.gif", 8):
+        pass
+    assert not list(tmp_path.iterdir())

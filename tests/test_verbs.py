@@ -1,0 +1,208 @@
+"""Every verb with the bundled model: what is given is kept, sizes are exact, windows and circles close."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from minisora_jax.bundled import CODEC, MODEL
+from minisora_jax.data.shapes import FPS, Shapes
+from minisora_jax.evaluation.frames import psnr
+from minisora_jax.generate import Generator, Given, Request, verbs
+from minisora_jax.generate.verbs import NEXT_SEED, Decode, Encode, Frames
+
+OPTIONS = dict(steps=2, progress=False)
+
+
+@pytest.fixture(scope="module")
+def generator():
+    return dataclasses.replace(Generator.load(MODEL, CODEC), window=3)
+
+
+@pytest.fixture(scope="module")
+def clip():
+    world = Shapes("heldout", 99, size_THW=(9, 32, 32))
+    return next(c for c in map(world.__getitem__, range(99)) if c.size_THW[0] == 9)
+
+
+def request(clip, frames=9, **more) -> Request:
+    return Request(clip.caption, (frames, 32, 32), seed=3, fps=FPS, **more)
+
+
+def done(generator, *asked, **options):
+    return verbs.perform(generator, asked, **(OPTIONS | options))
+
+
+@pytest.fixture(scope="module")
+def made(generator, clip):
+    """All verbs in one go: they share their compilations, and company changes nothing but rounding."""
+    x, r, mask = clip.frames_THWC, request(clip), np.zeros((32, 32), bool)
+    mask[:, 20:] = True
+    asked = {
+        "make": verbs.make(generator, r),
+        "animate": verbs.animate(generator, r, x[0]),
+        "join": verbs.join(generator, r, x[0], x[-1]),
+        "restyle": verbs.restyle(generator, r, x, 0.05),
+        "anew": verbs.restyle(generator, r, x, 1.0),
+        "inpaint": verbs.inpaint(generator, r, x, mask),
+        "outpaint": verbs.outpaint(generator, request(clip), x[:, :, :16]),
+        "both": verbs.extend(generator, r, x, before=5, after=10),
+        "still": verbs.extend(generator, r, x[:1], before=3, after=2),
+        "far": verbs.extend(generator, r, x, before=17),
+        "connect": verbs.connect(generator, r, x, x[::-1], between=5),
+        "loop-video": verbs.connect(generator, r, x, x, between=7, loop=True),
+        "loop": verbs.make(generator, request(clip, 8, loop=True)),
+        "rollout": verbs.rollout(generator, r, 30),
+        "short": verbs.rollout(generator, r, 6),
+    }
+    return dict(zip(asked, done(generator, *asked.values())))
+
+
+def test_sizes_are_those_asked_for(made):
+    lengths = {name: len(v) for name, v in made.items()}
+    assert lengths == {
+        "make": 9, "animate": 9, "join": 9, "restyle": 9, "anew": 9, "inpaint": 9, "outpaint": 9,
+        "both": 5 + 9 + 10, "still": 3 + 1 + 2, "far": 17 + 9, "connect": 9 + 7 + 9, "loop-video": 9 + 7,
+        "loop": 8, "rollout": 30, "short": 6,
+    }  # fmt: skip
+    assert all(v.shape[1:] == (32, 32, 3) and v.dtype == np.uint8 for v in made.values())
+
+
+def test_what_is_given_is_kept(generator, clip, made):
+    x = clip.frames_THWC
+    [coded] = generator.decode(generator.encode([x[:1]]))
+    assert np.abs(made["animate"][0].astype(int) - coded[0]).max() <= 1
+    assert np.abs(made["join"][0].astype(int) - coded[0]).max() <= 1
+    ease = verbs.EASE
+    assert (made["both"][5 + ease : 14 - ease] == x[ease:-ease]).all() and (made["far"][17 + ease :] == x[ease:]).all()
+    assert (made["connect"][: 9 - ease] == x[:-ease]).all() and (made["connect"][-9 + ease :] == x[::-1][ease:]).all()
+    assert all(psnr(v, x) > 30 for v in (made["both"][5:14], made["far"][17:], made["connect"][:9]))
+    assert (made["inpaint"][:, :, : 20 - verbs.FEATHER] == x[:, :, : 20 - verbs.FEATHER]).all()
+    assert (made["inpaint"][:, :, 20:] != x[:, :, 20:]).any()
+    assert (
+        made["outpaint"][:, :, 8 + verbs.FEATHER : 24 - verbs.FEATHER] == x[:, :, verbs.FEATHER : 16 - verbs.FEATHER]
+    ).all()
+
+
+def test_strength_is_how_far_a_video_may_go(generator, clip, made):
+    [coded] = generator.decode(generator.encode([clip.frames_THWC]))
+    assert psnr(made["restyle"], coded) > 25
+    assert np.abs(made["anew"].astype(int) - made["make"]).max() <= 1  # all anew is text to video
+    assert psnr(made["anew"], coded) < psnr(made["restyle"], coded) - 5
+
+
+def test_company_changes_nothing(generator, clip, made):
+    [alone] = done(generator, verbs.extend(generator, request(clip), clip.frames_THWC, before=5, after=10))
+    assert np.abs(alone.astype(int) - made["both"]).max() <= 2
+
+
+def test_a_clip_decoded_piece_by_piece_is_the_clip(generator, clip):
+    latents = np.random.default_rng(0).standard_normal((5, 4, 4, 16)).astype(np.float32)
+    decode = generator.codec.decoder()
+    pieces = np.concatenate([decode(latents[:2]), decode(latents[2:3]), decode(latents[3:])])
+    assert np.abs(pieces.astype(int) - generator.codec.decode(latents[None])[0]).max() <= 1
+
+
+def test_a_decoded_circle_has_no_beginning(generator):
+    z = np.random.default_rng(1).standard_normal((1, 3, 4, 4, 16)).astype(np.float32)
+    frames, turned = generator.codec.decode_loop(z).astype(int), generator.codec.decode_loop(np.roll(z, 1, axis=1))
+    assert frames.shape == (1, 12, 32, 32, 3)
+    assert np.abs(np.roll(frames, 4, axis=1) - turned).max() <= 1
+    once = generator.codec.decode(z)[0, -8:]
+    assert np.abs(frames[0, -8:] - once).mean() > 0.2  # what came before does matter
+
+
+def test_loops_turn_and_nothing_else_does(generator, clip):
+    from minisora_jax.generate.sampling import Layout, _turned, features
+
+    asked = [request(clip, 8, loop=True), request(clip, 8, middle=True), request(clip)]
+    grids = [generator.grid(r) for r in asked]
+    assert grids == [(2, 2, 2), (2, 2, 2), (3, 2, 2)]
+    layout = Layout(asked, grids, [[0, 1, 2]], 2, 64, generator.config)
+    batch = layout.batch(features(generator.captions, asked, 2, 0))
+    times = lambda b: np.asarray(b.position_BS3)[0, :, 0]
+    circle = layout.per_token(lambda i: [2, 0, 0][i]).astype(np.int32)
+    assert (
+        set(times(batch)[:16]) == {1, 2}
+        and set(times(batch)[16:32]) == {1, 2}
+        and set(times(batch)[32:56]) == {0, 1, 2}
+    )
+    turned = times(_turned(batch, circle, 0.5))
+    assert (turned[:16] == 3 - times(batch)[:16]).all() and (turned[16:] == times(batch)[16:]).all()
+    with pytest.raises(ValueError, match="dopri5 has no steps"):
+        generator.sample(asked[:1], sampler="dopri5", progress=False)
+
+
+def test_windows_follow_each_other_and_their_prompts(generator, clip):
+    """The verb driven by hand: what it asks for, window by window."""
+    verb = verbs.rollout(generator, request(clip), 27, [(0, "first"), (14, "then")])
+    asked, answer, shown = [], None, 0
+    while True:
+        try:
+            wants = verb.send(answer)
+        except StopIteration:
+            break
+        if isinstance(wants, Frames):
+            shown, answer = shown + len(wants.frames_THWC), None
+        else:
+            asked.append(wants)
+            t = generator.grid(wants)[0]
+            answer = np.full((t, 4, 4, 16), len(asked), np.float32)
+    assert shown == 27 and [r.prompt for r in asked] == ["first", "first", "then", "then"]
+    assert [r.middle for r in asked] == [False, True, True, True]
+    assert [r.seed for r in asked] == [3, 3 + NEXT_SEED, 3 + 2 * NEXT_SEED, 3 + 3 * NEXT_SEED][: len(asked)]
+    for n, window in enumerate(asked[1:], 1):
+        assert window.given.known_thw[:1].all() and not window.given.known_thw[1:].any()
+        assert (window.given.latents_thwc[0] == n).all()  # the end of the window before
+
+
+def test_frames_before_are_made_from_the_last_window_to_the_first(generator, clip):
+    verb = verbs.extend(generator, request(clip), clip.frames_THWC, before=17)
+    wants = next(verb)
+    assert isinstance(wants, Encode) and (wants.frames_THWC[:5] == clip.frames_THWC[0]).all()
+    wants, windows = verb.send(np.zeros((1 + len(wants.frames_THWC) // 4, 4, 4, 16), np.float32)), []
+    while isinstance(wants, Request):
+        windows.append(wants)
+        wants = verb.send(np.full((generator.grid(wants)[0], 4, 4, 16), len(windows), np.float32))
+    assert isinstance(wants, Decode) and len(windows) > 1
+    assert [w.middle for w in windows] == [True] * (len(windows) - 1) + [False]
+    assert all(w.given.known_thw[-1].all() and not w.given.known_thw[0].any() for w in windows)
+    order = wants.latents_thwc[:, 0, 0, 0]
+    assert (np.diff(order[order > 0]) <= 0).all() and order[0] == len(windows)
+
+
+def test_what_it_should_not_be_matters(generator, clip):
+    plain, empty, other = (
+        generator.generate([request(clip, 1, negative=n)], **OPTIONS)[0].astype(int)
+        for n in ("", "", "a photo of a large white square on a grey background")
+    )
+    assert (plain == empty).all() and np.abs(plain - other).mean() > 0.5
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda g, r, x: verbs.animate(g, r, x[0, :16]), "the image is 16x32, the video asked for 32x32"),
+        (lambda g, r, x: verbs.restyle(g, r, x[:5], 0.5), "the whole video has 5 frames, the video asked for 9"),
+        (lambda g, r, x: verbs.restyle(g, r, x, 1.5), "strength=1.5 must be above 0"),
+        (lambda g, r, x: verbs.inpaint(g, r, x, np.zeros((32, 32))), "the mask marks nothing"),
+        (lambda g, r, x: verbs.outpaint(g, r, x), "does not lie within 32x32 with room"),
+        (lambda g, r, x: verbs.extend(g, r, x), "extend by at least one frame"),
+        (lambda g, r, x: verbs.join(g, dataclasses.replace(r, size_THW=(5, 32, 32)), x[0], x[1]), "use 9 or more"),
+        (
+            lambda g, r, x: verbs.make(g, dataclasses.replace(r, loop=True)),
+            "frames=9 of a loop must be a multiple of 4; use 8",
+        ),
+    ],
+)
+def test_what_cannot_be_done_is_said(generator, clip, make, message):
+    with pytest.raises(ValueError, match=message):
+        done(generator, make(generator, request(clip), clip.frames_THWC))
+
+
+def test_what_is_given_must_fit(generator):
+    with pytest.raises(ValueError, match="nothing is left to make"):
+        Given(np.zeros((1, 2, 2, 16)), np.ones((1, 1, 1), bool))
+    wrong = Given(np.zeros((2, 4, 4, 16)), np.zeros((2, 2, 2), bool))
+    with pytest.raises(ValueError, match=r"what is given has \(2, 2, 2\) tokens"):
+        generator.sample([Request("x", (9, 32, 32), given=wrong)], **OPTIONS)
