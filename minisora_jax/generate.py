@@ -17,7 +17,8 @@ import numpy as np
 from tqdm import tqdm
 
 from minisora_jax.bundled import CODEC
-from minisora_jax.data.packing import PackConfig, Segment, pack_segments, padded_text, unpatchify
+from minisora_jax.data.packing import PackConfig
+from minisora_jax.data.rows import Segment, pack_segments, padded_text, unpatchify
 from minisora_jax.diffusion.adaptive import dopri5
 from minisora_jax.diffusion.denoiser import Denoiser
 from minisora_jax.diffusion.guidance import GuidanceConfig, guide, rescale, twins
