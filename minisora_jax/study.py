@@ -22,7 +22,8 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from minisora_jax.data.packing import PackConfig, Segment, pack_rows, pack_segments
+from minisora_jax.data.packing import PackConfig, pack_rows
+from minisora_jax.data.rows import Segment, pack_segments
 from minisora_jax.models.text import encode_bytes
 from minisora_jax.parallel.mesh import MeshConfig, make_mesh, place
 from minisora_jax.plan.compiled import Workload, compile_for

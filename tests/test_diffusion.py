@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from minisora_jax.data.packing import PackConfig, Segment, pack_segments
+from minisora_jax.data.packing import PackConfig
+from minisora_jax.data.rows import Segment, pack_segments
 from minisora_jax.diffusion.loss import diffusion_loss
 from minisora_jax.diffusion.objective import WEIGHTS, ObjectiveConfig, weight
 from minisora_jax.diffusion.path import PATHS, PREDICTIONS, target

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from minisora_jax.data.packing import PackConfig, Segment, pack_segments
+from minisora_jax.data.packing import PackConfig
+from minisora_jax.data.rows import Segment, pack_segments
 from minisora_jax.models.dit import DiT, DiTConfig, mean_of
 from minisora_jax.models.text import encode_bytes
 from minisora_jax.train.flops import count_work

@@ -2,14 +2,17 @@
 
 import json
 import shutil
+import types
 
 import numpy as np
 import pytest
 
+from minisora_jax.data import encode
+from minisora_jax.data.encode import encode_clips
 from minisora_jax.data.latents import Latents, write_latents
 from minisora_jax.data.storage import DataError
 from minisora_jax.models.text import encode_bytes
-from minisora_jax.types import LatentClip
+from minisora_jax.types import Clip, LatentClip
 
 COUNT = 9
 MADE_WITH = dict(codec_hash="c0ffee", text={"encoder": "bytes"}, empty_text_LE=encode_bytes(""), clips_per_part=2)
@@ -171,3 +174,32 @@ def test_what_float16_cannot_hold_is_refused(tmp_path, value):
     clip.mean_thwc[0, 0, 0, 0] = value
     with pytest.raises(ValueError, match=f"a/0.mp4: mean has the value {value}"):
         write_latents(tmp_path, [clip], **MADE_WITH)
+
+
+def test_large_clips_are_encoded_as_they_are_read_and_not_all_held(monkeypatch):
+    """Sizes alternate, and a damaged clip keeps its place; only as many clips are held as their bytes allow."""
+    read, taken = [], []
+    codec = types.SimpleNamespace(encode=lambda x: (x[:, :1, ::8, ::8, :].astype(np.float32), np.ones((len(x), 1))))
+    captions = types.SimpleNamespace(encode=lambda texts: [encode_bytes(text) for text in texts])
+
+    class Clips:
+        def __getitem__(self, i):
+            read.append(i)
+            if i == 5:
+                raise DataError("clip 5 is damaged")
+            return Clip(np.full((5, 16, 16 + 8 * (i % 2), 3), i, np.uint8), f"clip {i}", 8.0, str(i))
+
+    def made():
+        for i, latent in enumerate(encode_clips(codec, captions, Clips(), range(20))):
+            taken.append(len(read) - i)
+            yield latent
+
+    monkeypatch.setattr(encode, "WINDOW_BYTES", 4 * 5 * 16 * 16 * 3)
+    for i, latent in enumerate(made()):
+        if i == 5:
+            assert isinstance(latent, DataError)
+            continue
+        assert (
+            latent.name == str(i) and (latent.mean_thwc == i).all() and latent.mean_thwc.shape == (1, 2, 2 + i % 2, 3)
+        )
+    assert read == list(range(20)) and max(taken) <= 5  # where all would be 20

@@ -10,17 +10,8 @@ from hypothesis import strategies as st
 
 from minisora_jax.data.epochs import Epochs, _shuffled, curriculum, within
 from minisora_jax.data.known import KnownConfig
-from minisora_jax.data.packing import (
-    PackConfig,
-    PackPlan,
-    Segment,
-    StagedPlan,
-    pack_rows,
-    pack_segments,
-    patchify,
-    token_counts,
-    unpatchify,
-)
+from minisora_jax.data.packing import PackConfig, PackPlan, StagedPlan, pack_rows, token_counts
+from minisora_jax.data.rows import Segment, pack_segments, patchify, unpatchify
 
 
 @settings(deadline=None, max_examples=30)

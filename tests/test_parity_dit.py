@@ -18,7 +18,8 @@ from headers import models, published  # noqa: E402
 from random_weights import draw, draw_ids, draw_input  # noqa: E402
 
 from minisora_jax.cli import main  # noqa: E402
-from minisora_jax.data.packing import PackConfig, Segment, pack_segments  # noqa: E402
+from minisora_jax.data.packing import PackConfig  # noqa: E402
+from minisora_jax.data.rows import Segment, pack_segments  # noqa: E402
 from minisora_jax.models.dit import DiT, DiTConfig, abstract_params  # noqa: E402
 from minisora_jax.parallel.mesh import BATCH, MeshConfig, make_mesh, place  # noqa: E402
 from minisora_jax.types import PackedBatch  # noqa: E402

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from minisora_jax.data import records
+from minisora_jax.data import writing
 from minisora_jax.data.clips import Records
 from minisora_jax.data.curate.prepare import prepare
 from minisora_jax.data.records import Shards, pack_record, unpack_record
@@ -28,13 +28,13 @@ def write_part(part, writer, stop=COUNT):
 
 def write(out, write_part=write_part, parts=range(COUNT // 2), **settings):
     """As `latents.write_latents` does, `parts` being this process's share."""
-    opening = records.opening_of("things", {"codec": "abc", **settings}, 700, "group_size:1,uncompressed")
-    if manifest := records.finished(out, opening):
+    opening = writing.opening_of("things", {"codec": "abc", **settings}, 700, "group_size:1,uncompressed")
+    if manifest := writing.finished(out, opening):
         return manifest
-    records.begin(out, opening)
-    records.write_parts(out, opening, parts, write_part)
+    writing.begin(out, opening)
+    writing.write_parts(out, opening, parts, write_part)
     if len(parts) == COUNT // 2:
-        return records.finish_parts(out, opening, COUNT // 2, closing=lambda facts: {"order": sum(facts, [])})
+        return writing.finish_parts(out, opening, COUNT // 2, closing=lambda facts: {"order": sum(facts, [])})
 
 
 def contents(folder):
@@ -102,7 +102,7 @@ def test_processes_share_the_parts(tmp_path):
 
 def test_a_crash_while_finishing_is_resumed(tmp_path, monkeypatch):
     write(tmp_path / "whole")
-    monkeypatch.setattr(records.np, "save", lambda *a: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr(writing.np, "save", lambda *a: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
         write(tmp_path / "cut")
     monkeypatch.undo()

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from minisora_jax.data.packing import PackConfig, Segment, pack_segments
+from minisora_jax.data.packing import PackConfig
+from minisora_jax.data.rows import Segment, pack_segments
 from minisora_jax.diffusion.loss import diffusion_loss
 from minisora_jax.diffusion.time import TimeConfig
 from minisora_jax.models.dit import DiT, DiTConfig

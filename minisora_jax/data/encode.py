@@ -11,7 +11,8 @@ from minisora_jax.models.captions import Captions
 from minisora_jax.models.codec import Codec
 from minisora_jax.types import Clip, LatentClip
 
-WINDOW = 256  # clips looked at together, so that those of one size share a pass
+WINDOW = 256  # clips looked at together at most, so that those of one size share a pass
+WINDOW_BYTES = 2**30  # of their frames, at about which a window ends
 PIXELS_AT_ONCE = 2**19  # H * W of a pass's clips together
 
 
@@ -22,8 +23,7 @@ def encode_clips(
 
     Clips of one size go through the codec together.
     """
-    for first in range(numbers.start, numbers.stop, WINDOW):
-        window = [_read(clips, i) for i in range(first, min(first + WINDOW, numbers.stop))]
+    for window in _windows(clips, numbers):
         read = [clip for clip in window if not isinstance(clip, DataError)]
         texts = iter(captions.encode([clip.caption for clip in read]) if read else ())
         moments: dict[int, tuple[np.ndarray, np.ndarray]] = {}
@@ -43,6 +43,20 @@ def encode_clips(
                 yield clip
             else:
                 yield LatentClip(*moments[i], next(texts), clip.caption, clip.fps, clip.name)
+
+
+def _windows(clips: Sequence[Clip], numbers: range) -> Iterator[list[Clip | DataError]]:
+    """All clips in order. Where a window ends is a function of the clips, and so are the passes and their bytes."""
+    window, held = [], 0
+    for i in numbers:
+        clip = _read(clips, i)
+        window.append(clip)
+        held += 0 if isinstance(clip, DataError) else clip.frames_THWC.nbytes
+        if len(window) == WINDOW or held >= WINDOW_BYTES:
+            yield window
+            window, held = [], 0
+    if window:
+        yield window
 
 
 def _read(clips: Sequence[Clip], i: int) -> Clip | DataError:

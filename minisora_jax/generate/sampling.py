@@ -16,7 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from minisora_jax.data.packing import PackConfig, Segment, pack_segments, padded_text, patchify, unpatchify
+from minisora_jax.data.packing import PackConfig
+from minisora_jax.data.rows import Segment, pack_segments, padded_text, patchify, unpatchify
 from minisora_jax.diffusion.adaptive import dopri5
 from minisora_jax.diffusion.denoiser import Denoiser
 from minisora_jax.diffusion.guidance import GuidanceConfig, guide, rescale, twins

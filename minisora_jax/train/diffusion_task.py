@@ -17,7 +17,8 @@ from minisora_jax.data.epochs import Epochs, curriculum, within
 from minisora_jax.data.known import KnownConfig
 from minisora_jax.data.latents import Latents, Mixture
 from minisora_jax.data.loader import DataConfig, packed_batches
-from minisora_jax.data.packing import PackConfig, PackPlan, Segment, StagedPlan, pack_segments, token_counts
+from minisora_jax.data.packing import PackConfig, PackPlan, StagedPlan, token_counts
+from minisora_jax.data.rows import Segment, pack_segments
 from minisora_jax.data.storage import Damaged, DataError
 from minisora_jax.diffusion.loss import diffusion_loss
 from minisora_jax.diffusion.objective import ObjectiveConfig

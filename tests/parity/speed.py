@@ -134,7 +134,8 @@ def jax_side(only: str) -> dict[str, float]:
     import numpy as np
     import optax
 
-    from minisora_jax.data.packing import PackConfig, Segment, pack_segments
+    from minisora_jax.data.packing import PackConfig
+    from minisora_jax.data.rows import Segment, pack_segments
     from minisora_jax.models.clip import CLIPConfig, CLIPEncoder
     from minisora_jax.models.dit import DiT, abstract_params
     from minisora_jax.models.t5 import T5Config, T5Encoder

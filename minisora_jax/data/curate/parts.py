@@ -24,9 +24,10 @@ from PIL import Image
 from minisora_jax.data.atomic import write_text
 from minisora_jax.data.curate.stages import Candidate, Curation, Drop, clips_of
 from minisora_jax.data.curate.workers import Died, Worker
-from minisora_jax.data.records import PARTS, RANDOM_ACCESS, ShardWriter, pack_record, unpack_record
+from minisora_jax.data.records import RANDOM_ACCESS, pack_record, unpack_record
 from minisora_jax.data.sources.base import BadClip, Source
 from minisora_jax.data.storage import DataError
+from minisora_jax.data.writing import PARTS, ShardWriter
 
 SPLITS = ("train", "heldout")
 SHOWN = 24  # pictures for the report, of each reason to drop and of the clips kept: over all parts, at least 4 each

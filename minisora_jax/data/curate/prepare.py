@@ -21,7 +21,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from minisora_jax.data import records
+from minisora_jax.data import writing
 from minisora_jax.data.curate.beam import run_on_beam
 from minisora_jax.data.curate.captioners import open_captioner
 from minisora_jax.data.curate.duplicates import repeated
@@ -94,11 +94,11 @@ def prepare(
         "files_per_part": files_per_part,
     }
     out_dir = Path(out_dir).absolute()
-    opening = records.opening_of("clips", settings, shard_bytes, "group_size:1,zstd:1")
+    opening = writing.opening_of("clips", settings, shard_bytes, "group_size:1,zstd:1")
     plan = Plan(clips, str(out_dir), curation, opening, files_per_part, held_out, captioner, strict)
-    if manifest := records.finished(out_dir, opening):
+    if manifest := writing.finished(out_dir, opening):
         return _report_of(out_dir, manifest)
-    records.begin(out_dir, opening)
+    writing.begin(out_dir, opening)
     plan.folder.mkdir(exist_ok=True)
     if beam is None:
         execute = _here
@@ -164,7 +164,7 @@ def _close(plan: Plan, report: SkipReport) -> SkipReport:
         done = read_notes(plan.finished(part)) if plan.finished(part).exists() else None
         summary.add(gathered, done)
         for split, entries in (done or gathered)["shards"].items():
-            shards[split] += [{**entry, "file": f"{records.PARTS}/{entry['file']}"} for entry in entries]
+            shards[split] += [{**entry, "file": f"{writing.PARTS}/{entry['file']}"} for entry in entries]
     report.skipped, report.shortened, report.kept = summary.skipped, summary.shortened, summary.kept
     if not shards["train"]:
         held = sum(len(s["sizes"]) for s in shards["heldout"])
@@ -176,13 +176,13 @@ def _close(plan: Plan, report: SkipReport) -> SkipReport:
     if shards["heldout"]:
         (out_dir / "heldout").mkdir(exist_ok=True)
         moved = [{**entry, "file": f"../{entry['file']}"} for entry in shards["heldout"]]
-        records.finish(out_dir / "heldout", plan.opening, moved, {}, {})
+        writing.finish(out_dir / "heldout", plan.opening, moved, {}, {})
     closing = {
         "skipped": {"file": SKIPPED, "sha256": sha256(out_dir / SKIPPED), "counts": report.counts},
         "shortened": report.shortened,
         "heldout": sum(len(entry["sizes"]) for entry in shards["heldout"]),
     }
-    records.finish(out_dir, plan.opening, shards["train"], {}, closing)
+    writing.finish(out_dir, plan.opening, shards["train"], {}, closing)
     shutil.rmtree(plan.folder)
     return report
 
