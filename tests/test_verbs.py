@@ -76,7 +76,7 @@ def test_what_is_given_is_kept(generator, clip, made):
     ease = verbs.EASE
     assert (made["both"][5 + ease : 14 - ease] == x[ease:-ease]).all() and (made["far"][17 + ease :] == x[ease:]).all()
     assert (made["connect"][: 9 - ease] == x[:-ease]).all() and (made["connect"][-9 + ease :] == x[::-1][ease:]).all()
-    assert all(psnr(v, x) > 30 for v in (made["both"][5:14], made["far"][17:], made["connect"][:9]))
+    assert all(psnr(v, x) > 25 for v in (made["both"][5:14], made["far"][17:], made["connect"][:9]))
     assert (made["inpaint"][:, :, : 20 - verbs.FEATHER] == x[:, :, : 20 - verbs.FEATHER]).all()
     assert (made["inpaint"][:, :, 20:] != x[:, :, 20:]).any()
     assert (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -149,8 +150,9 @@ class Generator:
         """Latents (t, h, w, c) for each request, in order.
 
         A guidance scale (1 for none) or all of guidance; the name of a sampler and its steps or, in place of both, all
-        of the sampler. Requests are packed into rows, and rows run together up to `tokens_at_once` tokens.
-        `watch(share done, look)` is called after each step; look() gives latents as they promise to be, by request.
+        of the sampler; what starts from less than all noise takes as many fewer steps. Requests are packed into rows,
+        and rows run together up to `tokens_at_once` tokens. `watch(share done, look)` is called after each step; look()
+        gives latents as they promise to be, by request.
         """
         if isinstance(sampler, str):
             sampler = SamplerConfig(sampler, steps)
@@ -161,31 +163,39 @@ class Generator:
                 "a negative prompt takes the place of the empty one, and autoguidance has none: give either"
             )
         grids = [self.grid(r) for r in requests]
-        row_cuts, token_cuts = cuts()
-        longest = self.copies * max(int(np.prod(g)) for g in grids)
-        longest += -longest % token_cuts
-        rows = fill_rows(grids, longest, self.copies)
-        at_once = max(1, tokens_at_once // longest)
-        rows_at_once = min(at_once, len(rows))
-        rows_at_once += -rows_at_once % row_cuts
-        chunks = [rows[i : i + at_once] for i in range(0, len(rows), at_once)]
         captions = features(self.captions, requests, self.copies, self.config.caption_tokens)
         models = [(c, params_on_mesh(p, functools.partial(abstract_params, c))) for c, p in self._models]
+        work = [
+            (fewer, layout)
+            for fewer, members in _by_steps(requests, sampler)
+            for layout in self._layouts(requests, grids, members, tokens_at_once)
+        ]
         latents: dict[int, np.ndarray] = {}
-        ticks = 1 if sampler.name == "dopri5" else sampler.steps
-        with tqdm(total=len(chunks) * ticks, desc="sampling", unit="step", disable=not progress) as bar:
+        ticks = sum(1 if s.name == "dopri5" else s.steps for s, _ in work)
+        ticked = itertools.count(1)
+        with tqdm(total=ticks, desc="sampling", unit="step", disable=not progress) as bar:
 
             def on_step(_, look):
                 bar.update()
                 if watch:
-                    watch(bar.n / bar.total if progress else next(counted) / (len(chunks) * ticks), look)
+                    watch(next(ticked) / ticks, look)
 
-            counted = itertools.count(1)
-            for chunk in chunks:
-                padded = chunk + [chunk[-1]] * (rows_at_once - len(chunk))  # one shape, one compilation
-                layout = Layout(requests, grids, padded, self.copies, longest, self.config)
-                latents |= sample(layout, captions, models, self.times, self.objective, guidance, sampler, on_step)
+            for fewer, layout in work:
+                latents |= sample(layout, captions, models, self.times, self.objective, guidance, fewer, on_step)
         return [latents[i] for i in range(len(requests))]
+
+    def _layouts(self, requests, grids, members: Sequence[int], tokens_at_once: int) -> list[Layout]:
+        """Some of the requests in rows, and rows in batches of one shape."""
+        row_cuts, token_cuts = cuts()
+        longest = self.copies * max(int(np.prod(grids[i])) for i in members)
+        longest += -longest % token_cuts
+        rows = [[members[i] for i in row] for row in fill_rows([grids[i] for i in members], longest, self.copies)]
+        at_once = max(1, tokens_at_once // longest)
+        together = min(at_once, len(rows))
+        together += -together % row_cuts
+        chunks = [rows[i : i + at_once] for i in range(0, len(rows), at_once)]
+        padded = [chunk + [chunk[-1]] * (together - len(chunk)) for chunk in chunks]  # one shape, one compilation
+        return [Layout(requests, grids, chunk, self.copies, longest, self.config) for chunk in padded]
 
     @property
     def _models(self) -> list[tuple[DiTConfig, dict]]:
@@ -211,6 +221,15 @@ class Generator:
                 return made
 
             return _by_size(frames, latents, keys, with_key=True)
+
+
+def _by_steps(requests: Sequence[Request], sampler: SamplerConfig) -> list[tuple[SamplerConfig, list[int]]]:
+    """The requests of each number of steps: a share of them for those that start from a share of the noise."""
+    members: dict[int, list[int]] = {}
+    for i, request in enumerate(requests):
+        strength = request.given.strength if request.given else 1.0
+        members.setdefault(math.ceil(strength * sampler.steps), []).append(i)
+    return [(dataclasses.replace(sampler, steps=steps), some) for steps, some in members.items()]
 
 
 def _by_size(apply: Callable, arrays: Sequence[np.ndarray], keys: Sequence, with_key: bool = False) -> list:
