@@ -189,7 +189,7 @@ def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path, monkeypatch)
 def test_errors_say_what_to_do(tmp_path):
     with pytest.raises(ValueError, match=r"uint8 \(T, H, W, 3\)"):
         write_video(tmp_path / "a.mp4", np.zeros((3, 8, 8, 3), np.float32), 8)
-    with pytest.raises(ValueError, match=".mp4, .webm, .gif, .png and folders"):
+    with pytest.raises(ValueError, match=".mp4, .webm, .gif, .png, and folders"):
         write_video(tmp_path / "a.wmv", moving_square(), 8)
 
 

@@ -343,9 +343,9 @@ def _backwards(generator, request: Request, frames_THWC: np.ndarray, before: int
 
 def _eased(given_THWC: np.ndarray, coded_THWC: np.ndarray, *, at_end: bool) -> np.ndarray:
     """A given video that passes, at its end or its beginning, into what the codec makes of it: a codec's softer edges
-    come over `EASE` frames, and not from one frame to the next."""
+    come over `EASE` frames, half of the way, and not from one frame to the next."""
     n = min(EASE, len(given_THWC), len(coded_THWC))
-    share = (np.arange(1, n + 1, dtype=np.float32) / (n + 1))[:, None, None, None]
+    share = (np.arange(1, n + 1, dtype=np.float32) / (2 * n))[:, None, None, None]
     where, of = (slice(len(given_THWC) - n, None), slice(len(coded_THWC) - n, None)) if at_end else (slice(n), slice(n))
     share = share if at_end else share[::-1]
     mixed = (1.0 - share) * given_THWC[where] + share * coded_THWC[of]
