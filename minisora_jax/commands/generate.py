@@ -172,7 +172,10 @@ def _remake(args) -> int:
     paths = [out / f".remade-{i}{source.suffix}" for i in range(len(jobs))]
     paths[record["index"]] = out / source.name
     with mesh_in_use(said["mesh"]):
-        made = run_jobs(generator, jobs, paths, model=said, sampling=sampling_of(record), upscale=args.upscale)
+        doing = {"model": said, "sampling": sampling_of(record), "upscale": args.upscale}
+        made = run_jobs(generator, jobs, paths, strict=False, **doing)  # one beside it may not have been done, then too
+    if isinstance(made[record["index"]], Exception):
+        raise made[record["index"]]
     for i, path in enumerate(paths):
         if i != record["index"]:
             _remove(path)

@@ -35,8 +35,12 @@ def run_jobs(
     upscale: int = 1,
     progress: bool = True,
     strict: bool = True,
+    watch=None,
 ) -> list[dict | Exception]:
-    """The record of each job, done in one group. Where not `strict`, a job that cannot begin is its exception."""
+    """The record of each job, done in one group. Where not `strict`, a job that cannot be done is its exception.
+
+    watch(share done, look) is that of verbs.perform, by number of job.
+    """
     found: list[dict | Exception] = [RuntimeError("not done")] * len(jobs)
     started, outputs = [], {}
     for i, job in enumerate(jobs):
@@ -48,6 +52,8 @@ def run_jobs(
                 raise
             found[i] = error
     together = [jobs[i] for i, _, _ in started]
+    by_job = lambda look: lambda: {started[k][0]: latents for k, latents in look().items()}
+    seen = watch and (lambda share, look: watch(share, by_job(look)))
 
     def write(number: int, frames) -> None:
         i, _, fps = started[number]
@@ -55,8 +61,15 @@ def run_jobs(
             outputs[i] = Output(paths[i], fps, record_of(together, number, model, sampling), upscale)
         outputs[i].write(frames)
 
+    def failed(number: int, error: ValueError) -> None:
+        i = started[number][0]
+        found[i] = error
+        if output := outputs.pop(i, None):
+            output.abandon()
+
+    doing = {"write": write, "watch": seen, "failed": None if strict else failed, "progress": progress}
     try:
-        perform(generator, [verb for _, verb, _ in started], write=write, progress=progress, **sampling)
+        perform(generator, [verb for _, verb, _ in started], **doing, **sampling)
     except BaseException:
         for output in outputs.values():
             output.abandon()
