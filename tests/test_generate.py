@@ -16,7 +16,7 @@ from minisora_jax.diffusion.sampler import SAMPLER_NAMES, SamplerConfig
 from minisora_jax.diffusion.time import GRIDS
 from minisora_jax.generate import Generator, Request, inpaint, make, perform
 from minisora_jax.generate.batch import run_jobs
-from minisora_jax.generate.job import Job
+from minisora_jax.generate.job import Job, start
 from minisora_jax.generate.sampling import Layout
 from minisora_jax.models.files import export_model, load_model
 from minisora_jax.parallel.mesh import MeshConfig, make_mesh
@@ -214,3 +214,10 @@ def test_without_a_name_for_failures_perform_raises_them(generator, alone):
     failed = []
     frames = perform(generator, verbs()[:1], failed=lambda i, error: failed.append((i, str(error))), **OPTIONS)
     assert frames is None and failed == [(0, "the mask marks nothing: white is what is made anew")]
+
+
+def test_a_rate_that_is_asked_for_is_that_of_the_result(generator, alone, tmp_path):
+    write_video(tmp_path / "red.mp4", alone, 8)
+    video = Job(prompt="red", video=str(tmp_path / "red.mp4"), strength=0.5)
+    for job in (video, dataclasses.replace(video, strength=None, extend="forward")):
+        assert [start(generator, dataclasses.replace(job, fps=fps))[1] for fps in (None, 4)] == [8, 4]
