@@ -11,13 +11,15 @@ from __future__ import annotations
 import itertools
 import json
 import logging
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 from minisora_jax.data.files import json_or_none
+from minisora_jax.data.records import sha256
 from minisora_jax.generate.generator import Generator
 from minisora_jax.generate.job import Job, exists, name_of, start
-from minisora_jax.generate.output import Output, record_of
+from minisora_jax.generate.output import Output, beside, record_of, sampling_of
 from minisora_jax.generate.verbs import perform
 
 log = logging.getLogger("minisora")
@@ -136,6 +138,41 @@ def _done(out: Path, jobs: Sequence[Job]) -> set[int]:
         if "error" in line or (out / line["file"]).exists():
             done.add(line["number"])
     return done
+
+
+def remake(generator: Generator, record: dict, path: Path, **doing) -> dict:
+    """The record of `path`, made again from `record` with all that was made with it, on which rounding depends.
+
+    ValueError where the model or a file that it was made of is another. What was made beside it is not kept. `doing` is
+    what of `run_jobs` no record says: upscale, progress, watch.
+    """
+    said, index = record["model"], record["index"]
+    for name, found in (("hash", generator.hash), ("codec_hash", generator.codec.hash)):
+        if said[name] != found:
+            raise ValueError(f"it was made with a model of {name} {said[name]}, and this one has {found}")
+    for file, digest in record["inputs"].items():
+        if sha256(Path(file)) != digest:
+            raise ValueError(f"{file} has changed since")
+    jobs = [Job.of(values) for values in record["together"] or [record["job"]]]
+    kind = ".mp4" if path.suffix == ".png" else path.suffix
+    paths = [path.with_name(f".beside-{i}-{path.stem}{suffix_of(job, kind)}") for i, job in enumerate(jobs)]
+    paths[index] = path
+    doing |= {"model": said, "sampling": sampling_of(record)}
+    try:
+        made = run_jobs(generator, jobs, paths, strict=False, **doing)  # what could not be done then cannot now
+    finally:
+        for beside_it in (p for p in paths if p != path):
+            _remove(beside_it)
+    if isinstance(made[index], Exception):
+        raise made[index]
+    return made[index]
+
+
+def _remove(path: Path) -> None:
+    shutil.rmtree(path, ignore_errors=True)
+    for file in (path, beside(path)):
+        if not file.is_dir():
+            file.unlink(missing_ok=True)
 
 
 def free_paths(out: Path, jobs: Sequence[Job], suffix: str) -> list[Path]:
