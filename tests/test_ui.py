@@ -35,6 +35,7 @@ from minisora_jax.ui.server import application  # noqa: E402
 FLAGS = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
 FLAGS += " --disable-component-update --disable-sync --disable-dev-shm-usage --window-size=1280,1000"
 PATIENCE = 120  # seconds, for a machine that has other work too
+PICTURE = Path(__file__).resolve().parent.parent / "docs" / "demo.png"
 PICTURES = Path(os.environ.get("MINISORA_SCREENSHOTS", "/nowhere"))
 
 
@@ -194,18 +195,19 @@ def test_a_bad_upload_gets_its_sentence_and_so_does_making_it(page, tmp_path):
     (tmp_path / "cat.png").write_text("I am not a picture")
     page.choose("Animate")
     page.upload("image", tmp_path / "cat.png")
-    assert page.sentence("#image-seen .sorry").startswith("Cat.png is text; a picture is wanted here")
+    assert page.sentence("#image-seen .sorry").startswith("cat.png is text; a picture is wanted here")
     page.make()
-    assert page.sentence().startswith("Cat.png is text; a picture is wanted here")
+    assert page.sentence().startswith("cat.png is text; a picture is wanted here")
     page.picture("4-refused")
     assert "Traceback" not in page.browser.page_source
 
 
 def test_examples_and_impossible_wishes(page):
     page.choose("Outpaint")
-    page.wait(lambda: page.browser.find_elements(By.CSS_SELECTOR, "#video-seen .file"))  # the example's clip
+    page.find("#examples button").click()  # its clip comes with it
     assert "17 frames, 64 x 48 pixels" in page.sentence("#video-seen .file")
     page.choose("Long video")
+    page.wait(lambda: "[4s]" in page.find("#prompt textarea").get_attribute("value"))
     page.write("length", "2 minutes")
     page.make()
     assert page.sentence() == '"2 minutes" is no length: write 2 s, or 17 frames.'
@@ -213,14 +215,14 @@ def test_examples_and_impossible_wishes(page):
 
 
 def test_eight_visitors_each_get_their_own(browser, address, out):
-    """Tabs are visitors: each has a session of its own."""
+    """Each at another name of the same server: so they share no cookies, and no limit on connections."""
     colours = ("red", "green", "blue", "yellow", "cyan", "magenta", "orange", "white")
     prompts = [f"a photo of a large {colour} square on a black background" for colour in colours]
     tabs = {}
     for i, prompt in enumerate(prompts):
         browser.switch_to.new_window("tab")
         tabs[prompt] = browser.current_window_handle
-        page = Page(browser, address)
+        page = Page(browser, address.replace("127.0.0.1", f"visitor-{i}.localhost"))
         page.little()
         page.write("prompt", prompt)
         page.write("seed", str(i))
@@ -252,19 +254,33 @@ def test_no_file_but_what_was_made_is_handed_out(address, out):
         assert refused.value.code in (403, 404, 405), path
 
 
-def test_a_request_that_names_a_file_of_the_machine_is_refused(address):
+def test_a_request_that_names_a_file_of_the_machine_is_refused(address, out):
     """Past the page, at Gradio's own interface: as somebody would who means harm."""
-    from gradio_client import Client
-
-    client = Client(address, verbose=False)
-    inputs = client.view_api(return_format="dict")["named_endpoints"]["/make"]["parameters"]
+    with urllib.request.urlopen(f"{address}gradio_api/info") as answer:
+        inputs = json.load(answer)["named_endpoints"]["/make"]["parameters"]
+    values = {p["parameter_name"]: p.get("parameter_default") for p in inputs}
     named = {p["label"]: p["parameter_name"] for p in inputs}
-    for path in ("/etc/passwd", "../../etc/passwd", str(Path(__file__).resolve())):
-        picture = {"path": path, "meta": {"_type": "gradio.FileData"}}
-        said = dict.fromkeys(p["parameter_name"] for p in inputs) | {inputs[0]["parameter_name"]: "animate"}
-        said |= {named["What is to be seen"]: "a", named["Picture"]: picture}
-        try:
-            answer = str(client.predict(**said, api_name="/make"))
-        except Exception as error:
-            answer = str(error)
-        assert "was not uploaded here" in answer or "cannot be accessed" in answer, answer[:300]
+    values |= {inputs[0]["parameter_name"]: "animate", named["What is to be seen"]: "a red circle"}
+    example = str(out / "incoming" / "examples" / "circle-right.png")  # such a request is otherwise in order
+    others = (
+        "/etc/passwd",
+        "../../etc/passwd",
+        str(PICTURE),
+        f"{out}/incoming/../../a.png",
+        "http://127.0.0.1:1/a.png",
+    )
+    for field, path in [("Picture", example), *(("Picture", p) for p in others), ("What is to be seen", str(PICTURE))]:
+        file = {"path": path, "meta": {"_type": "gradio.FileData"}}
+        wish = values | {named["Size"]: "50x50", named[field]: file}
+        data = json.dumps({"data": list(wish.values())}).encode()
+        asked = urllib.request.Request(f"{address}gradio_api/call/make", data, {"Content-Type": "application/json"})
+        with urllib.request.urlopen(asked) as answer:
+            event = json.load(answer)["event_id"]
+        with urllib.request.urlopen(f"{address}gradio_api/call/make/{event}") as answer:
+            said = answer.read().decode()
+        if path == example:
+            assert "must be a multiple of 16" in said, said
+        else:
+            assert "event: error" in said, said
+    copied = {p.name for p in (out / "incoming").rglob("*") if p.is_file()} | {p.name for p in out.glob("uploads/*")}
+    assert "circle-right.png" in copied and not copied & {"passwd", PICTURE.name, "a.png"}

@@ -40,7 +40,11 @@ def application(generator, out: Path, model: dict):
     blocks = page.build(line, gallery, incoming).queue(default_concurrency_limit=4, max_size=256)
     looks = {"theme": theme, "css": show.CSS, "footer_links": []}
     limits = {"max_file_size": MOST_BYTES, "allowed_paths": [], "show_error": False, "ssr_mode": False}
-    return gr.mount_gradio_app(app, blocks, path="/", **looks, **limits), line
+    app = gr.mount_gradio_app(app, blocks, path="/", **looks, **limits)
+    # Of a mounted page Gradio (6.31) does not check that a file which a request names was uploaded: any of this machine
+    # would be copied to where it can be fetched. Of a launched one it does.
+    blocks.has_launched = True
+    return app, line
 
 
 def serve(generator, out: Path, model: dict, host: str, port: int) -> None:

@@ -13,17 +13,21 @@ from minisora_jax.ui.uploads import Upload
 
 CSS = """
 .gradio-container { max-width: 1280px !important; margin: 0 auto; }
+.gradio-container main { width: 100%; }
 footer { display: none !important; }
 #title h1 { font-size: 1.5rem; font-weight: 650; margin: 0; letter-spacing: -0.01em; }
-#title p { margin: 2px 0 0; color: var(--body-text-color-subdued); }
+#title p { margin: 2px 0 0; color: var(--neutral-500); }
 #verb .wrap { gap: 6px; }
 #verb label { border-radius: 999px; padding: 5px 14px; box-shadow: none; }
 #verb label.selected { background: var(--color-accent); color: white; border-color: transparent; }
 #verb input { display: none; }
 #verb label span { margin: 0; }
-#examples .gallery { flex-direction: column; gap: 6px; }
-#examples button { width: 100%; text-align: left; padding: 6px 10px; font-size: 0.85rem; }
-.hint, .foot { color: var(--body-text-color-subdued); font-size: 0.9rem; }
+#examples button { display: block; width: 100%; text-align: left; padding: 6px 10px; margin-top: 5px; cursor: pointer;
+  font-size: 0.85rem; font-weight: 400; border: 1px solid var(--border-color-primary); border-radius: 8px;
+  background: none; color: var(--body-text-color); }
+#examples button:hover { border-color: var(--color-accent); }
+#right { position: sticky; top: 12px; align-self: flex-start; }
+.hint, .foot { color: var(--neutral-500); font-size: 0.9rem; }
 .panel { min-height: 380px; border: 1px solid var(--border-color-primary); border-radius: 12px; padding: 16px;
   background: var(--background-fill-primary); display: flex; flex-direction: column; justify-content: center; gap: 12px;
   align-items: center; text-align: center; }
@@ -49,6 +53,12 @@ details { text-align: left; width: 100%; font-size: 0.85rem; }
 details pre { white-space: pre-wrap; overflow-wrap: anywhere; max-height: 260px; overflow: auto; font-size: 0.75rem; }
 """
 NOTHING = '<div class="panel"><p class="hint">Choose what to make, say it in words, and press Make.</p></div>'
+ON_EXAMPLES = """
+element.addEventListener('click', e => {
+  const button = e.target.closest('button[data-number]');
+  if (button) trigger('select', {number: Number(button.dataset.number)});
+});
+"""
 ON_GALLERY = """
 element.addEventListener('click', e => {
   const button = e.target.closest('button[data-again]');
@@ -67,8 +77,14 @@ def sorry(words: str) -> str:
 
 
 def _sorry(words: str) -> str:
-    words = words[:1].upper() + words[1:]
+    if "." not in words.split(" ", 1)[0]:  # not a file's name
+        words = words[:1].upper() + words[1:]
     return f'<div class="sorry" role="alert">{escape(words.rstrip("."))}.</div>'
+
+
+def examples(prompts: list[str]) -> str:
+    buttons = (f'<button data-number="{i}">{escape(prompt)}</button>' for i, prompt in enumerate(prompts))
+    return f'<p class="hint">Examples</p>{"".join(buttons)}'
 
 
 def upload(found: Upload | str) -> str:
