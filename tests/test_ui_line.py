@@ -115,7 +115,7 @@ def test_the_first_example_of_each_form_can_begin(ask, files, verb):
             "short.mp4 has 5 frames, the video 17: give one, or as many",
         ),
         ("animate", {"image": "clip"}, "circle.mp4 is a video; a picture is wanted here"),
-        ("outpaint", {"video": "tiny"}, "are fewer than one cell of the model"),
+        ("outpaint", {"video": "tiny"}, "the video has 8x8 pixels: at least 16 a side are needed"),
     ],
 )
 def test_what_cannot_be_is_said_in_a_sentence(ask, files, verb, said, words):

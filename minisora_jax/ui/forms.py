@@ -219,6 +219,8 @@ def _values(generator, verb: str, said: Mapping, files: Mapping[str, Upload]) ->
     seconds, frames = _length(said.get("length") or form.length, rate)
     if verb == "outpaint":  # it stays at its own size, in whole cells
         grow, cell = GROWN.get(said.get("grow"), 1.5), generator.cell
+        if min(first.height, first.width) < cell:
+            raise Refused(f"the video has {first.height}x{first.width} pixels: at least {cell} a side are needed here")
         size = tuple(math.ceil(n // cell * grow) * cell for n in (first.height, first.width))
         if max(size) > MOST_SIDE:
             raise Refused(f"{size[0]}x{size[1]} would be too large: at most {MOST_SIDE} pixels a side are made")
