@@ -52,7 +52,8 @@ def address(out):
     with contextlib.closing(socket.socket()) as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=port, log_level="error"))
+    quick = {"log_level": "error", "timeout_graceful_shutdown": 1}
+    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=port, **quick))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     while not server.started:
