@@ -47,6 +47,7 @@ setup(
             "onnxruntime>=1.22",
         ],
         "beam": ["apache-beam>=2.71"],
+        "ui": ["gradio>=6"],
         "cuda": ["jax[cuda13]>=0.11.1"],
     },
     entry_points={"console_scripts": ["minisora = minisora_jax.cli:main"]},

@@ -15,6 +15,7 @@ VERBS = {
     "encode": "turn a data set into a latent cache with a trained codec",
     "train": "train the diffusion transformer on a latent cache",
     "generate": "make videos and images from prompts",
+    "ui": "a page in the browser for all that",
     "import": "turn published weights into a model of this project",
     "export": "write a model in the published layout",
     "inspect": "look into a data set, a latent cache, a run, a model, or how clips are packed",

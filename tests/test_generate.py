@@ -9,11 +9,14 @@ import numpy as np
 import pytest
 
 from minisora_jax.bundled import CODEC, MODEL
+from minisora_jax.data.video_writer import write_video
 from minisora_jax.diffusion.guidance import GuidanceConfig
 from minisora_jax.diffusion.objective import ObjectiveConfig
 from minisora_jax.diffusion.sampler import SAMPLER_NAMES, SamplerConfig
 from minisora_jax.diffusion.time import GRIDS
-from minisora_jax.generate import Generator, Request
+from minisora_jax.generate import Generator, Request, inpaint, make, perform
+from minisora_jax.generate.batch import run_jobs
+from minisora_jax.generate.job import Job, start
 from minisora_jax.generate.sampling import Layout
 from minisora_jax.models.files import export_model, load_model
 from minisora_jax.parallel.mesh import MeshConfig, make_mesh
@@ -178,3 +181,43 @@ def test_a_model_with_another_codec_is_refused(tmp_path):
         Generator.load(MODEL, other)
     with pytest.raises(ValueError, match="not a diffusion transformer"):
         Generator.load(CODEC, CODEC)
+
+
+def test_a_job_that_cannot_be_done_is_left_out_and_the_rest_is_made_and_watched(generator, alone, tmp_path):
+    """A mask that marks nothing is found out when the job is at work already; looks are by number of job."""
+    write_video(tmp_path / "red.mp4", alone, 8)
+    write_video(tmp_path / "black.png", np.zeros((1, 32, 48, 3), np.uint8), 8)
+    bad = Job(prompt=RED.prompt, video=str(tmp_path / "red.mp4"), mask=str(tmp_path / "black.png"))
+    gone = Job(prompt=RED.prompt, image=str(tmp_path / "none.png"))
+    good = Job(prompt=RED.prompt, size=(32, 48), frames=5, seed=1)
+    seen = []
+    watch = lambda share, look: seen.append((share, look()))
+    paths = [tmp_path / f"{i}.mp4" for i in range(3)]
+    sampling = {"sampler": SamplerConfig("heun", 3), "guidance": GuidanceConfig(3.0)}
+    found = run_jobs(
+        generator, [gone, bad, good], paths, model={}, sampling=sampling, strict=False, watch=watch, progress=False
+    )
+    assert isinstance(found[0], FileNotFoundError) and "the mask marks nothing" in str(found[1])
+    assert found[2]["frames"] == 5 and [p.exists() for p in paths] == [False, False, True]
+    assert [share for share, _ in seen] == [1 / 3, 2 / 3, 1.0] and all(list(look) == [2] for _, look in seen)
+    estimate = generator.decode([seen[-1][1][2]])[0]
+    assert np.abs(estimate.astype(int) - alone).mean() < 2  # the last estimate is the result
+    with pytest.raises(ValueError, match="the mask marks nothing"):
+        run_jobs(generator, [bad, good], paths[1:], model={}, sampling=sampling, progress=False)
+
+
+def test_without_a_name_for_failures_perform_raises_them(generator, alone):
+    nothing = np.zeros(alone.shape[1:3], bool)
+    verbs = lambda: [inpaint(generator, RED, alone, nothing), make(generator, RED)]
+    with pytest.raises(ValueError, match="the mask marks nothing"):
+        perform(generator, verbs(), **OPTIONS)
+    failed = []
+    frames = perform(generator, verbs()[:1], failed=lambda i, error: failed.append((i, str(error))), **OPTIONS)
+    assert frames is None and failed == [(0, "the mask marks nothing: white is what is made anew")]
+
+
+def test_a_rate_that_is_asked_for_is_that_of_the_result(generator, alone, tmp_path):
+    write_video(tmp_path / "red.mp4", alone, 8)
+    video = Job(prompt="red", video=str(tmp_path / "red.mp4"), strength=0.5)
+    for job in (video, dataclasses.replace(video, strength=None, extend="forward")):
+        assert [start(generator, dataclasses.replace(job, fps=fps))[1] for fps in (None, 4)] == [8, 4]

@@ -148,48 +148,21 @@ def _remake(args) -> int:
     """Make a file again from its record, and compare."""
     import argparse
 
-    from minisora_jax.data.records import sha256
-    from minisora_jax.generate.batch import run_jobs
-    from minisora_jax.generate.job import Job
-    from minisora_jax.generate.output import different_machine, read_record, sampling_of
+    from minisora_jax.generate.batch import remake
+    from minisora_jax.generate.output import different_machine, read_record
 
     record = read_record(args.remake)
-    said = record["model"]
-    generator = load(argparse.Namespace(**said))
-    for name, found in (("hash", generator.hash), ("codec_hash", generator.codec.hash)):
-        if said[name] != found:
-            raise ValueError(f"it was made with a model of {name} {said[name]}, and this one has {found}")
-    for path, digest in record["inputs"].items():
-        if sha256(Path(path)) != digest:
-            raise ValueError(f"{path} has changed since")
+    generator = load(argparse.Namespace(**record["model"]))
     if words := different_machine(record):
         print(words)
-    jobs = [Job.of(values) for values in record["together"] or [record["job"]]]
-    out, source = (
-        Path(args.out),
-        Path(args.remake).with_suffix("") if args.remake.endswith(".json") else Path(args.remake),
-    )
-    paths = [out / f".remade-{i}{source.suffix}" for i in range(len(jobs))]
-    paths[record["index"]] = out / source.name
-    with mesh_in_use(said["mesh"]):
-        made = run_jobs(generator, jobs, paths, model=said, sampling=sampling_of(record), upscale=args.upscale)
-    for i, path in enumerate(paths):
-        if i != record["index"]:
-            _remove(path)
-    again = made[record["index"]]["pixels"]
+    source = Path(args.remake).with_suffix("") if args.remake.endswith(".json") else Path(args.remake)
+    path = Path(args.out) / source.name
+    with mesh_in_use(record["model"]["mesh"]):
+        again = remake(generator, record, path, upscale=args.upscale)["pixels"]
     before = record.get("pixels")
     verdict = "no hash to compare with" if not before else "the same to the bit" if again == before else "NOT the same"
-    print(f"{paths[record['index']]}: {verdict} ({again[:16]})")
+    print(f"{path}: {verdict} ({again[:16]})")
     return 0 if before in (None, again) else 1
-
-
-def _remove(path: Path) -> None:
-    import shutil
-
-    shutil.rmtree(path, ignore_errors=True)
-    for file in (path, path.with_name(path.name + ".json")):
-        if not file.is_dir():
-            file.unlink(missing_ok=True)
 
 
 def _sheet(out: Path, paths: list[Path], jobs: list) -> Path:

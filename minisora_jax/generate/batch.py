@@ -11,13 +11,15 @@ from __future__ import annotations
 import itertools
 import json
 import logging
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 from minisora_jax.data.files import json_or_none
+from minisora_jax.data.records import sha256
 from minisora_jax.generate.generator import Generator
 from minisora_jax.generate.job import Job, exists, name_of, start
-from minisora_jax.generate.output import Output, record_of
+from minisora_jax.generate.output import Output, beside, record_of, sampling_of
 from minisora_jax.generate.verbs import perform
 
 log = logging.getLogger("minisora")
@@ -35,8 +37,12 @@ def run_jobs(
     upscale: int = 1,
     progress: bool = True,
     strict: bool = True,
+    watch=None,
 ) -> list[dict | Exception]:
-    """The record of each job, done in one group. Where not `strict`, a job that cannot begin is its exception."""
+    """The record of each job, done in one group. Where not `strict`, a job that cannot be done is its exception.
+
+    watch(share done, look) is that of verbs.perform, by number of job.
+    """
     found: list[dict | Exception] = [RuntimeError("not done")] * len(jobs)
     started, outputs = [], {}
     for i, job in enumerate(jobs):
@@ -48,6 +54,8 @@ def run_jobs(
                 raise
             found[i] = error
     together = [jobs[i] for i, _, _ in started]
+    by_job = lambda look: lambda: {started[k][0]: latents for k, latents in look().items()}
+    seen = watch and (lambda share, look: watch(share, by_job(look)))
 
     def write(number: int, frames) -> None:
         i, _, fps = started[number]
@@ -55,8 +63,15 @@ def run_jobs(
             outputs[i] = Output(paths[i], fps, record_of(together, number, model, sampling), upscale)
         outputs[i].write(frames)
 
+    def failed(number: int, error: ValueError) -> None:
+        i = started[number][0]
+        found[i] = error
+        if output := outputs.pop(i, None):
+            output.abandon()
+
+    doing = {"write": write, "watch": seen, "failed": None if strict else failed, "progress": progress}
     try:
-        perform(generator, [verb for _, verb, _ in started], write=write, progress=progress, **sampling)
+        perform(generator, [verb for _, verb, _ in started], **doing, **sampling)
     except BaseException:
         for output in outputs.values():
             output.abandon()
@@ -123,6 +138,41 @@ def _done(out: Path, jobs: Sequence[Job]) -> set[int]:
         if "error" in line or (out / line["file"]).exists():
             done.add(line["number"])
     return done
+
+
+def remake(generator: Generator, record: dict, path: Path, **doing) -> dict:
+    """The record of `path`, made again from `record` with all that was made with it, on which rounding depends.
+
+    ValueError where the model or a file that it was made of is another. What was made beside it is not kept. `doing` is
+    what of `run_jobs` no record says: upscale, progress, watch.
+    """
+    said, index = record["model"], record["index"]
+    for name, found in (("hash", generator.hash), ("codec_hash", generator.codec.hash)):
+        if said[name] != found:
+            raise ValueError(f"it was made with a model of {name} {said[name]}, and this one has {found}")
+    for file, digest in record["inputs"].items():
+        if sha256(Path(file)) != digest:
+            raise ValueError(f"{file} has changed since")
+    jobs = [Job.of(values) for values in record["together"] or [record["job"]]]
+    kind = ".mp4" if path.suffix == ".png" else path.suffix
+    paths = [path.with_name(f".beside-{i}-{path.stem}{suffix_of(job, kind)}") for i, job in enumerate(jobs)]
+    paths[index] = path
+    doing |= {"model": said, "sampling": sampling_of(record)}
+    try:
+        made = run_jobs(generator, jobs, paths, strict=False, **doing)  # what could not be done then cannot now
+    finally:
+        for beside_it in (p for p in paths if p != path):
+            _remove(beside_it)
+    if isinstance(made[index], Exception):
+        raise made[index]
+    return made[index]
+
+
+def _remove(path: Path) -> None:
+    shutil.rmtree(path, ignore_errors=True)
+    for file in (path, beside(path)):
+        if not file.is_dir():
+            file.unlink(missing_ok=True)
 
 
 def free_paths(out: Path, jobs: Sequence[Job], suffix: str) -> list[Path]:

@@ -118,7 +118,7 @@ def start(generator, job: Job) -> tuple[verbs.Verb, float]:
 
 def _make(generator, job: Job):
     if job.seconds is not None:  # a loop
-        job = dataclasses.replace(job, frames=_on_grid(generator, job.seconds * (job.fps or 8.0), loop=True))
+        job = dataclasses.replace(job, frames=on_grid(generator, job.seconds * (job.fps or 8.0), loop=True))
     request = _request(job, job.frames or (16 if job.loop else 17), job.size or (48, 48), job.fps or 8.0)
     generator.grid(request)
     return verbs.make(generator, request), request.fps
@@ -150,12 +150,12 @@ def _join(generator, job: Job):
 
 
 def _restyle(generator, job: Job):
-    frames, fps = _video(generator, job.video, job.size, job.frames, whole=True)
+    frames, fps = _video(generator, job, job.size, whole=True)
     return verbs.restyle(generator, _request(job, len(frames), frames.shape[1:3], fps), frames, job.strength), fps
 
 
 def _inpaint(generator, job: Job):
-    frames, fps = _video(generator, job.video, job.size, job.frames, whole=True)
+    frames, fps = _video(generator, job, job.size, whole=True)
     marks, _ = read_clip_frames(job.mask, max_frames=len(frames))
     if len(marks) not in (1, len(frames)):
         raise ValueError(f"the mask {job.mask} has {len(marks)} frames, the video {len(frames)}: give one, or as many")
@@ -164,12 +164,12 @@ def _inpaint(generator, job: Job):
 
 
 def _outpaint(generator, job: Job):
-    frames, fps = _video(generator, job.video, None, job.frames, whole=True)
+    frames, fps = _video(generator, job, None, whole=True)
     return verbs.outpaint(generator, _request(job, len(frames), job.size, fps), frames), fps
 
 
 def _extend(generator, job: Job):
-    frames, fps = _video(generator, job.video, job.size)
+    frames, fps = _video(generator, job, job.size)
     more = max(1, round((job.seconds or 1.0) * fps))
     request = _request(job, 1, frames.shape[1:3], fps)
     ends = {"before": more if job.extend != "forward" else 0, "after": more if job.extend != "backward" else 0}
@@ -177,8 +177,8 @@ def _extend(generator, job: Job):
 
 
 def _connect(generator, job: Job):
-    a, fps = _video(generator, job.video, job.size)
-    b, _ = (a, fps) if job.loop else _video(generator, job.connect, a.shape[1:3])
+    a, fps = _video(generator, job, job.size)
+    b = a if job.loop else _fitted(generator, read_clip_frames(job.connect)[0], a.shape[1:3])
     between = max(1, round((job.seconds or 1.5) * fps))
     return verbs.connect(generator, _request(job, 1, a.shape[1:3], fps), a, b, between=between, loop=job.loop), fps
 
@@ -207,11 +207,11 @@ def _request(job: Job, frames: int, size_HW: tuple[int, int], fps: float) -> Req
 
 def _frames(generator, job: Job, default: int) -> int:
     if job.seconds is not None:
-        return _on_grid(generator, job.seconds * (job.fps or 8.0))
+        return on_grid(generator, job.seconds * (job.fps or 8.0))
     return job.frames or default
 
 
-def _on_grid(generator, frames: float, loop: bool = False) -> int:
+def on_grid(generator, frames: float, loop: bool = False) -> int:
     """The codec's next number of frames: 1 + 4k, or 4k of a loop."""
     factor = generator.codec.config.time_factor
     return max(1, round(frames / factor)) * factor + (0 if loop else 1)
@@ -222,12 +222,12 @@ def _image(generator, path: str, size_HW: tuple[int, int] | None) -> np.ndarray:
     return _fitted(generator, frames, size_HW)[0]
 
 
-def _video(generator, path: str, size_HW, frames: int | None = None, whole: bool = False) -> tuple[np.ndarray, float]:
-    """(frames, their rate), in whole cells. whole: cut to 1 + 4k frames at the end."""
-    found, fps = read_clip_frames(path, max_frames=frames)
+def _video(generator, job: Job, size_HW, whole: bool = False) -> tuple[np.ndarray, float]:
+    """(frames in whole cells, their rate or the one asked for). whole: job.frames, cut to 1 + 4k at the end."""
+    found, fps = read_clip_frames(job.video, max_frames=job.frames if whole else None)
     if whole:
         found = found[: 1 + (len(found) - 1) // generator.codec.config.time_factor * generator.codec.config.time_factor]
-    return _fitted(generator, found, size_HW), fps
+    return _fitted(generator, found, size_HW), job.fps or fps
 
 
 def _fitted(generator, frames_THWC: np.ndarray, size_HW: tuple[int, int] | None) -> np.ndarray:

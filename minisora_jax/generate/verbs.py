@@ -421,11 +421,15 @@ def perform(
     verbs: Sequence[Verb],
     *,
     write: Callable[[int, np.ndarray], None] | None = None,
+    watch: Callable[[float, Callable[[], dict[int, np.ndarray]]], None] | None = None,
+    failed: Callable[[int, ValueError], None] | None = None,
     **options,
 ) -> list[np.ndarray] | None:
     """The frames of each verb, uint8 (T, H, W, 3); or `write(number, frames)` is called with them as they come.
 
-    options are those of `Generator.sample`. What the verbs ask for at one time goes through the model together.
+    options and `watch` are those of `Generator.sample`, but that look() gives latents by verb, of those sampled now.
+    What the verbs ask for at one time goes through the model together. A verb that finds that it cannot be done is left
+    out, and `failed` called with its error; without that it is raised.
     """
     pieces: list[list[np.ndarray]] = [[] for _ in verbs]
     write = write or (lambda i, frames: pieces[i].append(frames))
@@ -440,17 +444,28 @@ def perform(
             waiting[i] = asked
         except StopIteration:
             waiting.pop(i, None)
+        except ValueError as error:
+            if failed is None:
+                raise
+            waiting.pop(i, None)
+            failed(i, error)
+
+    def answers(kind: type, asking: list[int]) -> list[np.ndarray]:
+        some = [waiting[i] for i in asking]
+        if kind is Encode:
+            return generator.encode([a.frames_THWC for a in some])
+        if kind is Decode:
+            return generator.decode([a.latents_thwc for a in some], [a.loop for a in some])
+        by_verb = lambda look: lambda: {asking[k]: latents for k, latents in look().items()}
+        seen = watch and (lambda share, look: watch(share, by_verb(look)))
+        return generator.sample(some, watch=seen, **options)
 
     for i in range(len(verbs)):
         go_on(i, None)
     while waiting:
-        for kind, answer in (
-            (Encode, lambda some: generator.encode([a.frames_THWC for a in some])),
-            (Request, lambda some: generator.sample(some, **options)),
-            (Decode, lambda some: generator.decode([a.latents_thwc for a in some], [a.loop for a in some])),
-        ):
+        for kind in (Encode, Request, Decode):
             asking = [i for i, asked in waiting.items() if isinstance(asked, kind)]
             if asking:
-                for i, result in zip(asking, answer([waiting[i] for i in asking]), strict=True):
+                for i, result in zip(asking, answers(kind, asking), strict=True):
                     go_on(i, result)
     return [np.concatenate(some) for some in pieces] if any(pieces) else None
