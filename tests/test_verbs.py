@@ -108,6 +108,8 @@ def test_a_decoded_circle_has_no_beginning(generator):
     frames, turned = generator.codec.decode_loop(z).astype(int), generator.codec.decode_loop(np.roll(z, 1, axis=1))
     assert frames.shape == (1, 12, 32, 32, 3)
     assert np.abs(np.roll(frames, 4, axis=1) - turned).max() <= 1
+    [shown] = generator.decode([z[0]], [True])
+    assert np.abs(np.roll(frames[0], -2, axis=0) - shown).max() <= 1  # begins within the first latent frame
     once = generator.codec.decode(z)[0, -8:]
     assert np.abs(frames[0, -8:] - once).mean() > 0.2  # what came before does matter
 

@@ -165,7 +165,8 @@ def _extend(generator: Generator, count: int, options: dict, known: slice, ends:
 
 
 def loop(generator: Generator, count: int, options: dict) -> Measured:
-    """The step from the last frame to the first, in median steps."""
+    """The step from the last frame to the first, in median steps; and, two frames on, where the last latent frame meets
+    the first ("joint"), beside where the first meets the second ("other_joint")."""
     truth = clips(count, suits=lambda motion: not motion.startswith("hide"))
     asked = [dataclasses.replace(r, size_THW=(16, *SIZE[1:]), loop=True) for r in requests(truth)]
     made = generator.generate(asked, **options)
@@ -178,6 +179,8 @@ def loop(generator: Generator, count: int, options: dict) -> Measured:
     more = {
         "seam_median": round(float(np.median(seams)), 3),
         "seam_at_most_1.5": _share(seams, 1.5),
+        "joint_at_most_1.5": _share([seam(np.roll(v, 2, axis=0)) for v in made], 1.5),
+        "other_joint_at_most_1.5": _share([seam(np.roll(v, -2, axis=0)) for v in made], 1.5),
         "seam_at_most_1.5_by_motion": {k: [_mean(v), len(v)] for k, v in sorted(by_motion.items())},
         "without_loop_at_most_1.5": _share([seam(v[:-1]) for v in plain], 1.5),
         "still_videos": _mean([float(np.median(np.abs(np.diff(v.astype(np.float32), axis=0)).mean((1, 2, 3)))) < 0.2

@@ -209,14 +209,19 @@ class Generator:
     def decode(
         self, latents: Sequence[np.ndarray], loops: Sequence[bool] | None = None, *, progress: bool = False
     ) -> list[np.ndarray]:
-        """uint8 (T, H, W, 3) of latents, T = 1 + 4 (t - 1), or 4 t of those on a circle."""
+        """uint8 (T, H, W, 3) of latents, T = 1 + 4 (t - 1), or 4 t of those on a circle.
+
+        A circle's begin within its first latent frame: steps are evenest there, and a player's restart does not come
+        together with where two latent frames meet.
+        """
+        inside = self.codec.config.time_factor // 2
         loops = loops or [False] * len(latents)
         keys = [(z.shape, loop) for z, loop in zip(latents, loops)]
         with tqdm(total=len(latents), desc="decoding", unit="clip", disable=not progress) as bar:
 
             def frames(some, key):
-                decode = self.codec.decode_loop if key[1] else self.codec.decode
-                made = decode(np.stack(some))
+                z = np.stack(some)
+                made = np.roll(self.codec.decode_loop(z), -inside, axis=1) if key[1] else self.codec.decode(z)
                 bar.update(len(some))
                 return made
 
