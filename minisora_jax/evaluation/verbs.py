@@ -23,6 +23,8 @@ from minisora_jax.evaluation.checker import check, observe
 from minisora_jax.evaluation.frames import bounce, flicker, largest_step, psnr, seam
 from minisora_jax.generate import verbs
 from minisora_jax.generate.generator import Generator
+from minisora_jax.generate.perform import Verb, perform
+from minisora_jax.generate.pictures import FEATHER
 from minisora_jax.generate.request import Request
 from minisora_jax.types import Clip
 
@@ -246,7 +248,7 @@ def inpaint(generator: Generator, count: int, options: dict) -> Measured:
     mask = np.zeros(SIZE[1:], bool)
     mask[:, 16:] = True
     made = _perform(generator, [verbs.inpaint(generator, r, c.frames_THWC, mask) for r, c in _pairs(truth)], options)
-    away = [psnr(v[:, :, : 16 - verbs.FEATHER], c.frames_THWC[:, :, : 16 - verbs.FEATHER]) for v, c in zip(made, truth)]
+    away = [psnr(v[:, :, : 16 - FEATHER], c.frames_THWC[:, :, : 16 - FEATHER]) for v, c in zip(made, truth)]
     return _judged(made, [c.caption for c in truth], kept_psnr=_mean(away))
 
 
@@ -303,8 +305,8 @@ def _pairs(truth: Sequence[Clip]) -> list[tuple[Request, Clip]]:
     return list(zip(requests(truth), truth))
 
 
-def _perform(generator: Generator, asked: Sequence[verbs.Verb], options: dict) -> list[np.ndarray]:
-    return verbs.perform(generator, asked, **options)
+def _perform(generator: Generator, asked: Sequence[Verb], options: dict) -> list[np.ndarray]:
+    return perform(generator, asked, **options)
 
 
 VERBS: dict[str, Callable[[Generator, int, dict], Measured]] = {

@@ -9,6 +9,7 @@ model: each verb is a few lines over requests with different known tokens.
 """
 
 from minisora_jax.generate.generator import Generator
+from minisora_jax.generate.perform import perform
 from minisora_jax.generate.request import Given, Request
 from minisora_jax.generate.verbs import (
     animate,
@@ -19,7 +20,6 @@ from minisora_jax.generate.verbs import (
     join,
     make,
     outpaint,
-    perform,
     restyle,
     rollout,
 )

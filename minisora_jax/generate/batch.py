@@ -20,7 +20,7 @@ from minisora_jax.data.records import sha256
 from minisora_jax.generate.generator import Generator
 from minisora_jax.generate.job import Job, exists, name_of, start
 from minisora_jax.generate.output import Output, beside, record_of, sampling_of
-from minisora_jax.generate.verbs import perform
+from minisora_jax.generate.perform import perform
 
 log = logging.getLogger("minisora")
 
@@ -41,7 +41,7 @@ def run_jobs(
 ) -> list[dict | Exception]:
     """The record of each job, done in one group. Where not `strict`, a job that cannot be done is its exception.
 
-    watch(share done, look) is that of verbs.perform, by number of job.
+    watch(share done, look) is that of `perform`, by number of job.
     """
     found: list[dict | Exception] = [RuntimeError("not done")] * len(jobs)
     started, outputs = [], {}

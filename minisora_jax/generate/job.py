@@ -23,6 +23,8 @@ import numpy as np
 
 from minisora_jax.data.video import read_clip_frames
 from minisora_jax.generate import verbs
+from minisora_jax.generate.perform import Verb
+from minisora_jax.generate.pictures import resized
 from minisora_jax.generate.request import Request
 
 MOST_SECONDS = 60.0
@@ -111,7 +113,7 @@ class Job:
         return [path for path in (self.image, self.last, self.video, self.mask, self.connect) if path]
 
 
-def start(generator, job: Job) -> tuple[verbs.Verb, float]:
+def start(generator, job: Job) -> tuple[Verb, float]:
     """(the verb at work, frames per second of its result). Reads the job's files; ValueError says what is wrong."""
     return _START[job.verb](generator, job)
 
@@ -159,7 +161,7 @@ def _inpaint(generator, job: Job):
     marks, _ = read_clip_frames(job.mask, max_frames=len(frames))
     if len(marks) not in (1, len(frames)):
         raise ValueError(f"the mask {job.mask} has {len(marks)} frames, the video {len(frames)}: give one, or as many")
-    mask = np.stack([verbs.resized(m, frames.shape[1:3]).mean(-1) > 127 for m in marks])
+    mask = np.stack([resized(m, frames.shape[1:3]).mean(-1) > 127 for m in marks])
     return verbs.inpaint(generator, _request(job, len(frames), frames.shape[1:3], fps), frames, mask), fps
 
 
@@ -242,7 +244,7 @@ def _fitted(generator, frames_THWC: np.ndarray, size_HW: tuple[int, int] | None)
         scale = max(size_HW[0] / H, size_HW[1] / W)
         scaled = (max(size_HW[0], round(H * scale)), max(size_HW[1], round(W * scale)))
         if scaled != (H, W):
-            frames_THWC = np.stack([verbs.resized(f, scaled) for f in frames_THWC])
+            frames_THWC = np.stack([resized(f, scaled) for f in frames_THWC])
         H, W = scaled
     y, x = (H - size_HW[0]) // 2, (W - size_HW[1]) // 2
     return np.ascontiguousarray(frames_THWC[:, y : y + size_HW[0], x : x + size_HW[1]])

@@ -20,42 +20,16 @@ A video whose beginning is to be made has no past yet: it is encoded as if it ha
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
-from PIL import Image
 
+from minisora_jax.generate.perform import Decode, Encode, Frames, Verb
+from minisora_jax.generate.pictures import eased, feathered, filled, first_frames, last_frames, stretched
 from minisora_jax.generate.request import Given, Request
 
 NEXT_SEED = 1_000_003  # windows of one video have seeds so far apart
 DETAIL = 0.3  # strength at which an enlarged video's detail is made anew
-FEATHER = 2  # pixels over which made and kept parts of a picture pass into each other
-EASE = 4  # frames of a given video over which it passes into what the codec makes of it, and that into what is made
-
-
-@dataclasses.dataclass(frozen=True)
-class Encode:
-    """Answered with latents (t, h, w, c) of uint8 frames, 1 + 4k of them."""
-
-    frames_THWC: np.ndarray
-
-
-@dataclasses.dataclass(frozen=True)
-class Decode:
-    """Answered with uint8 frames of latents (t, h, w, c)."""
-
-    latents_thwc: np.ndarray
-    loop: bool = False
-
-
-@dataclasses.dataclass(frozen=True)
-class Frames:
-    """Some of the result, uint8 (T, H, W, 3). Not answered."""
-
-    frames_THWC: np.ndarray
-
-
-Verb = Generator  # of Encode, Request, Decode and Frames, sent their answers
 
 
 # ---- Verbs
@@ -115,13 +89,12 @@ def inpaint(generator, request: Request, frames_THWC: np.ndarray, mask: np.ndarr
     mask_THW = np.broadcast_to(mask.astype(bool), frames_THWC.shape[:3])
     if not mask_THW.any():
         raise ValueError("the mask marks nothing: white is what is made anew")
-    filled = _filled(frames_THWC, mask_THW)
-    latents = yield Encode(filled)
+    latents = yield Encode(filled(frames_THWC, mask_THW))
     grid = generator.grid(request)
     known = ~_token_mask(generator, mask_THW, grid)
     made = yield dataclasses.replace(request, given=Given(latents, known))
     frames = yield Decode(made)
-    new = _feathered(mask_THW)[..., None]
+    new = feathered(mask_THW)[..., None]
     yield Frames(np.round(frames * new + frames_THWC * (1.0 - new)).astype(np.uint8))
 
 
@@ -146,7 +119,7 @@ def extend(generator, request: Request, frames_THWC: np.ndarray, *, before: int 
     if before:
         made, coded = yield from _backwards(generator, request, frames_THWC, before)
         yield Frames(made)
-        given = _eased(given, coded, at_end=False)
+        given = eased(given, coded, at_end=False)
     if after:
         yield from _onwards(generator, request, given, frames_THWC, after)
     else:
@@ -166,8 +139,8 @@ def connect(
     factor = generator.codec.config.time_factor
     k = -(-(between + 1) // factor)  # latent frames to make; the last pixel frame of the last is b's first
     room = max(generator.window - k, 2)
-    a = _last(a_THWC, min((room + 1) // 2, 1 + (len(a_THWC) - 1) // factor), factor)
-    b = _first(b_THWC, min(room // 2, (len(b_THWC) - 1) // factor), factor)
+    a = last_frames(a_THWC, min((room + 1) // 2, 1 + (len(a_THWC) - 1) // factor), factor)
+    b = first_frames(b_THWC, min(room // 2, (len(b_THWC) - 1) // factor), factor)
     past = yield Encode(a)
     future = yield Encode(np.concatenate([np.repeat(b[:1], factor * k, axis=0), b]))
     future = future[1 + k :]
@@ -176,7 +149,7 @@ def connect(
     latents = yield from _given(generator, whole, {0: past, t - len(future): future})
     frames = yield Decode(latents)
     until = len(a) + factor * k - 1
-    a_eased, b_eased = _eased(a_THWC, frames[: len(a)], at_end=True), _eased(b_THWC, frames[until:], at_end=False)
+    a_eased, b_eased = eased(a_THWC, frames[: len(a)], at_end=True), eased(b_THWC, frames[until:], at_end=False)
     if loop:  # one video, eased at both ends
         rest = len(b_THWC) // 2
         yield Frames(np.concatenate([b_eased[:rest], a_eased[rest:]]))
@@ -247,24 +220,6 @@ def _enlarged(generator, request: Request, frames_THWC: np.ndarray, size_THW: tu
     return (yield Decode((yield dataclasses.replace(whole, given=Given(latents, known, DETAIL)))))
 
 
-def stretched(frames_THWC: np.ndarray, size_THW: tuple[int, int, int]) -> np.ndarray:
-    """A video at another length and size, each frame between those next to it in time, its pixels between theirs."""
-    larger = np.stack([resized(frame, size_THW[1:]) for frame in frames_THWC])
-    if len(larger) == size_THW[0]:
-        return larger
-    at = np.linspace(0, len(larger) - 1, size_THW[0])
-    before = np.minimum(at.astype(int), max(len(larger) - 2, 0))
-    after, share = np.minimum(before + 1, len(larger) - 1), (at - before)[:, None, None, None]
-    return np.round((1 - share) * larger[before] + share * larger[after]).astype(np.uint8)
-
-
-def resized(frame_HWC: np.ndarray, size_HW: tuple[int, int]) -> np.ndarray:
-    """A picture at another size, its aspect not kept."""
-    if frame_HWC.shape[:2] == tuple(size_HW):
-        return frame_HWC
-    return np.asarray(Image.fromarray(frame_HWC).resize((size_HW[1], size_HW[0]), Image.Resampling.BICUBIC))
-
-
 def _given(generator, request: Request, known: dict[int, np.ndarray]) -> Verb:
     """The latents of a request of which some latent frames, from a place in time on, are known."""
     t, h, w = generator.grid(request)
@@ -296,10 +251,10 @@ def _onwards(generator, request: Request, given_THWC: np.ndarray, frames_THWC: n
     factor = generator.codec.config.time_factor
     new = -(-after // factor)
     keep = max(generator.window - min(new, generator.window - _overlap(generator)), 1)
-    context = _last(frames_THWC, min(keep, 1 + (len(frames_THWC) - 1) // factor), factor)
+    context = last_frames(frames_THWC, min(keep, 1 + (len(frames_THWC) - 1) // factor), factor)
     latents = yield Encode(context)
     decoder = generator.codec.decoder()
-    yield Frames(_eased(given_THWC, decoder(latents), at_end=True))
+    yield Frames(eased(given_THWC, decoder(latents), at_end=True))
     first = min(generator.window, len(latents) + new)
     whole = dataclasses.replace(request, size_THW=(_frames(generator, first), *request.size_THW[1:]))
     known, made, number = len(latents), 0, 0
@@ -322,7 +277,7 @@ def _backwards(generator, request: Request, frames_THWC: np.ndarray, before: int
     factor = generator.codec.config.time_factor
     new = -(-before // factor)  # latent frames before the one in which the video begins
     keep = max(generator.window - min(1 + new, generator.window - _overlap(generator)), 1)
-    context = _first(frames_THWC, min(keep, (len(frames_THWC) - 1) // factor), factor)
+    context = first_frames(frames_THWC, min(keep, (len(frames_THWC) - 1) // factor), factor)
     latents = yield Encode(np.concatenate([np.repeat(context[:1], factor, axis=0), context]))
     # The video's first frame is the last of a latent frame that is missing; where it is all there is, it stood still.
     latents, missing = (latents[2:], 1 + new) if len(latents) > 2 else (latents[1:], new)
@@ -341,19 +296,6 @@ def _backwards(generator, request: Request, frames_THWC: np.ndarray, before: int
     return frames[factor * new - before : factor * new], frames[factor * new :]
 
 
-def _eased(given_THWC: np.ndarray, coded_THWC: np.ndarray, *, at_end: bool) -> np.ndarray:
-    """A given video that passes, at its end or its beginning, into what the codec makes of it: a codec's softer edges
-    come over `EASE` frames, half of the way, and not from one frame to the next."""
-    n = min(EASE, len(given_THWC), len(coded_THWC))
-    share = (np.arange(1, n + 1, dtype=np.float32) / (2 * n))[:, None, None, None]
-    where, of = (slice(len(given_THWC) - n, None), slice(len(coded_THWC) - n, None)) if at_end else (slice(n), slice(n))
-    share = share if at_end else share[::-1]
-    mixed = (1.0 - share) * given_THWC[where] + share * coded_THWC[of]
-    eased = given_THWC.copy()
-    eased[where] = np.round(mixed).astype(np.uint8)
-    return eased
-
-
 def _window(request: Request, number: int) -> Request:
     """The request for a window: its noise is its own."""
     return dataclasses.replace(request, seed=request.seed + number * NEXT_SEED)
@@ -368,16 +310,6 @@ def _frames(generator, latent_frames: int) -> int:
     return 1 + (latent_frames - 1) * generator.codec.config.time_factor
 
 
-def _last(frames_THWC: np.ndarray, latent_frames: int, factor: int) -> np.ndarray:
-    """The last 1 + 4k frames, `latent_frames` latent ones (at least one)."""
-    return frames_THWC[-(1 + factor * (max(latent_frames, 1) - 1)) :]
-
-
-def _first(frames_THWC: np.ndarray, latent_frames: int, factor: int) -> np.ndarray:
-    """The first 1 + 4k frames, k = latent_frames."""
-    return frames_THWC[: 1 + factor * latent_frames]
-
-
 def _same_size(request: Request, pictures: np.ndarray, what: str) -> None:
     """ValueError unless pictures (..., H, W, 3) are of the size asked for, and, if a whole video, as many."""
     T, H, W = request.size_THW
@@ -387,85 +319,9 @@ def _same_size(request: Request, pictures: np.ndarray, what: str) -> None:
         raise ValueError(f"{what} has {len(pictures)} frames, the video asked for {T}")
 
 
-def _filled(frames_THWC: np.ndarray, mask_THW: np.ndarray) -> np.ndarray:
-    """What is masked in the mean colour of what is not: the codec's latents beside it must not tell what was there."""
-    kept = frames_THWC[~mask_THW]
-    colour = np.median(kept, axis=0) if len(kept) else np.array([128, 128, 128])
-    return np.where(mask_THW[..., None], np.round(colour).astype(np.uint8), frames_THWC)
-
-
 def _token_mask(generator, mask_THW: np.ndarray, grid_thw: tuple[int, int, int]) -> np.ndarray:
     """bool (t, h, w): tokens of which the mask marks any pixel."""
     t, h, w = grid_thw
     factor, cell = generator.codec.config.time_factor, generator.cell
     in_space = mask_THW.reshape(-1, h, cell, w, cell).any((2, 4))
     return np.concatenate([in_space[:1], in_space[1:].reshape(t - 1, factor, h, w).any(1)])
-
-
-def _feathered(mask_THW: np.ndarray) -> np.ndarray:
-    """1 where the mask is, falling to 0 over `FEATHER` pixels outside it; float32."""
-    weight, grown = mask_THW.astype(np.float32), mask_THW
-    for step in range(1, FEATHER + 1):
-        around = np.pad(grown, ((0, 0), (1, 1), (1, 1)))
-        wider = grown | around[:, :-2, 1:-1] | around[:, 2:, 1:-1] | around[:, 1:-1, :-2] | around[:, 1:-1, 2:]
-        weight[wider & ~grown] = 1.0 - step / (FEATHER + 1)
-        grown = wider
-    return weight
-
-
-# ---- Many at once
-
-
-def perform(
-    generator,
-    verbs: Sequence[Verb],
-    *,
-    write: Callable[[int, np.ndarray], None] | None = None,
-    watch: Callable[[float, Callable[[], dict[int, np.ndarray]]], None] | None = None,
-    failed: Callable[[int, ValueError], None] | None = None,
-    **options,
-) -> list[np.ndarray] | None:
-    """The frames of each verb, uint8 (T, H, W, 3); or `write(number, frames)` is called with them as they come.
-
-    options and `watch` are those of `Generator.sample`, but that look() gives latents by verb, of those sampled now.
-    What the verbs ask for at one time goes through the model together. A verb that finds that it cannot be done is left
-    out, and `failed` called with its error; without that it is raised.
-    """
-    pieces: list[list[np.ndarray]] = [[] for _ in verbs]
-    write = write or (lambda i, frames: pieces[i].append(frames))
-    waiting = {}
-
-    def go_on(i: int, answer) -> None:
-        try:
-            asked = verbs[i].send(answer)
-            while isinstance(asked, Frames):
-                write(i, asked.frames_THWC)
-                asked = verbs[i].send(None)
-            waiting[i] = asked
-        except StopIteration:
-            waiting.pop(i, None)
-        except ValueError as error:
-            if failed is None:
-                raise
-            waiting.pop(i, None)
-            failed(i, error)
-
-    def answers(kind: type, asking: list[int]) -> list[np.ndarray]:
-        some = [waiting[i] for i in asking]
-        if kind is Encode:
-            return generator.encode([a.frames_THWC for a in some])
-        if kind is Decode:
-            return generator.decode([a.latents_thwc for a in some], [a.loop for a in some])
-        by_verb = lambda look: lambda: {asking[k]: latents for k, latents in look().items()}
-        seen = watch and (lambda share, look: watch(share, by_verb(look)))
-        return generator.sample(some, watch=seen, **options)
-
-    for i in range(len(verbs)):
-        go_on(i, None)
-    while waiting:
-        for kind in (Encode, Request, Decode):
-            asking = [i for i, asked in waiting.items() if isinstance(asked, kind)]
-            if asking:
-                for i, result in zip(asking, answers(kind, asking), strict=True):
-                    go_on(i, result)
-    return [np.concatenate(some) for some in pieces] if any(pieces) else None

@@ -1,0 +1,71 @@
+"""Pictures and videos as verbs need them: resized, stretched, masked, passing into each other."""
+
+from __future__ import annotations
+
+import numpy as np
+from PIL import Image
+
+FEATHER = 2  # pixels over which made and kept parts of a picture pass into each other
+EASE = 4  # frames of a given video over which it passes into what the codec makes of it, and that into what is made
+FAITHFUL = 31.0  # dB: as near as these frames stay to what was given
+
+
+def resized(frame_HWC: np.ndarray, size_HW: tuple[int, int]) -> np.ndarray:
+    """A picture at another size, its aspect not kept."""
+    if frame_HWC.shape[:2] == tuple(size_HW):
+        return frame_HWC
+    return np.asarray(Image.fromarray(frame_HWC).resize((size_HW[1], size_HW[0]), Image.Resampling.BICUBIC))
+
+
+def stretched(frames_THWC: np.ndarray, size_THW: tuple[int, int, int]) -> np.ndarray:
+    """A video at another length and size, each frame between those next to it in time, its pixels between theirs."""
+    larger = np.stack([resized(frame, size_THW[1:]) for frame in frames_THWC])
+    if len(larger) == size_THW[0]:
+        return larger
+    at = np.linspace(0, len(larger) - 1, size_THW[0])
+    before = np.minimum(at.astype(int), max(len(larger) - 2, 0))
+    after, share = np.minimum(before + 1, len(larger) - 1), (at - before)[:, None, None, None]
+    return np.round((1 - share) * larger[before] + share * larger[after]).astype(np.uint8)
+
+
+def eased(given_THWC: np.ndarray, coded_THWC: np.ndarray, *, at_end: bool) -> np.ndarray:
+    """A given video that passes, at its end or its beginning, into what the codec makes of it: a codec's softer edges
+    come over `EASE` frames, half of the way or as far as `FAITHFUL` lets it, and not from one frame to the next."""
+    n = min(EASE, len(given_THWC), len(coded_THWC))
+    share = (np.arange(1, n + 1, dtype=np.float32) / (2 * n))[:, None, None, None]
+    where, of = (slice(len(given_THWC) - n, None), slice(len(coded_THWC) - n, None)) if at_end else (slice(n), slice(n))
+    share = share if at_end else share[::-1]
+    off = np.sqrt(np.mean((given_THWC[where].astype(np.float32) - coded_THWC[of]) ** 2, axis=(1, 2, 3), keepdims=True))
+    share = np.minimum(share, 255.0 * 10 ** (-FAITHFUL / 20) / np.maximum(off, 1e-3))
+    mixed = (1.0 - share) * given_THWC[where] + share * coded_THWC[of]
+    shown = given_THWC.copy()
+    shown[where] = np.round(mixed).astype(np.uint8)
+    return shown
+
+
+def last_frames(frames_THWC: np.ndarray, latent_frames: int, factor: int) -> np.ndarray:
+    """The last 1 + 4k frames, `latent_frames` latent ones (at least one)."""
+    return frames_THWC[-(1 + factor * (max(latent_frames, 1) - 1)) :]
+
+
+def first_frames(frames_THWC: np.ndarray, latent_frames: int, factor: int) -> np.ndarray:
+    """The first 1 + 4k frames, k = latent_frames."""
+    return frames_THWC[: 1 + factor * latent_frames]
+
+
+def filled(frames_THWC: np.ndarray, mask_THW: np.ndarray) -> np.ndarray:
+    """What is masked in the median colour of what is not: the codec's latents beside it must not tell of it."""
+    kept = frames_THWC[~mask_THW]
+    colour = np.median(kept, axis=0) if len(kept) else np.array([128, 128, 128])
+    return np.where(mask_THW[..., None], np.round(colour).astype(np.uint8), frames_THWC)
+
+
+def feathered(mask_THW: np.ndarray) -> np.ndarray:
+    """1 where the mask is, falling to 0 over `FEATHER` pixels outside it; float32."""
+    weight, grown = mask_THW.astype(np.float32), mask_THW
+    for step in range(1, FEATHER + 1):
+        around = np.pad(grown, ((0, 0), (1, 1), (1, 1)))
+        wider = grown | around[:, :-2, 1:-1] | around[:, 2:, 1:-1] | around[:, 1:-1, :-2] | around[:, 1:-1, 2:]
+        weight[wider & ~grown] = 1.0 - step / (FEATHER + 1)
+        grown = wider
+    return weight
