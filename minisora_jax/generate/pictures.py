@@ -30,9 +30,9 @@ def stretched(frames_THWC: np.ndarray, size_THW: tuple[int, int, int]) -> np.nda
 
 def eased(given_THWC: np.ndarray, coded_THWC: np.ndarray, *, at_end: bool) -> np.ndarray:
     """A given video that passes, at its end or its beginning, into what the codec makes of it: a codec's softer edges
-    come over `EASE` frames, half of the way or as far as `FAITHFUL` lets it, and not from one frame to the next."""
+    come over `EASE` frames, as far as `FAITHFUL` lets them, and not from one frame to the next."""
     n = min(EASE, len(given_THWC), len(coded_THWC))
-    share = (np.arange(1, n + 1, dtype=np.float32) / (2 * n))[:, None, None, None]
+    share = (np.arange(1, n + 1, dtype=np.float32) / (n + 1))[:, None, None, None]
     where, of = (slice(len(given_THWC) - n, None), slice(len(coded_THWC) - n, None)) if at_end else (slice(n), slice(n))
     share = share if at_end else share[::-1]
     off = np.sqrt(np.mean((given_THWC[where].astype(np.float32) - coded_THWC[of]) ** 2, axis=(1, 2, 3), keepdims=True))
