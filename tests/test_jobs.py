@@ -139,7 +139,7 @@ def test_on_the_command_line_made_and_made_again(tmp_path, capsys):
     assert "no hash to compare with" in capsys.readouterr().out
 
     # What is read is never written over.
-    extended = ["generate", RED, "--video", str(made[0]), "--extend", "forward", "--seconds", "0.25", "--steps", "2"]
+    extended = ["generate", RED, "--video", str(made[0]), "--extend", "forward", "0.25", "--steps", "2"]
     before = made[0].read_bytes()
     assert main([*extended, "--out", str(tmp_path), "--seed", "1", "--upscale", "1", "--format", "gif"]) == 0
     assert made[0].read_bytes() == before
@@ -173,3 +173,29 @@ def test_a_writer_that_fails_leaves_nothing(tmp_path):
     with pytest.raises(ValueError, match="no frames were written"), VideoWriter(tmp_path / "a.gif", 8):
         pass
     assert not list(tmp_path.iterdir())
+
+
+def test_flags_are_jobs():
+    from argparse import ArgumentParser
+
+    from minisora_jax.commands.generate import _jobs, add_arguments
+
+    def jobs(*argv):
+        parser = ArgumentParser()
+        add_arguments(parser)
+        return _jobs(parser.parse_args(["p", *argv]))
+
+    assert (
+        jobs("--connect", "a.mp4", "b.mp4")
+        == jobs("--video", "a.mp4", "--connect", "b.mp4")
+        == [Job("p", video="a.mp4", connect="b.mp4")]
+    )
+    assert jobs("--video", "a.mp4", "--extend", "both", "2.5") == [Job("p", video="a.mp4", extend="both", seconds=2.5)]
+    assert jobs("--first", "a.png", "--last", "b.png") == [Job("p", image="a.png", last="b.png")]
+    for argv, words in (
+        (("--connect", "a", "b", "c"), "give the two videos"),
+        (("--video", "a", "--extend", "up"), "must be one of forward"),
+        (("--video", "a", "--extend", "both", "long"), "seconds are one number"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            jobs(*argv)

@@ -5,12 +5,12 @@ examples:
   minisora generate "a photo of a small green cross on a navy background" --frames 1 --size 64x64
   minisora generate "a blue square grows on a grey background" "a red triangle moves up on a brown background" --seed 7
   minisora generate "..." --image cat.png                          # animate a picture
-  minisora generate "..." --image a.png --last b.png               # from one picture to another
+  minisora generate "..." --first a.png --last b.png               # from one picture to another
   minisora generate "..." --video cat.mp4 --strength 0.6           # restyle (0: as it is, 1: all anew)
   minisora generate "..." --video cat.mp4 --mask mask.png          # make anew what the mask has white
   minisora generate "..." --video cat.mp4 --size 64x96             # outpaint: a larger frame around it
-  minisora generate "..." --video cat.mp4 --extend forward --seconds 2      # or backward, or both
-  minisora generate "..." --video cat.mp4 --connect dog.mp4        # a transition from one to the other
+  minisora generate "..." --video cat.mp4 --extend forward 2       # seconds; or backward, or both
+  minisora generate "..." --connect cat.mp4 dog.mp4                # a transition from one to the other
   minisora generate "..." --loop                                   # a seamless loop; with --video, of that
   minisora generate "a red circle grows on a black background [4s] it moves up on a black background" --seconds 9
   minisora generate --batch jobs.jsonl --out made                  # a job a line: {"prompt": "...", "image": "cat.png"}
@@ -44,13 +44,15 @@ def add_arguments(parser):
     parser.add_argument("--fps", type=float, default=None, help="frames per second (default: the input's, or 8)")
     parser.add_argument("--seed", type=int, default=0, help="of the first prompt; the next ones count up (default 0)")
     given = parser.add_argument_group("what is given")
-    given.add_argument("--image", default=None, help="the first frame")
+    given.add_argument("--image", "--first", dest="image", default=None, help="the first frame")
     given.add_argument("--last", default=None, help="the last frame, with --image")
     given.add_argument("--video", default=None, help="what to restyle, inpaint, outpaint, extend, connect or loop")
     given.add_argument("--strength", type=float, default=None, help="restyle: the share of noise to start from, 0 to 1")
     given.add_argument("--mask", default=None, help="inpaint: a picture or a video, white where to make it anew")
-    given.add_argument("--extend", default=None, choices=("forward", "backward", "both"))
-    given.add_argument("--connect", default=None, metavar="VIDEO", help="the video to lead to")
+    given.add_argument("--extend", default=None, nargs="+", metavar="SIDE [SECONDS]", help="forward, backward or both")
+    given.add_argument(
+        "--connect", default=None, nargs="+", metavar="VIDEO", help="the video to lead to, or both videos"
+    )
     given.add_argument("--loop", action="store_true", help="the end meets the beginning")
     add_sampling(parser)
     parser.add_argument("--model", default=None, help="an exported model (default: the bundled one)")
@@ -118,7 +120,23 @@ def _jobs(args) -> list:
     names = "negative frames seconds fps image last video strength mask extend connect loop".split()
     size = parse_size(args.size) if args.size else None
     said = {name: getattr(args, name) for name in names} | {"size": size}
+    if args.extend:
+        said["extend"], *seconds = args.extend
+        said["seconds"] = _number("--extend", seconds) if seconds else args.seconds
+    if args.connect:
+        *first, said["connect"] = args.connect
+        if len(first) > 1 or (first and args.video):
+            raise ValueError(f"--connect {' '.join(args.connect)}: give the two videos, or one and --video")
+        said["video"] = first[0] if first else args.video
     return [Job(prompt=prompt, seed=args.seed + i, **said) for i, prompt in enumerate(prompts)]
+
+
+def _number(flag: str, words: list[str]) -> float:
+    try:
+        [seconds] = words
+        return float(seconds)
+    except ValueError:
+        raise ValueError(f"{flag} ... {' '.join(words)}: seconds are one number, such as 2 or 0.5") from None
 
 
 def load(args):
