@@ -29,6 +29,9 @@ from minisora_jax.generate.pictures import eased, feathered, filled, first_frame
 from minisora_jax.generate.request import Given, Request
 
 NEXT_SEED = 1_000_003  # windows of one video have seeds so far apart
+SETTLE = (
+    0.6  # strength at which what leads to a video is made once more, with that video's latents as they are after it
+)
 DETAIL = 0.3  # strength at which an enlarged video's detail is made anew
 
 
@@ -147,8 +150,13 @@ def connect(
     t = len(past) + k + len(future)
     whole = dataclasses.replace(request, size_THW=(_frames(generator, t), *request.size_THW[1:]))
     latents = yield from _given(generator, whole, {0: past, t - len(future): future})
+    frames, until = (yield Decode(latents)), len(a) + factor * k - 1
+    # Once more, now that b has a past: what its latents are after it, and what is made up to them.
+    latents = yield Encode(np.concatenate([a, frames[len(a) : until], b]))
+    known = np.ones(generator.grid(whole), bool)
+    known[len(past) : t - len(future)] = False
+    latents = yield dataclasses.replace(whole, given=Given(latents, known, SETTLE))
     frames = yield Decode(latents)
-    until = len(a) + factor * k - 1
     a_eased, b_eased = eased(a_THWC, frames[: len(a)], at_end=True), eased(b_THWC, frames[until:], at_end=False)
     if loop:  # one video, eased at both ends
         rest = len(b_THWC) // 2
