@@ -158,8 +158,7 @@ def load(args):
 def model_of(args, generator) -> dict:
     """What a record says of the model."""
     paths = {name: getattr(args, name) for name in ("model", "codec", "guide_model", "text_encoder", "mesh")}
-    window = 1 + (generator.window - 1) * generator.codec.config.time_factor
-    return paths | {"hash": generator.hash, "codec_hash": generator.codec.hash, "window": window}
+    return paths | {"hash": generator.hash, "codec_hash": generator.codec.hash, "window": generator.window_frames}
 
 
 def _remake(args) -> int:

@@ -6,6 +6,7 @@ the same on a true clip, a reconstruction and a generated one.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 
 import numpy as np
@@ -62,6 +63,19 @@ def check(frames_THWC: np.ndarray, caption: str) -> dict[str, bool]:
     if said[0].motion.startswith("hide"):
         answer["permanence"] = found[0] is not None and found[0].returns and found[0].colour == said[0].colour
     return answer
+
+
+def check_all(videos, captions) -> tuple[dict[str, list[bool]], dict[str, list[bool]], list[str]]:
+    """({attribute: right, of each video that has it}, {kind of motion: right, of each}, what is wrong with each)."""
+    hits, by_motion, wrong = collections.defaultdict(list), collections.defaultdict(list), []
+    for frames_THWC, caption in zip(videos, captions, strict=True):
+        answer = check(frames_THWC, caption)
+        for attribute, good in answer.items():
+            hits[attribute].append(good)
+        if "motion" in answer:
+            by_motion[parse_caption(caption)[0][0].motion].append(answer["motion"])
+        wrong.append(", ".join(k for k, good in answer.items() if not good))
+    return hits, dict(sorted(by_motion.items())), wrong
 
 
 def observe(frames_THWC: np.ndarray, count: int = 1) -> list[Seen]:

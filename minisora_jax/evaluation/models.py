@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 from collections.abc import Sequence
 
@@ -10,8 +9,8 @@ import numpy as np
 from tqdm import tqdm
 
 from minisora_jax.data.curate.filters import load_function
-from minisora_jax.data.shapes import FPS, Shapes, parse_caption
-from minisora_jax.evaluation.checker import check
+from minisora_jax.data.shapes import FPS, Shapes
+from minisora_jax.evaluation.checker import check_all
 from minisora_jax.generate import Generator, Request
 from minisora_jax.models.codec import Codec
 from minisora_jax.train.codec_task import reconstruct
@@ -52,21 +51,14 @@ def evaluate_model(generator: Generator, split: str, count: int, **options) -> t
     truth = [clips[i] for i in range(count)]
     requests = [Request(c.caption, c.size_THW, seed=i, fps=FPS) for i, c in enumerate(truth)]
     videos = generator.generate(requests, **options)
-    hits, by_motion, rows = collections.defaultdict(list), collections.defaultdict(list), []
-    for clip, frames in zip(truth, videos):
-        answer = check(frames, clip.caption)
-        for attribute, good in answer.items():
-            hits[attribute].append(good)
-        if "motion" in answer:
-            by_motion[parse_caption(clip.caption)[0][0].motion].append(answer["motion"])
-        wrong = [k for k, good in answer.items() if not good]
-        rows.append((frames, clip.caption + (f"   WRONG: {', '.join(wrong)}" if wrong else "")))
+    hits, by_motion, wrong = check_all(videos, [c.caption for c in truth])
+    rows = [(v, c.caption + (f"   WRONG: {w}" if w else "")) for v, c, w in zip(videos, truth, wrong)]
     share = lambda v: round(float(np.mean(v)), 4)
     return {
         **{k: share(v) for k, v in hits.items()},
         "videos": count,
         "counted": {k: len(v) for k, v in hits.items()},
-        "by_motion": {k: share(v) for k, v in sorted(by_motion.items())},
+        "by_motion": {k: share(v) for k, v in by_motion.items()},
         "model": generator.hash,
         **{k: dataclasses.asdict(v) if dataclasses.is_dataclass(v) else v for k, v in options.items()},
     }, rows

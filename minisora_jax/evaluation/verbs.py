@@ -19,8 +19,8 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 
 from minisora_jax.data.shapes import FPS, Shapes, parse_caption
-from minisora_jax.evaluation.checker import check, observe
-from minisora_jax.evaluation.frames import bounce, flicker, largest_step, psnr, seam
+from minisora_jax.evaluation.checker import check_all, observe
+from minisora_jax.evaluation.frames import bounce, flicker, largest_step, psnr, seam, steps
 from minisora_jax.generate import verbs
 from minisora_jax.generate.generator import Generator
 from minisora_jax.generate.perform import Verb, perform
@@ -47,29 +47,20 @@ def _suiting(size_THW, suits) -> Iterator[Clip]:
             yield clip
 
 
+def in_sight(motion: str) -> bool:
+    """Nothing goes behind a wall."""
+    return not motion.startswith("hide")
+
+
 def requests(of: Sequence[Clip], size_THW=None) -> list[Request]:
     return [Request(c.caption, size_THW or c.size_THW, seed=i, fps=FPS) for i, c in enumerate(of)]
 
 
 def attributes(videos: Sequence[np.ndarray], captions: Sequence[str]) -> tuple[dict, list[str]]:
     """({"colour": share, ...}, what is wrong with each)."""
-    hits, wrong = collections.defaultdict(list), []
-    for frames, caption in zip(videos, captions):
-        answer = check(frames, caption)
-        for attribute, good in answer.items():
-            hits[attribute].append(good)
-        wrong.append(", ".join(k for k, good in answer.items() if not good))
-    scores = {k: _mean(v) for k, v in hits.items()}
-    return scores | {"motion_by_kind": _by_motion(videos, captions)}, wrong
-
-
-def _by_motion(videos, captions) -> dict:
-    found = collections.defaultdict(list)
-    for frames, caption in zip(videos, captions):
-        answer = check(frames, caption)
-        if "motion" in answer:
-            found[parse_caption(caption)[0][0].motion].append(answer["motion"])
-    return {k: [_mean(v), len(v)] for k, v in sorted(found.items())}
+    hits, by_motion, wrong = check_all(videos, captions)
+    kinds = {k: [_mean(v), len(v)] for k, v in by_motion.items()}
+    return {k: _mean(v) for k, v in hits.items()} | {"motion_by_kind": kinds}, wrong
 
 
 def _mean(values) -> float:
@@ -111,7 +102,7 @@ def text_to_image(generator: Generator, count: int, options: dict) -> Measured:
 
 def animate(generator: Generator, count: int, options: dict) -> Measured:
     """The first frame of a true clip moves as its caption says, and keeps its colour and shape."""
-    truth = clips(count, suits=lambda motion: not motion.startswith("hide"))
+    truth = clips(count, suits=in_sight)
     made = _perform(generator, [verbs.animate(generator, r, c.frames_THWC[0]) for r, c in _pairs(truth)], options)
     kept = [psnr(v[0], c.frames_THWC[0]) for v, c in zip(made, truth)]
     return _judged(made, [c.caption for c in truth], first_frame_psnr=_mean(kept))
@@ -146,7 +137,7 @@ def _extend(generator: Generator, count: int, options: dict, known: slice, ends:
 
     "seam_psnr" is of the known frame at the seam against the input, "codec_psnr" what the codec alone makes of it.
     """
-    truth = clips(count, suits=lambda motion: not motion.startswith("hide"))
+    truth = clips(count, suits=in_sight)
     given = [c.frames_THWC[known] for c in truth]
     made = _perform(
         generator, [verbs.extend(generator, r, g, **ends) for (r, _), g in zip(_pairs(truth), given)], options
@@ -169,7 +160,7 @@ def _extend(generator: Generator, count: int, options: dict, known: slice, ends:
 def loop(generator: Generator, count: int, options: dict) -> Measured:
     """The step from the last frame to the first, in median steps; and, two frames on, where the last latent frame meets
     the first ("joint"), beside where the first meets the second ("other_joint")."""
-    truth = clips(count, suits=lambda motion: not motion.startswith("hide"))
+    truth = clips(count, suits=in_sight)
     asked = [dataclasses.replace(r, size_THW=(16, *SIZE[1:]), loop=True) for r in requests(truth)]
     made = generator.generate(asked, **options)
     plain = generator.generate([dataclasses.replace(r, size_THW=SIZE, loop=False) for r in asked], **options)
@@ -185,16 +176,15 @@ def loop(generator: Generator, count: int, options: dict) -> Measured:
         "other_joint_at_most_1.5": _share([seam(np.roll(v, -2, axis=0)) for v in made], 1.5),
         "seam_at_most_1.5_by_motion": {k: [_mean(v), len(v)] for k, v in sorted(by_motion.items())},
         "without_loop_at_most_1.5": _share([seam(v[:-1]) for v in plain], 1.5),
-        "still_videos": _mean([float(np.median(np.abs(np.diff(v.astype(np.float32), axis=0)).mean((1, 2, 3)))) < 0.2
-                               for v in made]),
-    }  # fmt: skip
+        "still_videos": _mean([np.median(steps(v)) < 0.2 for v in made]),
+    }
     rows = _rows([np.concatenate([v, v]) for v in made], [c.caption for c in truth], [f"seam {s:.2f}" for s in seams])
     return {k: v for k, v in scores.items() if k in ("colour", "shape", "motion")} | more, rows
 
 
 def connect(generator: Generator, count: int, options: dict) -> Measured:
     """Both ends of a true clip, 5 frames each, and the 7 frames between them made."""
-    truth = clips(count, suits=lambda motion: not motion.startswith("hide"))
+    truth = clips(count, suits=in_sight)
     ends = [(c.frames_THWC[:5], c.frames_THWC[12:]) for c in truth]
     made = _perform(
         generator,
@@ -227,7 +217,7 @@ def connect_strangers(generator: Generator, count: int, options: dict) -> Measur
 
 def restyle(generator: Generator, count: int, options: dict) -> Measured:
     """Another colour is asked of a true clip: that colour, and the shape and motion that it had."""
-    truth = clips(count, suits=lambda motion: not motion.startswith("hide"))
+    truth = clips(count, suits=in_sight)
     wanted = [c.caption.replace(o := parse_caption(c.caption)[0][0].colour, RECOLOURED[o], 1) for c in truth]
     asked = [dataclasses.replace(r, prompt=w) for (r, _), w in zip(_pairs(truth), wanted)]
     single = [i for i, c in enumerate(truth) if len(parse_caption(c.caption)[0]) == 1]
@@ -244,7 +234,7 @@ RECOLOURED = {"red": "green", "green": "blue", "blue": "orange", "yellow": "mage
 
 def inpaint(generator: Generator, count: int, options: dict) -> Measured:
     """The middle half of each frame of a true clip is made anew, by its caption."""
-    truth = clips(count, suits=lambda motion: not motion.startswith("hide"))
+    truth = clips(count, suits=in_sight)
     mask = np.zeros(SIZE[1:], bool)
     mask[:, 16:] = True
     made = _perform(generator, [verbs.inpaint(generator, r, c.frames_THWC, mask) for r, c in _pairs(truth)], options)
@@ -254,7 +244,7 @@ def inpaint(generator: Generator, count: int, options: dict) -> Measured:
 
 def outpaint(generator: Generator, count: int, options: dict) -> Measured:
     """A true clip's left two thirds are given."""
-    truth = clips(count, suits=lambda motion: not motion.startswith("hide"))
+    truth = clips(count, suits=in_sight)
     made = _perform(
         generator,
         [verbs.outpaint(generator, r, c.frames_THWC[:, :, :32], at=(0, 0)) for r, c in _pairs(truth)],

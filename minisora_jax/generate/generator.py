@@ -93,6 +93,16 @@ class Generator:
         )
 
     @property
+    def window_frames(self) -> int:
+        """Frames of a window that is a clip's beginning."""
+        return 1 + (self.window - 1) * self.codec.config.time_factor
+
+    @property
+    def overlap(self) -> int:
+        """Latent frames of a window that are known from the one before."""
+        return max(self.window // 2, 1)
+
+    @property
     def known_size(self) -> tuple[int, int, int] | None:
         """Frames, height and width of the longest, tallest and widest of training's clips; None where not on record."""
         if not self.sides:
@@ -203,7 +213,7 @@ class Generator:
 
     def encode(self, clips: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Latents (t, h, w, c) of uint8 clips; those of one size go through the codec together."""
-        mean = lambda some: self.codec.encode(np.stack(some))[0]
+        mean = lambda some, _: self.codec.encode(np.stack(some))[0]
         return _by_size(mean, clips, [c.shape for c in clips])
 
     def decode(
@@ -225,7 +235,7 @@ class Generator:
                 bar.update(len(some))
                 return made
 
-            return _by_size(frames, latents, keys, with_key=True)
+            return _by_size(frames, latents, keys)
 
 
 def _by_steps(requests: Sequence[Request], sampler: SamplerConfig) -> list[tuple[SamplerConfig, list[int]]]:
@@ -237,15 +247,15 @@ def _by_steps(requests: Sequence[Request], sampler: SamplerConfig) -> list[tuple
     return [(dataclasses.replace(sampler, steps=steps), some) for steps, some in members.items()]
 
 
-def _by_size(apply: Callable, arrays: Sequence[np.ndarray], keys: Sequence, with_key: bool = False) -> list:
-    """apply(arrays) for those of one key together, `AT_ONCE` at most; results in order."""
+def _by_size(apply: Callable, arrays: Sequence[np.ndarray], keys: Sequence) -> list:
+    """apply(arrays, key) for those of one key together, `AT_ONCE` at most; results in order."""
     groups: dict = {}
     for i, key in enumerate(keys):
         groups.setdefault(key, []).append(i)
     results: list = [None] * len(arrays)
     for key, members in groups.items():
         for some in (members[k : k + AT_ONCE] for k in range(0, len(members), AT_ONCE)):
-            made = apply([arrays[i] for i in some], *([key] if with_key else []))
+            made = apply([arrays[i] for i in some], key)
             for i, result in zip(some, made):
                 results[i] = result
     return results

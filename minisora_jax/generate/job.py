@@ -29,6 +29,7 @@ from minisora_jax.generate.request import Request
 
 MOST_SECONDS = 60.0
 SIDES = ("forward", "backward", "both")
+INPUTS = ("image", "last", "video", "mask", "connect")  # what of a job names a file
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +111,7 @@ class Job:
     @property
     def inputs(self) -> list[str]:
         """The files that it reads."""
-        return [path for path in (self.image, self.last, self.video, self.mask, self.connect) if path]
+        return [path for name in INPUTS if (path := getattr(self, name))]
 
 
 def start(generator, job: Job) -> tuple[Verb, float]:

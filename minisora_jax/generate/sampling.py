@@ -84,7 +84,7 @@ class Layout:
         ]
 
     def per_token(self, value) -> np.ndarray:
-        """value(request) of each token's own, (B, S) float32; 0 for padding."""
+        """value(i) of each token's own request, (B, S) float32; 0 for padding."""
         filled = np.zeros((len(self.rows), self.length), np.float32)
         for i, b, at in self.places:
             filled[b, at : at + self.copies * self.tokens(i)] = value(i)

@@ -20,7 +20,8 @@ A video whose beginning is to be made has no past yet: it is encoded as if it ha
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -29,9 +30,7 @@ from minisora_jax.generate.pictures import eased, feathered, filled, first_frame
 from minisora_jax.generate.request import Given, Request
 
 NEXT_SEED = 1_000_003  # windows of one video have seeds so far apart
-SETTLE = (
-    0.6  # strength at which what leads to a video is made once more, with that video's latents as they are after it
-)
+SETTLE = 0.6  # strength at which what leads to a video is made again, that video's latents being as they are after it
 DETAIL = 0.3  # strength at which an enlarged video's detail is made anew
 
 
@@ -80,10 +79,7 @@ def join(generator, request: Request, first_HWC: np.ndarray, last_HWC: np.ndarra
 def restyle(generator, request: Request, frames_THWC: np.ndarray, strength: float) -> Verb:
     """Video to video: noise is added up to `strength`, and taken away again by the words of the request."""
     _same_size(request, frames_THWC, "the whole video")
-    latents = yield Encode(frames_THWC)
-    known = np.zeros(generator.grid(request), bool)
-    made = yield dataclasses.replace(request, given=Given(latents, known, strength))
-    yield Frames((yield Decode(made)))
+    yield Frames((yield from _renewed(generator, request, frames_THWC, strength)))
 
 
 def inpaint(generator, request: Request, frames_THWC: np.ndarray, mask: np.ndarray) -> Verb:
@@ -174,28 +170,17 @@ def rollout(generator, request: Request, frames: int, prompts: Sequence[tuple[in
     prompts: (from which frame on, words), in order; without any, the request's. Memory does not grow with length: the
     decoder goes on from where it was, so that windows have no seams.
     """
-    factor, at_once = generator.codec.config.time_factor, generator.window
     words = lambda frame: next((text for start, text in reversed(prompts) if frame >= start), request.prompt)
-    request = dataclasses.replace(request, prompt=words(0))
-    if frames <= _frames(generator, at_once) and len(prompts) < 2:
+    whole = dataclasses.replace(request, prompt=words(0))
+    if frames <= generator.window_frames and len(prompts) < 2:
+        factor = generator.codec.config.time_factor
         size = (_frames(generator, 1 + -(-(frames - 1) // factor)), *request.size_THW[1:])
-        latents = yield dataclasses.replace(request, size_THW=size)
+        latents = yield dataclasses.replace(whole, size_THW=size)
         yield Frames((yield Decode(latents))[:frames])
         return
     decoder = generator.codec.decoder()
-    latents = yield dataclasses.replace(request, size_THW=(_frames(generator, at_once), *request.size_THW[1:]))
-    shown = decoder(latents)
-    yield Frames(shown[:frames])
-    made = len(shown)
-    for number in range(1, frames):
-        if made >= frames:
-            return
-        overlap = _overlap(generator)
-        window = dataclasses.replace(_window(request, number), prompt=words(made + factor * (at_once - overlap) // 2))
-        latents = yield from _window_after(generator, window, latents[-overlap:])
-        shown = decoder(latents[overlap:])
-        yield Frames(shown[: frames - made])
-        made += len(shown)
+    latents = yield dataclasses.replace(whole, size_THW=(generator.window_frames, *request.size_THW[1:]))
+    yield from _windows(generator, whole, decoder, latents, 0, frames, words)
 
 
 # ---- What verbs are made of
@@ -218,14 +203,19 @@ def _growing(generator, size_THW: tuple[int, int, int]) -> list[tuple[int, int, 
 
 def _enlarged(generator, request: Request, frames_THWC: np.ndarray, size_THW: tuple[int, int, int]) -> Verb:
     """Frames at a larger size, on the grid that training knew: position interpolation and SDEdit (arXiv:2108.01073)."""
-    latents = yield Encode(stretched(frames_THWC, size_THW))
     most, spacing = generator.known_size, (1.0, 1.0, 1.0)
     if most:
         in_space = min(1.0, *(m / n for m, n in zip(most[1:], size_THW[1:])))
         spacing = (min(1.0, (most[0] - 1) / max(size_THW[0] - 1, 1)), in_space, in_space)
     whole = dataclasses.replace(request, size_THW=size_THW, spacing=spacing)
-    known = np.zeros(generator.grid(whole), bool)
-    return (yield Decode((yield dataclasses.replace(whole, given=Given(latents, known, DETAIL)))))
+    return (yield from _renewed(generator, whole, stretched(frames_THWC, size_THW), DETAIL))
+
+
+def _renewed(generator, request: Request, frames_THWC: np.ndarray, strength: float) -> Verb:
+    """Frames made again from noise of that strength over them; nothing of them is known."""
+    latents = yield Encode(frames_THWC)
+    known = np.zeros(generator.grid(request), bool)
+    return (yield Decode((yield dataclasses.replace(request, given=Given(latents, known, strength)))))
 
 
 def _given(generator, request: Request, known: dict[int, np.ndarray]) -> Verb:
@@ -258,23 +248,35 @@ def _onwards(generator, request: Request, given_THWC: np.ndarray, frames_THWC: n
     """
     factor = generator.codec.config.time_factor
     new = -(-after // factor)
-    keep = max(generator.window - min(new, generator.window - _overlap(generator)), 1)
+    keep = max(generator.window - min(new, generator.window - generator.overlap), 1)
     context = last_frames(frames_THWC, min(keep, 1 + (len(frames_THWC) - 1) // factor), factor)
     latents = yield Encode(context)
     decoder = generator.codec.decoder()
     yield Frames(eased(given_THWC, decoder(latents), at_end=True))
     first = min(generator.window, len(latents) + new)
     whole = dataclasses.replace(request, size_THW=(_frames(generator, first), *request.size_THW[1:]))
-    known, made, number = len(latents), 0, 0
+    known = len(latents)
     latents = yield from _given(generator, whole, {0: latents})
-    while True:
+    yield from _windows(generator, request, decoder, latents, known, after, lambda _: request.prompt)
+
+
+def _windows(
+    generator, request: Request, decoder: Callable, latents: np.ndarray, known: int, frames: int, words: Callable
+) -> Verb:
+    """So many frames of a window's latents, the first `known` of which are shown already, and of those that follow it.
+
+    words(frame): the prompt at a frame, counted from where the first of these is 0.
+    """
+    made, factor, overlap = 0, generator.codec.config.time_factor, generator.overlap
+    for number in itertools.count(1):
         shown = decoder(latents[known:])
-        yield Frames(shown[: after - made])
-        made, number = made + len(shown), number + 1
-        if made >= after:
+        yield Frames(shown[: frames - made])
+        made, known = made + len(shown), overlap
+        if made >= frames:
             return
-        known = _overlap(generator)
-        latents = yield from _window_after(generator, _window(request, number), latents[-known:])
+        window = _window(request, number)
+        window = dataclasses.replace(window, prompt=words(made + factor * (generator.window - overlap) // 2))
+        latents = yield from _window_after(generator, window, latents[-overlap:])
 
 
 def _backwards(generator, request: Request, frames_THWC: np.ndarray, before: int) -> Verb:
@@ -284,14 +286,14 @@ def _backwards(generator, request: Request, frames_THWC: np.ndarray, before: int
     """
     factor = generator.codec.config.time_factor
     new = -(-before // factor)  # latent frames before the one in which the video begins
-    keep = max(generator.window - min(1 + new, generator.window - _overlap(generator)), 1)
+    keep = max(generator.window - min(1 + new, generator.window - generator.overlap), 1)
     context = first_frames(frames_THWC, min(keep, (len(frames_THWC) - 1) // factor), factor)
     latents = yield Encode(np.concatenate([np.repeat(context[:1], factor, axis=0), context]))
     # The video's first frame is the last of a latent frame that is missing; where it is all there is, it stood still.
     latents, missing = (latents[2:], 1 + new) if len(latents) > 2 else (latents[1:], new)
     number = 0
     while missing:
-        overlap = min(len(latents), _overlap(generator) if number else keep)
+        overlap = min(len(latents), generator.overlap if number else keep)
         step = min(missing, generator.window - overlap)
         begins = step == missing
         frames = _frames(generator, step + overlap) if begins else factor * (step + overlap)
@@ -307,11 +309,6 @@ def _backwards(generator, request: Request, frames_THWC: np.ndarray, before: int
 def _window(request: Request, number: int) -> Request:
     """The request for a window: its noise is its own."""
     return dataclasses.replace(request, seed=request.seed + number * NEXT_SEED)
-
-
-def _overlap(generator) -> int:
-    """Latent frames of a window that are known from the one before."""
-    return max(generator.window // 2, 1)
 
 
 def _frames(generator, latent_frames: int) -> int:

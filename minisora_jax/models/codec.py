@@ -95,8 +95,7 @@ class Codec:
                 clips, t, h = piece_Bthwc.shape[:3]
                 sizes[:] = [clips, h]
                 for i in range(t):
-                    z = np.asarray(piece_Bthwc[:, i : i + 1], np.float32) * self.latent_std + self.latent_mean
-                    x_BTHWC, past = _decode(self.config, h, params, place_pictures(z, h), past)
+                    x_BTHWC, past = self._next(params, piece_Bthwc[:, i : i + 1], past)
                     yield x_BTHWC
 
         for x_BTHWC in _one_ahead(chunks()):
@@ -111,9 +110,8 @@ class Codec:
             nonlocal past
             made = []
             for z_hwc in z_thwc:
-                z = np.asarray(z_hwc, np.float32)[None, None] * self.latent_std + self.latent_mean
-                x_BTHWC, past = _decode(self.config, z.shape[2], params, place_pictures(z, z.shape[2]), past)
-                made.append(fetch_pictures(x_BTHWC, 1, z.shape[2])[0])
+                x_BTHWC, past = self._next(params, z_hwc[None, None], past)
+                made.append(fetch_pictures(x_BTHWC, 1, len(z_hwc))[0])
             return np.concatenate(made)
 
         return more
@@ -128,6 +126,11 @@ class Codec:
         turns = -(-(1 + self.config.decoder_reach) // t)
         frames = [f for i, f in enumerate(self.stream(z_Bthwc for _ in range(turns + 1))) if i >= turns * t]
         return np.concatenate(frames, axis=1)
+
+    def _next(self, params, z_B1hwc: np.ndarray, past):
+        """(frames of the next latent frame, still on the devices; the states to go on with)."""
+        z, h = np.asarray(z_B1hwc, np.float32) * self.latent_std + self.latent_mean, z_B1hwc.shape[2]
+        return _decode(self.config, h, params, place_pictures(z, h), past)
 
     def _half(self, name: str):
         """The encoder's or the decoder's parameters, on the devices."""

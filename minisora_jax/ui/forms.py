@@ -227,7 +227,7 @@ def _values(generator, verb: str, said: Mapping, files: Mapping[str, Upload]) ->
     values["size"] = size
     total = frames
     if verb in ("words", "loop", "long") and not files:
-        long = verb == "long" or (verb == "words" and (frames > _most_at_once(generator) or "[" in values["prompt"]))
+        long = verb == "long" or (verb == "words" and (frames > generator.window_frames or "[" in values["prompt"]))
         values |= {"seconds": seconds} if long else {"frames": on_grid(generator, frames, verb == "loop")}
         values |= {"loop": True} if verb == "loop" else {}
     elif verb == "image":
@@ -330,16 +330,12 @@ def _shape(generator, height: int, width: int, area: float) -> tuple[int, int]:
     return tuple(max(1, round(n * scale / generator.cell)) * generator.cell for n in (height, width))
 
 
-def _most_at_once(generator) -> int:
-    return 1 + (generator.window - 1) * generator.codec.config.time_factor
-
-
 def _rounds(generator, job: Job, fps: float) -> int:
     """About how many windows a long video has."""
     if job.seconds is None or job.verb not in ("rollout", "extend"):
         return 1
-    new = job.seconds * fps - (_most_at_once(generator) if job.verb == "rollout" else 0)
-    step = generator.codec.config.time_factor * (generator.window - max(generator.window // 2, 1))
+    new = job.seconds * fps - (generator.window_frames if job.verb == "rollout" else 0)
+    step = generator.codec.config.time_factor * (generator.window - generator.overlap)
     if job.verb == "extend":
         return max(1, math.ceil(new / step)) * (2 if job.extend == "both" else 1)
     return 1 + max(int("[" in job.prompt and new <= 0), math.ceil(new / step))

@@ -24,6 +24,7 @@ from minisora_jax.data.atomic import replacing
 from minisora_jax.data.files import json_or_none
 from minisora_jax.data.video import open_frames, read_note
 from minisora_jax.data.video_writer import VideoWriter
+from minisora_jax.generate.job import INPUTS
 from minisora_jax.generate.output import beside
 
 KEPT = 200  # results
@@ -132,4 +133,4 @@ class Gallery:
 def _inputs(record: dict) -> list[str]:
     """Of all jobs that were done together: the others are needed to make one of them again."""
     jobs = [record["job"], *record.get("together", [])]
-    return [job[key] for job in jobs for key in ("image", "last", "video", "mask", "connect") if job.get(key)]
+    return [job[key] for job in jobs for key in INPUTS if job.get(key)]

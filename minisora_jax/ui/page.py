@@ -114,28 +114,20 @@ def build(line: Line, gallery: Gallery, incoming: Path):
         names = list(inputs)
 
         async def go(request: gr.Request, verb, *values):
-            """A ticket, and how it fares, until it is over."""
-            said = dict(zip(names, values))
-            try:
-                ask = await asyncio.to_thread(wanted, line.generator, verb, said, let_in)
-                mine = line.join(ask, request.session_hash or "")
-            except Refused as error:
-                yield show.sorry(str(error)), gr.skip(), gr.skip()
-                return
-            async for shown in _follow(mine):
+            async for shown in served(request, wanted, line.generator, verb, dict(zip(names, values)), let_in):
                 yield shown
 
         async def again(event: gr.EventData, request: gr.Request):
+            async for shown in served(request, line.wanted_again, str(event._data.get("name"))):
+                yield shown
+
+        async def served(request, ask, *about):
+            """A ticket for what ask(*about) says is wanted, and how it fares, until it is over."""
             try:
-                ask = await asyncio.to_thread(line.wanted_again, str(event._data.get("name")))
-                mine = line.join(ask, request.session_hash or "")
+                mine = line.join(await asyncio.to_thread(ask, *about), request.session_hash or "")
             except Refused as error:
                 yield show.sorry(str(error)), gr.skip(), gr.skip()
                 return
-            async for shown in _follow(mine):
-                yield shown
-
-        async def _follow(mine):
             yield show.ticket(mine, line.before(mine)), mine.name, gr.skip()
             last = ""
             while not mine.over:
