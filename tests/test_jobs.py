@@ -1,5 +1,6 @@
 """Jobs in words and paths, batches that go on where they stopped, records that make a video again."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -11,10 +12,12 @@ from minisora_jax.cli import main
 from minisora_jax.data.shapes import Shapes
 from minisora_jax.data.video import read_clip_frames, read_note
 from minisora_jax.data.video_writer import VideoWriter, write_video
+from minisora_jax.evaluation.frames import psnr
 from minisora_jax.generate import Generator
 from minisora_jax.generate.batch import run_batch
 from minisora_jax.generate.job import Job, start
 from minisora_jax.generate.output import read_record
+from minisora_jax.generate.perform import perform
 
 FAST = ["--steps", "2", "--frames", "5", "--size", "32x32", "--upscale", "1"]
 RED = "a large red circle moves left slowly on a black background"
@@ -71,6 +74,25 @@ def test_what_is_said_is_what_is_meant(generator, media, said, verb, first_size)
         assert asks.frames_THWC.shape[1:3] == (48, 64)
     elif verb != "extend":
         assert asks.frames_THWC.shape[1:3] == (32, 48)  # 40x50 in whole cells
+
+
+def test_a_picture_may_begin_a_long_video(generator, media):
+    job = Job(prompt=f"{RED} [2s] a large red circle stays still on a black background", seconds=4,
+              image=str(media / "first.png"))  # fmt: skip
+    at_work, _ = start(generator, job)
+    pieces = perform(generator, [at_work], steps=1, progress=False)
+    assert pieces[0].shape == (33, 32, 48, 3)
+    shown = read_clip_frames(media / "first.png")[0][0][4:36, 1:49]
+    assert psnr(pieces[0][0], shown) > 25
+
+
+def test_a_given_video_too_large_for_the_model_is_warned_of(generator, media, caplog):
+    job = Job(prompt=RED, video=str(media / "clip.mp4"), extend="forward", size=(96, 128))
+    start(generator, job)
+    assert "96x128 is more than the 64x64 that training knew" in caplog.text
+    caplog.clear()
+    start(generator, dataclasses.replace(job, size=None))
+    assert not caplog.text
 
 
 @pytest.mark.parametrize(

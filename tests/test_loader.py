@@ -10,6 +10,7 @@ from minisora_jax.data.latents import Latents
 from minisora_jax.data.loader import crop_batches, packed_batches
 from minisora_jax.data.packing import PackConfig, PackPlan, token_counts
 from minisora_jax.data.shapes import Shapes
+from minisora_jax.types import Clip
 
 PATCH = (1, 2, 2)
 PACK = PackConfig(tokens=16, text_tokens=128, slots=8, rows=2)
@@ -89,6 +90,17 @@ def test_crops_are_cuts_of_clips():
     cut = whole[0][0, 0].transpose(3, 0, 1, 2)
     views = (np.lib.stride_tricks.sliding_window_view(c.frames_THWC, (5, 32, 16), (0, 1, 2)) for c in clips)
     assert any((v == cut).all((3, 4, 5, 6)).any() for v in views)
+
+
+def test_crops_of_enlarged_clips():
+    ramp = np.broadcast_to(np.arange(0, 256, 4, dtype=np.uint8)[None, None, :, None], (5, 64, 64, 3))
+    options = dict(crop_THW=(5, 32, 32), batch=200, accumulate=1, seed=0, enlarge=4.0)
+    crops = next(crop_batches([Clip(ramp, "", 8.0, "ramp")], range(1), **options))[0]
+    assert crops.shape == (200, 5, 32, 32, 3) and (crops == crops[:, :1]).all()
+    inner = crops[:, 0, 0, 8:25, 0].astype(float)
+    factor = 4.0 / ((inner[:, -1] - inner[:, 0]) / 16)
+    assert factor.min() > 0.95 and factor.max() < 4.3
+    np.testing.assert_allclose(np.quantile(factor, [0.25, 0.75, 0.9]), 4.0 ** np.array([0, 0.5, 0.8]), rtol=0.15)
 
 
 def test_clips_that_are_all_too_small_are_an_error():

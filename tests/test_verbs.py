@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 
 from minisora_jax.bundled import CODEC, MODEL
+from minisora_jax.data.resize import resized
 from minisora_jax.data.shapes import FPS, Shapes
-from minisora_jax.evaluation.frames import psnr
+from minisora_jax.evaluation.frames import psnr, seam
 from minisora_jax.generate import Generator, Given, Request, verbs
+from minisora_jax.generate.enlarging import sizes_up_to
 from minisora_jax.generate.perform import Decode, Encode, Frames, perform
 from minisora_jax.generate.pictures import EASE, FAITHFUL, FEATHER, eased
 from minisora_jax.generate.verbs import NEXT_SEED
@@ -101,6 +103,40 @@ def test_a_clip_decoded_piece_by_piece_is_the_clip(generator, clip):
     decode = generator.codec.decoder()
     pieces = np.concatenate([decode(latents[:2]), decode(latents[2:3]), decode(latents[3:])])
     assert np.abs(pieces.astype(int) - generator.codec.decode(latents[None])[0]).max() <= 1
+
+
+def test_a_clip_encoded_piece_by_piece_is_the_clip(generator, clip):
+    encoder, x = generator.codec.encoder(), clip.frames_THWC
+    pieces = np.concatenate([encoder(x[:5]), encoder(x[5:])])
+    np.testing.assert_allclose(pieces, generator.encode([x])[0], atol=1e-5)
+
+
+def test_sizes_grow_in_time_first_and_twofold_at_most(generator):
+    assert generator.known_size == (9, 64, 64)
+    assert sizes_up_to(generator, (5, 48, 64)) == [(5, 48, 64)]
+    assert sizes_up_to(generator, (17, 128, 96)) == [(9, 64, 48), (17, 64, 48), (17, 128, 96)]
+    grown = sizes_up_to(generator, (1, 2048, 1152))
+    assert grown[0] == (1, 64, 32) and grown[-1] == (1, 2048, 1152) and len(grown) == 6
+    assert all(b <= 2 * a + generator.cell for one, two in zip(grown, grown[1:]) for a, b in zip(one, two))
+
+
+def test_what_is_larger_than_training_is_what_was_made_at_its_size(generator, clip):
+    """Videos, loops, an animated picture and windows of 64 x 128, each next to itself at 32 x 64."""
+    at = lambda H, W, T=9, **more: Request(clip.caption, (T, H, W), seed=3, fps=FPS, **more)
+    image = resized(clip.frames_THWC[:1], (64, 128))[0]
+    verbs_at = lambda H, W: [
+        verbs.make(generator, at(H, W)),
+        verbs.make(generator, at(H, W, 8, loop=True)),
+        verbs.animate(generator, at(H, W), resized(image[None], (H, W))[0]),
+        verbs.rollout(generator, at(H, W), 22),
+        verbs.rollout(generator, at(H, W), 14, first_HWC=resized(image[None], (H, W))[0]),
+    ]
+    large, small = (done(generator, *verbs_at(*size)) for size in ((64, 128), (32, 64)))
+    assert [v.shape for v in large] == [(n, 64, 128, 3) for n in (9, 8, 9, 22, 14)]
+    for a, b in zip(large, small):
+        assert psnr(resized(a, (32, 64)), b) > 24
+    assert psnr(large[2][0], image) > 24 and psnr(large[4][0], image) > 24
+    assert seam(large[1]) < 2
 
 
 def test_a_decoded_circle_has_no_beginning(generator):

@@ -17,6 +17,7 @@ from minisora_jax.data.epochs import curriculum
 from minisora_jax.data.known import KnownConfig
 from minisora_jax.data.latents import Latents, Mixture
 from minisora_jax.data.packing import PackPlan, StagedPlan
+from minisora_jax.data.resize import resized
 from minisora_jax.data.rows import pack_segments, training_segment
 from minisora_jax.data.storage import Damaged, DataError
 from minisora_jax.parallel.mesh import host_rows
@@ -61,11 +62,13 @@ def crop_batches(
     batch: int,
     accumulate: int,
     seed: int,
+    enlarge: float = 1.0,
     damaged: Damaged | None = None,
 ) -> Iterator[np.ndarray]:
     """uint8 frames (A, B, T, H, W, C): random crops of clips drawn at random, one array a step.
 
-    A clip shorter than the crop stands still at its end; one that is smaller, or damaged, is passed over for another.
+    Above 1, half the crops are of clips enlarged by up to `enlarge`, the factor's logarithm uniform. A clip shorter
+    than the crop stands still at its end; one that is smaller, or damaged, is passed over for another.
     """
     damaged = damaged or Damaged(strict=True)
 
@@ -83,8 +86,10 @@ def crop_batches(
             raise ValueError(f"1000 clips drawn at random were all smaller than crop_THW={crop_THW}: lower it")
         if len(frames) < crop_THW[0]:
             frames = np.concatenate([frames, np.repeat(frames[-1:], crop_THW[0] - len(frames), axis=0)])
-        at = [int(rng.integers(n - c + 1)) for n, c in zip(frames.shape, crop_THW)]
-        return frames[tuple(slice(a, a + c) for a, c in zip(at, crop_THW))]
+        factor = enlarge ** max(rng.uniform(-1, 1), 0.0) if enlarge > 1 else 1.0
+        cut = (crop_THW[0], *(round(c / factor) for c in crop_THW[1:]))
+        at = [int(rng.integers(n - c + 1)) for n, c in zip(frames.shape, cut)]
+        return resized(frames[tuple(slice(a, a + c) for a, c in zip(at, cut))], crop_THW[1:])
 
     mine = host_rows(batch)
 

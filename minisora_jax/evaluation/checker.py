@@ -28,6 +28,7 @@ _PALETTE = np.array([*COLOURS.values(), WALL, *BACKGROUNDS.values(), *CHECKER], 
 _OBJECTS = len(COLOURS)
 _WALL = _NAMES.index("wall")
 LEAST_PIXELS = 8.0  # of an object that counts as seen in a frame
+USUAL_SIDE = 64  # pixels; in a larger frame a movement of so many pixels is so much smaller
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,6 +182,7 @@ def _motion(x, cover, path, area_T, visible_T, wall: bool) -> tuple[str, bool]:
     seen = np.flatnonzero(visible_T)
     if len(seen) < 2:
         return "unclear", False
+    pixel = max(1.0, min(x.shape[1:3]) / USUAL_SIDE)
     hidden = bool((~visible_T[seen[0] : seen[-1] + 1]).any())
     track, time = path[seen], seen.astype(float)
     slope = np.polyfit(time, track, 1)[0]
@@ -190,26 +192,26 @@ def _motion(x, cover, path, area_T, visible_T, wall: bool) -> tuple[str, bool]:
         whole = hidden and abs(way[0]) > 0.3 * x.shape[2] and abs(way[1]) < 0.35 * abs(way[0])
         return (f"hide-{direction}" if whole else "unclear"), hidden
     scroll = _texture_scroll(x, cover)
-    if abs(scroll) > 3.0 and abs(way[0] - scroll) < max(3.5, 0.4 * abs(scroll)):
+    if abs(scroll) > 3.0 * pixel and abs(way[0] - scroll) < max(3.5 * pixel, 0.4 * abs(scroll)):
         return ("pan-left" if scroll > 0 else "pan-right"), hidden
-    if len(seen) >= 6 and _turn(track) > 1.25 * np.pi:
+    if len(seen) >= 6 and _turn(track / pixel) > 1.25 * np.pi:
         return "orbit", hidden
     # Coming back along an axis
     steps = np.diff(track, axis=0)
     for axis in (0, 1):
         forth = np.abs(steps[:, axis]).sum()
         net = abs(steps[:, axis].sum())
-        if forth > 6.0 and forth - net > 0.3 * forth and forth - net > 4.0:
+        if forth > 6.0 * pixel and forth - net > max(0.3 * forth, 4.0 * pixel):
             return "bounce", hidden
     radius = np.sqrt(area_T[seen])
     fit = np.polyval(np.polyfit(time, radius, 1), time[[0, -1]])
     ratio = fit[1] / max(fit[0], 1e-3)
     length = float(np.hypot(*way))
-    if (ratio > 1.3 or ratio < 1 / 1.3) and length < max(4.0, 0.25 * max(x.shape[1:3])):
+    if (ratio > 1.3 or ratio < 1 / 1.3) and length < max(4.0 * pixel, 0.25 * max(x.shape[1:3])):
         return ("grow" if ratio > 1 else "shrink"), hidden
-    if length < 2.2:
+    if length < 2.2 * pixel:
         return "still", hidden
-    if length < 2.8:
+    if length < 2.8 * pixel:
         return "unclear", hidden
     unit = way / length
     return max(DIRECTIONS, key=lambda d: float(unit @ np.array(DIRECTIONS[d]) / np.hypot(*DIRECTIONS[d]))), hidden
@@ -230,15 +232,22 @@ def _turn(track: np.ndarray) -> float:
 
 
 def _texture_scroll(x: np.ndarray, cover: np.ndarray) -> float:
-    """Pixels that a checkered background moved rightwards over the clip; 0 without a checkered background."""
+    """Pixels that a checkered background moved rightwards over the clip; 0 without a checkered background.
+
+    Its cells are as large as the world draws them, or larger by 2, 4, ... in a frame that may have been enlarged.
+    """
     T, H, W = cover.shape
     grey = x.mean(-1)
     free = cover < 0.05
     centred = np.where(free, grey - np.median(grey[free]) if free.any() else 0.0, 0.0)
-    rows = np.sin((np.arange(H) + 0.5) * np.pi / CHECKER_CELL)
-    columns = np.exp(-1j * (np.arange(W) + 0.5) * np.pi / CHECKER_CELL)
-    wave = np.einsum("thw,h,w->t", np.clip(centred, -30, 30), rows, columns)
-    if np.median(np.abs(wave)) / (H * W) < 2.0:  # a full checker of these tones gives about 8
+    waves, cell = {}, CHECKER_CELL
+    while not waves or 4 * cell <= min(H, W):
+        rows = np.sin((np.arange(H) + 0.5) * np.pi / cell)
+        columns = np.exp(-1j * (np.arange(W) + 0.5) * np.pi / cell)
+        waves[cell] = np.einsum("thw,h,w->t", np.clip(centred, -30, 30), rows, columns) / (H * W)
+        cell *= 2
+    strength, cell = max((float(np.median(np.abs(wave))), cell) for cell, wave in waves.items())
+    if strength < 2.0:  # a full checker of these tones gives about 8
         return 0.0
-    phase = np.unwrap(np.angle(wave))
-    return float(-(phase[-1] - phase[0]) * CHECKER_CELL / np.pi)
+    phase = np.unwrap(np.angle(waves[cell]))
+    return float(-(phase[-1] - phase[0]) * cell / np.pi)

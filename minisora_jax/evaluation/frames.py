@@ -8,13 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from minisora_jax.evaluation.checker import Seen
-
-STILL = 0.5  # levels: the step of a video in which nothing moves, so that ratios of still ones mean something
-
-
-def steps(frames_THWC: np.ndarray) -> np.ndarray:
-    """(T - 1,) from each frame to the next."""
-    return np.abs(np.diff(frames_THWC.astype(np.float32), axis=0)).mean((1, 2, 3))
+from minisora_jax.generate.pictures import STILL, steps
 
 
 def step(a_HWC: np.ndarray, b_HWC: np.ndarray) -> float:
@@ -24,12 +18,6 @@ def step(a_HWC: np.ndarray, b_HWC: np.ndarray) -> float:
 def seam(frames_THWC: np.ndarray) -> float:
     """Of a loop: the step from its last frame to its first, in median steps."""
     return step(frames_THWC[-1], frames_THWC[0]) / max(float(np.median(steps(frames_THWC))), STILL)
-
-
-def largest_step(frames_THWC: np.ndarray, at: slice = slice(None)) -> float:
-    """The largest step (of those in `at`), in median steps of the whole video."""
-    found = steps(frames_THWC)
-    return float(found[at].max() / max(np.median(found), STILL))
 
 
 def psnr(a_THWC: np.ndarray, b_THWC: np.ndarray) -> float:

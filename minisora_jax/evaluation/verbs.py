@@ -20,11 +20,11 @@ import numpy as np
 
 from minisora_jax.data.shapes import FPS, Shapes, parse_caption
 from minisora_jax.evaluation.checker import check_all, observe
-from minisora_jax.evaluation.frames import bounce, flicker, largest_step, psnr, seam, steps
+from minisora_jax.evaluation.frames import bounce, flicker, psnr, seam
 from minisora_jax.generate import verbs
 from minisora_jax.generate.generator import Generator
 from minisora_jax.generate.perform import Verb, perform
-from minisora_jax.generate.pictures import FEATHER
+from minisora_jax.generate.pictures import FEATHER, largest_step, steps
 from minisora_jax.generate.request import Request
 from minisora_jax.types import Clip
 

@@ -16,17 +16,19 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import re
 from pathlib import Path
 
 import numpy as np
 
+from minisora_jax.data.resize import resized
 from minisora_jax.data.video import read_clip_frames
 from minisora_jax.generate import verbs
 from minisora_jax.generate.perform import Verb
-from minisora_jax.generate.pictures import resized
 from minisora_jax.generate.request import Request
 
+log = logging.getLogger("minisora")
 MOST_SECONDS = 60.0
 SIDES = ("forward", "backward", "both")
 INPUTS = ("image", "last", "video", "mask", "connect")  # what of a job names a file
@@ -129,12 +131,8 @@ def _make(generator, job: Job):
 
 def _rollout(generator, job: Job):
     fps = job.fps or 8.0
-    pieces = re.split(r"\s*\[\s*([\d.]+)\s*s\s*\]\s*", job.prompt)
-    starts = [0.0, *map(float, pieces[1::2])]
-    if starts != sorted(set(starts)):
-        raise ValueError(f"the times in the prompt must rise: {', '.join(f'{s:g}s' for s in starts)}")
-    prompts = [(round(s * fps), words) for s, words in zip(starts, pieces[::2])]
-    request = _request(dataclasses.replace(job, prompt=pieces[0]), 1, job.size or (48, 48), fps)
+    prompts = _storyboard(job.prompt, fps)
+    request = _request(dataclasses.replace(job, prompt=prompts[0][1]), 1, job.size or (48, 48), fps)
     generator.grid(request)
     return verbs.rollout(generator, request, max(round(job.seconds * fps), 1), prompts), fps
 
@@ -142,6 +140,10 @@ def _rollout(generator, job: Job):
 def _animate(generator, job: Job):
     image = _image(generator, job.image, job.size)
     request = _request(job, _frames(generator, job, 17), image.shape[:2], job.fps or 8.0)
+    generator.grid(request)
+    if job.seconds is not None and request.size_THW[0] > generator.window_frames:
+        prompts = _storyboard(job.prompt, request.fps)
+        return verbs.rollout(generator, request, request.size_THW[0], prompts, image), request.fps
     return verbs.animate(generator, request, image), request.fps
 
 
@@ -162,7 +164,7 @@ def _inpaint(generator, job: Job):
     marks, _ = read_clip_frames(job.mask, max_frames=len(frames))
     if len(marks) not in (1, len(frames)):
         raise ValueError(f"the mask {job.mask} has {len(marks)} frames, the video {len(frames)}: give one, or as many")
-    mask = np.stack([resized(m, frames.shape[1:3]).mean(-1) > 127 for m in marks])
+    mask = resized(marks, frames.shape[1:3]).mean(-1) > 127
     return verbs.inpaint(generator, _request(job, len(frames), frames.shape[1:3], fps), frames, mask), fps
 
 
@@ -203,6 +205,15 @@ _START = {
 # ---- What jobs read
 
 
+def _storyboard(prompt: str, fps: float) -> list[tuple[int, str]]:
+    """(from which frame on, words) of "a red circle grows [4s] it moves up"."""
+    pieces = re.split(r"\s*\[\s*([\d.]+)\s*s\s*\]\s*", prompt)
+    starts = [0.0, *map(float, pieces[1::2])]
+    if starts != sorted(set(starts)):
+        raise ValueError(f"the times in the prompt must rise: {', '.join(f'{s:g}s' for s in starts)}")
+    return [(round(s * fps), words) for s, words in zip(starts, pieces[::2])]
+
+
 def _request(job: Job, frames: int, size_HW: tuple[int, int], fps: float) -> Request:
     fps = job.fps or fps
     return Request(job.prompt, (frames, *size_HW), job.seed, fps, job.negative, loop=job.loop and not job.video)
@@ -230,7 +241,14 @@ def _video(generator, job: Job, size_HW, whole: bool = False) -> tuple[np.ndarra
     found, fps = read_clip_frames(job.video, max_frames=job.frames if whole else None)
     if whole:
         found = found[: 1 + (len(found) - 1) // generator.codec.config.time_factor * generator.codec.config.time_factor]
-    return _fitted(generator, found, size_HW), job.fps or fps
+    fitted, most = _fitted(generator, found, size_HW), generator.known_size
+    if most and any(n > m for n, m in zip(job.size or fitted.shape[1:3], most[1:])):
+        log.warning(
+            "%s: %dx%d is more than the %dx%d that training knew, and what is made of a given video is not enlarged "
+            "from there: expect little of it, or give --size %dx%d",
+            job.video, *(job.size or fitted.shape[1:3]), *most[1:], *most[1:],
+        )  # fmt: skip
+    return fitted, job.fps or fps
 
 
 def _fitted(generator, frames_THWC: np.ndarray, size_HW: tuple[int, int] | None) -> np.ndarray:
@@ -245,7 +263,7 @@ def _fitted(generator, frames_THWC: np.ndarray, size_HW: tuple[int, int] | None)
         scale = max(size_HW[0] / H, size_HW[1] / W)
         scaled = (max(size_HW[0], round(H * scale)), max(size_HW[1], round(W * scale)))
         if scaled != (H, W):
-            frames_THWC = np.stack([resized(f, scaled) for f in frames_THWC])
+            frames_THWC = resized(frames_THWC, scaled)
         H, W = scaled
     y, x = (H - size_HW[0]) // 2, (W - size_HW[1]) // 2
     return np.ascontiguousarray(frames_THWC[:, y : y + size_HW[0], x : x + size_HW[1]])

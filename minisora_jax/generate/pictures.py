@@ -1,25 +1,20 @@
-"""Pictures and videos as verbs need them: resized, stretched, masked, passing into each other."""
+"""Pictures and videos as verbs need them: stretched, masked, passing into each other."""
 
 from __future__ import annotations
 
 import numpy as np
-from PIL import Image
+
+from minisora_jax.data.resize import resized
 
 FEATHER = 2  # pixels over which made and kept parts of a picture pass into each other
 EASE = 4  # frames of a given video over which it passes into what the codec makes of it, and that into what is made
 FAITHFUL = 31.0  # dB: as near as these frames stay to what was given
-
-
-def resized(frame_HWC: np.ndarray, size_HW: tuple[int, int]) -> np.ndarray:
-    """A picture at another size, its aspect not kept."""
-    if frame_HWC.shape[:2] == tuple(size_HW):
-        return frame_HWC
-    return np.asarray(Image.fromarray(frame_HWC).resize((size_HW[1], size_HW[0]), Image.Resampling.BICUBIC))
+STILL = 0.5  # levels: the step of a video in which nothing moves, so that ratios of still ones mean something
 
 
 def stretched(frames_THWC: np.ndarray, size_THW: tuple[int, int, int]) -> np.ndarray:
     """A video at another length and size, each frame between those next to it in time, its pixels between theirs."""
-    larger = np.stack([resized(frame, size_THW[1:]) for frame in frames_THWC])
+    larger = resized(frames_THWC, size_THW[1:])
     if len(larger) == size_THW[0]:
         return larger
     at = np.linspace(0, len(larger) - 1, size_THW[0])
@@ -69,3 +64,14 @@ def feathered(mask_THW: np.ndarray) -> np.ndarray:
         weight[wider & ~grown] = 1.0 - step / (FEATHER + 1)
         grown = wider
     return weight
+
+
+def steps(frames_THWC: np.ndarray) -> np.ndarray:
+    """(T - 1,): the mean absolute difference of each frame and the next, in levels of 255."""
+    return np.abs(np.diff(frames_THWC.astype(np.float32), axis=0)).mean((1, 2, 3))
+
+
+def largest_step(frames_THWC: np.ndarray, at: slice = slice(None)) -> float:
+    """The largest step (of those in `at`), in median steps of the whole video."""
+    found = steps(frames_THWC)
+    return float(found[at].max() / max(np.median(found), STILL))

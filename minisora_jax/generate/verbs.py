@@ -25,61 +25,68 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from minisora_jax.data.resize import resized
+from minisora_jax.generate.enlarging import at_known_size, enlarged, enlarged_as_they_come, renewed, sizes_up_to
 from minisora_jax.generate.perform import Decode, Encode, Frames, Verb
-from minisora_jax.generate.pictures import eased, feathered, filled, first_frames, last_frames, stretched
+from minisora_jax.generate.pictures import eased, feathered, filled, first_frames, largest_step, last_frames
 from minisora_jax.generate.request import Given, Request
 
 NEXT_SEED = 1_000_003  # windows of one video have seeds so far apart
 SETTLE = 0.6  # strength at which what leads to a video is made again, that video's latents being as they are after it
-DETAIL = 0.3  # strength at which an enlarged video's detail is made anew
+SEAMLESS, TRIES = 2.0, 3  # so often at most, until none of its steps is above so many medians of the whole
 
 
 # ---- Verbs
 
 
 def make(generator, request: Request) -> Verb:
-    """Text to video, or to an image, or to a loop.
-
-    What is longer or larger than all that training saw is made at a length and size that it knew, and enlarged from
-    there: frames between frames, pixels between pixels, and their detail by the model.
-    """
+    """Text to video, or to an image, or to a loop; what is longer or larger than training knew is enlarged."""
     generator.grid(request)
-    sizes = [request.size_THW] if request.loop else _growing(generator, request.size_THW)
-    frames = yield Decode((yield dataclasses.replace(request, size_THW=sizes[0])), request.loop)
-    for size in sizes[1:]:
-        frames = yield from _enlarged(generator, request, frames, size)
-    yield Frames(frames)
+
+    def made(request: Request) -> Verb:
+        return (yield Decode((yield request), request.loop))
+
+    yield Frames((yield from at_known_size(generator, request, made)))
 
 
 def enlarge(generator, request: Request, frames_THWC: np.ndarray) -> Verb:
     """A video in the request's size, longer, taller or wider: its detail is made by the model."""
     generator.grid(request)
-    yield Frames((yield from _enlarged(generator, request, frames_THWC, request.size_THW)))
+    yield Frames((yield from enlarged(generator, request, frames_THWC, request.size_THW)))
 
 
 def animate(generator, request: Request, image_HWC: np.ndarray) -> Verb:
-    """Image to video: its first frame is the image, as the codec has it."""
+    """Image to video: its first frame is the image, as the codec has it, at a size that training knew."""
     _same_size(request, image_HWC, "the image")
-    first = yield Encode(image_HWC[None])
-    yield from _decoded(_given(generator, request, {0: first}))
+
+    def made(request: Request) -> Verb:
+        first = yield Encode(resized(image_HWC[None], request.size_THW[1:]))
+        return (yield Decode((yield from _given(generator, request, {0: first}))))
+
+    yield Frames((yield from at_known_size(generator, request, made)))
 
 
 def join(generator, request: Request, first_HWC: np.ndarray, last_HWC: np.ndarray) -> Verb:
     """From one image to another: the video stands still on the last for its last latent frame."""
     _same_size(request, first_HWC, "the first image")
     _same_size(request, last_HWC, "the last image")
-    t = generator.grid(request)[0]
-    if t < 3:
+    if generator.grid(request)[0] < 3:
         raise ValueError(f"frames={request.size_THW[0]} leave nothing between two images: use 9 or more")
-    first = yield Encode(first_HWC[None])
-    still = yield Encode(np.repeat(last_HWC[None], _frames(generator, 3), axis=0))
-    yield from _decoded(_given(generator, request, {0: first, t - 1: still[-1:]}))
+
+    def made(request: Request) -> Verb:
+        t, size_HW = generator.grid(request)[0], request.size_THW[1:]
+        first = yield Encode(resized(first_HWC[None], size_HW))
+        still = yield Encode(np.repeat(resized(last_HWC[None], size_HW), _frames(generator, 3), axis=0))
+        latents = yield from _given(generator, request, {0: first, t - 1: still[-1:]})
+        return (yield Decode(latents))
+
+    yield Frames((yield from at_known_size(generator, request, made)))
 
 
 def restyle(generator, request: Request, frames_THWC: np.ndarray, strength: float) -> Verb:
     """Video to video: noise is added up to `strength`, and taken away again by the words of the request."""
     _same_size(request, frames_THWC, "the whole video")
-    yield Frames((yield from _renewed(generator, request, frames_THWC, strength)))
+    yield Frames((yield from renewed(generator, request, frames_THWC, strength)))
 
 
 def inpaint(generator, request: Request, frames_THWC: np.ndarray, mask: np.ndarray) -> Verb:
@@ -147,75 +154,52 @@ def connect(
     whole = dataclasses.replace(request, size_THW=(_frames(generator, t), *request.size_THW[1:]))
     latents = yield from _given(generator, whole, {0: past, t - len(future): future})
     frames, until = (yield Decode(latents)), len(a) + factor * k - 1
-    # Once more, now that b has a past: what its latents are after it, and what is made up to them.
-    latents = yield Encode(np.concatenate([a, frames[len(a) : until], b]))
     known = np.ones(generator.grid(whole), bool)
     known[len(past) : t - len(future)] = False
-    latents = yield dataclasses.replace(whole, given=Given(latents, known, SETTLE))
-    frames = yield Decode(latents)
-    a_eased, b_eased = eased(a_THWC, frames[: len(a)], at_end=True), eased(b_THWC, frames[until:], at_end=False)
+    tries = []
+    for number in range(TRIES):
+        # Now that b has a past: what its latents are after it, and what is made up to them.
+        latents = yield Encode(np.concatenate([a, frames[len(a) : until], b]))
+        latents = yield dataclasses.replace(_window(whole, number), given=Given(latents, known, SETTLE))
+        frames = yield Decode(latents)
+        a_eased, b_eased = eased(a_THWC, frames[: len(a)], at_end=True), eased(b_THWC, frames[until:], at_end=False)
+        made = frames[len(a) : until]
+        seen = np.concatenate([a_eased[-len(a) :], made, b_eased[: len(b)]])
+        tries.append((largest_step(seen, slice(len(a) - 1, until)), a_eased, made, b_eased))
+        if tries[-1][0] <= SEAMLESS:
+            break
+    _, a_eased, made, b_eased = min(tries, key=lambda each: each[0])
     if loop:  # one video, eased at both ends
         rest = len(b_THWC) // 2
         yield Frames(np.concatenate([b_eased[:rest], a_eased[rest:]]))
-        yield Frames(frames[len(a) : until])
+        yield Frames(made)
     else:
         yield Frames(a_eased)
-        yield Frames(frames[len(a) : until])
+        yield Frames(made)
         yield Frames(b_eased)
 
 
-def rollout(generator, request: Request, frames: int, prompts: Sequence[tuple[int, str]] = ()) -> Verb:
+def rollout(
+    generator,
+    request: Request,
+    frames: int,
+    prompts: Sequence[tuple[int, str]] = (),
+    first_HWC: np.ndarray | None = None,
+) -> Verb:
     """A video of any length, in windows of `generator.window` latent frames, each from the end of the one before.
 
-    prompts: (from which frame on, words), in order; without any, the request's. Memory does not grow with length: the
-    decoder goes on from where it was, so that windows have no seams.
+    prompts: (from which frame on, words), in order; without any, the request's. first_HWC: its first frame. Memory does
+    not grow with length: the decoder goes on from where it was, so that windows have no seams.
     """
     words = lambda frame: next((text for start, text in reversed(prompts) if frame >= start), request.prompt)
-    whole = dataclasses.replace(request, prompt=words(0))
-    if frames <= generator.window_frames and len(prompts) < 2:
-        factor = generator.codec.config.time_factor
-        size = (_frames(generator, 1 + -(-(frames - 1) // factor)), *request.size_THW[1:])
-        latents = yield dataclasses.replace(whole, size_THW=size)
-        yield Frames((yield Decode(latents))[:frames])
-        return
-    decoder = generator.codec.decoder()
-    latents = yield dataclasses.replace(whole, size_THW=(generator.window_frames, *request.size_THW[1:]))
-    yield from _windows(generator, whole, decoder, latents, 0, frames, words)
+    smallest, *larger = sizes_up_to(generator, (1, *request.size_THW[1:]))
+    video = _rolled(generator, dataclasses.replace(request, size_THW=smallest), frames, words, first_HWC)
+    for _, *size in larger:
+        video = enlarged_as_they_come(generator, request, video, tuple(size), words)
+    yield from video
 
 
 # ---- What verbs are made of
-
-
-def _growing(generator, size_THW: tuple[int, int, int]) -> list[tuple[int, int, int]]:
-    """Sizes from one that training knew to that asked for, each at most twice the one before."""
-    most = generator.known_size
-    sizes, cell, factor = [tuple(size_THW)], generator.cell, generator.codec.config.time_factor
-    while most and any(n > m for n, m in zip(sizes[0], most)):
-        T, H, W = sizes[0]
-        shrink = min(2.0, max(H / most[1], W / most[2], 1.0))
-        frames = 1 + factor * -(-(T - 1) // (2 * factor)) if T > most[0] else T
-        smaller = (frames, *(max(cell, round(n / shrink / cell) * cell) for n in (H, W)))
-        if smaller == sizes[0]:
-            break
-        sizes.insert(0, smaller)
-    return sizes
-
-
-def _enlarged(generator, request: Request, frames_THWC: np.ndarray, size_THW: tuple[int, int, int]) -> Verb:
-    """Frames at a larger size, on the grid that training knew: position interpolation and SDEdit (arXiv:2108.01073)."""
-    most, spacing = generator.known_size, (1.0, 1.0, 1.0)
-    if most:
-        in_space = min(1.0, *(m / n for m, n in zip(most[1:], size_THW[1:])))
-        spacing = (min(1.0, (most[0] - 1) / max(size_THW[0] - 1, 1)), in_space, in_space)
-    whole = dataclasses.replace(request, size_THW=size_THW, spacing=spacing)
-    return (yield from _renewed(generator, whole, stretched(frames_THWC, size_THW), DETAIL))
-
-
-def _renewed(generator, request: Request, frames_THWC: np.ndarray, strength: float) -> Verb:
-    """Frames made again from noise of that strength over them; nothing of them is known."""
-    latents = yield Encode(frames_THWC)
-    known = np.zeros(generator.grid(request), bool)
-    return (yield Decode((yield dataclasses.replace(request, given=Given(latents, known, strength)))))
 
 
 def _given(generator, request: Request, known: dict[int, np.ndarray]) -> Verb:
@@ -229,9 +213,19 @@ def _given(generator, request: Request, known: dict[int, np.ndarray]) -> Verb:
     return (yield dataclasses.replace(request, given=Given(latents, mask)))
 
 
-def _decoded(verb: Verb) -> Verb:
-    latents = yield from verb
-    yield Frames((yield Decode(latents)))
+def _rolled(generator, request: Request, frames: int, words: Callable, first_HWC: np.ndarray | None) -> Verb:
+    """So many frames, by windows, at the request's size."""
+    size_HW, whole = request.size_THW[1:], dataclasses.replace(request, prompt=words(0))
+    latent_frames = 1 + -(-(frames - 1) // generator.codec.config.time_factor)
+    begins = words(frames - 1) == words(0) and latent_frames <= generator.window  # is all of it one window
+    window = _frames(generator, latent_frames if begins else generator.window)
+    first = dataclasses.replace(whole, size_THW=(window, *size_HW))
+    if first_HWC is None:
+        latents = yield first
+    else:
+        known = yield Encode(resized(first_HWC[None], size_HW))
+        latents = yield from _given(generator, first, {0: known})
+    yield from _windows(generator, whole, generator.codec.decoder(), latents, 0, frames, words)
 
 
 def _window_after(generator, request: Request, known: np.ndarray) -> Verb:

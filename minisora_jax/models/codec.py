@@ -101,6 +101,24 @@ class Codec:
         for x_BTHWC in _one_ahead(chunks()):
             yield fetch_pictures(x_BTHWC, *sizes)
 
+    def encoder(self) -> Callable[[np.ndarray], np.ndarray]:
+        """uint8 (T, H, W, 3) -> normalised latents (t, h, w, c), piece after piece of one clip, as `decoder` goes on:
+        1 + 4k frames, then 4k at a time."""
+        params, past = self._half("encoder"), None
+
+        def more(frames_THWC: np.ndarray) -> np.ndarray:
+            nonlocal past
+            _, h, _ = self.config.latent_size((1, *frames_THWC.shape[1:3]))
+            factor, made = self.config.time_factor, []
+            edges = [0, *range(1 if past is None else factor, len(frames_THWC) + 1, factor)]
+            for start, stop in zip(edges, edges[1:]):
+                x_BTHWC = place_pictures(frames_THWC[None, start:stop], h)
+                (mean, _), past = _encode(self.config, h, params, x_BTHWC, past)
+                made.append(fetch_pictures(mean, 1, h)[0])
+            return (np.concatenate(made) - self.latent_mean) / self.latent_std
+
+        return more
+
     def decoder(self) -> Callable[[np.ndarray], np.ndarray]:
         """Normalised latents (t, h, w, c) -> uint8 (T, H, W, 3), piece after piece of one clip: each call goes on from
         the one before, and is equal to having decoded all at once."""

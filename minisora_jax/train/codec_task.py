@@ -35,6 +35,7 @@ class CodecTask:
     run: RunConfig = RunConfig()
     data: ClipsConfig = ClipsConfig()
     crop_THW: tuple[int, int, int] = (9, 32, 32)
+    enlarge: float = 1.0  # above 1, half the crops are of clips enlarged by up to this (random resized crops)
     batch: int = 8  # crops per step, over all devices
     l2: float = 4.0
     kl: float = 1e-4
@@ -44,6 +45,8 @@ class CodecTask:
 
     def __post_init__(self):
         self.vae.latent_size(self.crop_THW)
+        if self.enlarge < 1:
+            raise ValueError(f"enlarge={self.enlarge} must be at least 1, which leaves clips as large as they are")
         if self.decoder_only and not self.start:
             raise ValueError("decoder_only=True needs a trained encoder: set start to an exported codec")
 
@@ -80,7 +83,7 @@ def train_codec(
     damaged = Damaged(workdir / f"damaged_{jax.process_index()}.jsonl", strict=task.data.strict)
 
     def batches(numbers: range) -> Iterator:
-        options = {"crop_THW": task.crop_THW, "batch": task.batch}
+        options = {"crop_THW": task.crop_THW, "batch": task.batch, "enlarge": task.enlarge}
         options |= {"accumulate": task.run.optim.accumulate, "seed": task.run.seed}
         for frames in crop_batches(clips, numbers, **options, damaged=damaged):
             yield frames, {"clips": float(task.batch * task.run.optim.accumulate)}

@@ -1,0 +1,15 @@
+"""Videos at another size, each frame by itself."""
+
+from __future__ import annotations
+
+import numpy as np
+from PIL import Image
+
+
+def resized(frames_THWC: np.ndarray, size_HW: tuple[int, int]) -> np.ndarray:
+    """uint8 frames at another height and width, bicubic, their aspect not kept."""
+    H, W = size_HW
+    if frames_THWC.shape[1:3] == (H, W):
+        return frames_THWC
+    resize = lambda frame_HWC: Image.fromarray(frame_HWC).resize((W, H), Image.Resampling.BICUBIC)
+    return np.stack([np.asarray(resize(frame_HWC)) for frame_HWC in frames_THWC])
