@@ -49,6 +49,7 @@ def test_decoder_only_keeps_the_meaning_of_latents(trained, tmp_path):
     codec, directory = trained
     task = dataclasses.replace(TASK, start=str(directory), decoder_only=True)
     tuned = train_codec(task, tmp_path, CLIPS, CLIPS, {"a": 2})
+    assert tuned.latents == codec.latents == codec.hash != tuned.hash  # caches and models of the one are of the other
     frames = CLIPS[0].frames_THWC[None]
     for before, after in zip(codec.encode(frames), tuned.encode(frames)):
         np.testing.assert_array_equal(before, after)

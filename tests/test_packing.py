@@ -146,6 +146,17 @@ def test_a_curriculum_begins_with_images():
     assert len({plan.epoch(n) // 1000 for n in (0, 4, 8)}) == 3
 
 
+def test_a_clip_that_no_stage_takes_may_be_too_long_for_a_row():
+    sizes = np.array([(1, 2, 2, 4)] * 60 + [(9, 8, 8, 4)])
+    tokens, text = token_counts(sizes, (1, 2, 2))
+    [stage] = curriculum("20:1x2x2", steps=20)
+    plan = lambda members: PackPlan(tokens, text, PackConfig(24, 96, 16, 2), 0, 2, Epochs((61,), 0, members=members))
+    small = plan((within(sizes, stage),))
+    assert small.longest == 1 and all(i < 60 for n in range(20) for row in small.rows(n) for i in row)
+    with pytest.raises(ValueError, match="1 clips do not fit a row; clip 60 has 144 video"):
+        plan(())
+
+
 @pytest.mark.parametrize("text", ["1000", "5:1x2", "9:1x1x1 4:2x2x2"])
 def test_a_curriculum_that_cannot_be_read_is_named(text):
     with pytest.raises(ValueError, match="curriculum"):

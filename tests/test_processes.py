@@ -16,7 +16,8 @@ import pytest
 from train_tiny import make_cache
 
 from minisora_jax.bundled import CODEC
-from minisora_jax.models.files import load_model, model_hash
+from minisora_jax.models.codec import Codec
+from minisora_jax.models.files import load_model
 from minisora_jax.parallel.processes import asked_for
 
 LAUNCHER = Path(__file__).parent.parent / "launch" / "local_cpu.py"
@@ -108,7 +109,7 @@ def ended(process: subprocess.Popen) -> tuple[int, str]:
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     directory = tmp_path_factory.mktemp("processes")
-    make_cache(directory / "latents", codec_hash=model_hash(CODEC))
+    make_cache(directory / "latents", codec_hash=Codec.load(CODEC).latents)
     (directory / "config.py").write_text(CONFIG)
     return directory
 

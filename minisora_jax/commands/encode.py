@@ -73,7 +73,7 @@ def run(args, _):
             args.out,
             latents,
             count=len(clips),
-            codec_hash=codec.hash,
+            codec_hash=codec.latents,
             text=captions.record,
             empty_text_LE=captions.encode([""])[0],
             source=getattr(clips, "identity", args.data),
@@ -83,4 +83,4 @@ def run(args, _):
     if is_main():
         left_out = f", {len(manifest['left_out'])} left out" if manifest["left_out"] else ""
         shards = f"{manifest['records']} clips in {len(manifest['shards'])} shards"
-        print(f"{shards} of latents of codec {codec.hash}{left_out}: {args.out}")
+        print(f"{shards} of latents of codec {codec.latents}{left_out}: {args.out}")

@@ -102,7 +102,7 @@ def _packing(config_flags: list[str], codec_path: str | None, out: Path) -> None
         ],
     )
     codec = Codec.load(codec_path or CODEC)
-    fits = codec.hash == latents.codec_hash
+    fits = codec.latents == latents.codec_hash
     drawn = []
     for row in plan.rows(0)[:ROWS]:
         clips = [latents[int(i)] for i in row]

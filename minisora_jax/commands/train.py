@@ -46,8 +46,8 @@ def run(args, config_flags):
     prompts = config.pop("prompts", ())
     task = build(DiffusionTask, config)
     codec = Codec.load(args.codec or CODEC)
-    latents = open_latents(task.data.path, codec_hash=codec.hash)
-    export = {"codec": codec.hash, "text": latents.text}
+    latents = open_latents(task.data.path, codec_hash=codec.latents)
+    export = {"codec": codec.latents, "text": latents.text}
     captions = captions_of(task.dit, latents.text, None, None) if prompts else None
     sample = sample_videos(task, codec, captions, prompts, Path(args.workdir)) if prompts else None
     describe = config | {"init": args.init or ""}

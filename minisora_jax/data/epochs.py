@@ -48,6 +48,15 @@ class Epochs:
         return [n if m is None else len(m) for n, m in zip(self.counts, members)]
 
     @property
+    def clips(self) -> np.ndarray | slice:
+        """All that take part, end to end."""
+        if all(m is None for m in self.members):
+            return slice(None)
+        starts = np.cumsum([0, *self.counts])
+        each = [np.arange(n) if m is None else m for n, m in zip(self.counts, self.members, strict=True)]
+        return np.concatenate([start + some for start, some in zip(starts, each)])
+
+    @property
     def entries(self) -> list[int]:
         """Of an epoch, from each data set."""
         sizes = np.array(self.sizes, np.float64)

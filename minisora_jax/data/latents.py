@@ -47,7 +47,7 @@ def write_latents(
 
     clips: the encoded clips; or a function that gives those of a range of numbers below `count`, in order, with an
     error in the place of one that could not be read, which is left out and named in the manifest.
-    codec_hash: of the codec's weights and config.   text: the text encoder's identity, such as {"encoder": "bytes"}.
+    codec_hash: what the latents mean, as `Codec.latents`.   text: the text encoder's identity: {"encoder": "bytes"}.
     empty_text_LE: features of the empty caption, for guidance.   source: which clips these are (`Records.identity`),
     so that a folder that holds other clips' latents is refused, and not taken for finished.
     clips_per_part: the unit of work, and of what an interrupted encode may have to do again.

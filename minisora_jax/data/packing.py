@@ -103,8 +103,9 @@ def _fill_by_both(video: np.ndarray, text: np.ndarray, slots: int) -> list[np.nd
     return rows
 
 
-def _require_fit(tokens: np.ndarray, text: np.ndarray, config: PackConfig) -> None:
-    too_long = np.flatnonzero((tokens > config.tokens) | (text > config.text_tokens))
+def _require_fit(tokens: np.ndarray, text: np.ndarray, config: PackConfig, clips=slice(None)) -> None:
+    too_long = np.arange(len(tokens))[clips]
+    too_long = too_long[(tokens[clips] > config.tokens) | (text[clips] > config.text_tokens)]
     if len(too_long):
         i = too_long[0]
         raise ValueError(
@@ -203,12 +204,12 @@ class PackPlan:
             self._first_step = self._remembered() or self._first_step
         self._parts: dict[int, list[np.ndarray]] = {}
         self._lock = threading.Lock()
-        _require_fit(tokens, text, config)
+        _require_fit(tokens, text, config, self.epochs.clips)
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest clip."""
-        return int(self.tokens.max())
+        """Tokens of the longest clip that takes part."""
+        return int(self.tokens[self.epochs.clips].max())
 
     def epoch(self, step: int) -> int:
         return self.epochs.epoch(self._place(step)[0])

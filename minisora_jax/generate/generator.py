@@ -276,9 +276,9 @@ def _load_dit(model: str | Path) -> tuple[dict, DiTConfig, dict]:
 
 def _require_codec(config: dict, dit: DiTConfig, model: str | Path, loaded: Codec, codec: str | Path) -> None:
     """ValueError unless the model was trained with that codec or, where it does not say, has as many channels."""
-    if "codec" in config and config["codec"] != loaded.hash:
+    if "codec" in config and config["codec"] != loaded.latents:
         raise ValueError(
-            f"{model} was trained on latents of codec {config['codec']}, but {codec} is codec {loaded.hash}: "
+            f"{model} was trained on latents of codec {config['codec']}, but {codec} makes those of {loaded.latents}: "
             f"their latents mean different things; give the codec it was trained with"
         )
     if dit.latent_channels != loaded.config.latent_channels:

@@ -30,7 +30,8 @@ class Codec:
     params: dict  # {"params": ...} of VAE
     latent_mean: np.ndarray  # (c,)
     latent_std: np.ndarray  # (c,)
-    hash: str = ""  # of the exported files; names the codec in latent caches
+    hash: str = ""  # of the exported files
+    latents: str = ""  # what its latents mean, for caches and models: the hash of the first codec with this encoder
 
     @classmethod
     def load(cls, directory: str | Path) -> Codec:
@@ -39,12 +40,18 @@ class Codec:
         if config.get("kind") != "vae":
             raise ValueError(f"{directory} holds a {config.get('kind')!r} model, not a codec ('vae')")
         stats = (np.asarray(config[k], np.float32) for k in ("latent_mean", "latent_std"))
-        return cls(VAEConfig(**config_fields(config["vae"])), params, *stats, hash=model_hash(directory))
+        found = model_hash(directory)
+        vae = VAEConfig(**config_fields(config["vae"]))
+        return cls(vae, params, *stats, hash=found, latents=config.get("latents", found))
 
     def export(self, directory: str | Path, training: dict, dtype: str | None = "float32", progress: str = "") -> str:
-        """Write the codec for `load`; `training` is the record of how it was made. Returns its hash."""
+        """Write the codec for `load`; `training` is the record of how it was made. Returns its hash.
+
+        With `latents`, those are written as its own: its encoder must be that of the codec of this name.
+        """
         config = {
             "kind": "vae",
+            **({"latents": self.latents} if self.latents else {}),
             "vae": dataclasses.asdict(self.config),
             "latent_mean": [round(float(x), 6) for x in self.latent_mean],
             "latent_std": [round(float(x), 6) for x in self.latent_std],

@@ -109,7 +109,7 @@ def train_codec(
     raw = Codec(task.vae, gathered(state.ema), *_unit_stats(task.vae))
     if is_main():
         if task.decoder_only:
-            statistics = {"latent_mean": start.latent_mean, "latent_std": start.latent_std}
+            statistics = {"latent_mean": start.latent_mean, "latent_std": start.latent_std, "latents": start.latents}
         else:
             statistics = latent_statistics(raw, clips)
         dataclasses.replace(raw, **statistics).export(workdir / "export", describe, task.export_dtype)
