@@ -5,6 +5,7 @@ import collections
 import numpy as np
 import pytest
 
+from minisora_jax.data.resize import resized
 from minisora_jax.data.shapes import COLOURS, MOTIONS, PHRASES, SHAPES, Shapes, parse_caption
 from minisora_jax.evaluation.checker import check
 
@@ -35,6 +36,22 @@ def test_a_wrong_word_is_noticed():
             passed[attribute].append(check(clip.frames_THWC, wrong.join(clip.caption.split(true, 1)))[attribute])
     assert all(len(v) > 50 for v in passed.values())
     assert {k: np.mean(v) <= 0.03 for k, v in passed.items()} == dict.fromkeys(passed, True)
+
+
+def test_an_enlarged_clip_shows_what_it_showed():
+    """Not even a pan, whose checkers are larger then, or a still object that slips by a pixel of the small clip."""
+    world, seen = Shapes("train", 10**6, size_THW=(9, 64, 64)), collections.Counter()
+    for clip in map(world.__getitem__, range(10**6)):
+        motion = parse_caption(clip.caption)[0][0].motion
+        if not motion.startswith(("pan", "still")) or len(clip.frames_THWC) == 1 or seen[motion] == 3:
+            continue
+        seen[motion] += 1
+        frames = clip.frames_THWC
+        if motion == "still":
+            frames = np.concatenate([frames[:4], np.roll(frames[4:], 1, axis=2)])
+        assert all(check(resized(frames, (128, 128)), clip.caption).values()), clip.caption
+        if len(seen) == 3 and set(seen.values()) == {3}:
+            break
 
 
 def test_an_object_that_never_comes_back_is_noticed():
