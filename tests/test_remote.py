@@ -17,7 +17,7 @@ from minisora_jax.data.clips import Records, open_clips
 from minisora_jax.data.curate.prepare import prepare
 from minisora_jax.data.latents import Latents, write_latents
 from minisora_jax.data.mirror import Mirror
-from minisora_jax.data.sources.base import open_source
+from minisora_jax.data.sources.spelling import open_source
 from minisora_jax.data.storage import DataError
 from minisora_jax.data.video_writer import write_video
 from minisora_jax.types import LatentClip

@@ -20,8 +20,8 @@ from PIL import Image
 from minisora_jax.data.clips import Records
 from minisora_jax.data.curate.prepare import prepare
 from minisora_jax.data.files import expand_braces, find
-from minisora_jax.data.sources.base import BadClip, Media, SkipReport, header, open_source
-from minisora_jax.data.sources.spelling import split_options
+from minisora_jax.data.sources.base import BadClip, Media, SkipReport, header
+from minisora_jax.data.sources.spelling import open_source, split_options
 from minisora_jax.data.sources.tars import Tars, members
 from minisora_jax.data.video import VideoError
 from minisora_jax.data.video_writer import write_video

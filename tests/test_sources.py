@@ -12,7 +12,8 @@ from PIL import Image
 from minisora_jax.data.clips import Records
 from minisora_jax.data.curate.prepare import prepare
 from minisora_jax.data.curate.stages import Curation, Drop, Sizes, clip_length, clips_of, crop_to_cells
-from minisora_jax.data.sources.base import BadClip, Folder, Media, open_source
+from minisora_jax.data.sources.base import BadClip, Folder, Media
+from minisora_jax.data.sources.spelling import open_source
 from minisora_jax.data.storage import DataError
 from minisora_jax.data.video import read_clip_frames
 from minisora_jax.data.video_writer import write_video

@@ -21,6 +21,7 @@ from typing import Protocol
 
 import numpy as np
 
+from minisora_jax.data.curate.endpoint import Endpoint, Refused
 from minisora_jax.data.curate.filters import load_function
 
 FRAMES = 8  # shown to the captioner, evenly spaced
@@ -42,17 +43,6 @@ EXPAND = (
     f"{PARAGRAPH} Keep all that the request says, add only what goes with it, and answer with the paragraph alone.\n\n"
     "Request: "
 )
-
-
-class Refused(ValueError):
-    """The captioner gives no caption for this clip, and asking again would not help."""
-
-    def __init__(self, reason: str, detail: str = ""):
-        super().__init__(f"{reason}: {detail}")
-        self.reason, self.detail = reason, detail
-
-    def __reduce__(self):
-        return Refused, (self.reason, self.detail)
 
 
 class Captioner(Protocol):
@@ -84,8 +74,6 @@ def expand(prompt: str, captioner: Captioner) -> str:
 def open_captioner(spec: str) -> Captioner:
     """The captioner of that spelling, once a process."""
     if re.match(r"https?://", spec):
-        from minisora_jax.data.curate.endpoint import Endpoint
-
         return Endpoint(spec, asked=ASKED)
     if re.fullmatch(r"(.+\.py|[\w.]+):\w+", spec):
         return Function(spec)

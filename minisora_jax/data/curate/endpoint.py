@@ -22,8 +22,6 @@ import urllib.request
 import numpy as np
 from PIL import Image
 
-from minisora_jax.data.curate.captioners import Refused
-
 TIMEOUT = 120.0  # seconds for an answer
 WAITS = (1.0, 2.0, 4.0, 8.0, 16.0)  # seconds before each further try
 LONGEST_WAIT = 300.0  # seconds, whatever the server asks
@@ -32,6 +30,17 @@ TOKENS = 400  # of an answer
 TRANSIENT, OF_THE_CLIP = (408, 409, 425, 429), (400, 413, 415, 422)
 
 log = logging.getLogger("minisora")
+
+
+class Refused(ValueError):
+    """The captioner gives no caption for this clip, and asking again would not help."""
+
+    def __init__(self, reason: str, detail: str = ""):
+        super().__init__(f"{reason}: {detail}")
+        self.reason, self.detail = reason, detail
+
+    def __reduce__(self):
+        return Refused, (self.reason, self.detail)
 
 
 class Endpoint:

@@ -31,7 +31,8 @@ from minisora_jax.data.curate.report import Summary, write_report
 from minisora_jax.data.curate.stages import Curation, Sizes
 from minisora_jax.data.curate.workers import run_here
 from minisora_jax.data.records import sha256
-from minisora_jax.data.sources.base import PREPROCESSING_VERSION, SkipReport, open_source
+from minisora_jax.data.sources.base import PREPROCESSING_VERSION, SkipReport
+from minisora_jax.data.sources.spelling import open_source
 from minisora_jax.data.storage import DataError
 
 SKIPPED = "skipped.jsonl"

@@ -9,7 +9,7 @@
     shapes:train:5000             the procedural clips of data/shapes.py
     clips.tar, gs://..., ...      docs/sources.md lists them all
 
-`open_source` tells by the spelling which it is (spelling.py). What a source leaves out is counted by reason and
+`spelling.open_source` tells by the spelling which it is. What a source leaves out is counted by reason and
 named in a `SkipReport`; it never stops a run (unless `strict`). Nothing is decoded here: `prepare` does that.
 """
 
@@ -70,18 +70,6 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, i: int) -> Media: ...
-
-
-def open_source(spec: str | os.PathLike, *, need_caption: bool = True, strict: bool = False) -> Source:
-    """The source of that spelling: "shapes:SPLIT:COUNT", the path of a folder, or what docs/sources.md lists.
-
-    need_caption: False keeps clips without a caption, as "" (a codec needs none).   strict: BadClip instead of a skip.
-    """
-    if str(spec).split(":")[0] == "shapes":
-        return ProceduralShapes(str(spec))
-    from minisora_jax.data.sources.spelling import open_spelled
-
-    return open_spelled(os.fspath(spec), need_caption=need_caption, strict=strict)
 
 
 class SkipReport:

@@ -8,15 +8,21 @@ from collections.abc import Iterator
 from urllib.parse import parse_qsl
 
 from minisora_jax.data.files import File, filesystem, find, is_hidden, is_url, json_or_none, listing
-from minisora_jax.data.sources.base import Folder, Source, open_source
+from minisora_jax.data.sources.base import Folder, ProceduralShapes, Source
 from minisora_jax.data.video import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")  # those that are refused are, by name
 
 
-def open_spelled(spec: str, *, need_caption: bool = True, strict: bool = False) -> Source:
-    """The source that `spec` means. ValueError or FileNotFoundError says what is wrong with it, ImportError what to
-    install."""
+def open_source(spec: str | os.PathLike, *, need_caption: bool = True, strict: bool = False) -> Source:
+    """The source of that spelling: "shapes:SPLIT:COUNT", the path of a folder, or what docs/sources.md lists.
+
+    need_caption: False keeps clips without a caption, as "" (a codec needs none).   strict: BadClip instead of a skip.
+    ValueError or FileNotFoundError says what is wrong with the spelling, ImportError what to install.
+    """
+    spec = os.fspath(spec)
+    if spec.split(":")[0] == "shapes":
+        return ProceduralShapes(spec)
     options = {"need_caption": need_caption, "strict": strict}
     if " + " in spec and not os.path.exists(spec):
         from minisora_jax.data.sources.together import Together

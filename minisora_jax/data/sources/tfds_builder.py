@@ -20,7 +20,8 @@ import av
 import numpy as np
 from PIL import Image
 
-from minisora_jax.data.sources.base import Media, SkipReport, Source, header, open_source
+from minisora_jax.data.sources.base import Media, SkipReport, Source, header
+from minisora_jax.data.sources.spelling import open_source
 from minisora_jax.data.video import VideoError
 
 try:
