@@ -14,7 +14,7 @@ from minisora_jax.data.video import read_clip_frames, read_note
 from minisora_jax.data.video_writer import VideoWriter, write_video
 from minisora_jax.evaluation.frames import psnr
 from minisora_jax.generate import Generator
-from minisora_jax.generate.batch import run_batch
+from minisora_jax.generate.batch import run_batch, run_jobs
 from minisora_jax.generate.job import Job, start
 from minisora_jax.generate.output import read_record
 from minisora_jax.generate.perform import perform
@@ -74,6 +74,18 @@ def test_what_is_said_is_what_is_meant(generator, media, said, verb, first_size)
         assert asks.frames_THWC.shape[1:3] == (48, 64)
     elif verb != "extend":
         assert asks.frames_THWC.shape[1:3] == (32, 48)  # 40x50 in whole cells
+
+
+def test_any_size_is_made(generator, media, tmp_path):
+    jobs = [
+        Job(prompt=RED, frames=5, size=(34, 54)),
+        Job(prompt=RED, frames=1, size=(33, 49)),
+        Job(prompt=RED, video=str(media / "clip.mp4"), mask=str(media / "mask.png"), size=(36, 40)),
+    ]
+    paths = [tmp_path / "a.mp4", tmp_path / "b.png", tmp_path / "c.webm"]
+    model = {"model": None, "hash": generator.hash, "codec_hash": generator.codec.hash, "mesh": None}
+    run_jobs(generator, jobs, paths, model=model, sampling=dict(steps=1), upscale=1, progress=False)
+    assert [read_clip_frames(p)[0].shape[1:3] for p in paths] == [(34, 54), (33, 49), (36, 40)]
 
 
 def test_a_picture_may_begin_a_long_video(generator, media):

@@ -87,8 +87,8 @@ def test_the_first_example_of_each_form_can_begin(ask, files, verb):
     [
         ("words", {"prompt": "  "}, "say in words what is to be seen"),
         ("words", {"prompt": "a" * 601}, "601 letters, and at most 600"),
-        ("words", {"size": "50x48"}, "height=50 must be a multiple of 16; use 48 or 64"),
-        ("animate", {"image": "picture", "size": "50x48"}, "height=50 must be a multiple of 16; use 48 or 64"),
+        ("words", {"size": "8x48"}, "size=8x48: this model makes 16 pixels a side and more"),
+        ("animate", {"image": "picture", "size": "8x48"}, "size=8x48: this model makes 16 pixels a side and more"),
         ("words", {"size": "large"}, '"large" is no size: write HEIGHTxWIDTH'),
         ("words", {"size": "4096x4096"}, "at most 2048 pixels a side"),
         ("words", {"size": "2048x2048", "length": "60 frames"}, "at most 16 frames are made here"),

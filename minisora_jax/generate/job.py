@@ -25,7 +25,7 @@ import numpy as np
 from minisora_jax.data.resize import resized
 from minisora_jax.data.video import read_clip_frames
 from minisora_jax.generate import verbs
-from minisora_jax.generate.perform import Verb
+from minisora_jax.generate.perform import Frames, Verb
 from minisora_jax.generate.request import Request
 
 log = logging.getLogger("minisora")
@@ -117,8 +117,31 @@ class Job:
 
 
 def start(generator, job: Job) -> tuple[Verb, float]:
-    """(the verb at work, frames per second of its result). Reads the job's files; ValueError says what is wrong."""
-    return _START[job.verb](generator, job)
+    """(the verb at work, frames per second of its result). Reads the job's files; ValueError says what is wrong.
+
+    A size that is not of whole cells of the model, such as 1080x1920 of 16 pixels, is made a little larger, and cut.
+    """
+    if not job.size:
+        return _START[job.verb](generator, job)
+    if min(job.size) < generator.cell:
+        H, W = job.size
+        raise ValueError(f"size={H}x{W}: this model makes {generator.cell} pixels a side and more")
+    whole = tuple(-(-n // generator.cell) * generator.cell for n in job.size)
+    verb, fps = _START[job.verb](generator, dataclasses.replace(job, size=whole))
+    return (verb if whole == job.size else _cut(verb, job.size)), fps
+
+
+def _cut(verb: Verb, size_HW: tuple[int, int]) -> Verb:
+    """A verb's frames without what is more than that size, at the middle."""
+    answer = None
+    while True:
+        try:
+            asked = verb.send(answer)
+        except StopIteration:
+            return
+        if isinstance(asked, Frames):
+            asked = Frames(_middle(asked.frames_THWC, size_HW))
+        answer = yield asked
 
 
 def _make(generator, job: Job):
@@ -265,7 +288,11 @@ def _fitted(generator, frames_THWC: np.ndarray, size_HW: tuple[int, int] | None)
         if scaled != (H, W):
             frames_THWC = resized(frames_THWC, scaled)
         H, W = scaled
-    y, x = (H - size_HW[0]) // 2, (W - size_HW[1]) // 2
+    return _middle(frames_THWC, size_HW)
+
+
+def _middle(frames_THWC: np.ndarray, size_HW: tuple[int, int]) -> np.ndarray:
+    y, x = ((n - wanted) // 2 for n, wanted in zip(frames_THWC.shape[1:3], size_HW))
     return np.ascontiguousarray(frames_THWC[:, y : y + size_HW[0], x : x + size_HW[1]])
 
 

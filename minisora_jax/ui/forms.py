@@ -17,7 +17,6 @@ from minisora_jax.data.video import STILL_FPS
 from minisora_jax.diffusion.guidance import GuidanceConfig
 from minisora_jax.diffusion.sampler import SAMPLER_NAMES, SamplerConfig
 from minisora_jax.generate.job import MOST_SECONDS, SIDES, Job, on_grid, start
-from minisora_jax.generate.request import Request
 from minisora_jax.models.files import model_hash
 from minisora_jax.ui.uploads import Refused, Upload, called
 
@@ -195,7 +194,6 @@ def wanted(generator, verb: str, said: Mapping, admit: Callable[[str, str], Uplo
     values, sampling, volume = _values(generator, verb, said, files)
     try:
         job = Job(**values)
-        generator.grid(Request(job.prompt, (1, *job.size)))
         running, fps = start(generator, job)
         running.close()
     except (ValueError, OSError) as error:
