@@ -12,7 +12,7 @@ from minisora_jax.evaluation.frames import psnr, seam
 from minisora_jax.generate import Generator, Given, Request, verbs
 from minisora_jax.generate.enlarging import sizes_up_to
 from minisora_jax.generate.perform import Decode, Encode, Frames, perform
-from minisora_jax.generate.pictures import EASE, FAITHFUL, FEATHER, eased
+from minisora_jax.generate.pictures import EASE, FAITHFUL, FEATHER, eased, evened, largest_step, steps
 from minisora_jax.generate.verbs import NEXT_SEED
 
 OPTIONS = dict(steps=2, progress=False)
@@ -244,6 +244,18 @@ def test_what_is_given_must_fit(generator):
     wrong = Given(np.zeros((2, 4, 4, 16)), np.zeros((2, 2, 2), bool))
     with pytest.raises(ValueError, match=r"what is given has \(2, 2, 2\) tokens"):
         generator.sample([Request("x", (9, 32, 32), given=wrong)], **OPTIONS)
+
+
+def test_what_jumps_is_evened():
+    rng = np.random.default_rng(0)
+    a, b = rng.integers(0, 256, (2, 16, 16, 3)).astype(np.uint8)
+    jumps = np.stack([a, a, a, a, b, b, b, np.roll(b, 1, 0), np.roll(b, 1, 0)])
+    even = evened(jumps)
+    assert even.shape == jumps.shape and (even[0] == jumps[0]).all() and (even[-1] == jumps[-1]).all()
+    found = steps(even)
+    assert largest_step(jumps) > 3 and found.max() < 1.15 * found.mean()
+    slide = np.stack([np.roll(a, t, 0) for t in range(9)])  # what is even stays
+    assert np.abs(evened(slide).astype(int) - slide).mean() < 4
 
 
 def test_a_given_video_passes_into_the_codecs_own_and_stays_near_itself():

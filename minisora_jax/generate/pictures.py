@@ -75,3 +75,12 @@ def largest_step(frames_THWC: np.ndarray, at: slice = slice(None)) -> float:
     """The largest step (of those in `at`), in median steps of the whole video."""
     found = steps(frames_THWC)
     return float(found[at].max() / max(np.median(found), STILL))
+
+
+def evened(frames_THWC: np.ndarray) -> np.ndarray:
+    """As many frames along the same way, from the first to the last, but at equal steps: what jumped dissolves."""
+    way = np.concatenate([[0.0], np.cumsum(np.maximum(steps(frames_THWC), 1e-6), dtype=np.float64)])
+    wanted = np.linspace(0.0, way[-1], len(frames_THWC))
+    before = np.clip(np.searchsorted(way, wanted, side="right") - 1, 0, len(way) - 2)
+    share = ((wanted - way[before]) / (way[before + 1] - way[before]))[:, None, None, None]
+    return np.round((1 - share) * frames_THWC[before] + share * frames_THWC[before + 1]).astype(np.uint8)

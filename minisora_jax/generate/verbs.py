@@ -28,12 +28,12 @@ import numpy as np
 from minisora_jax.data.resize import resized
 from minisora_jax.generate.enlarging import at_known_size, enlarged, enlarged_as_they_come, renewed, sizes_up_to
 from minisora_jax.generate.perform import Decode, Encode, Frames, Verb
-from minisora_jax.generate.pictures import eased, feathered, filled, first_frames, largest_step, last_frames
+from minisora_jax.generate.pictures import eased, evened, feathered, filled, first_frames, largest_step, last_frames
 from minisora_jax.generate.request import Given, Request
 
 NEXT_SEED = 1_000_003  # windows of one video have seeds so far apart
 SETTLE = 0.6  # strength at which what leads to a video is made again, that video's latents being as they are after it
-SEAMLESS, TRIES = 2.0, 3  # so often at most, until none of its steps is above so many medians of the whole
+SEAMLESS, TRIES = 2.0, 3  # a transition is made so often at most, until no step of it is above so many medians
 
 
 # ---- Verbs
@@ -152,23 +152,31 @@ def connect(
     future = future[1 + k :]
     t = len(past) + k + len(future)
     whole = dataclasses.replace(request, size_THW=(_frames(generator, t), *request.size_THW[1:]))
-    latents = yield from _given(generator, whole, {0: past, t - len(future): future})
-    frames, until = (yield Decode(latents)), len(a) + factor * k - 1
     known = np.ones(generator.grid(whole), bool)
     known[len(past) : t - len(future)] = False
-    tries = []
+    until, tries = len(a) + factor * k - 1, []
+
+    def seamless(frames: np.ndarray) -> bool:
+        before, after = eased(a, frames[: len(a)], at_end=True), eased(b, frames[until:], at_end=False)
+        seen = np.concatenate([before, frames[len(a) : until], after])
+        tries.append((largest_step(seen, slice(len(a) - 1, until)), frames))
+        return tries[-1][0] <= SEAMLESS
+
     for number in range(TRIES):
-        # Now that b has a past: what its latents are after it, and what is made up to them.
-        latents = yield Encode(np.concatenate([a, frames[len(a) : until], b]))
-        latents = yield dataclasses.replace(_window(whole, number), given=Given(latents, known, SETTLE))
-        frames = yield Decode(latents)
-        a_eased, b_eased = eased(a_THWC, frames[: len(a)], at_end=True), eased(b_THWC, frames[until:], at_end=False)
-        made = frames[len(a) : until]
-        seen = np.concatenate([a_eased[-len(a) :], made, b_eased[: len(b)]])
-        tries.append((largest_step(seen, slice(len(a) - 1, until)), a_eased, made, b_eased))
-        if tries[-1][0] <= SEAMLESS:
+        window = _window(whole, number)
+        latents = yield from _given(generator, window, {0: past, t - len(future): future})
+        if seamless(frames := (yield Decode(latents))):
             break
-    _, a_eased, made, b_eased = min(tries, key=lambda each: each[0])
+        # Once more, now that b has a past: what its latents are after it, and what is made up to them.
+        latents = yield Encode(np.concatenate([a, frames[len(a) : until], b]))
+        latents = yield dataclasses.replace(window, given=Given(latents, known, SETTLE))
+        if seamless((yield Decode(latents))):
+            break
+    largest, frames = min(tries, key=lambda each: each[0])
+    a_eased, b_eased = eased(a_THWC, frames[: len(a)], at_end=True), eased(b_THWC, frames[until:], at_end=False)
+    made = frames[len(a) : until]
+    if largest > SEAMLESS:
+        made = evened(np.concatenate([a_eased[-1:], made, b_eased[:1]]))[1:-1]
     if loop:  # one video, eased at both ends
         rest = len(b_THWC) // 2
         yield Frames(np.concatenate([b_eased[:rest], a_eased[rest:]]))
