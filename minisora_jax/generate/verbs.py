@@ -50,7 +50,7 @@ def make(generator, request: Request) -> Verb:
 
 
 def enlarge(generator, request: Request, frames_THWC: np.ndarray) -> Verb:
-    """A video in the request's size, longer, taller or wider: its detail is made by the model."""
+    """A video in the request's size, longer, taller or wider."""
     generator.grid(request)
     yield Frames((yield from enlarged(generator, request, frames_THWC, request.size_THW)))
 
@@ -203,7 +203,7 @@ def rollout(
     smallest, *larger = sizes_up_to(generator, (1, *request.size_THW[1:]))
     video = _rolled(generator, dataclasses.replace(request, size_THW=smallest), frames, words, first_HWC)
     for _, *size in larger:
-        video = enlarged_as_they_come(generator, request, video, tuple(size), words)
+        video = enlarged_as_they_come(generator, video, tuple(size))
     yield from video
 
 
