@@ -36,7 +36,7 @@ FORMATS = ("mp4", "webm", "gif", "frames")
 def add_arguments(parser):
     parser.add_argument("prompts", nargs="*", help="one video each; [4s] within one: what comes from then on")
     parser.add_argument("--negative", default="", help="what it should not be: guidance goes away from this prompt")
-    parser.add_argument("--size", default=None, help="HEIGHTxWIDTH in pixels (default: the input's, or 48x48)")
+    parser.add_argument("--size", default=None, help="HEIGHTxWIDTH in pixels, any (default: the input's, or 48x48)")
     parser.add_argument(
         "--frames", type=int, default=None, help="1 + 4k frames; 1: an image; 4k of a loop (default 17)"
     )
