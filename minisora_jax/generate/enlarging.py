@@ -14,7 +14,7 @@ from collections.abc import Callable
 import numpy as np
 
 from minisora_jax.data.resize import resized
-from minisora_jax.generate.perform import Decode, Encode, Frames, Verb
+from minisora_jax.generate.perform import Decode, Encode, Verb, altered
 from minisora_jax.generate.pictures import stretched
 from minisora_jax.generate.request import Given, Request
 
@@ -79,24 +79,23 @@ def enlarged_as_they_come(generator, frames: Verb, size_HW: tuple[int, int]) -> 
     piece to piece, as if the video were one."""
     factor = generator.codec.config.time_factor
     encoder, decoder = generator.codec.encoder(), generator.codec.decoder()
-    larger = lambda some: decoder(encoder(resized(some, size_HW)))
-    waiting, first, answer = None, 1, None
-    while True:
-        try:
-            asked = frames.send(answer)
-        except StopIteration:
-            break
-        if not isinstance(asked, Frames):
-            answer = yield asked
-            continue
-        answer = None
-        waiting = asked.frames_THWC if waiting is None else np.concatenate([waiting, asked.frames_THWC])
-        if whole := (len(waiting) - first) // factor * factor + first:
-            yield Frames(larger(waiting[:whole]))
-            waiting, first = waiting[whole:], 0
-    if len(waiting):
-        still = np.repeat(waiting[-1:], factor - len(waiting), axis=0)
-        yield Frames(larger(np.concatenate([waiting, still]))[: len(waiting)])
+    waiting, first = np.zeros((0, 1, 1, 3), np.uint8), 1
+
+    def larger(frames_THWC: np.ndarray | None) -> np.ndarray | None:
+        nonlocal waiting, first
+        wanted = None
+        if frames_THWC is None:  # the end: what is left of a latent frame stands still until it is whole
+            wanted = len(waiting)
+            frames_THWC = np.repeat(waiting[-1:], -wanted % factor, axis=0)
+        waiting = np.concatenate([waiting, frames_THWC]) if len(waiting) else frames_THWC
+        whole = (len(waiting) - first) // factor * factor + first
+        some, waiting = waiting[:whole], waiting[whole:]
+        if not len(some):
+            return None
+        first = 0
+        return decoder(encoder(resized(some, size_HW)))[:wanted]
+
+    return altered(frames, larger)
 
 
 def _encoded(generator, request: Request, frames_THWC: np.ndarray) -> Verb:

@@ -25,7 +25,7 @@ import numpy as np
 from minisora_jax.data.resize import resized
 from minisora_jax.data.video import read_clip_frames
 from minisora_jax.generate import verbs
-from minisora_jax.generate.perform import Frames, Verb
+from minisora_jax.generate.perform import Verb, altered
 from minisora_jax.generate.request import Request
 
 log = logging.getLogger("minisora")
@@ -128,20 +128,7 @@ def start(generator, job: Job) -> tuple[Verb, float]:
         raise ValueError(f"size={H}x{W}: this model makes {generator.cell} pixels a side and more")
     whole = tuple(-(-n // generator.cell) * generator.cell for n in job.size)
     verb, fps = _START[job.verb](generator, dataclasses.replace(job, size=whole))
-    return (verb if whole == job.size else _cut(verb, job.size)), fps
-
-
-def _cut(verb: Verb, size_HW: tuple[int, int]) -> Verb:
-    """A verb's frames without what is more than that size, at the middle."""
-    answer = None
-    while True:
-        try:
-            asked = verb.send(answer)
-        except StopIteration:
-            return
-        if isinstance(asked, Frames):
-            asked = Frames(_middle(asked.frames_THWC, size_HW))
-        answer = yield asked
+    return altered(verb, lambda frames: None if frames is None else _middle(frames, job.size)), fps
 
 
 def _make(generator, job: Job):
@@ -292,6 +279,7 @@ def _fitted(generator, frames_THWC: np.ndarray, size_HW: tuple[int, int] | None)
 
 
 def _middle(frames_THWC: np.ndarray, size_HW: tuple[int, int]) -> np.ndarray:
+    """Frames without what is more than that size."""
     y, x = ((n - wanted) // 2 for n, wanted in zip(frames_THWC.shape[1:3], size_HW))
     return np.ascontiguousarray(frames_THWC[:, y : y + size_HW[0], x : x + size_HW[1]])
 

@@ -35,6 +35,24 @@ class Frames:
 Verb = Generator  # of Encode, Request, Decode and Frames, sent their answers
 
 
+def altered(verb: Verb, alter: Callable[[np.ndarray | None], np.ndarray | None]) -> Verb:
+    """A verb whose frames are what `alter` makes of them as they come, and at last of None; it may give None, too."""
+    answer = None
+    while True:
+        try:
+            asked = verb.send(answer)
+        except StopIteration:
+            break
+        if not isinstance(asked, Frames):
+            answer = yield asked
+            continue
+        answer = None
+        if (some := alter(asked.frames_THWC)) is not None:
+            yield Frames(some)
+    if (rest := alter(None)) is not None:
+        yield Frames(rest)
+
+
 def perform(
     generator,
     verbs: Sequence[Verb],
