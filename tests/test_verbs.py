@@ -130,7 +130,7 @@ def test_what_is_larger_than_training_is_what_was_made_at_its_size(generator, cl
         verbs.animate(generator, at(H, W), resized(image[None], (H, W))[0]),
         verbs.rollout(generator, at(H, W), 22),
         verbs.rollout(generator, at(H, W), 14, first_HWC=resized(image[None], (H, W))[0]),
-        verbs.enlarge(generator, at(H, W, 17), resized(clip.frames_THWC, (16, 32))),
+        verbs.enlarge(generator, at(H, W, 17), resized(clip.frames_THWC, (32, 64))),
     ]
     large, small = (done(generator, *verbs_at(*size)) for size in ((64, 128), (32, 64)))
     assert [v.shape for v in large] == [(n, 64, 128, 3) for n in (9, 8, 9, 22, 14, 17)]

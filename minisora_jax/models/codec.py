@@ -12,6 +12,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
+import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -41,8 +42,11 @@ class Codec:
             raise ValueError(f"{directory} holds a {config.get('kind')!r} model, not a codec ('vae')")
         stats = (np.asarray(config[k], np.float32) for k in ("latent_mean", "latent_std"))
         found = model_hash(directory)
-        vae = VAEConfig(**config_fields(config["vae"]))
-        return cls(vae, params, *stats, hash=found, latents=config.get("latents", found))
+        codec = cls(VAEConfig(**config_fields(config["vae"])), params, *stats, hash=found, latents=found)
+        said = config.get("latents")
+        if said and said["encoder"] == codec.encoder_digest():
+            return dataclasses.replace(codec, latents=said["codec"])
+        return codec
 
     def export(self, directory: str | Path, training: dict, dtype: str | None = "float32", progress: str = "") -> str:
         """Write the codec for `load`; `training` is the record of how it was made. Returns its hash.
@@ -51,13 +55,22 @@ class Codec:
         """
         config = {
             "kind": "vae",
-            **({"latents": self.latents} if self.latents else {}),
+            **({"latents": {"codec": self.latents, "encoder": self.encoder_digest()}} if self.latents else {}),
             "vae": dataclasses.asdict(self.config),
             "latent_mean": [round(float(x), 6) for x in self.latent_mean],
             "latent_std": [round(float(x), 6) for x in self.latent_std],
             "training": training,
         }
         return export_model(directory, self.params, config, dtype=dtype, progress=progress)
+
+    def encoder_digest(self) -> str:
+        """Of all that latents depend on: the encoder's weights, as float16, and the statistics, as exported."""
+        digest = hashlib.sha256(repr(dataclasses.asdict(self.config)).encode())
+        for path, leaf in jax.tree.leaves_with_path(self.params["params"]["encoder"]):
+            digest.update(jax.tree_util.keystr(path).encode() + np.asarray(leaf, np.float16).tobytes())
+        for statistics in (self.latent_mean, self.latent_std):
+            digest.update(repr([round(float(x), 6) for x in statistics]).encode())
+        return digest.hexdigest()[:16]
 
     def encode(self, frames_BTHWC: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """uint8 clips of one size -> (mean_Bthwc, std_Bthwc) of the posterior, float32, normalised.
