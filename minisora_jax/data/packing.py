@@ -104,10 +104,9 @@ def _fill_by_both(video: np.ndarray, text: np.ndarray, slots: int) -> list[np.nd
 
 
 def _require_fit(tokens: np.ndarray, text: np.ndarray, config: PackConfig, clips=slice(None)) -> None:
-    too_long = np.arange(len(tokens))[clips]
-    too_long = too_long[(tokens[clips] > config.tokens) | (text[clips] > config.text_tokens)]
+    too_long = np.flatnonzero((tokens[clips] > config.tokens) | (text[clips] > config.text_tokens))
     if len(too_long):
-        i = too_long[0]
+        i = np.arange(len(tokens))[clips][too_long[0]]
         raise ValueError(
             f"{len(too_long)} clips do not fit a row; clip {i} has {tokens[i]} video and {text[i]} caption tokens, "
             f"a row {config.tokens} and {config.text_tokens}: raise pack.tokens or pack.text_tokens, or cut the clips"
@@ -204,12 +203,9 @@ class PackPlan:
             self._first_step = self._remembered() or self._first_step
         self._parts: dict[int, list[np.ndarray]] = {}
         self._lock = threading.Lock()
-        _require_fit(tokens, text, config, self.epochs.clips)
-
-    @property
-    def longest(self) -> int:
-        """Tokens of the longest clip that takes part."""
-        return int(self.tokens[self.epochs.clips].max())
+        clips = self.epochs.clips
+        _require_fit(tokens, text, config, clips)
+        self.longest = int(tokens[clips].max())  # tokens of the longest clip that takes part
 
     def epoch(self, step: int) -> int:
         return self.epochs.epoch(self._place(step)[0])

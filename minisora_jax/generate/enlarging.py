@@ -57,7 +57,7 @@ def enlarged(generator, request: Request, frames_THWC: np.ndarray, size_THW: tup
         known = generator.known_size[0] if generator.known_size else len(frames_THWC)
         longer = (T, *frames_THWC.shape[1:3])
         asked = dataclasses.replace(request, size_THW=longer, spacing=(min(1.0, (known - 1) / (T - 1)), 1.0, 1.0))
-        frames_THWC = yield from renewed(generator, asked, stretched(frames_THWC, longer), BETWEEN)
+        frames_THWC = yield from renewed(generator, asked, stretched(frames_THWC, T), BETWEEN)
     if frames_THWC.shape[1:3] == tuple(size):
         return frames_THWC
     latents = yield from _encoded(

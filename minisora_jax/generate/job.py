@@ -252,11 +252,12 @@ def _video(generator, job: Job, size_HW, whole: bool = False) -> tuple[np.ndarra
     if whole:
         found = found[: 1 + (len(found) - 1) // generator.codec.config.time_factor * generator.codec.config.time_factor]
     fitted, most = _fitted(generator, found, size_HW), generator.known_size
-    if most and any(n > m for n, m in zip(job.size or fitted.shape[1:3], most[1:])):
+    size = job.size or fitted.shape[1:3]
+    if most and any(n > m for n, m in zip(size, most[1:])):
         log.warning(
             "%s: %dx%d is more than the %dx%d that training knew, and what is made of a given video is not enlarged "
             "from there: expect little of it, or give --size %dx%d",
-            job.video, *(job.size or fitted.shape[1:3]), *most[1:], *most[1:],
+            job.video, *size, *most[1:], *most[1:],
         )  # fmt: skip
     return fitted, job.fps or fps
 

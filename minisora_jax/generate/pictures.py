@@ -4,23 +4,15 @@ from __future__ import annotations
 
 import numpy as np
 
-from minisora_jax.data.resize import resized
-
 FEATHER = 2  # pixels over which made and kept parts of a picture pass into each other
 EASE = 4  # frames of a given video over which it passes into what the codec makes of it, and that into what is made
 FAITHFUL = 31.0  # dB: as near as these frames stay to what was given
 STILL = 0.5  # levels: the step of a video in which nothing moves, so that ratios of still ones mean something
 
 
-def stretched(frames_THWC: np.ndarray, size_THW: tuple[int, int, int]) -> np.ndarray:
-    """A video at another length and size, each frame between those next to it in time, its pixels between theirs."""
-    larger = resized(frames_THWC, size_THW[1:])
-    if len(larger) == size_THW[0]:
-        return larger
-    at = np.linspace(0, len(larger) - 1, size_THW[0])
-    before = np.minimum(at.astype(int), max(len(larger) - 2, 0))
-    after, share = np.minimum(before + 1, len(larger) - 1), (at - before)[:, None, None, None]
-    return np.round((1 - share) * larger[before] + share * larger[after]).astype(np.uint8)
+def stretched(frames_THWC: np.ndarray, length: int) -> np.ndarray:
+    """A video at another length, each frame between those next to it in time."""
+    return _blended(frames_THWC, np.linspace(0, len(frames_THWC) - 1, length))
 
 
 def eased(given_THWC: np.ndarray, coded_THWC: np.ndarray, *, at_end: bool) -> np.ndarray:
@@ -80,7 +72,11 @@ def largest_step(frames_THWC: np.ndarray, at: slice = slice(None)) -> float:
 def evened(frames_THWC: np.ndarray) -> np.ndarray:
     """As many frames along the same way, from the first to the last, but at equal steps: what jumped dissolves."""
     way = np.concatenate([[0.0], np.cumsum(np.maximum(steps(frames_THWC), 1e-6), dtype=np.float64)])
-    wanted = np.linspace(0.0, way[-1], len(frames_THWC))
-    before = np.clip(np.searchsorted(way, wanted, side="right") - 1, 0, len(way) - 2)
-    share = ((wanted - way[before]) / (way[before + 1] - way[before]))[:, None, None, None]
-    return np.round((1 - share) * frames_THWC[before] + share * frames_THWC[before + 1]).astype(np.uint8)
+    return _blended(frames_THWC, np.interp(np.linspace(0.0, way[-1], len(way)), way, np.arange(len(way))))
+
+
+def _blended(frames_THWC: np.ndarray, at: np.ndarray) -> np.ndarray:
+    """Frames at places between frames, of those before and after each."""
+    before = np.minimum(at.astype(int), max(len(frames_THWC) - 2, 0))
+    after, share = np.minimum(before + 1, len(frames_THWC) - 1), (at - before)[:, None, None, None]
+    return np.round((1 - share) * frames_THWC[before] + share * frames_THWC[after]).astype(np.uint8)

@@ -82,10 +82,9 @@ class Codec:
         params = self._half("encoder")
 
         def chunks():
-            edges, past = [0, *range(1, frames + 1, self.config.time_factor)], None
-            for start, stop in zip(edges, edges[1:]):
-                x_BTHWC = place_pictures(frames_BTHWC[:, start:stop], h)
-                moments, past = _encode(self.config, h, params, x_BTHWC, past)
+            past = None
+            for piece in self._pieces(frames, past):
+                moments, past = _encode(self.config, h, params, place_pictures(frames_BTHWC[:, piece], h), past)
                 yield moments
 
         fetched = ([fetch_pictures(m, clips, h) for m in moments] for moments in _one_ahead(chunks()))
@@ -129,11 +128,9 @@ class Codec:
         def more(frames_THWC: np.ndarray) -> np.ndarray:
             nonlocal past
             _, h, _ = self.config.latent_size((1, *frames_THWC.shape[1:3]))
-            factor, made = self.config.time_factor, []
-            edges = [0, *range(1 if past is None else factor, len(frames_THWC) + 1, factor)]
-            for start, stop in zip(edges, edges[1:]):
-                x_BTHWC = place_pictures(frames_THWC[None, start:stop], h)
-                (mean, _), past = _encode(self.config, h, params, x_BTHWC, past)
+            made = []
+            for piece in self._pieces(len(frames_THWC), past):
+                (mean, _), past = _encode(self.config, h, params, place_pictures(frames_THWC[None, piece], h), past)
                 made.append(fetch_pictures(mean, 1, h)[0])
             return (np.concatenate(made) - self.latent_mean) / self.latent_std
 
@@ -164,6 +161,12 @@ class Codec:
         turns = -(-(1 + self.config.decoder_reach) // t)
         frames = [f for i, f in enumerate(self.stream(z_Bthwc for _ in range(turns + 1))) if i >= turns * t]
         return np.concatenate(frames, axis=1)
+
+    def _pieces(self, frames: int, past) -> list[slice]:
+        """Which of so many frames make a latent frame each: of a clip's beginning, or of what follows `past`."""
+        factor = self.config.time_factor
+        edges = [0, *range(1 if past is None else factor, frames + 1, factor)]
+        return [slice(*ends) for ends in zip(edges, edges[1:])]
 
     def _next(self, params, z_B1hwc: np.ndarray, past):
         """(frames of the next latent frame, still on the devices; the states to go on with)."""
