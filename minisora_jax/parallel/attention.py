@@ -77,7 +77,7 @@ def attend(
 
 
 def choose(impl: str) -> object:
-    """The kernel of that name; "auto": splash on TPUs (where tokamax is installed), blockwise elsewhere."""
+    """The kernel of that name; "auto": splash on TPUs (where tokamax is installed), triton on GPUs, else blockwise."""
     if impl == "auto":
         impl = _best(jax.default_backend())
     if impl not in KERNELS:
@@ -89,11 +89,10 @@ def choose(impl: str) -> object:
 def _best(backend: str) -> str:
     if backend == "tpu" and find_spec("tokamax"):
         return "splash"
-    if backend != "cpu":
-        fix = "attention='triton' is the kernel for GPUs, which has run in Pallas's interpreter only"
-        if backend == "tpu":
-            fix = "pip install 'minisora_jax[tpu]' for splash attention"
-        log.warning("attention: blockwise in XLA on this %s; %s", backend, fix)
+    if backend == "gpu":
+        return "triton"
+    if backend == "tpu":
+        log.warning("attention: blockwise in XLA on this TPU; pip install 'minisora_jax[tpu]' for splash attention")
     return "blockwise"
 
 
