@@ -55,7 +55,7 @@ def packed(directory: Path, name: str, steps: int) -> dict[str, float]:
     import jax
 
     jax.config.update("jax_platforms", "cpu")
-    from minisora_jax.data.known import KnownConfig
+    from minisora_jax.data.conditioning import KnownConfig
     from minisora_jax.data.latents import Latents
     from minisora_jax.data.loader import packed_batches
     from minisora_jax.data.packing import PackConfig, PackPlan, token_counts

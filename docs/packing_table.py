@@ -6,8 +6,8 @@ uv run python docs/packing_table.py
 import numpy as np
 
 from minisora_jax.data.packing import PackConfig, pack_rows, token_counts
-from minisora_jax.data.shapes import caption, sample_scene
 from minisora_jax.models.text import encode_bytes
+from minisora_jax.toy.shapes import caption, sample_scene
 
 S = 4096
 

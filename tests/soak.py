@@ -170,8 +170,8 @@ def elastic(count: int, seed: int, steps: int, at: Path) -> None:
 
 
 def _write_clips(folder: Path, count: int) -> None:
-    from minisora_jax.data.shapes import Shapes
-    from minisora_jax.data.video_writer import write_video
+    from minisora_jax.io.video_writer import write_video
+    from minisora_jax.toy.shapes import Shapes
 
     folder.mkdir(parents=True, exist_ok=True)
     for i, clip in enumerate(Shapes("train", count)[k] for k in range(count)):
@@ -217,8 +217,8 @@ def fuzz(count: int, seed: int, steps: int, at: Path) -> None:
 
 
 def _fuzz_clips(count: int, rng: np.random.Generator, at: Path) -> None:
-    from minisora_jax.data.clips import Records
-    from minisora_jax.data.curate.prepare import prepare
+    from minisora_jax.curation.prepare import prepare
+    from minisora_jax.sources.clips import Records
 
     _write_clips(at / "good", 24)
     good = sorted(p for p in (at / "good").iterdir() if p.suffix != ".txt")
@@ -260,7 +260,7 @@ def read_broken(cache: Path, seeds: list[int]) -> dict[str, int]:
 
     A record that is given out must be the one that was written."""
     from minisora_jax.data.latents import Latents
-    from minisora_jax.data.storage import DataError
+    from minisora_jax.io.retry import DataError
 
     whole = Latents(cache)
     clips = [whole[i] for i in range(len(whole))]

@@ -16,13 +16,13 @@ import pytest
 from PIL import Image
 
 from minisora_jax.cli import main
-from minisora_jax.data.clips import Records, choose, open_clips
-from minisora_jax.data.curate import endpoint
-from minisora_jax.data.curate.captioners import EXPAND, LONG, SHORT, Refused, describe, expand, open_captioner
-from minisora_jax.data.curate.endpoint import Endpoint
-from minisora_jax.data.curate.prepare import prepare
-from minisora_jax.data.storage import DataError
-from minisora_jax.data.video_writer import write_video
+from minisora_jax.curation import endpoint
+from minisora_jax.curation.captioners import EXPAND, LONG, SHORT, Refused, describe, expand, open_captioner
+from minisora_jax.curation.endpoint import Endpoint
+from minisora_jax.curation.prepare import prepare
+from minisora_jax.io.retry import DataError
+from minisora_jax.io.video_writer import write_video
+from minisora_jax.sources.clips import Records, choose, open_clips
 
 COLOURS = {"red": (200, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 200)}
 

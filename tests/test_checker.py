@@ -5,9 +5,9 @@ import collections
 import numpy as np
 import pytest
 
-from minisora_jax.data.resize import resized
-from minisora_jax.data.shapes import COLOURS, MOTIONS, PHRASES, SHAPES, Shapes, parse_caption
-from minisora_jax.evaluation.checker import check
+from minisora_jax.io.resize import resized
+from minisora_jax.toy.checker import check
+from minisora_jax.toy.shapes import COLOURS, MOTIONS, PHRASES, SHAPES, Shapes, parse_caption
 
 
 @pytest.mark.parametrize("split", ["train", "heldout"])

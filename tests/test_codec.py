@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from minisora_jax.bundled import CODEC, MODEL
-from minisora_jax.data.shapes import Shapes
 from minisora_jax.models.codec import Codec, to_float
 from minisora_jax.models.vae import VAE as VideoVAE
 from minisora_jax.models.vae import VAEConfig
+from minisora_jax.toy.shapes import Shapes
 from minisora_jax.train.codec_task import CodecTask, reconstruct, train_codec
 from minisora_jax.train.loop import RunConfig
 from minisora_jax.train.optim import OptimConfig

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from minisora_jax.cli import main
-from minisora_jax.data.shapes import Shapes, parse_caption
 from minisora_jax.evaluation import frames as F
-from minisora_jax.evaluation.checker import observe
 from minisora_jax.evaluation.frechet import Extractor, distance, frechet, moments, open_extractor
-from minisora_jax.generate.pictures import largest_step
+from minisora_jax.generate.frame_ops import largest_step
+from minisora_jax.toy.checker import observe
+from minisora_jax.toy.shapes import Shapes, parse_caption
 
 
 def test_frechet_of_gaussians_is_the_formula():

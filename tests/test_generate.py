@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from minisora_jax.bundled import CODEC, MODEL
-from minisora_jax.data.video_writer import write_video
 from minisora_jax.diffusion.guidance import GuidanceConfig
 from minisora_jax.diffusion.objective import ObjectiveConfig
 from minisora_jax.diffusion.sampler import SAMPLER_NAMES, SamplerConfig
@@ -18,7 +17,8 @@ from minisora_jax.generate import Generator, Request, inpaint, make, perform
 from minisora_jax.generate.batch import run_jobs
 from minisora_jax.generate.job import Job, start
 from minisora_jax.generate.sampling import Layout
-from minisora_jax.models.files import export_model, load_model
+from minisora_jax.io.model_dir import export_model, load_model
+from minisora_jax.io.video_writer import write_video
 from minisora_jax.parallel.mesh import MeshConfig, make_mesh
 
 RED = Request("a large red circle moves left slowly on a black background", (5, 32, 48), seed=1)

@@ -9,7 +9,7 @@ from train_tiny import make_cache
 
 from minisora_jax.bundled import MODEL
 from minisora_jax.cli import main
-from minisora_jax.data.curate.prepare import prepare
+from minisora_jax.curation.prepare import prepare
 from minisora_jax.data.latents import Latents
 from minisora_jax.data.packing import PackConfig, PackPlan, token_counts
 from minisora_jax.inspection.packs import draw_rows, packing_report

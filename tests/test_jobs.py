@@ -9,15 +9,15 @@ from PIL import Image
 
 from minisora_jax.bundled import CODEC, MODEL
 from minisora_jax.cli import main
-from minisora_jax.data.shapes import Shapes
-from minisora_jax.data.video import read_clip_frames, read_note
-from minisora_jax.data.video_writer import VideoWriter, write_video
 from minisora_jax.evaluation.frames import psnr
 from minisora_jax.generate import Generator
 from minisora_jax.generate.batch import run_batch, run_jobs
 from minisora_jax.generate.job import Job, start
 from minisora_jax.generate.output import read_record
-from minisora_jax.generate.perform import perform
+from minisora_jax.generate.runner import perform
+from minisora_jax.io.video import read_clip_frames, read_note
+from minisora_jax.io.video_writer import VideoWriter, write_video
+from minisora_jax.toy.shapes import Shapes
 
 FAST = ["--steps", "2", "--frames", "5", "--size", "32x32", "--upscale", "1"]
 RED = "a large red circle moves left slowly on a black background"

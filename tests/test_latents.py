@@ -10,7 +10,7 @@ import pytest
 from minisora_jax.data import encode
 from minisora_jax.data.encode import encode_clips
 from minisora_jax.data.latents import Latents, write_latents
-from minisora_jax.data.storage import DataError
+from minisora_jax.io.retry import DataError
 from minisora_jax.models.text import encode_bytes
 from minisora_jax.types import Clip, LatentClip
 

@@ -5,11 +5,11 @@ import numpy as np
 import pytest
 from train_tiny import make_cache
 
-from minisora_jax.data.known import KnownConfig
+from minisora_jax.data.conditioning import KnownConfig
 from minisora_jax.data.latents import Latents
 from minisora_jax.data.loader import crop_batches, packed_batches
 from minisora_jax.data.packing import PackConfig, PackPlan, token_counts
-from minisora_jax.data.shapes import Shapes
+from minisora_jax.toy.shapes import Shapes
 from minisora_jax.types import Clip
 
 PATCH = (1, 2, 2)

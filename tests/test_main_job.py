@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from minisora_jax.cli import main
-from minisora_jax.data.shapes import Shapes
-from minisora_jax.data.video import read_clip_frames
-from minisora_jax.data.video_writer import write_video
+from minisora_jax.io.video import read_clip_frames
+from minisora_jax.io.video_writer import write_video
+from minisora_jax.toy.shapes import Shapes
 
 
 @pytest.fixture(scope="module")

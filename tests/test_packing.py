@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from minisora_jax.data.conditioning import KnownConfig
 from minisora_jax.data.epochs import Epochs, _shuffled, curriculum, within
-from minisora_jax.data.known import KnownConfig
 from minisora_jax.data.packing import PackConfig, PackPlan, StagedPlan, pack_rows, token_counts
 from minisora_jax.data.rows import Segment, pack_segments, patchify, unpatchify
 

@@ -9,8 +9,8 @@ import pytest
 from minisora_jax.models.dit import DiTConfig
 from minisora_jax.parallel.mesh import MeshConfig, make_mesh
 from minisora_jax.plan.compiled import Workload, _wanted, lower
+from minisora_jax.plan.cost_model import arithmetic, largest, meshes, reckon, search
 from minisora_jax.plan.hardware import Topology
-from minisora_jax.plan.reckoned import arithmetic, largest, meshes, reckon, search
 from minisora_jax.plan.schedule import read
 from minisora_jax.plan.workload import clip_tokens, mesh_of, parameter_count, task_of, token_count
 from minisora_jax.train.diffusion_task import DiffusionTask

@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 
 from minisora_jax.cli import main
-from minisora_jax.data.clips import Records
-from minisora_jax.data.curate.filters import Filters
-from minisora_jax.data.curate.parts import is_held_out
-from minisora_jax.data.curate.prepare import prepare
-from minisora_jax.data.curate.workers import Died, Worker, run_here
-from minisora_jax.data.storage import DataError
-from minisora_jax.data.video_writer import write_video
+from minisora_jax.curation.filters import Filters
+from minisora_jax.curation.parts import is_held_out
+from minisora_jax.curation.prepare import prepare
+from minisora_jax.curation.workers import Died, Worker, run_here
+from minisora_jax.io.retry import DataError
+from minisora_jax.io.video_writer import write_video
+from minisora_jax.sources.clips import Records
 
 FPS = 8
 
@@ -108,7 +108,7 @@ def test_the_report_is_one_safe_page_with_pictures_and_histograms(whole):
 
 def test_workers_do_without_jax():
     """Each of them would pay seconds and 150 MB for it."""
-    script = "import sys; from minisora_jax.data.curate import beam, parts, captioners as c\n"
+    script = "import sys; from minisora_jax.curation import beam, parts, captioners as c\n"
     script += "c.open_captioner('http://x/v1#m'); c.open_captioner('x'); print('jax' in sys.modules)"
     out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
     assert out.strip() == "False"
@@ -148,8 +148,8 @@ def score(frames):
     script = tmp_path / "run.py"
     script.write_text(f"""
 if __name__ == "__main__":
-    from minisora_jax.data.curate.filters import Filters
-    from minisora_jax.data.curate.prepare import prepare
+    from minisora_jax.curation.filters import Filters
+    from minisora_jax.curation.prepare import prepare
     prepare({str(films)!r}, {str(tmp_path / "out")!r}, workers=1, **{options!r})
 """)
     run = subprocess.Popen([sys.executable, str(script)], start_new_session=True)

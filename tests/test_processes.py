@@ -16,8 +16,8 @@ import pytest
 from train_tiny import make_cache
 
 from minisora_jax.bundled import CODEC
+from minisora_jax.io.model_dir import load_model
 from minisora_jax.models.codec import Codec
-from minisora_jax.models.files import load_model
 from minisora_jax.parallel.processes import asked_for
 
 LAUNCHER = Path(__file__).parent.parent / "launch" / "local_cpu.py"
@@ -208,7 +208,7 @@ GATHERING = """
 import jax, numpy as np
 import minisora_jax.parallel.processes as processes
 from jax.sharding import NamedSharding, PartitionSpec as P
-from minisora_jax.models.files import export_model, load_model
+from minisora_jax.io.model_dir import export_model, load_model
 from minisora_jax.parallel.mesh import MeshConfig, make_mesh
 import sys
 processes.PART_BYTES = 64

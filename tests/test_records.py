@@ -7,12 +7,12 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from minisora_jax.data import writing
-from minisora_jax.data.clips import Records
-from minisora_jax.data.curate.prepare import prepare
-from minisora_jax.data.records import Shards, pack_record, unpack_record
-from minisora_jax.data.shapes import Shapes
-from minisora_jax.data.storage import DataError
+from minisora_jax.curation.prepare import prepare
+from minisora_jax.io import record_writer
+from minisora_jax.io.records import Shards, pack_record, unpack_record
+from minisora_jax.io.retry import DataError
+from minisora_jax.sources.clips import Records
+from minisora_jax.toy.shapes import Shapes
 
 COUNT = 10
 
@@ -28,13 +28,13 @@ def write_part(part, writer, stop=COUNT):
 
 def write(out, write_part=write_part, parts=range(COUNT // 2), **settings):
     """As `latents.write_latents` does, `parts` being this process's share."""
-    opening = writing.opening_of("things", {"codec": "abc", **settings}, 700, "group_size:1,uncompressed")
-    if manifest := writing.finished(out, opening):
+    opening = record_writer.opening_of("things", {"codec": "abc", **settings}, 700, "group_size:1,uncompressed")
+    if manifest := record_writer.finished(out, opening):
         return manifest
-    writing.begin(out, opening)
-    writing.write_parts(out, opening, parts, write_part)
+    record_writer.begin(out, opening)
+    record_writer.write_parts(out, opening, parts, write_part)
     if len(parts) == COUNT // 2:
-        return writing.finish_parts(out, opening, COUNT // 2, closing=lambda facts: {"order": sum(facts, [])})
+        return record_writer.finish_parts(out, opening, COUNT // 2, closing=lambda facts: {"order": sum(facts, [])})
 
 
 def contents(folder):
@@ -102,7 +102,7 @@ def test_processes_share_the_parts(tmp_path):
 
 def test_a_crash_while_finishing_is_resumed(tmp_path, monkeypatch):
     write(tmp_path / "whole")
-    monkeypatch.setattr(writing.np, "save", lambda *a: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr(record_writer.np, "save", lambda *a: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
         write(tmp_path / "cut")
     monkeypatch.undo()

@@ -13,13 +13,13 @@ import pyarrow.parquet as pq
 import pytest
 from moto.server import ThreadedMotoServer
 
-from minisora_jax.data.clips import Records, open_clips
-from minisora_jax.data.curate.prepare import prepare
+from minisora_jax.curation.prepare import prepare
 from minisora_jax.data.latents import Latents, write_latents
-from minisora_jax.data.mirror import Mirror
-from minisora_jax.data.sources.spelling import open_source
-from minisora_jax.data.storage import DataError
-from minisora_jax.data.video_writer import write_video
+from minisora_jax.io.object_store import Mirror
+from minisora_jax.io.retry import DataError
+from minisora_jax.io.video_writer import write_video
+from minisora_jax.sources.clips import Records, open_clips
+from minisora_jax.sources.spec import open_source
 from minisora_jax.types import LatentClip
 
 BUCKET = "s3://clips"
@@ -196,7 +196,7 @@ def test_several_processes_fetch_a_shard_once(latents, cache):
     code = """
 import logging, sys
 logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
-from minisora_jax.data.records import Shards
+from minisora_jax.io.records import Shards
 print(Shards(sys.argv[1], "latents", {}).read(0)[1]["caption"])
 """
     said = run(code, [[url]] * 3)

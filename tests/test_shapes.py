@@ -5,7 +5,7 @@ import collections
 import numpy as np
 import pytest
 
-from minisora_jax.data.shapes import COLOURS, MOTIONS, SHAPES, Shapes, caption, held_out, parse_caption, sample_scene
+from minisora_jax.toy.shapes import COLOURS, MOTIONS, SHAPES, Shapes, caption, held_out, parse_caption, sample_scene
 
 
 @pytest.mark.parametrize("split", ["train", "heldout"])

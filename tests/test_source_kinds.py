@@ -17,14 +17,14 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from minisora_jax.data.clips import Records
-from minisora_jax.data.curate.prepare import prepare
-from minisora_jax.data.files import expand_braces, find
-from minisora_jax.data.sources.base import BadClip, Media, SkipReport, header
-from minisora_jax.data.sources.spelling import open_source, split_options
-from minisora_jax.data.sources.tars import Tars, members
-from minisora_jax.data.video import VideoError
-from minisora_jax.data.video_writer import write_video
+from minisora_jax.curation.prepare import prepare
+from minisora_jax.io.filesystem import expand_braces, find
+from minisora_jax.io.video import VideoError
+from minisora_jax.io.video_writer import write_video
+from minisora_jax.sources.base import BadClip, Media, SkipReport, header
+from minisora_jax.sources.clips import Records
+from minisora_jax.sources.spec import open_source, split_options
+from minisora_jax.sources.webdataset import Tars, members
 
 CAPTIONS = {"a.mp4": "noise moves", "b.gif": "more noise — 猫", "c.png": "a photo of noise", "d.webm": "noise in time"}
 

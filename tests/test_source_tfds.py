@@ -15,11 +15,11 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from minisora_jax.data.curate.prepare import prepare
-from minisora_jax.data.sources.spelling import open_source
-from minisora_jax.data.sources.tfds_builder import VideoClips, as_file, build
-from minisora_jax.data.video import VideoError, read_clip_frames
-from minisora_jax.data.video_writer import write_video
+from minisora_jax.curation.prepare import prepare
+from minisora_jax.io.video import VideoError, read_clip_frames
+from minisora_jax.io.video_writer import write_video
+from minisora_jax.sources.spec import open_source
+from minisora_jax.sources.tfds_builder import VideoClips, as_file, build
 
 F = tfds.features
 
@@ -231,7 +231,7 @@ def test_frames_become_lossless_files(tmp_path):
 
 def test_the_program_builds_and_reads_without_tensorflow(folder, tmp_path):
     done = subprocess.run(
-        [sys.executable, "-m", "minisora_jax.data.sources.tfds_builder", folder, tmp_path],
+        [sys.executable, "-m", "minisora_jax.sources.tfds_builder", folder, tmp_path],
         capture_output=True,
         text=True,
     )
@@ -240,7 +240,7 @@ def test_the_program_builds_and_reads_without_tensorflow(folder, tmp_path):
     code = """
 import sys
 import tensorflow_datasets as tfds
-from minisora_jax.data.sources.spelling import open_source
+from minisora_jax.sources.spec import open_source
 data = tfds.data_source("video_clips", split="train", data_dir=sys.argv[1])
 source = open_source(f"tfds:video_clips:train?data_dir={sys.argv[1]}")
 print(len(data), data[0]["caption"], source[0].caption)

@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from minisora_jax.data.clips import Records
-from minisora_jax.data.curate.prepare import prepare
-from minisora_jax.data.curate.stages import Curation, Drop, Sizes, clip_length, clips_of, crop_to_cells
-from minisora_jax.data.sources.base import BadClip, Folder, Media
-from minisora_jax.data.sources.spelling import open_source
-from minisora_jax.data.storage import DataError
-from minisora_jax.data.video import read_clip_frames
-from minisora_jax.data.video_writer import write_video
+from minisora_jax.curation.prepare import prepare
+from minisora_jax.curation.stages import Curation, Drop, Sizes, clip_length, clips_of, crop_to_cells
+from minisora_jax.io.retry import DataError
+from minisora_jax.io.video import read_clip_frames
+from minisora_jax.io.video_writer import write_video
+from minisora_jax.sources.base import BadClip, Folder, Media
+from minisora_jax.sources.clips import Records
+from minisora_jax.sources.spec import open_source
 
 GOOD = {  # name -> the clip's T, H, W, with cells of 8
     "alpha.png": (1, 16, 24, 3),

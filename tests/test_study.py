@@ -6,7 +6,7 @@ import pytest
 
 from minisora_jax.cli import main
 from minisora_jax.parallel.mesh import MeshConfig
-from minisora_jax.study import Case, batches, clip_lengths
+from minisora_jax.plan.study import Case, batches, clip_lengths
 
 ONE = MeshConfig(data=1, fsdp=1, ring=1, ulysses=1, tensor=1)
 

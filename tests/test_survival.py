@@ -16,10 +16,10 @@ import pytest
 from train_tiny import make_cache, run, task
 
 from minisora_jax.cli import _run
-from minisora_jax.data import storage
 from minisora_jax.data.latents import Latents, open_latents
 from minisora_jax.data.loader import packed_batches
-from minisora_jax.data.storage import Damaged, DataError, StorageError
+from minisora_jax.io import retry
+from minisora_jax.io.retry import Damaged, DataError, StorageError
 from minisora_jax.parallel.processes import AskedToEnd
 from minisora_jax.train.checkpoint import CheckpointError
 from minisora_jax.train.diffusion_task import pack_plan
@@ -208,7 +208,7 @@ def test_strict_stops_instead(cache, tmp_path):
 
 
 def test_storage_that_comes_back_is_waited_for_and_one_that_does_not_is_named(cache, tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(storage, "DELAYS", (0.2, 0.2, 0.2))
+    monkeypatch.setattr(retry, "DELAYS", (0.2, 0.2, 0.2))
     shutil.copytree(cache, tmp_path / "away")
     latents = Latents(tmp_path / "away")
     (shard,) = (tmp_path / "away").glob("latents-*.array_record")

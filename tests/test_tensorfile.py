@@ -13,8 +13,8 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from minisora_jax.cli import main
+from minisora_jax.io.safetensors import DTYPES, LazyArray, read_tensors, write_tensors
 from minisora_jax.models.t5 import T5Config, T5Encoder
-from minisora_jax.models.tensorfile import DTYPES, LazyArray, read_tensors, write_tensors
 from minisora_jax.weights import t5
 from minisora_jax.weights.checkpoint import Checkpoint
 from minisora_jax.weights.presets import TEXT_ENCODERS, TextPreset
@@ -104,7 +104,7 @@ import numpy as np
 from flax import traverse_util
 from minisora_jax.cli import main
 from minisora_jax.models.t5 import T5Config, T5Encoder
-from minisora_jax.models.tensorfile import LazyArray, write_tensors
+from minisora_jax.io.safetensors import LazyArray, write_tensors
 from minisora_jax.weights import t5
 from minisora_jax.weights.presets import TEXT_ENCODERS, TextPreset
 

@@ -28,8 +28,8 @@ from selenium.webdriver.common.by import By  # noqa: E402
 from selenium.webdriver.support.ui import WebDriverWait  # noqa: E402
 
 from minisora_jax.bundled import CODEC, MODEL  # noqa: E402
-from minisora_jax.data.video import read_clip_frames  # noqa: E402
 from minisora_jax.generate import Generator  # noqa: E402
+from minisora_jax.io.video import read_clip_frames  # noqa: E402
 from minisora_jax.ui.server import application  # noqa: E402
 
 FLAGS = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"

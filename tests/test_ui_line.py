@@ -12,9 +12,9 @@ import pytest
 from PIL import Image
 
 from minisora_jax.bundled import CODEC, MODEL
-from minisora_jax.data.video import read_clip_frames
-from minisora_jax.data.video_writer import write_video
 from minisora_jax.generate import Generator
+from minisora_jax.io.video import read_clip_frames
+from minisora_jax.io.video_writer import write_video
 from minisora_jax.ui import examples, forms, gallery, line, show
 from minisora_jax.ui.forms import FORMS, wanted
 from minisora_jax.ui.uploads import Refused, admit

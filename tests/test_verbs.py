@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 
 from minisora_jax.bundled import CODEC, MODEL
-from minisora_jax.data.resize import resized
-from minisora_jax.data.shapes import FPS, Shapes
 from minisora_jax.evaluation.frames import psnr, seam
-from minisora_jax.generate import Generator, Given, Request, verbs
-from minisora_jax.generate.enlarging import sizes_up_to
-from minisora_jax.generate.perform import Decode, Encode, Frames, perform
-from minisora_jax.generate.pictures import EASE, FAITHFUL, FEATHER, eased, evened, largest_step, steps
-from minisora_jax.generate.verbs import NEXT_SEED
+from minisora_jax.generate import Generator, Given, Request, tasks
+from minisora_jax.generate.frame_ops import EASE, FAITHFUL, FEATHER, eased, evened, largest_step, steps
+from minisora_jax.generate.runner import Decode, Encode, Frames, perform
+from minisora_jax.generate.tasks import NEXT_SEED
+from minisora_jax.generate.upscaling import sizes_up_to
+from minisora_jax.io.resize import resized
+from minisora_jax.toy.shapes import FPS, Shapes
 
 OPTIONS = dict(steps=2, progress=False)
 
@@ -43,21 +43,21 @@ def made(generator, clip):
     x, r, mask = clip.frames_THWC, request(clip), np.zeros((32, 32), bool)
     mask[:, 20:] = True
     asked = {
-        "make": verbs.make(generator, r),
-        "animate": verbs.animate(generator, r, x[0]),
-        "join": verbs.join(generator, r, x[0], x[-1]),
-        "restyle": verbs.restyle(generator, r, x, 0.05),
-        "anew": verbs.restyle(generator, r, x, 1.0),
-        "inpaint": verbs.inpaint(generator, r, x, mask),
-        "outpaint": verbs.outpaint(generator, request(clip), x[:, :, :16]),
-        "both": verbs.extend(generator, r, x, before=5, after=10),
-        "still": verbs.extend(generator, r, x[:1], before=3, after=2),
-        "far": verbs.extend(generator, r, x, before=17),
-        "connect": verbs.connect(generator, r, x, x[::-1], between=5),
-        "loop-video": verbs.connect(generator, r, x, x, between=7, loop=True),
-        "loop": verbs.make(generator, request(clip, 8, loop=True)),
-        "rollout": verbs.rollout(generator, r, 30),
-        "short": verbs.rollout(generator, r, 6),
+        "make": tasks.make(generator, r),
+        "animate": tasks.animate(generator, r, x[0]),
+        "join": tasks.join(generator, r, x[0], x[-1]),
+        "restyle": tasks.restyle(generator, r, x, 0.05),
+        "anew": tasks.restyle(generator, r, x, 1.0),
+        "inpaint": tasks.inpaint(generator, r, x, mask),
+        "outpaint": tasks.outpaint(generator, request(clip), x[:, :, :16]),
+        "both": tasks.extend(generator, r, x, before=5, after=10),
+        "still": tasks.extend(generator, r, x[:1], before=3, after=2),
+        "far": tasks.extend(generator, r, x, before=17),
+        "connect": tasks.connect(generator, r, x, x[::-1], between=5),
+        "loop-video": tasks.connect(generator, r, x, x, between=7, loop=True),
+        "loop": tasks.make(generator, request(clip, 8, loop=True)),
+        "rollout": tasks.rollout(generator, r, 30),
+        "short": tasks.rollout(generator, r, 6),
     }
     return dict(zip(asked, done(generator, *asked.values())))
 
@@ -94,7 +94,7 @@ def test_strength_is_how_far_a_video_may_go(generator, clip, made):
 
 
 def test_company_changes_nothing(generator, clip, made):
-    [alone] = done(generator, verbs.extend(generator, request(clip), clip.frames_THWC, before=5, after=10))
+    [alone] = done(generator, tasks.extend(generator, request(clip), clip.frames_THWC, before=5, after=10))
     assert np.abs(alone.astype(int) - made["both"]).max() <= 2
 
 
@@ -125,12 +125,12 @@ def test_what_is_larger_than_training_is_what_was_made_at_its_size(generator, cl
     at = lambda H, W, T=9, **more: Request(clip.caption, (T, H, W), seed=3, fps=FPS, **more)
     image = resized(clip.frames_THWC[:1], (64, 128))[0]
     verbs_at = lambda H, W: [
-        verbs.make(generator, at(H, W)),
-        verbs.make(generator, at(H, W, 8, loop=True)),
-        verbs.animate(generator, at(H, W), resized(image[None], (H, W))[0]),
-        verbs.rollout(generator, at(H, W), 22),
-        verbs.rollout(generator, at(H, W), 14, first_HWC=resized(image[None], (H, W))[0]),
-        verbs.enlarge(generator, at(H, W, 17), resized(clip.frames_THWC, (32, 64))),
+        tasks.make(generator, at(H, W)),
+        tasks.make(generator, at(H, W, 8, loop=True)),
+        tasks.animate(generator, at(H, W), resized(image[None], (H, W))[0]),
+        tasks.rollout(generator, at(H, W), 22),
+        tasks.rollout(generator, at(H, W), 14, first_HWC=resized(image[None], (H, W))[0]),
+        tasks.enlarge(generator, at(H, W, 17), resized(clip.frames_THWC, (32, 64))),
     ]
     large, small = (done(generator, *verbs_at(*size)) for size in ((64, 128), (32, 64)))
     assert [v.shape for v in large] == [(n, 64, 128, 3) for n in (9, 8, 9, 22, 14, 17)]
@@ -174,7 +174,7 @@ def test_loops_turn_and_nothing_else_does(generator, clip):
 
 def test_windows_follow_each_other_and_their_prompts(generator, clip):
     """The verb driven by hand: what it asks for, window by window."""
-    verb = verbs.rollout(generator, request(clip), 27, [(0, "first"), (14, "then")])
+    verb = tasks.rollout(generator, request(clip), 27, [(0, "first"), (14, "then")])
     asked, answer, shown = [], None, 0
     while True:
         try:
@@ -196,7 +196,7 @@ def test_windows_follow_each_other_and_their_prompts(generator, clip):
 
 
 def test_frames_before_are_made_from_the_last_window_to_the_first(generator, clip):
-    verb = verbs.extend(generator, request(clip), clip.frames_THWC, before=17)
+    verb = tasks.extend(generator, request(clip), clip.frames_THWC, before=17)
     wants = next(verb)
     assert isinstance(wants, Encode) and (wants.frames_THWC[:5] == clip.frames_THWC[0]).all()
     wants, windows = verb.send(np.zeros((1 + len(wants.frames_THWC) // 4, 4, 4, 16), np.float32)), []
@@ -221,15 +221,15 @@ def test_what_it_should_not_be_matters(generator, clip):
 @pytest.mark.parametrize(
     "make, message",
     [
-        (lambda g, r, x: verbs.animate(g, r, x[0, :16]), "the image is 16x32, the video asked for 32x32"),
-        (lambda g, r, x: verbs.restyle(g, r, x[:5], 0.5), "the whole video has 5 frames, the video asked for 9"),
-        (lambda g, r, x: verbs.restyle(g, r, x, 1.5), "strength=1.5 must be above 0"),
-        (lambda g, r, x: verbs.inpaint(g, r, x, np.zeros((32, 32))), "the mask marks nothing"),
-        (lambda g, r, x: verbs.outpaint(g, r, x), "does not lie within 32x32 with room"),
-        (lambda g, r, x: verbs.extend(g, r, x), "extend by at least one frame"),
-        (lambda g, r, x: verbs.join(g, dataclasses.replace(r, size_THW=(5, 32, 32)), x[0], x[1]), "use 9 or more"),
+        (lambda g, r, x: tasks.animate(g, r, x[0, :16]), "the image is 16x32, the video asked for 32x32"),
+        (lambda g, r, x: tasks.restyle(g, r, x[:5], 0.5), "the whole video has 5 frames, the video asked for 9"),
+        (lambda g, r, x: tasks.restyle(g, r, x, 1.5), "strength=1.5 must be above 0"),
+        (lambda g, r, x: tasks.inpaint(g, r, x, np.zeros((32, 32))), "the mask marks nothing"),
+        (lambda g, r, x: tasks.outpaint(g, r, x), "does not lie within 32x32 with room"),
+        (lambda g, r, x: tasks.extend(g, r, x), "extend by at least one frame"),
+        (lambda g, r, x: tasks.join(g, dataclasses.replace(r, size_THW=(5, 32, 32)), x[0], x[1]), "use 9 or more"),
         (
-            lambda g, r, x: verbs.make(g, dataclasses.replace(r, loop=True)),
+            lambda g, r, x: tasks.make(g, dataclasses.replace(r, loop=True)),
             "frames=9 of a loop must be a multiple of 4; use 8",
         ),
     ],

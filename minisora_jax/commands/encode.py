@@ -45,13 +45,13 @@ def run(args, _):
     from tqdm import tqdm
 
     from minisora_jax.bundled import CODEC
-    from minisora_jax.data.clips import open_clips
     from minisora_jax.data.encode import encode_clips
     from minisora_jax.data.latents import my_parts, write_latents
-    from minisora_jax.data.storage import DataError
+    from minisora_jax.io.retry import DataError
     from minisora_jax.models.captions import BYTES, encoder_captions
     from minisora_jax.models.codec import Codec
     from minisora_jax.parallel.processes import is_main
+    from minisora_jax.sources.clips import open_clips
 
     codec = Codec.load(args.codec or CODEC)
     captions = encoder_captions(args.text_encoder) if args.text_encoder else BYTES

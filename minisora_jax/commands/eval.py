@@ -50,10 +50,10 @@ def run(args, _):
 
 def _codec(args, out: Path) -> dict:
     from minisora_jax.bundled import CODEC
-    from minisora_jax.data.clips import open_clips
-    from minisora_jax.data.contact_sheet import contact_sheet
     from minisora_jax.evaluation.models import evaluate_codec
+    from minisora_jax.io.contact_sheet import contact_sheet
     from minisora_jax.models.codec import Codec
+    from minisora_jax.sources.clips import open_clips
 
     clips = open_clips(args.data or "shapes:heldout:256")
     scores, rows = evaluate_codec(Codec.load(args.codec or CODEC), clips, args.lpips)
@@ -62,8 +62,8 @@ def _codec(args, out: Path) -> dict:
 
 
 def _model(args, out: Path) -> dict:
-    from minisora_jax.data.contact_sheet import contact_sheet
     from minisora_jax.evaluation.models import evaluate_model
+    from minisora_jax.io.contact_sheet import contact_sheet
 
     scores, rows = evaluate_model(load(args), args.split, args.count, **sampling(args))
     contact_sheet(out / "model.png", rows[:32])
@@ -94,9 +94,9 @@ def _verbs(args, out: Path) -> dict:
 
 
 def _frechet(args, out: Path) -> dict:
-    from minisora_jax.data.clips import open_clips
     from minisora_jax.evaluation.frechet import frechet, open_extractor
     from minisora_jax.generate import Request
+    from minisora_jax.sources.clips import open_clips
 
     if not args.extractor:
         raise ValueError("name what sees: --extractor i3d:FILE.pt, inception:FILE.pt, FILE.py:FUNCTION, or random")

@@ -23,7 +23,7 @@ def run(args, _):
     import json
     from pathlib import Path
 
-    from minisora_jax.models.files import open_model
+    from minisora_jax.io.model_dir import open_model
     from minisora_jax.weights.rules import export_lazily, save_sharded
 
     leaves, config = open_model(args.model)
@@ -35,9 +35,9 @@ def run(args, _):
 
 def published(config: dict, model: str):
     """(rules, their config, stem of the weight files) of a saved model's config."""
+    from minisora_jax.io.model_dir import config_fields
     from minisora_jax.models.clip import CLIPConfig
     from minisora_jax.models.dit import DiTConfig
-    from minisora_jax.models.files import config_fields
     from minisora_jax.models.t5 import T5Config
     from minisora_jax.models.vae import VAEConfig
     from minisora_jax.weights import clip, dit, sd_vae, t5, wan_vae

@@ -184,8 +184,8 @@ def _remake(args) -> int:
 
 def _sheet(out: Path, paths: list[Path], jobs: list) -> Path:
     """A contact sheet of the files, of a minute's video its first seconds."""
-    from minisora_jax.data.contact_sheet import contact_sheet
-    from minisora_jax.data.video import read_clip_frames
+    from minisora_jax.io.contact_sheet import contact_sheet
+    from minisora_jax.io.video import read_clip_frames
 
     rows = []
     for path, job in list(zip(paths, jobs))[:32]:
@@ -311,7 +311,7 @@ def parse_size(text: str) -> tuple[int, int]:
 
 def _expanded(prompts: list[str], spec: str) -> list[str]:
     """The prompts as long captions, each shown."""
-    from minisora_jax.data.curate.captioners import expand, open_captioner
+    from minisora_jax.curation.captioners import expand, open_captioner
 
     captioner = open_captioner(spec)
     long = [expand(prompt, captioner) for prompt in prompts]
@@ -321,7 +321,7 @@ def _expanded(prompts: list[str], spec: str) -> list[str]:
 
 
 def _list_captions():
-    from minisora_jax.data.shapes import BACKGROUNDS, COLOURS, PHRASES, SHAPES
+    from minisora_jax.toy.shapes import BACKGROUNDS, COLOURS, PHRASES, SHAPES
 
     print("colours:     " + ", ".join(COLOURS))
     print("shapes:      " + ", ".join(SHAPES))

@@ -83,8 +83,8 @@ def import_codec(name: str, path: str, out: str, dtype: str | None) -> tuple[str
 def import_transformer(name: str, path: str, out: str, dtype: str | None) -> tuple[str, str]:
     import dataclasses
 
+    from minisora_jax.io.model_dir import export_model
     from minisora_jax.models.dit import abstract_params
-    from minisora_jax.models.files import export_model
     from minisora_jax.weights.checkpoint import Checkpoint
     from minisora_jax.weights.presets import TRANSFORMERS
 

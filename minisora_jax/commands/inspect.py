@@ -59,9 +59,9 @@ def run(args, config_flags):
 def _data(where: Path, verify: bool, out: Path) -> None:
     import json
 
-    from minisora_jax.data.clips import Records
-    from minisora_jax.data.records import Shards
     from minisora_jax.inspection.datasets import draw_clips, draw_sizes, facts_of
+    from minisora_jax.io.records import Shards
+    from minisora_jax.sources.clips import Records
 
     path = where / "manifest.json"
     kind = json.loads(path.read_text(encoding="utf-8"))["kind"] if path.exists() else "clips"

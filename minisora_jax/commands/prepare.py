@@ -75,7 +75,7 @@ def add_arguments(parser):
 
 
 def _add_curation(group):
-    from minisora_jax.data.curate.filters import CURATED
+    from minisora_jax.curation.filters import CURATED
 
     group.add_argument("--curate", action="store_true", help="--shots and all limits below, at the values in brackets")
     group.add_argument("--shots", action="store_true", default=None, help="cut files where their shots end")
@@ -101,8 +101,8 @@ def run(args, _):
     import dataclasses
     import shlex
 
-    from minisora_jax.data.curate.filters import CURATED, Filters
-    from minisora_jax.data.curate.prepare import prepare
+    from minisora_jax.curation.filters import CURATED, Filters
+    from minisora_jax.curation.prepare import prepare
 
     asked = {name: getattr(args, name) for name in (*LIMITS, "min_aesthetic", "aesthetic")}
     asked = {name: value for name, value in asked.items() if value is not None}

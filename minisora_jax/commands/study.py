@@ -47,8 +47,8 @@ def run(args, config_flags):
     if args.devices:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", args.devices)
-    from minisora_jax import study
     from minisora_jax.models.dit import DiTConfig
+    from minisora_jax.plan import study
     from minisora_jax.plan.hardware import Topology
     from minisora_jax.plan.workload import mesh_of, task_of, token_count
     from minisora_jax.train.diffusion_task import DiffusionTask

@@ -58,8 +58,8 @@ def run(args, config_flags):
 
 def sample_videos(task, codec, captions, prompts, workdir):
     """A `sample` for `train`: each prompt of the config as a TensorBoard video, and all on one contact sheet."""
-    from minisora_jax.data.contact_sheet import contact_sheet
     from minisora_jax.generate import Generator, Request
+    from minisora_jax.io.contact_sheet import contact_sheet
 
     requests = [Request(p["prompt"], tuple(p["size_THW"]), seed=i) for i, p in enumerate(prompts)]
 

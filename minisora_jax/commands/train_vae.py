@@ -22,8 +22,8 @@ def add_arguments(parser):
 
 def run(args, config_flags):
     from minisora_jax.config import build, read_config
-    from minisora_jax.data.clips import hold_out, open_clips
     from minisora_jax.parallel.processes import is_main
+    from minisora_jax.sources.clips import hold_out, open_clips
     from minisora_jax.train.codec_task import CodecTask, train_codec
 
     config = read_config(config_flags, CodecTask, "configs/vae_tiny.py")

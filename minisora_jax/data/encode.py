@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from minisora_jax.data.storage import DataError
+from minisora_jax.io.retry import DataError
 from minisora_jax.models.captions import Captions
 from minisora_jax.models.codec import Codec
 from minisora_jax.types import Clip, LatentClip

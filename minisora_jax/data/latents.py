@@ -18,13 +18,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from minisora_jax.data import writing
-from minisora_jax.data.ends import Ends
 from minisora_jax.data.epochs import parse_mixture
-from minisora_jax.data.records import Shards, pack_record
-from minisora_jax.data.sources.base import PREPROCESSING_VERSION
-from minisora_jax.data.storage import DataError
+from minisora_jax.io import record_writer
+from minisora_jax.io.concat_index import Ends
+from minisora_jax.io.records import Shards, pack_record
+from minisora_jax.io.retry import DataError
 from minisora_jax.parallel.processes import barrier, is_main, several
+from minisora_jax.sources.base import PREPROCESSING_VERSION
 from minisora_jax.types import LatentClip
 
 log = logging.getLogger("minisora")
@@ -59,14 +59,14 @@ def write_latents(
     parts = -(-count // clips_per_part)
     settings = {"codec_hash": codec_hash, "preprocessing_version": preprocessing_version, "text": text}
     settings |= {"source": source, "clips_per_part": clips_per_part}
-    opening = writing.opening_of("latents", settings, shard_bytes, "group_size:1,uncompressed")
-    if manifest := writing.finished(out_dir, opening):
+    opening = record_writer.opening_of("latents", settings, shard_bytes, "group_size:1,uncompressed")
+    if manifest := record_writer.finished(out_dir, opening):
         return manifest
     if is_main():
-        writing.begin(out_dir, opening)
+        record_writer.begin(out_dir, opening)
     barrier("an encode begins")
 
-    def write_part(part: int, writer: writing.ShardWriter) -> list[str]:
+    def write_part(part: int, writer: record_writer.ShardWriter) -> list[str]:
         numbers, left_out = mine[part], []
         for clip in clips(numbers) if callable(clips) else clips[numbers.start : numbers.stop]:
             if isinstance(clip, DataError):
@@ -77,12 +77,12 @@ def write_latents(
         return left_out
 
     mine = my_parts(count, clips_per_part)
-    writing.write_parts(out_dir, opening, list(mine), write_part)
+    record_writer.write_parts(out_dir, opening, list(mine), write_part)
     barrier("an encode's parts")
     if is_main():
         empty = {"empty_text": _stored(empty_text_LE, "the empty caption's features")}
         together = lambda facts: {"left_out": [name for part in facts for name in part]}
-        writing.finish_parts(out_dir, opening, parts, tables=empty, closing=together)
+        record_writer.finish_parts(out_dir, opening, parts, tables=empty, closing=together)
     barrier("an encode's manifest")
     return json.loads((out_dir / "manifest.json").read_text(encoding="utf-8"))
 

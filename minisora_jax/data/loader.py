@@ -13,13 +13,13 @@ import grain
 import jax
 import numpy as np
 
+from minisora_jax.data.conditioning import KnownConfig
 from minisora_jax.data.epochs import curriculum
-from minisora_jax.data.known import KnownConfig
 from minisora_jax.data.latents import Latents, Mixture
 from minisora_jax.data.packing import PackPlan, StagedPlan
-from minisora_jax.data.resize import resized
 from minisora_jax.data.rows import pack_segments, training_segment
-from minisora_jax.data.storage import Damaged, DataError
+from minisora_jax.io.resize import resized
+from minisora_jax.io.retry import Damaged, DataError
 from minisora_jax.parallel.mesh import host_rows
 from minisora_jax.types import Clip, PackedBatch
 

@@ -22,8 +22,8 @@ from pathlib import Path
 
 import numpy as np
 
-from minisora_jax.data.atomic import write_text
 from minisora_jax.data.epochs import Epochs, Stage
+from minisora_jax.io.atomic import write_text
 from minisora_jax.models.text import BYTES_PER_TOKEN
 
 log = logging.getLogger("minisora")

@@ -7,7 +7,7 @@ import functools
 
 import numpy as np
 
-from minisora_jax.data.known import KnownConfig
+from minisora_jax.data.conditioning import KnownConfig
 from minisora_jax.data.packing import PackConfig
 from minisora_jax.models.text import PAD
 from minisora_jax.types import LatentClip, PackedBatch

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from minisora_jax.evaluation.checker import Seen
-from minisora_jax.generate.pictures import STILL, steps
+from minisora_jax.generate.frame_ops import STILL, steps
+from minisora_jax.toy.checker import Seen
 
 
 def step(a_HWC: np.ndarray, b_HWC: np.ndarray) -> float:

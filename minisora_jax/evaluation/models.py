@@ -8,11 +8,11 @@ from collections.abc import Sequence
 import numpy as np
 from tqdm import tqdm
 
-from minisora_jax.data.curate.filters import load_function
-from minisora_jax.data.shapes import FPS, Shapes
-from minisora_jax.evaluation.checker import check_all
+from minisora_jax.curation.filters import load_function
 from minisora_jax.generate import Generator, Request
 from minisora_jax.models.codec import Codec
+from minisora_jax.toy.checker import check_all
+from minisora_jax.toy.shapes import FPS, Shapes
 from minisora_jax.train.codec_task import reconstruct
 from minisora_jax.types import Clip
 

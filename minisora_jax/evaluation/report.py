@@ -10,8 +10,8 @@ import html
 import io
 from pathlib import Path
 
-from minisora_jax.data.atomic import write_text
-from minisora_jax.data.contact_sheet import contact_sheet
+from minisora_jax.io.atomic import write_text
+from minisora_jax.io.contact_sheet import contact_sheet
 
 SHOWN = 8  # rows of a contact sheet on the page
 

@@ -18,14 +18,14 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from minisora_jax.data.shapes import FPS, Shapes, parse_caption
-from minisora_jax.evaluation.checker import check_all, observe
 from minisora_jax.evaluation.frames import bounce, flicker, psnr, seam
-from minisora_jax.generate import verbs
-from minisora_jax.generate.generator import Generator
-from minisora_jax.generate.perform import Verb, perform
-from minisora_jax.generate.pictures import FEATHER, largest_step, steps
+from minisora_jax.generate import tasks
+from minisora_jax.generate.frame_ops import FEATHER, largest_step, steps
+from minisora_jax.generate.pipeline import Generator
 from minisora_jax.generate.request import Request
+from minisora_jax.generate.runner import Verb, perform
+from minisora_jax.toy.checker import check_all, observe
+from minisora_jax.toy.shapes import FPS, Shapes, parse_caption
 from minisora_jax.types import Clip
 
 SIZE = (17, 48, 48)
@@ -103,7 +103,7 @@ def text_to_image(generator: Generator, count: int, options: dict) -> Measured:
 def animate(generator: Generator, count: int, options: dict) -> Measured:
     """The first frame of a true clip moves as its caption says, and keeps its colour and shape."""
     truth = clips(count, suits=in_sight)
-    made = _perform(generator, [verbs.animate(generator, r, c.frames_THWC[0]) for r, c in _pairs(truth)], options)
+    made = _perform(generator, [tasks.animate(generator, r, c.frames_THWC[0]) for r, c in _pairs(truth)], options)
     kept = [psnr(v[0], c.frames_THWC[0]) for v, c in zip(made, truth)]
     return _judged(made, [c.caption for c in truth], first_frame_psnr=_mean(kept))
 
@@ -113,7 +113,7 @@ def join(generator: Generator, count: int, options: dict) -> Measured:
     truth = clips(count, suits=lambda motion: not motion.startswith(("hide", "pan")))
     made = _perform(
         generator,
-        [verbs.join(generator, r, c.frames_THWC[0], c.frames_THWC[-1]) for r, c in _pairs(truth)],
+        [tasks.join(generator, r, c.frames_THWC[0], c.frames_THWC[-1]) for r, c in _pairs(truth)],
         options,
     )
     ends = {
@@ -140,7 +140,7 @@ def _extend(generator: Generator, count: int, options: dict, known: slice, ends:
     truth = clips(count, suits=in_sight)
     given = [c.frames_THWC[known] for c in truth]
     made = _perform(
-        generator, [verbs.extend(generator, r, g, **ends) for (r, _), g in zip(_pairs(truth), given)], options
+        generator, [tasks.extend(generator, r, g, **ends) for (r, _), g in zip(_pairs(truth), given)], options
     )
     at = 8 if "after" in ends else 7
     beside = -1 if "after" in ends else 0
@@ -188,7 +188,7 @@ def connect(generator: Generator, count: int, options: dict) -> Measured:
     ends = [(c.frames_THWC[:5], c.frames_THWC[12:]) for c in truth]
     made = _perform(
         generator,
-        [verbs.connect(generator, r, a, b, between=7) for (r, _), (a, b) in zip(_pairs(truth), ends)],
+        [tasks.connect(generator, r, a, b, between=7) for (r, _), (a, b) in zip(_pairs(truth), ends)],
         options,
     )
     largest = [largest_step(v, slice(4, 12)) for v in made]
@@ -208,7 +208,7 @@ def connect_strangers(generator: Generator, count: int, options: dict) -> Measur
         generator.generate([dataclasses.replace(r, seed=r.seed + more) for r in asked], **options) for more in (0, 5000)
     )
     made = _perform(
-        generator, [verbs.connect(generator, r, *ends, between=11) for r, *ends in zip(asked, a, b)], options
+        generator, [tasks.connect(generator, r, *ends, between=11) for r, *ends in zip(asked, a, b)], options
     )
     largest = [largest_step(v, slice(16, 28)) for v in made]
     scores = {"largest_step": round(float(np.median(largest)), 3), "no_step_above_2": _share(largest, 2.0)}
@@ -222,7 +222,7 @@ def restyle(generator: Generator, count: int, options: dict) -> Measured:
     asked = [dataclasses.replace(r, prompt=w) for (r, _), w in zip(_pairs(truth), wanted)]
     single = [i for i, c in enumerate(truth) if len(parse_caption(c.caption)[0]) == 1]
     made = _perform(
-        generator, [verbs.restyle(generator, asked[i], truth[i].frames_THWC, STRENGTH) for i in single], options
+        generator, [tasks.restyle(generator, asked[i], truth[i].frames_THWC, STRENGTH) for i in single], options
     )
     return _judged(made, [wanted[i] for i in single], strength=STRENGTH)
 
@@ -237,7 +237,7 @@ def inpaint(generator: Generator, count: int, options: dict) -> Measured:
     truth = clips(count, suits=in_sight)
     mask = np.zeros(SIZE[1:], bool)
     mask[:, 16:] = True
-    made = _perform(generator, [verbs.inpaint(generator, r, c.frames_THWC, mask) for r, c in _pairs(truth)], options)
+    made = _perform(generator, [tasks.inpaint(generator, r, c.frames_THWC, mask) for r, c in _pairs(truth)], options)
     away = [psnr(v[:, :, : 16 - FEATHER], c.frames_THWC[:, :, : 16 - FEATHER]) for v, c in zip(made, truth)]
     return _judged(made, [c.caption for c in truth], kept_psnr=_mean(away))
 
@@ -247,7 +247,7 @@ def outpaint(generator: Generator, count: int, options: dict) -> Measured:
     truth = clips(count, suits=in_sight)
     made = _perform(
         generator,
-        [verbs.outpaint(generator, r, c.frames_THWC[:, :, :32], at=(0, 0)) for r, c in _pairs(truth)],
+        [tasks.outpaint(generator, r, c.frames_THWC[:, :, :32], at=(0, 0)) for r, c in _pairs(truth)],
         options,
     )
     return _judged(made, [c.caption for c in truth])
@@ -273,21 +273,21 @@ def physics(generator: Generator, count: int, options: dict) -> Measured:
 def twice_as_long(generator: Generator, count: int, options: dict) -> Measured:
     """33 frames, where training saw at most 17."""
     truth = clips(count, (33, *SIZE[1:]))
-    made = _perform(generator, [verbs.make(generator, r) for r in requests(truth)], options)
+    made = _perform(generator, [tasks.make(generator, r) for r in requests(truth)], options)
     return _judged(made, [c.caption for c in truth])
 
 
 def twice_as_long_by_windows(generator: Generator, count: int, options: dict) -> Measured:
     """33 frames, each window from the end of the one before, as a minute is made."""
     truth = clips(count, (33, *SIZE[1:]))
-    made = _perform(generator, [verbs.rollout(generator, r, 33) for r in requests(truth)], options)
+    made = _perform(generator, [tasks.rollout(generator, r, 33) for r in requests(truth)], options)
     return _judged(made, [c.caption for c in truth])
 
 
 def twice_as_large(generator: Generator, count: int, options: dict) -> Measured:
     """128 x 128, where training saw at most 64 x 64."""
     truth = clips(count, (17, 128, 128))
-    made = _perform(generator, [verbs.make(generator, r) for r in requests(truth)], options)
+    made = _perform(generator, [tasks.make(generator, r) for r in requests(truth)], options)
     return _judged(made, [c.caption for c in truth])
 
 

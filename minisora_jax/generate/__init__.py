@@ -8,10 +8,10 @@ request.py says what is asked for, sampling.py makes the latents, verbs.py has e
 model: each verb is a few lines over requests with different known tokens.
 """
 
-from minisora_jax.generate.generator import Generator
-from minisora_jax.generate.perform import perform
+from minisora_jax.generate.pipeline import Generator
 from minisora_jax.generate.request import Given, Request
-from minisora_jax.generate.verbs import (
+from minisora_jax.generate.runner import perform
+from minisora_jax.generate.tasks import (
     animate,
     connect,
     enlarge,

@@ -15,12 +15,12 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from minisora_jax.data.files import json_or_none
-from minisora_jax.data.records import sha256
-from minisora_jax.generate.generator import Generator
 from minisora_jax.generate.job import Job, exists, name_of, start
 from minisora_jax.generate.output import Output, beside, record_of, sampling_of
-from minisora_jax.generate.perform import perform
+from minisora_jax.generate.pipeline import Generator
+from minisora_jax.generate.runner import perform
+from minisora_jax.io.filesystem import json_or_none
+from minisora_jax.io.records import sha256
 
 log = logging.getLogger("minisora")
 

@@ -22,11 +22,11 @@ from pathlib import Path
 
 import numpy as np
 
-from minisora_jax.data.resize import resized
-from minisora_jax.data.video import read_clip_frames
-from minisora_jax.generate import verbs
-from minisora_jax.generate.perform import Verb, altered
+from minisora_jax.generate import tasks
 from minisora_jax.generate.request import Request
+from minisora_jax.generate.runner import Verb, altered
+from minisora_jax.io.resize import resized
+from minisora_jax.io.video import read_clip_frames
 
 log = logging.getLogger("minisora")
 MOST_SECONDS = 60.0
@@ -80,7 +80,7 @@ class Job:
 
     @property
     def verb(self) -> str:
-        """Which of verbs.py is meant. ValueError where the words for several are said."""
+        """Which of tasks.py is meant. ValueError where the words for several are said."""
         meant = {
             "animate": self.image and not self.last,
             "join": self.image and self.last,
@@ -136,7 +136,7 @@ def _make(generator, job: Job):
         job = dataclasses.replace(job, frames=on_grid(generator, job.seconds * (job.fps or 8.0), loop=True))
     request = _request(job, job.frames or (16 if job.loop else 17), job.size or (48, 48), job.fps or 8.0)
     generator.grid(request)
-    return verbs.make(generator, request), request.fps
+    return tasks.make(generator, request), request.fps
 
 
 def _rollout(generator, job: Job):
@@ -144,7 +144,7 @@ def _rollout(generator, job: Job):
     prompts = _storyboard(job.prompt, fps)
     request = _request(dataclasses.replace(job, prompt=prompts[0][1]), 1, job.size or (48, 48), fps)
     generator.grid(request)
-    return verbs.rollout(generator, request, max(round(job.seconds * fps), 1), prompts), fps
+    return tasks.rollout(generator, request, max(round(job.seconds * fps), 1), prompts), fps
 
 
 def _animate(generator, job: Job):
@@ -153,20 +153,20 @@ def _animate(generator, job: Job):
     generator.grid(request)
     if job.seconds is not None and request.size_THW[0] > generator.window_frames:
         prompts = _storyboard(job.prompt, request.fps)
-        return verbs.rollout(generator, request, request.size_THW[0], prompts, image), request.fps
-    return verbs.animate(generator, request, image), request.fps
+        return tasks.rollout(generator, request, request.size_THW[0], prompts, image), request.fps
+    return tasks.animate(generator, request, image), request.fps
 
 
 def _join(generator, job: Job):
     first = _image(generator, job.image, job.size)
     last = _image(generator, job.last, first.shape[:2])
     request = _request(job, _frames(generator, job, 17), first.shape[:2], job.fps or 8.0)
-    return verbs.join(generator, request, first, last), request.fps
+    return tasks.join(generator, request, first, last), request.fps
 
 
 def _restyle(generator, job: Job):
     frames, fps = _video(generator, job, job.size, whole=True)
-    return verbs.restyle(generator, _request(job, len(frames), frames.shape[1:3], fps), frames, job.strength), fps
+    return tasks.restyle(generator, _request(job, len(frames), frames.shape[1:3], fps), frames, job.strength), fps
 
 
 def _inpaint(generator, job: Job):
@@ -175,12 +175,12 @@ def _inpaint(generator, job: Job):
     if len(marks) not in (1, len(frames)):
         raise ValueError(f"the mask {job.mask} has {len(marks)} frames, the video {len(frames)}: give one, or as many")
     mask = resized(marks, frames.shape[1:3]).mean(-1) > 127
-    return verbs.inpaint(generator, _request(job, len(frames), frames.shape[1:3], fps), frames, mask), fps
+    return tasks.inpaint(generator, _request(job, len(frames), frames.shape[1:3], fps), frames, mask), fps
 
 
 def _outpaint(generator, job: Job):
     frames, fps = _video(generator, job, None, whole=True)
-    return verbs.outpaint(generator, _request(job, len(frames), job.size, fps), frames), fps
+    return tasks.outpaint(generator, _request(job, len(frames), job.size, fps), frames), fps
 
 
 def _extend(generator, job: Job):
@@ -188,14 +188,14 @@ def _extend(generator, job: Job):
     more = max(1, round((job.seconds or 1.0) * fps))
     request = _request(job, 1, frames.shape[1:3], fps)
     ends = {"before": more if job.extend != "forward" else 0, "after": more if job.extend != "backward" else 0}
-    return verbs.extend(generator, request, frames, **ends), fps
+    return tasks.extend(generator, request, frames, **ends), fps
 
 
 def _connect(generator, job: Job):
     a, fps = _video(generator, job, job.size)
     b = a if job.loop else _fitted(generator, read_clip_frames(job.connect)[0], a.shape[1:3])
     between = max(1, round((job.seconds or 1.5) * fps))
-    return verbs.connect(generator, _request(job, 1, a.shape[1:3], fps), a, b, between=between, loop=job.loop), fps
+    return tasks.connect(generator, _request(job, 1, a.shape[1:3], fps), a, b, between=between, loop=job.loop), fps
 
 
 _START = {

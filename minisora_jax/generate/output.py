@@ -21,14 +21,14 @@ import jax
 import numpy as np
 
 from minisora_jax import __version__
-from minisora_jax.data.atomic import write_text
-from minisora_jax.data.files import json_or_none
-from minisora_jax.data.records import sha256
-from minisora_jax.data.video import VideoError, read_note
-from minisora_jax.data.video_writer import VideoWriter
 from minisora_jax.diffusion.guidance import GuidanceConfig
 from minisora_jax.diffusion.sampler import SamplerConfig
 from minisora_jax.generate.job import Job
+from minisora_jax.io.atomic import write_text
+from minisora_jax.io.filesystem import json_or_none
+from minisora_jax.io.records import sha256
+from minisora_jax.io.video import VideoError, read_note
+from minisora_jax.io.video_writer import VideoWriter
 
 
 @dataclasses.dataclass

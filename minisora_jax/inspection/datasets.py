@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-from minisora_jax.data.atomic import replacing
-from minisora_jax.data.contact_sheet import contact_sheet
-from minisora_jax.data.records import Shards
+from minisora_jax.io.atomic import replacing
+from minisora_jax.io.contact_sheet import contact_sheet
+from minisora_jax.io.records import Shards
 from minisora_jax.types import Clip
 
 SHOWN = 12  # clips on a contact sheet

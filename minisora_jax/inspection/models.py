@@ -10,9 +10,9 @@ from pathlib import Path
 
 from flax import traverse_util
 
-from minisora_jax.data.atomic import replacing
 from minisora_jax.inspection.datasets import short
-from minisora_jax.models.files import model_hash, open_model
+from minisora_jax.io.atomic import replacing
+from minisora_jax.io.model_dir import model_hash, open_model
 from minisora_jax.train.metrics import read_rows
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from minisora_jax.data.atomic import replacing
 from minisora_jax.data.packing import PackConfig, PackPlan, StagedPlan
+from minisora_jax.io.atomic import replacing
 from minisora_jax.models.dit import DiTConfig
 from minisora_jax.train.flops import count_work
 

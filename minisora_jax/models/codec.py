@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from minisora_jax.models.files import config_fields, export_model, load_model, model_hash
+from minisora_jax.io.model_dir import config_fields, export_model, load_model, model_hash
 from minisora_jax.models.vae import VAE, VAEConfig
 from minisora_jax.parallel.halo import by_rows, fetch_pictures, place_parameters, place_pictures
 

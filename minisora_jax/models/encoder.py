@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+from minisora_jax.io.model_dir import config_fields, export_model, load_model, model_hash
 from minisora_jax.models.clip import CLIPConfig, CLIPEncoder
-from minisora_jax.models.files import config_fields, export_model, load_model, model_hash
 from minisora_jax.models.t5 import T5Config, T5Encoder
 
 CONFIGS = {"t5": T5Config, "clip": CLIPConfig}

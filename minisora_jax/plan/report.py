@@ -6,8 +6,8 @@ import dataclasses
 
 from minisora_jax.parallel.mesh import MeshConfig
 from minisora_jax.plan.compiled import Compiled, Workload, compile_for
+from minisora_jax.plan.cost_model import Estimate, largest, reckon, search, seconds_of
 from minisora_jax.plan.hardware import Topology
-from minisora_jax.plan.reckoned import Estimate, largest, reckon, search, seconds_of
 
 GIB = 2**30
 

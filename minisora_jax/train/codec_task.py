@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from minisora_jax.data.loader import ClipsConfig, crop_batches
-from minisora_jax.data.storage import Damaged
+from minisora_jax.io.retry import Damaged
 from minisora_jax.models.codec import Codec, to_float
 from minisora_jax.models.vae import VAE, VAEConfig
 from minisora_jax.parallel.halo import by_rows, require_whole_units

@@ -13,18 +13,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from minisora_jax.data.conditioning import KnownConfig
 from minisora_jax.data.epochs import Epochs, curriculum, within
-from minisora_jax.data.known import KnownConfig
 from minisora_jax.data.latents import Latents, Mixture
 from minisora_jax.data.loader import DataConfig, packed_batches
 from minisora_jax.data.packing import PackConfig, PackPlan, StagedPlan, token_counts
 from minisora_jax.data.rows import Segment, pack_segments
-from minisora_jax.data.storage import Damaged, DataError
 from minisora_jax.diffusion.loss import diffusion_loss
 from minisora_jax.diffusion.objective import ObjectiveConfig
 from minisora_jax.diffusion.time import TimeConfig
-from minisora_jax.models.dit import DiT, DiTConfig, abstract_params
-from minisora_jax.models.files import (
+from minisora_jax.io.model_dir import (
     check_shapes,
     config_fields,
     export_model,
@@ -32,6 +30,8 @@ from minisora_jax.models.files import (
     load_params_onto,
     open_model,
 )
+from minisora_jax.io.retry import Damaged, DataError
+from minisora_jax.models.dit import DiT, DiTConfig, abstract_params
 from minisora_jax.models.text import encode_bytes
 from minisora_jax.parallel.processes import barrier
 from minisora_jax.train.flops import count_work

@@ -15,7 +15,7 @@ from typing import Any
 
 import jax
 
-from minisora_jax.data.atomic import write_text
+from minisora_jax.io.atomic import write_text
 from minisora_jax.parallel.mesh import MeshConfig, laid_out, make_mesh, place, require_divisible
 from minisora_jax.parallel.processes import (
     AskedToEnd,

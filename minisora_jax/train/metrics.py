@@ -17,8 +17,8 @@ from tensorboardX import SummaryWriter
 from tensorboardX.proto.summary_pb2 import Summary
 from tqdm import tqdm
 
-from minisora_jax.data.atomic import write_text
-from minisora_jax.data.video_writer import write_video
+from minisora_jax.io.atomic import write_text
+from minisora_jax.io.video_writer import write_video
 from minisora_jax.parallel.processes import is_main
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from minisora_jax.data.shapes import FPS, Object, Scene, render
-from minisora_jax.data.video_writer import write_video
+from minisora_jax.io.video_writer import write_video
+from minisora_jax.toy.shapes import FPS, Object, Scene, render
 
 SETS = {  # the name of a set in forms.py -> which input of the form is which file
     "picture": {"image": "circle-right.png"},

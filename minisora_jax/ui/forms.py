@@ -13,11 +13,11 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 
 from minisora_jax.bundled import MODEL
-from minisora_jax.data.video import STILL_FPS
 from minisora_jax.diffusion.guidance import GuidanceConfig
 from minisora_jax.diffusion.sampler import SAMPLER_NAMES, SamplerConfig
 from minisora_jax.generate.job import MOST_SECONDS, SIDES, Job, on_grid, start
-from minisora_jax.models.files import model_hash
+from minisora_jax.io.model_dir import model_hash
+from minisora_jax.io.video import STILL_FPS
 from minisora_jax.ui.uploads import Refused, Upload, called
 
 MOST_SIDE = 2048

@@ -20,12 +20,12 @@ from pathlib import Path
 
 from PIL import Image
 
-from minisora_jax.data.atomic import replacing
-from minisora_jax.data.files import json_or_none
-from minisora_jax.data.video import open_frames, read_note
-from minisora_jax.data.video_writer import VideoWriter
 from minisora_jax.generate.job import INPUTS
 from minisora_jax.generate.output import beside
+from minisora_jax.io.atomic import replacing
+from minisora_jax.io.filesystem import json_or_none
+from minisora_jax.io.video import open_frames, read_note
+from minisora_jax.io.video_writer import VideoWriter
 
 KEPT = 200  # results
 NAME = re.compile(r"\d{8}-\d{6}-[0-9a-f]{8}")

@@ -15,10 +15,10 @@ import time
 import numpy as np
 from PIL import Image
 
-from minisora_jax.data.video import STILL_FPS
 from minisora_jax.generate.batch import remake, run_jobs, suffix_of
 from minisora_jax.generate.job import Job
 from minisora_jax.generate.output import sampling_of
+from minisora_jax.io.video import STILL_FPS
 from minisora_jax.ui.forms import Wanted, enlarged, plainly
 from minisora_jax.ui.gallery import Gallery
 from minisora_jax.ui.uploads import Refused, moving_picture

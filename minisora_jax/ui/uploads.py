@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from minisora_jax.data.records import sha256
-from minisora_jax.data.video import VideoError, open_frames, probe
+from minisora_jax.io.records import sha256
+from minisora_jax.io.video import VideoError, open_frames, probe
 
 MOST_BYTES = 64 * 2**20
 MOST_PICTURE = 2**24  # pixels of one frame: 4096x4096

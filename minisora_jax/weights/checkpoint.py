@@ -18,7 +18,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from minisora_jax.models.tensorfile import read_tensors
+from minisora_jax.io.safetensors import read_tensors
 
 _TORCH_DTYPES = {
     "DoubleStorage": np.float64,

@@ -21,8 +21,8 @@ from einops import rearrange
 from flax import traverse_util
 from tqdm import tqdm
 
-from minisora_jax.data.atomic import write_text
-from minisora_jax.models.tensorfile import LazyArray, StoredTensor, write_tensors
+from minisora_jax.io.atomic import write_text
+from minisora_jax.io.safetensors import LazyArray, StoredTensor, write_tensors
 from minisora_jax.weights.checkpoint import Checkpoint, CheckpointError
 
 

@@ -80,8 +80,8 @@ def greedy(folder: pathlib.Path, instruction: str, frames_nHWC: np.ndarray) -> s
 
 
 def check(folder: pathlib.Path) -> None:
-    from minisora_jax.data.curate.captioners import describe, expand
-    from minisora_jax.data.curate.vlm import VisionLanguageModel
+    from minisora_jax.curation.captioners import describe, expand
+    from minisora_jax.curation.vlm import VisionLanguageModel
 
     build(folder)
     rng = np.random.default_rng(0)

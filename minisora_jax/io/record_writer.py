@@ -1,0 +1,177 @@
+"""Writing a data set of records (io/records.py): in parts, resumable, the same bytes whoever writes which."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from array_record.python.array_record_module import ArrayRecordWriter
+
+from minisora_jax.io.atomic import replacing, write_text
+from minisora_jax.io.records import FORMAT, read_json, sha256
+from minisora_jax.io.retry import DataError
+
+PARTS = "parts"
+
+
+def write_parts(
+    out_dir: str | os.PathLike,
+    opening: dict[str, Any],
+    parts: Sequence[int],
+    write_part: Callable[[int, ShardWriter], Any],
+) -> None:
+    """Write these parts of a data set, but for those that are done: of several processes, each its own.
+
+    opening: of `opening_of`.   write_part(n, writer): adds the records of part n, and gives facts for `finish_parts`.
+    Both are functions of the settings alone, so whoever writes which part, after whatever interruption, the same bytes
+    come out. A part's JSON is written last: a part that has one is done.
+    """
+    folder = Path(out_dir) / PARTS
+    folder.mkdir(parents=True, exist_ok=True)
+    for part in parts:
+        note = folder / f"{part:06d}.json"
+        if note.exists():
+            continue
+        for litter in folder.glob(f".{part:06d}-*.tmp*"):
+            litter.unlink()
+        with ShardWriter(folder / f"{part:06d}", opening) as writer:
+            facts = write_part(part, writer)
+        write_text(note, json.dumps({"shards": writer.shards, "facts": facts}))
+
+
+def finish_parts(
+    out_dir: str | os.PathLike,
+    opening: dict[str, Any],
+    parts: int,
+    *,
+    tables: dict[str, np.ndarray] | None = None,
+    closing: Callable[[list[Any]], dict[str, Any]] = lambda facts: {},
+) -> dict[str, Any]:
+    """The manifest of a data set all of whose parts are done, which puts them together.
+
+    tables: arrays kept beside the records, as NAME.npy.   closing(the parts' facts): more entries of the manifest.
+    """
+    folder = Path(out_dir) / PARTS
+    notes = [read_json(folder / f"{part:06d}.json") for part in range(parts)]
+    shards = [{**shard, "file": f"{PARTS}/{shard['file']}"} for note in notes for shard in note["shards"]]
+    if not shards:
+        shutil.rmtree(folder)
+        (Path(out_dir) / "progress.jsonl").unlink(missing_ok=True)
+        raise DataError(f"{out_dir}: there was no record to write")
+    manifest = finish(Path(out_dir), opening, shards, tables or {}, closing([note["facts"] for note in notes]))
+    shutil.rmtree(folder)
+    return manifest
+
+
+def opening_of(kind: str, settings: dict[str, Any], shard_bytes: int, options: str) -> dict[str, Any]:
+    """The head of a manifest: what a run must have in common with the one that it goes on from."""
+    settings = json.loads(json.dumps(settings))  # as it will be read back: tuples are lists
+    return {"kind": kind, "format": FORMAT, "settings": settings, "shard_bytes": shard_bytes, "options": options}
+
+
+def finished(out_dir: Path, opening: dict[str, Any]) -> dict[str, Any] | None:
+    """The manifest, if the data set is finished; DataError if it is another one."""
+    out_dir.mkdir(parents=True, exist_ok=True)
+    if not (out_dir / "manifest.json").exists():
+        return None
+    manifest = read_json(out_dir / "manifest.json")
+    _check_same(out_dir, opening, manifest)
+    (out_dir / "progress.jsonl").unlink(missing_ok=True)
+    shutil.rmtree(out_dir / PARTS, ignore_errors=True)
+    return manifest
+
+
+def begin(out_dir: Path, opening: dict[str, Any]) -> None:
+    """Note in progress.jsonl what is being written; DataError if an unfinished run wrote something else."""
+    progress = out_dir / "progress.jsonl"
+    if progress.exists() and (lines := progress.read_text(encoding="utf-8").split("\n")[:-1]):
+        _check_same(out_dir, opening, json.loads(lines[0]))
+        return
+    write_text(progress, json.dumps(opening) + "\n")
+
+
+class ShardWriter:
+    """Records into STEM-0.array_record, STEM-1.array_record, ...: a file is whole or absent, and ends with the record
+    that reaches `shard_bytes`. `shards` lists those finished, all of them once the context is left."""
+
+    def __init__(self, stem: Path, opening: dict[str, Any]):
+        self.stem = stem
+        self.shard_bytes, self.options = opening["shard_bytes"], opening["options"]
+        self.shards: list[dict[str, Any]] = []
+        self._file = contextlib.ExitStack()
+        self._sizes: list[list[int]] = []
+
+    def add(self, record: bytes, size: tuple[int, ...]) -> None:
+        """Write a record; `size` is its row of sizes.npy."""
+        if not self._sizes:
+            self._path = self.stem.with_name(f"{self.stem.name}-{len(self.shards)}.array_record")
+            temporary = self._file.enter_context(replacing(self._path))
+            self._writer, self._written = ArrayRecordWriter(str(temporary), self.options), 0
+            self._file.callback(self._writer.close)
+        self._writer.write(record)
+        self._sizes.append(list(map(int, size)))
+        self._written += len(record)
+        if self._written >= self.shard_bytes:
+            self._close()
+
+    def _close(self) -> None:
+        self._file.close()
+        entry = {"file": self._path.name, "bytes": self._path.stat().st_size, "sha256": sha256(self._path)}
+        self.shards.append({**entry, "sizes": self._sizes})
+        self._sizes = []
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        if kind is not None:
+            self._file.__exit__(kind, error, trace)
+        elif self._sizes:
+            self._close()
+
+
+def finish(out_dir: Path, opening: dict, shards: list, tables: dict, closing: dict) -> dict[str, Any]:
+    """Final names, tables, and the manifest last. Safe to run again from any point.
+
+    shards: {"file", "bytes", "sha256", "sizes"} each, the file by its path within `out_dir`; `tables` as of
+    `finish_parts`; `closing`: more entries of the manifest."""
+    for litter in out_dir.glob(".*.tmp*"):  # of a process that was killed
+        litter.unlink()
+    rows, entries = [], []
+    for i, shard in enumerate(shards):
+        name = f"{opening['kind']}-{i:05d}-of-{len(shards):05d}.array_record"
+        if (out_dir / shard["file"]).exists():
+            os.replace(out_dir / shard["file"], out_dir / name)
+        elif not (out_dir / name).exists():
+            raise DataError(f"{out_dir / shard['file']} is missing. Delete {out_dir} and write it again")
+        rows += shard["sizes"]
+        entries.append(
+            {"file": name, "records": len(shard["sizes"]), "bytes": shard["bytes"], "sha256": shard["sha256"]}
+        )
+    tables = {**tables, "sizes": np.array(rows, np.int32)}
+    manifest = {**opening, "records": len(rows), "shards": entries, "tables": {}, **closing}
+    for name, array in sorted(tables.items()):
+        path = out_dir / f"{name}.npy"
+        with replacing(path) as temporary:
+            np.save(temporary, array)
+        manifest["tables"][name] = {"file": path.name, "sha256": sha256(path)}
+    write_text(out_dir / "manifest.json", json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
+    (out_dir / "progress.jsonl").unlink(missing_ok=True)
+    return manifest
+
+
+def _check_same(out_dir: Path, wanted: dict, found: dict) -> None:
+    flat = lambda d: {**{k: d.get(k) for k in ("kind", "format", "shard_bytes", "options")}, **d.get("settings", {})}
+    a, b = flat(wanted), flat(found)
+    for key in [*a, *b]:
+        if a.get(key) != b.get(key):
+            raise DataError(
+                f"{out_dir} already holds a data set with {key}={b.get(key)!r}; this one has {key}={a.get(key)!r}. "
+                "Write to another folder, or delete that one"
+            )

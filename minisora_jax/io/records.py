@@ -1,0 +1,196 @@
+"""Sharded, checked, resumable storage of arrays of any shape: what prepared clips and cached latents share.
+
+    DIR/clips-00000-of-00002.array_record   records in order, in files of about `shard_bytes`
+        clips-00001-of-00002.array_record
+        sizes.npy                           one row of integers a record: plans need no record to be read
+        manifest.json                       written last: a folder without it is not finished
+        progress.jsonl, parts/              only while writing: what is written, and the parts finished so far
+
+A record is `MSR1`, the crc32 of what follows, the length of a JSON header, the header (names, dtypes and shapes of
+the arrays, and the caller's facts), and the arrays' bytes. Every failure to read is a DataError that names the file,
+what was expected and what was found; nothing is ever filled in.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import struct
+import threading
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from array_record.python.array_record_module import ArrayRecordReader
+from tqdm import tqdm
+
+from minisora_jax.io.concat_index import Ends
+from minisora_jax.io.filesystem import is_url
+from minisora_jax.io.retry import DataError, patiently, require_readable
+
+FORMAT = 1
+MAGIC = b"MSR1"
+RANDOM_ACCESS = "readahead_buffer_size:0,max_parallelism:0"
+
+
+# ---- One record
+
+
+def pack_record(arrays: dict[str, np.ndarray], facts: dict[str, Any]) -> bytes:
+    """Arrays and JSON facts as bytes; `unpack_record` gives both back exactly."""
+    arrays = {name: np.ascontiguousarray(a) for name, a in arrays.items()}
+    layout = [[name, a.dtype.str, list(a.shape)] for name, a in arrays.items()]
+    header = json.dumps({"arrays": layout, "facts": facts}, ensure_ascii=False, sort_keys=True).encode("utf-8")
+    body = b"".join([struct.pack("<I", len(header)), header, *(a.tobytes() for a in arrays.values())])
+    return MAGIC + struct.pack("<I", zlib.crc32(body)) + body
+
+
+def unpack_record(record: bytes, where: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """(arrays, facts) of a record. `where` is how an error calls it."""
+    if record[:4] != MAGIC or len(record) < 12:
+        raise DataError(f"{where} is corrupt: expected {MAGIC!r} at its start, found {record[:4]!r}")
+    expected, length = struct.unpack_from("<II", record, 4)
+    if expected != (found := zlib.crc32(memoryview(record)[8:])):
+        raise DataError(f"{where} is corrupt: expected crc32 {expected:08x}, found {found:08x}")
+    header, at, arrays = json.loads(record[12 : 12 + length].decode("utf-8")), 12 + length, {}
+    for name, dtype, shape in header["arrays"]:
+        arrays[name] = array = np.frombuffer(record, dtype, math.prod(shape), at).reshape(shape)
+        at += array.nbytes
+    return arrays, header["facts"]
+
+
+# ---- Reading
+
+
+class Shards:
+    """Random access to a finished data set; threads may share it, and it pickles (files open on demand).
+
+    directory: a path, or the URL of object storage, which io/object_store.py then fetches shard by shard.
+    expect: settings that must match the manifest's; None means any.
+    """
+
+    def __init__(self, directory: str | os.PathLike, kind: str, expect: dict[str, Any]):
+        self.directory, self.kind, self.mirror = Path(directory), kind, None
+        if is_url(directory):
+            from minisora_jax.io.object_store import Mirror
+
+            self.mirror = Mirror(os.fspath(directory))
+            self.directory = self.mirror.directory
+        self.manifest = self._load_manifest()
+        for key, wanted in expect.items():
+            self._check(key, wanted, self.manifest["settings"].get(key))
+        self._paths = [str(self.directory / shard["file"]) for shard in self.manifest["shards"]]
+        for shard, path in zip(self.manifest["shards"], map(Path, self._paths)):
+            if self.mirror and not path.exists():
+                continue
+            if not path.is_file():
+                raise DataError(
+                    f"{path} is missing: {path.parent}/manifest.json lists {shard['records']} records in it"
+                )
+            if path.stat().st_size != shard["bytes"]:
+                raise DataError(f"{path} is damaged: expected {shard['bytes']} bytes, found {path.stat().st_size}")
+        self.sizes = self.table("sizes")
+        self._ends = Ends(shard["records"] for shard in self.manifest["shards"])
+        if not len(self.sizes) == self.manifest["records"] == len(self._ends):
+            raise DataError(
+                f"{self.directory}: expected {self.manifest['records']} records, found {len(self.sizes)} sizes and "
+                f"{len(self._ends)} records in shards"
+            )
+        self._open: dict[int, ArrayRecordReader] = {}
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return self.manifest["records"]
+
+    def read(self, i: int) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        """(arrays, facts) of record i, its checksum verified. The arrays are read-only."""
+        shard, at = self._ends.place(i)
+        where = f"record {at} of {self._paths[shard]}"
+
+        def attempt():
+            try:
+                return (self._open.get(shard) or self._reader(shard)).read([at])
+            except DataError:
+                raise
+            except Exception as error:  # the library raises bare RuntimeErrors of its own, whatever went wrong
+                with self._lock:
+                    self._open.pop(shard, None)
+                require_readable(self._paths[shard])
+                raise DataError(f"{where} is corrupt: {error}") from error
+
+        found = patiently(attempt, where)
+        if len(found) != 1:
+            raise DataError(f"{where} is corrupt: expected 1 record, found {len(found)}")
+        return unpack_record(found[0], where)
+
+    def table(self, name: str) -> np.ndarray:
+        """An array kept beside the records, its checksum verified."""
+        entry = self.manifest["tables"].get(name)
+        path = self.directory / (entry["file"] if entry else f"{name}.npy")
+        if entry is None or not path.is_file():
+            raise DataError(f"{path} is missing; write the data set again")
+        self._check_sha256(path, entry["sha256"])
+        return np.load(path, allow_pickle=False, mmap_mode="r" if name == "sizes" else None)
+
+    def verify(self, progress: bool = False) -> None:
+        """Read every byte of every shard against its sha256. DataError at the first that differs."""
+        for shard in tqdm(self.manifest["shards"], desc="verifying", unit="shard", disable=not progress):
+            if self.mirror:
+                self.mirror.fetch(shard["file"], shard["sha256"])
+            self._check_sha256(self.directory / shard["file"], shard["sha256"])
+
+    def _load_manifest(self) -> dict[str, Any]:
+        path = self.directory / "manifest.json"
+        if not path.exists() and (self.directory / "progress.jsonl").exists():
+            raise DataError(f"{path} is missing: writing {self.directory} did not finish. Run the same command again")
+        if not path.exists():
+            raise DataError(f"{path} is missing: expected a finished data set of {self.kind}, found no manifest")
+        manifest = read_json(path)
+        for key, wanted in {"kind": self.kind, "format": FORMAT}.items():
+            self._check(key, wanted, manifest.get(key))
+        return manifest
+
+    def _check(self, key: str, wanted: Any, found: Any) -> None:
+        if wanted is not None and wanted != found:
+            raise DataError(
+                f"{self.directory}/manifest.json: {key} should be {wanted!r} and is {found!r}. Write {self.directory} "
+                "again for what is in use now, or use what it was written for"
+            )
+
+    def _check_sha256(self, path: Path, wanted: str) -> None:
+        if (found := sha256(path)) != wanted:
+            raise DataError(f"{path} is damaged: expected sha256 {wanted}, found {found}")
+
+    def _reader(self, shard: int) -> ArrayRecordReader:
+        if self.mirror:
+            self.mirror.fetch(self.manifest["shards"][shard]["file"], self.manifest["shards"][shard]["sha256"])
+        with self._lock:
+            if shard not in self._open:
+                path, expected = self._paths[shard], self.manifest["shards"][shard]["records"]
+                os.stat(path)  # OSError; the library opens what is not there as empty
+                reader = ArrayRecordReader(path, RANDOM_ACCESS)
+                if (found := reader.num_records()) != expected:
+                    raise DataError(f"{path} is damaged: expected {expected} records, found {found}")
+                self._open[shard] = reader
+            return self._open[shard]
+
+    def __getstate__(self):
+        return {k: v for k, v in self.__dict__.items() if k not in ("_open", "_lock")}
+
+    def __setstate__(self, state):
+        self.__dict__.update(state, _open={}, _lock=threading.Lock())
+
+
+def sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"{path} is damaged: expected JSON, found {error}") from error

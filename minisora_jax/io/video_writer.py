@@ -1,0 +1,156 @@
+"""Frames to video files: all at once, or as they come."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from minisora_jax.io.atomic import replacing, replacing_folder
+
+WRITTEN = (".mp4", ".webm", ".gif", ".png")
+BT709 = 1  # FFmpeg's number of the colour matrix that we write
+X264 = {"crf": "14", "x264-params": "mbtree=0"}  # with it, small videos came out in one of several ways
+VP9 = {"crf": "16", "b": "0", "cpu-used": "4"}
+
+
+def write_video(
+    path: str | os.PathLike, frames_THWC: np.ndarray, fps: float, *, upscale: int = 1, note: str = ""
+) -> None:
+    """Write uint8 (T, H, W, 3) as the suffix says: .mp4 (H.264), .webm (VP9), .gif, .png for a single frame; without a
+    suffix a folder of numbered .png.
+
+    `upscale` repeats each pixel that many times a side, for clips too small to look at. An odd side of an mp4 or webm
+    gains a copy of its last row or column, since their chroma is stored at half size. `note` is kept in the file, for
+    `read_note`. The file appears whole.
+    """
+    frames_THWC = np.asarray(frames_THWC)
+    if Path(path).suffix.lower() == ".png" and len(frames_THWC) > 1:
+        raise ValueError(f"{path} would hold {len(frames_THWC)} frames; a .png holds one: use .mp4, or contact_sheet")
+    with VideoWriter(path, fps, upscale=upscale, note=note) as writer:
+        writer.write(frames_THWC)
+
+
+class VideoWriter:
+    """`write_video`, some frames at a time: a context in whose end the file appears, or on an error does not.
+
+    An mp4 or webm of any length takes the memory of a frame; a gif, which has one palette, that of all its frames.
+    """
+
+    def __init__(self, path: str | os.PathLike, fps: float, *, upscale: int = 1, note: str = ""):
+        self.path, self.fps, self.upscale, self.note = Path(path), fps, upscale, note
+        if not fps > 0 or upscale < 1:
+            raise ValueError(f"fps={fps} must be above 0 and upscale={upscale} at least 1")
+        self.suffix = self.path.suffix.lower()
+        if self.suffix not in (*WRITTEN, ""):
+            raise ValueError(
+                f"{path} ends in {self.suffix!r}; write_video knows {', '.join(WRITTEN)}, and folders of png"
+            )
+        self.count = 0
+        self._gif: list[np.ndarray] = []
+        self._container = None
+
+    def __enter__(self) -> VideoWriter:
+        self._stack = contextlib.ExitStack()
+        if self.suffix:
+            self._temporary = self._stack.enter_context(replacing(self.path))
+        else:
+            self._temporary = self._stack.enter_context(replacing_folder(self.path))
+        return self
+
+    def write(self, frames_THWC: np.ndarray) -> None:
+        x = np.asarray(frames_THWC)
+        if x.dtype != np.uint8 or x.ndim != 4 or x.shape[-1] != 3 or not x.size:
+            raise ValueError(f"frames are {x.dtype} {x.shape}; write_video takes uint8 (T, H, W, 3)")
+        if self.suffix in (".mp4", ".webm"):
+            self._encode(x)
+        elif self.suffix == ".gif":
+            self._gif.append(x)
+        elif self.suffix == ".png":
+            if self.count:
+                raise ValueError(f"{self.path}: a .png holds one frame")
+            _save_png(self._temporary, _enlarge(x[0], self.upscale), self.note)
+        else:
+            for i, frame in enumerate(x, self.count):
+                _save_png(self._temporary / f"{i:05d}.png", _enlarge(frame, self.upscale), self.note)
+        self.count += len(x)
+
+    def __exit__(self, kind, error, trace):
+        with self._stack:
+            if kind is None:
+                if not self.count:
+                    raise ValueError(f"{self.path}: no frames were written")
+                if self._container:
+                    self._container.mux(self._stream.encode())
+                if self._gif:
+                    _write_gif(self._temporary, np.concatenate(self._gif), self.fps, self.upscale, self.note)
+            if self._container:
+                self._container.close()
+            return self._stack.__exit__(kind, error, trace)
+
+    def _encode(self, frames_THWC: np.ndarray) -> None:
+        height, width = (n * self.upscale for n in frames_THWC.shape[1:3])
+        if self._container is None:
+            mp4 = self.suffix == ".mp4"
+            codec, options = ("libx264", X264) if mp4 else ("libvpx-vp9", VP9)
+            flags = {"movflags": "+faststart"} if mp4 else {"fflags": "+bitexact"}  # else a random number goes in
+            self._container = av.open(os.fspath(self._temporary), "w", options=flags)
+            self._container.metadata["comment"] = self.note
+            rate = Fraction(self.fps).limit_denominator(1001)
+            self._stream = stream = self._container.add_stream(codec, rate=rate, options=options)
+            stream.height, stream.width, stream.pix_fmt = height + height % 2, width + width % 2, "yuv420p"
+            stream.codec_context.colorspace, stream.codec_context.color_range = BT709, 1  # 1: limited range
+        for frame in frames_THWC:
+            padded = np.pad(_enlarge(frame, self.upscale), ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+            rgb = av.VideoFrame.from_ndarray(padded, format="rgb24")
+            yuv = rgb.reformat(format="yuv420p", dst_colorspace=BT709, dst_color_range=1)
+            self._container.mux(self._stream.encode(yuv))
+
+
+def _save_png(path: Path, frame_HWC: np.ndarray, note: str) -> None:
+    info = PngInfo()
+    if note:
+        info.add_itxt("comment", note)
+    Image.fromarray(frame_HWC).save(path, format="png", pnginfo=info)
+
+
+def _write_gif(path: Path, frames_THWC, fps: float, upscale: int, note: str) -> None:
+    """One palette for the clip, made by FFmpeg's palettegen from all of it. A gif counts time in 1/100 s."""
+    height, width = (n * upscale for n in frames_THWC.shape[1:3])
+    with av.open(os.fspath(path), "w", options={"final_delay": str(round(100 / fps))}) as container:
+        stream = container.add_stream("gif", rate=100)
+        stream.height, stream.width, stream.pix_fmt = height, width, "pal8"
+        graph = av.filter.Graph()
+        source = graph.add_buffer(width=width, height=height, format="rgb24", time_base=Fraction(1, 100))
+        split, palette = graph.add("split"), graph.add("palettegen", "reserve_transparent=0")
+        use, sink = graph.add("paletteuse", "dither=none"), graph.add("buffersink")
+        source.link_to(split)
+        split.link_to(palette, 0, 0)
+        split.link_to(use, 1, 0)
+        palette.link_to(use, 0, 1)
+        use.link_to(sink)
+        graph.configure()
+        for t, frame in enumerate(frames_THWC):
+            picture = av.VideoFrame.from_ndarray(_enlarge(frame, upscale), format="rgb24")
+            picture.pts, picture.time_base = round(t * 100 / fps), Fraction(1, 100)
+            source.push(picture)
+        source.push(None)
+        for _ in frames_THWC:
+            container.mux(stream.encode(sink.pull()))
+        container.mux(stream.encode())
+    if note:
+        data = note.encode("utf-8")
+        blocks = b"".join(bytes([len(data[i : i + 255])]) + data[i : i + 255] for i in range(0, len(data), 255))
+        whole = path.read_bytes()
+        at = 13 + (3 * 2 ** ((whole[10] & 7) + 1) if whole[10] & 128 else 0)  # after the header and its palette
+        path.write_bytes(whole[:at] + b"\x21\xfe" + blocks + b"\0" + whole[at:])
+
+
+def _enlarge(frame_HWC: np.ndarray, upscale: int) -> np.ndarray:
+    return frame_HWC.repeat(upscale, axis=0).repeat(upscale, axis=1)

@@ -1,0 +1,264 @@
+"""Scaling studies: a train step's time, memory and useful work over contexts, meshes, kernels and ways to batch.
+
+On real devices steps are run and timed. For a described TPU topology they are compiled, which gives memory and traffic,
+and time is modelled (plan/). Every row of the result says which.
+
+    packed    several clips in each row, as this project trains
+    padded    a clip a row, all rows as long as the longest clip
+    bucketed  a clip a row, rows as long as their own clip: one program for each length
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import math
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from minisora_jax.data.packing import PackConfig, pack_rows
+from minisora_jax.data.rows import Segment, pack_segments
+from minisora_jax.models.text import encode_bytes
+from minisora_jax.parallel.mesh import MeshConfig, make_mesh, place
+from minisora_jax.plan.compiled import Workload, compile_for
+from minisora_jax.plan.cost_model import arithmetic, reckon
+from minisora_jax.plan.hardware import Topology
+from minisora_jax.plan.report import named
+from minisora_jax.train.diffusion_task import DiffusionTask, init_params, loss_of
+from minisora_jax.train.loop import jitted
+from minisora_jax.train.optim import make_optimizer
+from minisora_jax.train.step import init_state
+
+BATCHING = ("packed", "padded", "bucketed")
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One row of a study."""
+
+    context: int  # tokens of a row
+    clips: int  # of a packed row; equal in length, unless `mixed`
+    batching: str
+    mixed: bool  # half of the clips are images of 1 / 16 of the longest clip's tokens
+    attention: str
+    remat: str
+    mesh: MeshConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    case: Case
+    how: str  # "measured" or "compiled"
+    seconds: float  # of a step; modelled where it was only compiled
+    cpu_seconds: float  # that the process computed in a step, where devices are made of a CPU and share its cores
+    bytes: float  # of a device, as compiled
+    useful_tokens: int  # of a step
+    useful_flops: float
+    mfu: float  # a share of the peak given or of the chip's; nan where there is none
+
+    def entries(self) -> dict:
+        case = dataclasses.asdict(self.case) | {"mesh": named(self.case.mesh)}
+        rest = {k: v for k, v in dataclasses.asdict(self).items() if k != "case"}
+        return case | rest | {"useful_tokens_per_s": self.useful_tokens / self.seconds}
+
+
+def clip_lengths(case: Case) -> list[int]:
+    """Tokens of each clip of a batch of one packed row's worth, whole frames of 16 tokens."""
+    if not case.mixed:
+        return [max(case.context // case.clips // 16, 1) * 16] * case.clips
+    long = case.context // 2 // 16 * 16  # one video of half of the row, then images
+    image = max(long // 16 // 16, 1) * 16
+    return [long, *[image] * ((case.context - long) // image)]
+
+
+def batches(case: Case, rows: int) -> list[tuple[int, list[list[int]]]]:
+    """[(tokens of a row, the clips of each row)] that together train on `rows` packed rows' worth of clips."""
+    lengths = clip_lengths(case) * rows
+    cut = math.prod((case.mesh.ring, case.mesh.ulysses))
+    whole = lambda n: -(-n // cut) * cut
+    if case.batching == "packed":
+        pack = PackConfig(tokens=case.context, text_tokens=4 * len(lengths), slots=len(lengths), rows=rows)
+        packed = pack_rows(np.array(lengths), np.full(len(lengths), 4), pack, 0, 0)
+        return [(case.context, [[lengths[i] for i in row] for row in packed])]
+    if case.batching == "padded":
+        return [(whole(max(lengths)), [[n] for n in lengths])]
+    groups = defaultdict(list)
+    for n in lengths:
+        groups[n].append([n])
+    return [(whole(n), group) for n, group in sorted(groups.items())]
+
+
+def measure(task: DiffusionTask, case: Case, rows: int, *, repeats: int, peak: float | None) -> Result:
+    """Run and time the train step on this machine's devices: the median of `repeats`, after one to compile."""
+    task = _with(task, case)
+    mesh = make_mesh(case.mesh)
+    optim = task.run.optim
+    optimizer = make_optimizer(optim, task.run.steps)
+    seconds = cpu_seconds = held = flops = 0.0
+    tokens = 0
+    with jax.set_mesh(mesh):
+        state = jax.jit(lambda k: init_state(init_params(task, k), optimizer))(jax.random.key(0))
+        step = jitted(loss_of(task), optimizer, optim)
+        for length, clips in batches(case, rows):
+            batch = place(_random_batch(task, length, clips, mesh), mesh)
+            compiled = step.lower(state, batch, jax.random.key(1)).compile()
+            memory = compiled.memory_analysis()
+            held = max(held, memory.temp_size_in_bytes + memory.argument_size_in_bytes)
+            taken = []
+            for _ in range(repeats + 1):
+                begin = np.array([time.perf_counter(), time.process_time()])
+                state, metrics = compiled(state, batch, jax.random.key(1))
+                float(metrics["loss"])
+                taken.append(np.array([time.perf_counter(), time.process_time()]) - begin)
+            seconds, cpu_seconds = (seconds, cpu_seconds) + np.median(taken[1:], axis=0)
+            for n in (n for row in clips for n in row):
+                tokens, flops = tokens + n, flops + arithmetic(Workload(task, n, text_tokens=4)).useful
+    mfu = flops / (seconds * peak * mesh.size) if peak else math.nan
+    on_cpu = jax.default_backend() == "cpu"
+    return Result(case, "measured", seconds, cpu_seconds if on_cpu else math.nan, held, tokens, flops, mfu)
+
+
+def compiled(task: DiffusionTask, case: Case, rows: int, topology: Topology) -> Result:
+    """Compile the packed train step for a TPU topology; its time is the model's."""
+    work = Workload(_with(task, case), case.context // case.clips, case.clips, rows, text_tokens=128)
+    facts = compile_for(work, case.mesh, topology)
+    estimate = reckon(work, case.mesh, topology, facts.parameters, facts if facts.fits else None)
+    useful = rows * case.clips * work.tokens
+    return Result(
+        case,
+        "compiled" if facts.fits else "compiled: does not fit",
+        estimate.step,
+        math.nan,
+        facts.total_bytes,
+        useful,
+        estimate.arithmetic.useful,
+        estimate.mfu,
+    )
+
+
+def _with(task: DiffusionTask, case: Case) -> DiffusionTask:
+    dit = dataclasses.replace(task.dit, attention=case.attention, remat=case.remat)
+    return dataclasses.replace(task, dit=dit)
+
+
+def _random_batch(task: DiffusionTask, length: int, clips: list[list[int]], mesh):
+    """A PackedBatch (1, B, ...) of noise; empty rows fill it up to what the mesh divides."""
+    rng, width, features = np.random.default_rng(0), task.dit.token_width, task.dit.text_features
+    text = encode_bytes("") if features == 1 else np.zeros((4, features), np.float32)
+
+    def segment(n: int) -> Segment:
+        tokens = rng.standard_normal((n, width)).astype(np.float32)
+        return Segment(tokens, np.zeros(n, bool), (n // 16, 4, 4), text, 8.0)
+
+    slots, cut = max(len(row) for row in clips), mesh.shape["data"] * mesh.shape["fsdp"]
+    made = [[segment(n) for n in row] for row in clips]
+    made += [[segment(16)] for _ in range(-len(made) % cut)]
+    pack = PackConfig(tokens=length, text_tokens=4 * slots, slots=slots, rows=len(made))
+    batch = pack_segments(made, pack, longest=max(n for row in clips for n in row))
+    return jax.tree.map(lambda x: x[None], batch)
+
+
+def run(
+    task: DiffusionTask,
+    cases: Sequence[Case],
+    *,
+    rows: int = 1,
+    topology: Topology | None = None,
+    repeats: int = 3,
+    peak: float | None = None,
+) -> Iterator[Result]:
+    for case in tqdm(cases, desc="study", unit="case"):
+        if topology:
+            yield compiled(task, case, rows, topology)
+        else:
+            yield measure(task, case, rows, repeats=repeats, peak=peak)
+
+
+# ---- What people read
+
+
+def write(results: Sequence[Result], out: Path, title: str) -> None:
+    """results.csv, README.md and a picture of each of step time, memory and MFU against context, under `out`."""
+    out.mkdir(parents=True, exist_ok=True)
+    rows = [r.entries() for r in results]
+    with (out / "results.csv").open("w", newline="", encoding="utf-8") as file:
+        table = csv.DictWriter(file, list(rows[0]))
+        table.writeheader()
+        table.writerows(rows)
+    pictures = _plots(results, out)
+    text = [f"# {title}", "", *(f"![{name}]({name})" for name in pictures), "", *_markdown(results)]
+    (out / "README.md").write_text("\n".join(text) + "\n", encoding="utf-8")
+
+
+def _markdown(results: Sequence[Result]) -> list[str]:
+    lines = [
+        "| context | clips | batching | attention | remat | mesh | how | s a step | CPU s | GiB | tokens/s | MFU |",
+        "|--:|--:|---|---|---|---|---|--:|--:|--:|--:|--:|",
+    ]
+    for r in results:
+        c, mfu = r.case, "" if math.isnan(r.mfu) else f"{100 * r.mfu:.1f} %"
+        cpu = "" if math.isnan(r.cpu_seconds) else f"{r.cpu_seconds:.3g}"
+        clips = "mixed" if c.mixed else str(c.clips)
+        lines.append(
+            f"| {c.context:,} | {clips} | {c.batching} | {c.attention} | {c.remat} | {named(c.mesh)} | {r.how} | "
+            f"{r.seconds:.3g} | {cpu} | {r.bytes / 2**30:.2f} | {r.useful_tokens / r.seconds:,.0f} | {mfu} |"
+        )
+    return lines
+
+
+def _plots(results: Sequence[Result], out: Path) -> list[str]:
+    """A line for each setting, over contexts."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    names = []
+    for name, label, value in (
+        ("step_time.png", "seconds a step", lambda r: r.seconds),
+        ("memory.png", "GiB a device", lambda r: r.bytes / 2**30),
+        ("mfu.png", "MFU, %", lambda r: 100 * r.mfu),
+    ):
+        lines = defaultdict(list)
+        for r in results:
+            if not math.isnan(value(r)):
+                lines[_setting(r.case, results)].append((r.case.context, value(r)))
+        if not lines or max(map(len, lines.values())) < 2:
+            continue
+        figure, axes = plt.subplots(figsize=(7, 4.5), constrained_layout=True)
+        for setting, points in lines.items():
+            axes.plot(*zip(*sorted(points)), marker="o", label=setting)
+        axes.set(xlabel="context, tokens", ylabel=label, xscale="log")
+        axes.set_xticks(contexts := sorted({r.case.context for r in results}), [_tokens(n) for n in contexts])
+        if name != "mfu.png":
+            axes.set_yscale("log")
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_minor_formatter("{x:g}")
+        axes.xaxis.minorticks_off()
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+        figure.savefig(out / name, dpi=120)
+        plt.close(figure)
+        names.append(name)
+    return names
+
+
+def _tokens(n: int) -> str:
+    return f"{n / 1e6:g} M" if n % 100_000 == 0 else f"{n / 1024:g} k"
+
+
+def _setting(case: Case, results: Sequence[Result]) -> str:
+    """The entries of a case that differ within the study, but for the context."""
+    entries, others = _entries(case), [_entries(r.case) for r in results]
+    return ", ".join(v for k, v in entries.items() if len({o[k] for o in others}) > 1) or entries["mesh"]
+
+
+def _entries(case: Case) -> dict[str, str]:
+    entries = {"mesh": named(case.mesh), "clips": "mixed" if case.mixed else f"{case.clips} clips"}
+    return entries | {k: getattr(case, k) for k in ("batching", "attention", "remat")}

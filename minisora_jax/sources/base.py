@@ -1,0 +1,308 @@
+"""Where clips come from: a source is a sequence of `Media`, files not decoded yet, each with its caption.
+
+    clips/
+      cat.mp4  cat.txt            a folder: a caption beside its clip,
+      sub/dog.webm  photo.png     or in one table at the top:
+      captions.jsonl              {"file": "sub/dog.webm", "caption": "a dog runs"} a line, or
+      captions.csv                a header line `file,caption`, then rows
+      metadata.jsonl, .csv        Hugging Face's image and video folders: `file_name` and `text`, in any subfolder
+    shapes:train:5000             the procedural clips of toy/shapes.py
+    clips.tar, gs://..., ...      docs/sources.md lists them all
+
+`spelling.open_source` tells by the spelling which it is. What a source leaves out is counted by reason and
+named in a `SkipReport`; it never stops a run (unless `strict`). Nothing is decoded here: `prepare` does that.
+"""
+
+from __future__ import annotations
+
+import collections
+import csv
+import dataclasses
+import functools
+import hashlib
+import io
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from minisora_jax.io.atomic import write_text
+from minisora_jax.io.filesystem import json_or_none
+from minisora_jax.io.video import IMAGE_SUFFIXES, STILL_FPS, VIDEO_SUFFIXES, VideoError, VideoInfo, probe
+
+PREPROCESSING_VERSION = 1  # of the pixels a file turns into; caches remember it
+TABLES = ("captions.jsonl", "captions.csv")  # at the top
+METADATA = ("metadata.jsonl", "metadata.csv")  # in any folder, about the files in it
+CAPTION_KEYS = ("caption", "text", "prompt", "description")  # of a table or a .json; the first that is there
+NAMES_SHOWN = 5  # of each reason, in a summary
+
+
+class BadClip(ValueError):
+    """A file that cannot become a clip. `reason` is a fixed phrase to count by, `detail` has the numbers."""
+
+    def __init__(self, name: str, reason: str, detail: str = ""):
+        super().__init__(f"{name}: {reason}" + (f" ({detail})" if detail else ""))
+        self.name, self.reason, self.detail = name, reason, detail
+
+    def __reduce__(self):
+        return BadClip, (self.name, self.reason, self.detail)
+
+
+@dataclasses.dataclass(frozen=True)
+class Media:
+    """A clip's file, not decoded yet, and its caption ("" for none)."""
+
+    name: str  # unique within its source; a path within a folder has forward slashes
+    caption: str
+    data: Path | bytes | np.ndarray | VideoError  # a file, its bytes, uint8 RGB frames (T, H, W, 3); why it has none
+    fps: float | None = None  # frames per second where the source knows better than the file; frames need it if T > 1
+
+
+class Source(Protocol):
+    """A sequence of Media. It pickles into little, however long it is: a worker gets (source, range of indices)."""
+
+    identity: str  # a fingerprint of what it holds: another one, other contents
+    report: SkipReport  # what its own scan left out
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, i: int) -> Media: ...
+
+
+class SkipReport:
+    """What was kept and what was not, and why. `skipped` has one {"name", "stage", "reason", "detail"} each."""
+
+    def __init__(self, strict: bool = False):
+        self.kept = 0
+        self.skipped: list[dict[str, str]] = []
+        self.shortened = 0  # kept, of files that are longer than max_frames
+        self.strict = strict
+
+    def add(self, name: str, reason: str, detail: str = "", stage: str = "scan") -> None:
+        """Record what was left out, and at which stage; BadClip if strict."""
+        if self.strict:
+            raise BadClip(name, reason, detail)
+        self.skipped.append({"name": name, "stage": stage, "reason": reason, "detail": detail})
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Skipped files by reason, the most frequent first."""
+        return dict(collections.Counter(row["reason"] for row in self.skipped).most_common())
+
+    def summary(self) -> str:
+        """'9 clips kept, 3 skipped: 2 no caption (a.mp4, b.mp4); 1 truncated (c.mp4)'."""
+        reasons = []
+        for reason, count in self.counts.items():
+            names = [row["name"] for row in self.skipped if row["reason"] == reason]
+            more = f", and {count - NAMES_SHOWN} more" if count > NAMES_SHOWN else ""
+            reasons.append(f"{count} {reason} ({', '.join(names[:NAMES_SHOWN])}{more})")
+        text = f"{self.kept} clips kept, {len(self.skipped)} skipped"
+        text += f": {'; '.join(reasons)}" if reasons else ""
+        return text + (f". {self.shortened} cut to their first frames" if self.shortened else "")
+
+    def write(self, path: str | os.PathLike) -> None:
+        """One skipped file a line, as JSON."""
+        write_text(path, "".join(json.dumps(row) + "\n" for row in self.skipped))
+
+
+# ---- Procedural clips
+
+
+class ProceduralShapes:
+    """toy/shapes.py as a source, drawn on demand. `spec`: "shapes[:SPLIT[:COUNT]]", by default train and 1024."""
+
+    def __init__(self, spec: str = "shapes"):
+        from minisora_jax.toy.shapes import Shapes
+
+        self.clips = Shapes.of(spec, 1024)
+        self.identity, self.report = f"shapes:{self.clips.split}:{len(self.clips)}", SkipReport()
+
+    def __len__(self) -> int:
+        return len(self.clips)
+
+    def __getitem__(self, i: int) -> Media:
+        clip = self.clips[i]
+        return Media(clip.name, clip.caption, clip.frames_THWC, clip.fps)
+
+
+# ---- A folder
+
+
+class Folder:
+    """The videos and images of a folder and its subfolders, in order of name. Their bytes are not looked at.
+
+    A pickled Folder is its path: whoever unpickles it lists it again, once a process, and insists on the same contents.
+    """
+
+    def __init__(self, path: str | os.PathLike, *, need_caption: bool = True, strict: bool = False):
+        self.path, self.need_caption = Path(path), need_caption
+        if not self.path.is_dir():
+            raise FileNotFoundError(f"{path} is not a folder of clips")
+        self.report = SkipReport(strict)
+        self.entries: list[tuple[str, str]] = _scan(self.path, need_caption, self.report)  # (name, caption)
+        facts = (f.stat() if (f := self.path / name).exists() else f.lstat() for name, _ in self.entries)
+        rows = ([name, caption, s.st_size, s.st_mtime_ns] for (name, caption), s in zip(self.entries, facts))
+        digest = hashlib.sha256()
+        for row in rows:
+            digest.update(json.dumps(row).encode("utf-8"))
+        self.identity = f"folder:{digest.hexdigest()}"
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def __getitem__(self, i: int) -> Media:
+        name, caption = self.entries[i]
+        return Media(name, caption, self.path / name)
+
+    def __reduce__(self):
+        return reopened, (Folder, (str(self.path.resolve()),), self.need_caption, self.identity)
+
+
+@functools.lru_cache(maxsize=8)
+def reopened(kind: type, where: tuple, need_caption: bool, identity: str) -> Source:
+    """kind(*where), once a process, of a source that pickles as its place; RuntimeError if it holds something else."""
+    source = kind(*where, need_caption=need_caption)
+    if source.identity != identity:
+        raise RuntimeError(f"{where[0]} has changed since this run began: expected {identity}, found {source.identity}")
+    return source
+
+
+def _scan(folder: Path, need_caption: bool, report: SkipReport) -> list[tuple[str, str]]:
+    return scan_names(_files(folder), lambda name: (folder / name).read_bytes(), need_caption, report)
+
+
+def scan_names(
+    files: list[str], read: Callable[[str], bytes], need_caption: bool, report: SkipReport, *, samples: bool = False
+) -> list[tuple[str, str]]:
+    """(name, caption) of the files that are clips by their names and have a caption; the others go to the report.
+
+    files: all names, with forward slashes.   read: the bytes of one, asked of captions and tables only.
+    samples: a name up to its first dot is a sample's (webdataset): a.mp4 and a.front.mp4 may share a.txt.
+    """
+    entries, known = [], set(files)
+    captions = _read_tables(files, read, report)
+    used = {beside for name in files for beside in _beside(name, samples)} & known
+    for name in files:
+        suffix = Path(name).suffix.lower()
+        if name in used or name in TABLES or Path(name).name in METADATA:
+            continue
+        if suffix not in VIDEO_SUFFIXES + IMAGE_SUFFIXES:
+            report.add(name, "caption without a clip" if suffix == ".txt" else "unknown suffix")
+            continue
+        try:
+            name.encode("utf-8")
+        except UnicodeEncodeError:
+            report.add(ascii(name)[1:-1], "name not UTF-8")
+            continue
+        try:
+            beside = [other for other in _beside(name, samples) if other in known]
+            entries.append((name, _caption(name, beside, read, captions, need_caption)))
+        except BadClip as bad:
+            report.add(bad.name, bad.reason, bad.detail)
+        except OSError as error:
+            report.add(name, "unreadable caption", str(error))
+    for name in sorted(set(captions) - known):
+        report.add(name, "caption without a clip", "its row in the caption table names no file")
+    return entries
+
+
+def _files(folder: Path) -> list[str]:
+    """Names of all files under a folder, sorted; hidden ones apart. A folder called x.mp4 counts as a (bad) file."""
+    names = []
+    for top, folders, files in os.walk(folder):
+        odd = [d for d in folders if Path(d).suffix.lower() in VIDEO_SUFFIXES + IMAGE_SUFFIXES]
+        folders[:] = [d for d in folders if d not in odd and not d.startswith(".")]
+        names += [(Path(top) / f).relative_to(folder).as_posix() for f in files + odd if not f.startswith(".")]
+    return sorted(names)
+
+
+def _beside(name: str, samples: bool) -> list[str]:
+    """The files that may hold a clip's caption, the likeliest first; none for what is no clip."""
+    path = Path(name)
+    if path.suffix.lower() not in VIDEO_SUFFIXES + IMAGE_SUFFIXES:
+        return []
+    stems = [path.with_suffix("")]
+    if samples and (sample := path.name.split(".")[0]):
+        stems.append(path.with_name(sample))
+    return [f"{stem.as_posix()}{suffix}" for suffix in (".txt", ".json") for stem in stems]
+
+
+def _caption(name: str, beside: list[str], read: Callable, captions: dict[str, str], needed: bool) -> str:
+    """A clip's caption, its white space single spaces: of a .txt beside it, a table, or a .json beside it."""
+    texts = [other for other in beside if other.endswith(".txt")]
+    text = None
+    if texts:
+        text = read(texts[0]).decode("utf-8-sig", "surrogateescape")
+    elif name in captions:
+        text = captions[name]
+    elif beside:
+        text = caption_of(json_or_none(read(beside[0]).decode("utf-8-sig", "surrogateescape")))
+    if text is None and needed:
+        own = Path(name).with_suffix(".txt").name
+        keys = f", and {beside[0]} has none of {', '.join(CAPTION_KEYS)}" if beside else ""
+        raise BadClip(name, "no caption", f"neither {own} nor a row of {' or '.join(TABLES + METADATA)}{keys}")
+    return clean_caption(name, text or "", needed)
+
+
+def clean_caption(name: str, text: str, needed: bool) -> str:
+    """White space as single spaces; BadClip for bytes that were not UTF-8, which arrive here as surrogates."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise BadClip(name, "caption not UTF-8", f"at character {error.start}") from error
+    text = " ".join(text.split())
+    if needed and not text:
+        raise BadClip(name, "empty caption")
+    return text
+
+
+def caption_of(row: object) -> str | None:
+    """The caption among the facts of a table's row or a .json file."""
+    facts = row if isinstance(row, dict) else {}
+    return next((facts[key] for key in CAPTION_KEYS if isinstance(facts.get(key), str)), None)
+
+
+def _read_tables(files: list[str], read: Callable[[str], bytes], report: SkipReport) -> dict[str, str]:
+    """File name -> caption from the tables of a folder. Rows that say neither are reported, by line."""
+    captions = {}
+    for table in (name for name in files if name in TABLES or Path(name).name in METADATA):
+        text = read(table).decode("utf-8-sig", "surrogateescape")
+        rows = _jsonl_rows(text) if table.endswith("jsonl") else _csv_rows(text)
+        for number, row in enumerate(rows, 1):
+            file = (row.get("file") or row.get("file_name")) if isinstance(row, dict) else None
+            caption = caption_of(row)
+            if isinstance(file, str) and caption is not None:
+                captions.setdefault((Path(table).parent / file).as_posix(), caption)
+            else:
+                detail = f"it needs 'file' (or 'file_name') and one of {', '.join(CAPTION_KEYS)}, both text"
+                report.add(f"{table}:{number}", "bad caption row", detail)
+    return captions
+
+
+def _jsonl_rows(text: str) -> Iterator[dict | None]:
+    for line in filter(str.strip, text.split("\n")):
+        yield json_or_none(line)
+
+
+def _csv_rows(text: str) -> Iterator[dict | None]:
+    try:
+        yield from csv.DictReader(io.StringIO(text, newline=""))
+    except csv.Error:  # a field of more than 128 KiB; where the next row begins nobody knows
+        yield None
+
+
+def header(media: Media) -> VideoInfo:
+    """Size and rate without decoding; VideoError for what is no video or image, or could not be read."""
+    if isinstance(media.data, VideoError):
+        raise media.data
+    if not isinstance(media.data, np.ndarray):
+        return probe(media.data)
+    shape, fps = media.data.shape, media.fps
+    if media.data.dtype != np.uint8 or len(shape) != 4 or shape[-1] != 3 or 0 in shape:
+        raise VideoError("not a video", f"frames are {media.data.dtype} {shape}, and should be uint8 (T, H, W, 3)")
+    if shape[0] > 1 and not fps:
+        raise VideoError("no frame rate", f"{shape[0]} frames came without their number a second")
+    return VideoInfo(*shape[:3], fps or STILL_FPS)

@@ -1,0 +1,39 @@
+"""A data set that `prepare` wrote, as a source again: to join several, to crop to other cells, to filter once more."""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+
+from minisora_jax.io.filesystem import is_url
+from minisora_jax.io.retry import DataError
+from minisora_jax.io.video import VideoError
+from minisora_jax.sources.base import Media, SkipReport, reopened
+from minisora_jax.sources.clips import Records
+
+
+class Prepared:
+    """The clips of a prepared data set, frames as they are in it. The table of sizes tells which have no caption."""
+
+    def __init__(self, directory: str | os.PathLike, *, need_caption: bool = True, strict: bool = False):
+        self.directory = os.fspath(directory) if is_url(directory) else os.path.abspath(directory)
+        self.need_caption, self.report, self.records = need_caption, SkipReport(strict), Records(self.directory)
+        kept = self.records.sizes[:, 3] > 0 if need_caption else np.ones(len(self.records), bool)
+        for i in np.flatnonzero(~kept):
+            self.report.add(f"record {i}", "no caption", f"of {directory}")
+        self.numbers = np.flatnonzero(kept)
+        self.identity = f"prepared:{self.records.identity}{'' if need_caption else ' without captions'}"
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, i: int) -> Media:
+        try:
+            clip = self.records[int(self.numbers[i])]
+        except DataError as error:
+            return Media(f"record {self.numbers[i]}", "", VideoError("corrupt record", str(error)))
+        return Media(clip.name, clip.caption, clip.frames_THWC, clip.fps)
+
+    def __reduce__(self):
+        return reopened, (Prepared, (self.directory,), self.need_caption, self.identity)

@@ -1,0 +1,55 @@
+"""A folder of clips on object storage, "gs://bucket/clips": captions beside the clips or in a table, as elsewhere."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+
+from minisora_jax.io.filesystem import File, filesystem, listing
+from minisora_jax.sources.base import METADATA, TABLES, Media, SkipReport, reopened, scan_names
+
+CAPTIONS = (".txt", ".json")
+
+
+class RemoteFolder:
+    """The videos and images of a remote folder, in order of name. One listing, and one read of each caption.
+
+    A pickled RemoteFolder is its URL: whoever unpickles it lists it again, once a process, and insists on the same
+    contents. With very many clips, tars or one table of captions are quicker to begin with than a file a caption.
+    """
+
+    def __init__(self, url: str, *, need_caption: bool = True, strict: bool = False):
+        self.url, self.need_caption, self.report = url, need_caption, SkipReport(strict)
+        files = listing(url)
+        texts = _read_all({name: f for name, f in files.items() if name.endswith(CAPTIONS) or _is_table(name)})
+        entries = scan_names(list(files), texts.__getitem__, need_caption, self.report)
+        self.entries: list[tuple[str, str, File]] = [(name, caption, files[name]) for name, caption in entries]
+        digest = hashlib.sha256()
+        for name, caption, file in self.entries:
+            digest.update(json.dumps([name, caption, file.size, file.version]).encode("utf-8"))
+        self.identity = f"folder:{digest.hexdigest()}"
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def __getitem__(self, i: int) -> Media:
+        name, caption, file = self.entries[i]
+        return Media(name, caption, file.read())
+
+    def __reduce__(self):
+        return reopened, (RemoteFolder, (self.url,), self.need_caption, self.identity)
+
+
+def _is_table(name: str) -> bool:
+    return name in TABLES or name.rpartition("/")[2] in METADATA
+
+
+def _read_all(files: dict[str, File]) -> dict[str, bytes]:
+    """The bytes of small files, many at a time where the storage can."""
+    if not files:
+        return {}
+    fs, _ = filesystem(next(iter(files.values())).url)
+    paths = {fs._strip_protocol(file.url): name for name, file in files.items()}
+    found = fs.cat(list(paths), on_error="raise")
+    found = found if isinstance(found, dict) else {next(iter(paths)): found}  # a lone file comes bare
+    return {name: found[path] for path, name in paths.items()}

@@ -1,0 +1,116 @@
+"""Sources of several large files (tar, parquet), of which each is indexed by itself.
+
+The first look at a source indexes every file, counts, and forgets: what stays, and what is pickled, is a count and a
+digest a file. Whoever reads a clip indexes that clip's file again and keeps the last few; if a file has changed in
+between, its digest says so. So memory is bounded by a file's index, and no worker goes through files that are not its.
+"""
+
+from __future__ import annotations
+
+import abc
+import hashlib
+import json
+import os
+import threading
+from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import PurePosixPath
+
+from minisora_jax.io.concat_index import Ends
+from minisora_jax.io.filesystem import File
+from minisora_jax.sources.base import Media, SkipReport
+
+KEPT = 3  # indices a process holds
+THREADS = 8  # that index, each a file: most of the time they wait for storage
+
+Entry = tuple  # (name, caption, and what a kind of file needs to find the clip)
+
+
+class Sharded(abc.ABC):
+    """The clips of `files` in order. A kind of file says how to `index` one and how to `read` an entry of it.
+
+    Names are unique: of several files, each one's clips are called by the file too, as in train-000/cat.mp4.
+    """
+
+    kind: str
+
+    def __init__(self, files: list[File], *, need_caption: bool = True, strict: bool = False):
+        self.files, self.need_caption = files, need_caption
+        self.prefixes = prefixes([file.url for file in files])
+        self.report = SkipReport(strict)
+        with ThreadPoolExecutor(THREADS) as pool:
+            scans = list(pool.map(self._scanned, range(len(files))))
+        for rows, _, _ in scans:
+            for row in rows:
+                self.report.add(row["name"], row["reason"], row["detail"])
+        self.digests = [digest for _, digest, _ in scans]
+        self.ends = Ends(count for _, _, count in scans)
+        facts = json.dumps([*zip(self.prefixes, self.digests)])
+        self.identity = f"{self.kind}:{hashlib.sha256(facts.encode('utf-8')).hexdigest()}"
+        self._forget()
+
+    @abc.abstractmethod
+    def index(self, file: File, report: SkipReport) -> list[Entry]:
+        """The clips of a file, names unique within it. What is left out goes to the report; ImportError and ValueError
+        for what is wrong with the whole source."""
+
+    @abc.abstractmethod
+    def read(self, file: File, entry: Entry) -> Media:
+        """A clip, its data a VideoError where it is damaged; OSError where the storage fails."""
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    def __getitem__(self, i: int) -> Media:
+        shard, at = self.ends.place(i)
+        return self.read(self.files[shard], self._entries(shard)[at])
+
+    def _scanned(self, shard: int) -> tuple[list[dict[str, str]], str, int]:
+        entries, report = self._index(shard)
+        return report.skipped, self._digest(shard, entries), len(entries)
+
+    def _index(self, shard: int) -> tuple[list[Entry], SkipReport]:
+        report, prefix = SkipReport(), self.prefixes[shard]
+        entries = [(prefix + name, *rest) for name, *rest in self.index(self.files[shard], report)]
+        for row in report.skipped:
+            row["name"] = prefix + row["name"] if row["name"] else self.files[shard].url
+        return entries, report
+
+    def _digest(self, shard: int, entries: list[Entry]) -> str:
+        file = self.files[shard]
+        digest = hashlib.sha256(f"{file.size} {file.version}\n".encode())
+        for entry in entries:
+            digest.update(json.dumps(entry).encode("utf-8"))
+        return digest.hexdigest()[:32]
+
+    def _entries(self, shard: int) -> list[Entry]:
+        with self._lock:
+            if shard not in self._indices:
+                entries, _ = self._index(shard)
+                if self._digest(shard, entries) != self.digests[shard]:
+                    raise RuntimeError(f"{self.files[shard].url} has changed since this run began")
+                self._indices[shard] = entries
+                if len(self._indices) > KEPT:
+                    self._indices.popitem(last=False)
+            self._indices.move_to_end(shard)
+            return self._indices[shard]
+
+    def _forget(self) -> None:
+        self._indices: OrderedDict[int, list[Entry]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def __getstate__(self):
+        state = {k: v for k, v in self.__dict__.items() if not k.startswith("_")}
+        return state | {"report": SkipReport(self.report.strict)}
+
+    def __setstate__(self, state):
+        self.__dict__.update(state)
+        self._forget()
+
+
+def prefixes(urls: list[str]) -> list[str]:
+    """'train-000/' of each file: its path below what all share, without the suffix. A lone file needs none."""
+    if len(urls) < 2:
+        return [""] * len(urls)
+    top = os.path.commonpath([os.path.dirname(url) for url in urls])
+    return [f"{PurePosixPath(os.path.relpath(url, top)).with_suffix('')}/" for url in urls]

@@ -1,0 +1,201 @@
+"""Which feature of a TFDS data set is the clip, which its caption, and how a clip is taken out of an example."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from minisora_jax.io.video import VideoError, read_clip_frames
+
+CAPTIONS = (  # names of features, the likeliest first
+    *("language_instruction", "natural_language_instruction", "instruction"),
+    *("caption", "text", "prompt", "description"),
+)
+RATES = ("fps", "frame_rate", "frames_per_second")
+FILES = ("clip", "video", "mp4", "bytes")  # names of strings that are a file
+OURS = {("clip",), ("caption",), ("fps",), ("name",)}  # of VideoClips, whose names are unique
+
+Path = tuple[str, ...]  # of a feature: ("steps", "observation", "image")
+
+
+def import_tfds():
+    try:
+        import tensorflow_datasets
+    except ImportError as error:
+        raise ImportError(f"this needs tensorflow-datasets: pip install 'minisora_jax[tfds]' ({error})") from error
+    return tensorflow_datasets
+
+
+def builder_of(directory: str):
+    """TFDS's builder of a directory, with `Video` taken for the Sequence(Image) that it is stored as."""
+    import_tfds()
+    from etils import epath
+    from google.protobuf import json_format
+    from tensorflow_datasets.core import dataset_info, read_only_builder
+
+    info = dataset_info.read_proto_from_builder_dir(directory)
+    content = json.loads((epath.Path(directory) / "features.json").read_text())
+    if "pythonClassName" in content:  # TFDS below 4.4 wrote "type", and leaves nothing to do
+        json_format.ParseDict(_without_video(content), info.features)
+    return read_only_builder.ReadOnlyBuilder(builder_dir=directory, info_proto=info)
+
+
+def _without_video(node: Any) -> Any:
+    if isinstance(node, list):
+        return [_without_video(item) for item in node]
+    if not isinstance(node, dict):
+        return node
+    if "video" in node and str(node.get("pythonClassName", "")).endswith(".Video"):
+        video, features = node["video"], "tensorflow_datasets.core.features"
+        length, *frame = video.get("shape", {}).get("dimensions", ["-1"] * 3 + ["3"])
+        image = {"shape": {"dimensions": frame}, "dtype": video.get("dtype", "uint8")}
+        image |= {"encodingFormat": video["encodingFormat"]} if video.get("encodingFormat") else {}
+        element = {"pythonClassName": f"{features}.image_feature.Image", "image": image}
+        sequence = {"feature": element, "length": length}
+        return {"pythonClassName": f"{features}.sequence_feature.Sequence", "sequence": sequence}
+    return {key: _without_video(value) for key, value in node.items()}
+
+
+# ---- What is what
+
+
+class Feature:
+    """The clip of an example. kind: "file", "frames", "tensor", "steps" or "image".   named: examples have names."""
+
+    def __init__(self, path: Path, kind: str, named: bool):
+        self.path, self.kind, self.named = path, kind, named
+
+    def read(self, example: dict) -> bytes | np.ndarray:
+        if self.kind == "steps":
+            return _decoded([value_of(step, self.path[1:]) for step in example[self.path[0]]])
+        value = value_of(example, self.path)
+        if self.kind == "frames":
+            return _decoded(list(value))
+        return np.asarray(value) if self.kind == "tensor" else value
+
+
+def choose(features, where: str, media: str, caption: str, need_caption: bool) -> tuple[Feature, Path, Path]:
+    """(the clip, the path of its caption, of its frame rate); () for none."""
+    leaves = dict(_leaves(features))
+    kinds = {path: kind for path, leaf in leaves.items() if (kind := _kind(path, leaf, features))}
+    clip = tuple(media.split("/")) if media else _best(kinds, where)
+    if clip not in kinds:
+        raise ValueError(f"{where} has no clips in {media!r}; those may be in {_listed(kinds) or 'no feature of it'}")
+    texts = [path for path, leaf in leaves.items() if _is_text(leaf) and path != clip]
+    if caption and tuple(caption.split("/")) not in texts:
+        raise ValueError(f"{where} has no text in {caption!r}; that is in {_listed(texts) or 'no feature of it'}")
+    named = sorted((path for path in texts if path[-1] in CAPTIONS), key=lambda path: CAPTIONS.index(path[-1]))
+    if not caption and not named and need_caption:
+        known = _listed(texts) or "no feature of it"
+        raise ValueError(f"{where}: which feature is the caption? Say it by '?caption=PATH'; text is in {known}")
+    words = tuple(caption.split("/")) if caption else (named or [()])[0]
+    rates = [path for path in leaves if path[-1] in RATES and not _in_steps(path, features)]
+    return Feature(clip, kinds[clip], set(leaves) == OURS), words, (rates or [()])[0]
+
+
+def _best(kinds: dict[Path, str], where: str) -> Path:
+    for kind in ("steps", "frames", "tensor", "file", "image"):
+        found = [path for path, k in kinds.items() if k == kind]
+        plain = [path for path in found if path[-1] in ("image", "video", "clip")]
+        if len(found) == 1 or len(plain) == 1:
+            return (found if len(found) == 1 else plain)[0]
+        if found:
+            raise ValueError(f"{where}: which feature is the clip? Say it by '?media=PATH': {_listed(found)}")
+    raise ValueError(
+        f"{where} has no feature that is a clip: no Image, Video, frames, nor string called {', '.join(FILES)}"
+    )
+
+
+def _kind(path: Path, leaf, features) -> str:
+    import tensorflow_datasets as tfds
+
+    if _in_steps(path, features):
+        return "steps" if isinstance(leaf, tfds.features.Image) and _is_rgb(leaf) else ""
+    if isinstance(leaf, tfds.features.Sequence):
+        return "frames" if isinstance(leaf.feature, tfds.features.Image) and _is_rgb(leaf.feature) else ""
+    if isinstance(leaf, tfds.features.Image):
+        return "image" if _is_rgb(leaf) else ""
+    if _is_text(leaf):
+        return "file" if path[-1] in FILES else ""
+    shape = getattr(leaf, "shape", None) or ()
+    return "tensor" if len(shape) == 4 and shape[-1] == 3 and leaf.np_dtype == np.uint8 else ""
+
+
+def _is_rgb(image) -> bool:
+    return image.np_dtype == np.uint8 and image.shape[-1] in (1, 3, 4)
+
+
+def _is_text(leaf) -> bool:
+    return getattr(leaf, "shape", None) == () and getattr(leaf, "np_dtype", None) == np.object_
+
+
+def _in_steps(path: Path, features) -> bool:
+    import tensorflow_datasets as tfds
+
+    return isinstance(features[path[0]], tfds.features.Dataset)
+
+
+def _leaves(features, path: Path = ()) -> Iterator[tuple[Path, Any]]:
+    """(path, feature) of all but dictionaries; into the steps of an episode, but not into other sequences."""
+    import tensorflow_datasets as tfds
+
+    if isinstance(features, tfds.features.FeaturesDict):
+        for name, feature in sorted(features.items()):  # they are read in no order
+            yield from _leaves(feature, (*path, name))
+    elif isinstance(features, tfds.features.Dataset) and len(path) == 1:
+        yield from _leaves(features.feature, path)
+    else:
+        yield path, features
+
+
+def _listed(paths) -> str:
+    return ", ".join("/".join(path) for path in paths)
+
+
+def undecoded(features) -> dict:
+    """TFDS's `SkipDecoding` at every image; of sequences it does not say by itself how."""
+    import tensorflow_datasets as tfds
+
+    class Skip(tfds.decode.SkipDecoding):
+        def decode_batch_example_np(self, images):
+            return images
+
+    tree: dict = {}
+    for path, leaf in _leaves(features):
+        if isinstance(leaf, tfds.features.Image) or isinstance(getattr(leaf, "feature", None), tfds.features.Image):
+            node = tree
+            for part in path[:-1]:
+                node = node.setdefault(part, {})
+            node[path[-1]] = Skip()
+    return tree
+
+
+# ---- Out of an example
+
+
+def value_of(example: Any, path: Path) -> Any:
+    for part in path:
+        example = example[part]
+    return example
+
+
+def texts_of(example: dict, path: Path) -> Iterator[bytes]:
+    """The texts of a feature: one, or one a step."""
+    if isinstance(example[path[0]], Sequence) and not isinstance(example[path[0]], bytes):
+        for step in example[path[0]]:
+            yield value_of(step, path[1:])
+    else:
+        yield value_of(example, path)
+
+
+def _decoded(images: list[bytes]) -> np.ndarray:
+    """Encoded images as frames, uint8 (T, H, W, 3)."""
+    if not images:
+        raise VideoError("zero frames", "the example has none")
+    frames = [read_clip_frames(image)[0][0] for image in images]
+    if sizes := sorted({frame.shape[:2] for frame in frames})[1:]:
+        raise VideoError("corrupt frames", f"its frames have several sizes: {frames[0].shape[:2]}, {sizes}")
+    return np.stack(frames)
