@@ -395,7 +395,9 @@ def train_steps(tiny, report, left):
                 continue
 
             def measure(name=name, model=model, rows=rows, impl=impl):
-                config = DiTConfig(attention=impl, text_features=64, caption="projected", facts=False, **model)
+                config = DiTConfig(
+                    attention=impl, text_features=64, caption="projected", micro_conditioning=False, **model
+                )
                 rng = np.random.default_rng(0)
                 text = rng.standard_normal((16, 64)).astype(np.float32)
                 make = lambda grid: Segment(
@@ -415,7 +417,7 @@ def train_steps(tiny, report, left):
                 batch = pack_segments(
                     [[make(g) for g in row] for row in rows],
                     pack,
-                    longest=max(int(np.prod(g)) for row in rows for g in row),
+                    max_segment_len=max(int(np.prod(g)) for row in rows for g in row),
                 )
                 dit, optim = DiT(config), OptimConfig()
                 optimizer = make_optimizer(optim, 100)

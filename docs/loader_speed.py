@@ -55,7 +55,7 @@ def packed(directory: Path, name: str, steps: int) -> dict[str, float]:
     import jax
 
     jax.config.update("jax_platforms", "cpu")
-    from minisora_jax.data.conditioning import KnownConfig
+    from minisora_jax.data.conditioning import ConditioningConfig
     from minisora_jax.data.latents import Latents
     from minisora_jax.data.loader import packed_batches
     from minisora_jax.data.packing import PackConfig, PackPlan, token_counts
@@ -64,7 +64,7 @@ def packed(directory: Path, name: str, steps: int) -> dict[str, float]:
     latents = Latents(directory)
     pack = PackConfig(tokens=tokens, text_tokens=1024, slots=64, rows=rows)
     plan = PackPlan(*token_counts(latents.sizes, (1, 2, 2)), pack, 0, rows)
-    options = dict(patch=(1, 2, 2), known=KnownConfig(), caption_dropout=0.1)
+    options = dict(patch=(1, 2, 2), conditioning=ConditioningConfig(), caption_dropout=0.1)
     stream = packed_batches(latents, plan, range(WARM + steps), **options)
     useful, memory = 0, []
     for step, (batch, _) in enumerate(stream):

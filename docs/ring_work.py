@@ -31,9 +31,9 @@ def main(tokens: int, rounds: int) -> None:
     qkv = [on(rng.standard_normal((1, tokens, 4, 64), np.float32)) for _ in range(3)]
     clips = lambda count: on((np.arange(tokens) * count // tokens + 1).astype(np.int32)[None])
 
-    def compiled(ids, longest):
+    def compiled(ids, max_segment_len):
         def loss(q, k, v, ids):
-            return jnp.sum(jnp.sin(attend(q, k, v, ids, ids, impl="blockwise", longest=longest)))
+            return jnp.sum(jnp.sin(attend(q, k, v, ids, ids, impl="blockwise", max_segment_len=max_segment_len)))
 
         step = jax.jit(jax.value_and_grad(loss, (0, 1, 2))).lower(*qkv, ids).compile()
         return lambda: jax.block_until_ready(step(*qkv, ids))

@@ -60,7 +60,7 @@ class Group:
 
     def __init__(self, command: list[str], processes: int, devices: int):
         self.printing = threading.Lock()
-        self.asked_to_end = 0  # the signal that was passed on
+        self.preempted = 0  # the signal that was passed on
         self.processes = []
         # Before they start: a signal that this process was started to ignore, as shells do with SIGINT behind an `&`,
         # they would ignore too.
@@ -89,7 +89,7 @@ class Group:
         while running:
             time.sleep(0.05)
             now = time.monotonic()
-            ending = result or self.asked_to_end
+            ending = result or self.preempted
             for i in sorted(running):
                 code = self.processes[i].poll()
                 if code is None:
@@ -98,20 +98,20 @@ class Group:
                 self.readers[i].join(timeout=1)  # what it started may hold its output open
                 if code and not result:
                     result = code if code > 0 else 128 - code
-                    if not self.asked_to_end:
+                    if not self.preempted:
                         say(f"process {i} {told(code)}" + (f": ending the other {len(running)}" if running else ""))
             if now > end_at and not ending:
                 say(f"not done after {timeout:g} s: ending all")
                 result = 124
-            if (result or self.asked_to_end) and kill_at == float("inf"):
-                kill_at = now + (FAREWELL if self.asked_to_end else GRACE)
-                if not self.asked_to_end:
+            if (result or self.preempted) and kill_at == float("inf"):
+                kill_at = now + (FAREWELL if self.preempted else GRACE)
+                if not self.preempted:
                     self._signal(signal.SIGTERM)
             if running and now > kill_at:
                 say(f"killing the {len(running)} that are still there")
                 self._signal(signal.SIGKILL)
                 kill_at = now + GRACE
-        return result or (128 + signal.SIGINT if self.asked_to_end == signal.SIGINT else 0)
+        return result or (128 + signal.SIGINT if self.preempted == signal.SIGINT else 0)
 
     def _print(self, i: int) -> None:
         for line in self.processes[i].stdout:
@@ -122,7 +122,7 @@ class Group:
                 sys.stdout.flush()
 
     def _pass_on(self, number: int, _) -> None:
-        self.asked_to_end = number
+        self.preempted = number
         self._signal(number)
 
     def _signal(self, number: int) -> None:

@@ -15,6 +15,22 @@ import typing
 from pathlib import Path
 from typing import Any
 
+# Settings that had another name before 0.2. Files that were written with the old names are still read.
+RENAMED = {
+    "facts": "micro_conditioning",
+    "grid": "time_schedule",
+    "groups": "attention_pattern",
+    "known": "conditioning",
+    "law": "distribution",
+    "level": "time_input",
+}
+
+
+def with_current_names(values: dict) -> dict:
+    """Settings, nested or not, with the names that they have today."""
+    current = lambda value: with_current_names(value) if isinstance(value, dict) else value
+    return {RENAMED.get(name, name): current(value) for name, value in values.items()}
+
 
 def read_config(flags: list[str], cls: type, example: str, settled: dict | None = None) -> dict:
     """The config as a plain dict: the defaults of the dataclass `cls`, `settled`, the file's entries, then the flags'.

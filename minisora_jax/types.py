@@ -60,14 +60,16 @@ class PackedBatch:
     tokens_BSP: jax.Array  # float32 clean latents (zeros where nothing is known, when sampling)
     segment_BS: jax.Array  # int32
     position_BS3: jax.Array  # int32 (t, y, x) on the clip's own patch grid
-    known_BS: jax.Array  # bool: clean conditioning tokens, held at time 0 and outside the loss
+    cond_mask_BS: jax.Array  # bool: clean conditioning tokens, held at time 0 and outside the loss
     text_BLE: jax.Array  # text features (float32), or ByT5 ids (int32, E = 1)
     text_segment_BL: jax.Array  # int32
     fps_BG: jax.Array  # float32 frames per second of the clip in slot g; 0 where the slot is empty
     size_BG3: jax.Array  # int32 (t, h, w) of the clip's patch grid; 0 where the slot is empty
     image_BIE: jax.Array | None = None  # an image encoder's tokens, for models that attend to them
     image_segment_BI: jax.Array | None = None  # int32
-    longest: int = struct.field(pytree_node=False, default=0)  # a promise: no clip has more tokens; 0: not known
+    max_segment_len: int = struct.field(
+        pytree_node=False, default=0
+    )  # a promise: no clip has more tokens; 0: not known
 
 
 @struct.dataclass

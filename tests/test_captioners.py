@@ -17,7 +17,7 @@ from PIL import Image
 
 from minisora_jax.cli import main
 from minisora_jax.curation import endpoint
-from minisora_jax.curation.captioners import EXPAND, LONG, SHORT, Refused, describe, expand, open_captioner
+from minisora_jax.curation.captioners import EXPAND, LONG, SHORT, CaptionRefused, describe, expand, open_captioner
 from minisora_jax.curation.endpoint import Endpoint
 from minisora_jax.curation.prepare import prepare
 from minisora_jax.io.retry import DataError
@@ -157,7 +157,7 @@ def test_a_clip_that_is_refused_is_no_reason_to_stop():
         {"choices": [{"message": {"content": None}}]},
         {"choices": [{"message": {"content": " "}}]},
     ):
-        with serving(answer) as server, pytest.raises(Refused):
+        with serving(answer) as server, pytest.raises(CaptionRefused):
             describe(fast(server), plain("red"))
     with serving(400) as server, pytest.raises(RuntimeError, match="does eyes take pictures"):
         fast(server).check()
@@ -183,8 +183,12 @@ def test_a_data_set_keeps_all_captions_and_gives_one(folder, tmp_path):
         assert len(server.requests) == asked
     files = lambda out: {path.name: path.read_bytes() for path in out.iterdir()}
     assert files(tmp_path / "a") == files(tmp_path / "b")
-    _, facts = Records(tmp_path / "a").shards.read(2)
-    assert (facts["name"], facts["caption"], facts["captions"]["short"]) == ("red.mp4", "my title", "A red video.")
+    _, metadata = Records(tmp_path / "a").shards.read(2)
+    assert (metadata["name"], metadata["caption"], metadata["captions"]["short"]) == (
+        "red.mp4",
+        "my title",
+        "A red video.",
+    )
     long = {c.name: c.caption for c in open_clips(str(tmp_path / "a"), long_captions=1.0)}
     assert long["blue.mp4"] == "The whole picture is blue. It stays blue throughout."
     rest = {clip.name: clip.caption for clip in Records(tmp_path / "a", long_captions=0.0)}

@@ -104,7 +104,7 @@ def test_classes_are_numbers(tmp_path):
     for wrong in ("10", "a dog", "-1"):
         with pytest.raises(ValueError, match=f"prompt '{wrong}' must be the number of a class, 0 to 9"):
             captions.encode([wrong])
-    label = DiTConfig(caption="label", classes=11, facts=False)
+    label = DiTConfig(caption="label", classes=11, micro_conditioning=False)
     assert captions_of(label, None, None, None).record == {"encoder": "classes"}
     with pytest.raises(ValueError, match="--text-encoder=models/umt5: the model reads classes, not features"):
         captions_of(label, None, "models/umt5", None)

@@ -70,11 +70,11 @@ def test_what_a_user_can_mend_is_said_in_a_sentence(argv, sentence, capsys):
 
 
 def test_the_choices_are_those_of_the_code():
-    from minisora_jax.commands.generate import GRIDS, SAMPLERS, SCHEDULES
+    from minisora_jax.commands.options import GUIDANCE_SCHEDULES, SAMPLERS, TIME_SCHEDULES
     from minisora_jax.diffusion import guidance, sampler, time
 
-    assert SCHEDULES == tuple(guidance.SCHEDULES)
-    assert SAMPLERS == sampler.SAMPLER_NAMES and GRIDS == tuple(time.GRIDS)
+    assert GUIDANCE_SCHEDULES == tuple(guidance.SCHEDULES)
+    assert SAMPLERS == sampler.SAMPLER_NAMES and TIME_SCHEDULES == tuple(time.TIME_SCHEDULES)
 
 
 def test_unknown_verbs_and_flags_are_refused(capsys):

@@ -10,8 +10,8 @@ import pytest
 
 from minisora_jax.models.codec import Codec, _decode
 from minisora_jax.models.vae import VAE, VAEConfig
-from minisora_jax.parallel.halo import by_rows, fetch_pictures, place_parameters, place_pictures
-from minisora_jax.parallel.mesh import BATCH, MeshConfig, make_mesh, place
+from minisora_jax.parallel.halo import fetch_pictures, place_parameters, place_pictures, shard_height
+from minisora_jax.parallel.mesh import BATCH, MeshConfig, make_mesh, to_global
 from minisora_jax.train.codec_task import CodecTask, loss_terms, train_codec
 from minisora_jax.train.loop import RunConfig
 
@@ -51,7 +51,7 @@ def whole_clips(config: VAEConfig, params, x_BTHWC, z_Bthwc, devices: int):
         vae = VAE(config)
         encode = lambda p, x: vae.apply(p, x, method="encode")[:2]
         decode = lambda p, z: vae.apply(p, z, method="decode")[0]
-        return *by_rows(encode, units, params, x_BTHWC), by_rows(decode, units, params, z_Bthwc)
+        return *shard_height(encode, units, params, x_BTHWC), shard_height(decode, units, params, z_Bthwc)
 
     with mesh_of(devices):
         out = run(place_parameters(params), place_pictures(x_BTHWC, units), place_pictures(z_Bthwc, units))
@@ -112,8 +112,8 @@ def test_gradients_are_those_of_one_device():
 
     def loss(params, x_BTHWC, z_Bthwc, weight_BTHWC):
         vae = VAE(config)
-        mean = by_rows(lambda p, x: vae.apply(p, x, method="encode")[0], units, params, x_BTHWC)
-        y = by_rows(lambda p, z: vae.apply(p, z, method="decode")[0], units, params, mean + z_Bthwc)
+        mean = shard_height(lambda p, x: vae.apply(p, x, method="encode")[0], units, params, x_BTHWC)
+        y = shard_height(lambda p, z: vae.apply(p, z, method="decode")[0], units, params, mean + z_Bthwc)
         return jnp.sum(weight_BTHWC * (y - x_BTHWC) ** 2)
 
     def gradients(devices):
@@ -136,7 +136,7 @@ def test_a_training_loss_is_that_of_one_device():
 
     def terms(devices):
         with mesh_of(devices):
-            x = frames if devices == 1 else place(frames, jax.sharding.get_mesh(), BATCH)
+            x = frames if devices == 1 else to_global(frames, jax.sharding.get_mesh(), BATCH)
             loss = jax.jit(lambda p, x: loss_terms(task, p, x, key)["loss"][0])(place_parameters(params), x)
             return np.asarray(loss)
 

@@ -17,14 +17,21 @@ def test_every_config_builds_and_flags_reach_it():
     assert task.run.steps == 7 and task.run.optim.learning_rate == 1e-4 and task.run.mesh.fsdp == 2
 
     config = read_config(
-        ["--config=configs/dit_tiny.py:data=d,rows=4", "--config.run.optim.accumulate=2", "--config.known.box=0"],
+        [
+            "--config=configs/dit_tiny.py:data=d,rows=4",
+            "--config.run.optim.accumulate=2",
+            "--config.conditioning.box=0",
+        ],
         DiffusionTask,
         "",
     )
     assert config["data"]["path"] == "d" and config.pop("prompts")
     task = build(DiffusionTask, config)
     assert (
-        task.pack.rows == 4 and task.run.optim.accumulate == 2 and task.known.box == 0.0 and task.dit.patch == (1, 2, 2)
+        task.pack.rows == 4
+        and task.run.optim.accumulate == 2
+        and task.conditioning.box == 0.0
+        and task.dit.patch == (1, 2, 2)
     )
 
 

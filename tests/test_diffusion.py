@@ -11,12 +11,12 @@ from scipy import stats
 from minisora_jax.data.packing import PackConfig
 from minisora_jax.data.rows import Segment, pack_segments
 from minisora_jax.diffusion.loss import diffusion_loss
+from minisora_jax.diffusion.noise_path import PATHS, PREDICTIONS, target
 from minisora_jax.diffusion.objective import WEIGHTS, ObjectiveConfig, weight
-from minisora_jax.diffusion.path import PATHS, PREDICTIONS, target
 from minisora_jax.diffusion.time import TimeConfig, sampling_times, shift, tokens_of_segment, training_times
 from minisora_jax.models.dit import DiT, DiTConfig
 from minisora_jax.models.text import encode_bytes
-from minisora_jax.parallel.mesh import BATCH, MeshConfig, make_mesh, place
+from minisora_jax.parallel.mesh import BATCH, MeshConfig, make_mesh, to_global
 
 
 def batch(sizes, tokens=64, rows=1, known=lambda i, n: np.zeros(n, bool)):
@@ -56,17 +56,18 @@ def test_laws_of_time(path):
     draw = lambda **fields: np.asarray(
         training_times(TimeConfig(base_tokens=0, per_frame=0.0, **fields), b, jax.random.key(2), PATHS[path]), float
     )[:, ::4].ravel()
-    assert stats.kstest(draw(law="uniform"), stats.uniform.cdf).pvalue > 1e-3
-    levels = np.log(PATHS[path].ratio(jnp.asarray(draw(law="edm", mean=-1.2, std=1.2))))
+    assert stats.kstest(draw(distribution="uniform"), stats.uniform.cdf).pvalue > 1e-3
+    levels = np.log(PATHS[path].ratio(jnp.asarray(draw(distribution="edm", mean=-1.2, std=1.2))))
     assert stats.kstest(levels, stats.norm(-1.2, 1.2).cdf).pvalue > 1e-3
-    with pytest.raises(ValueError, match="times.law='cosine' must be one of logit-normal, uniform, edm"):
-        TimeConfig(law="cosine")
+    with pytest.raises(ValueError, match="times.distribution='cosine' must be one of logit-normal, uniform, edm"):
+        TimeConfig(distribution="cosine")
 
 
 def test_on_the_linear_path_edms_law_is_the_logit_normal():
     b = batch([(2, 2, 2)], rows=50, tokens=8)
     one, other = (
-        training_times(TimeConfig(0.3, 1.2, law=law), b, jax.random.key(0)) for law in ("edm", "logit-normal")
+        training_times(TimeConfig(0.3, 1.2, distribution=distribution), b, jax.random.key(0))
+        for distribution in ("edm", "logit-normal")
     )
     np.testing.assert_allclose(one, other, rtol=1e-5)
 
@@ -145,15 +146,15 @@ def test_the_loss_is_the_same_on_a_mesh(path):
             return 0.5 * x_BSP * time_BS[..., None]
 
     def loss(b, key):
-        values, weights = diffusion_loss(Half(), TimeConfig(law="edm"), {}, b, key, ObjectiveConfig(path, "v", "edm"))[
-            "loss"
-        ]
+        values, weights = diffusion_loss(
+            Half(), TimeConfig(distribution="edm"), {}, b, key, ObjectiveConfig(path, "v", "edm")
+        )["loss"]
         return values * weights
 
     b = batch([(1, 2, 2), (2, 2, 2)], tokens=14, rows=8)
     alone = jax.jit(loss)(b, jax.random.key(0))
     mesh = make_mesh(MeshConfig(data=4, fsdp=2))
     with jax.set_mesh(mesh):
-        both = jax.jit(loss)(place(jax.tree.map(np.asarray, b), mesh, BATCH), jax.random.key(0))
+        both = jax.jit(loss)(to_global(jax.tree.map(np.asarray, b), mesh, BATCH), jax.random.key(0))
         assert both.sharding.spec[0] == ("data", "fsdp")
     np.testing.assert_allclose(both, alone, rtol=1e-5, atol=1e-6)

@@ -9,7 +9,7 @@ import pytest
 
 from minisora_jax.data.packing import PackConfig
 from minisora_jax.data.rows import Segment, pack_segments
-from minisora_jax.models.dit import DiT, DiTConfig, mean_of
+from minisora_jax.models.dit import DiT, DiTConfig, drop_variance
 from minisora_jax.models.text import encode_bytes
 from minisora_jax.train.flops import count_work
 
@@ -34,7 +34,7 @@ def times(batch) -> jax.Array:
     """A time per token that depends only on the clip (by its frame rate) and the token's place in it."""
     fps = jnp.take_along_axis(batch.fps_BG, jnp.maximum(batch.segment_BS - 1, 0), axis=1)
     time = (0.05 * fps + 0.03 * batch.position_BS3.sum(-1)) % 1.0
-    return jnp.where(batch.known_BS, 0.0, time)
+    return jnp.where(batch.cond_mask_BS, 0.0, time)
 
 
 @pytest.fixture(scope="module")
@@ -111,8 +111,14 @@ def test_bfloat16_computes_on_float32_parameters(params):
     "changes",
     [
         {},
-        dict(modulation="block", caption="label", classes=5, facts=False, text_depth=0),
-        dict(modulation="single", caption="projected", facts=False, groups=("spatial", "temporal"), positions="fixed"),
+        dict(modulation="block", caption="label", classes=5, micro_conditioning=False, text_depth=0),
+        dict(
+            modulation="single",
+            caption="projected",
+            micro_conditioning=False,
+            attention_pattern=("spatial", "temporal"),
+            positions="fixed",
+        ),
     ],
 )
 def test_counted_operations_are_those_compiled(changes):
@@ -132,7 +138,7 @@ def test_counted_operations_are_those_compiled(changes):
     counted = count_work(cfg, pack, rows)
     assert counted["useful_tokens"] == counted["tokens"] == 512
     np.testing.assert_allclose(counted["hardware_flops"] / 3, compiled.cost_analysis()["flops"], rtol=0.06)
-    if cfg.groups == ("joint",):
+    if cfg.attention_pattern == ("joint",):
         assert counted["useful_flops"] == counted["hardware_flops"]
     else:
         assert counted["useful_flops"] < counted["hardware_flops"]
@@ -141,5 +147,5 @@ def test_counted_operations_are_those_compiled(changes):
 def test_the_mean_is_parted_from_the_variance():
     cfg = dataclasses.replace(CONFIG, out_channels=8)
     y = np.arange(2 * 4 * 8).reshape(1, 2, 32)  # a patch of 2 x 2, of 4 means and 4 variances each
-    np.testing.assert_array_equal(mean_of(cfg, y), y.reshape(1, 2, 4, 8)[..., :4].reshape(1, 2, 16))
-    assert mean_of(CONFIG, y) is y
+    np.testing.assert_array_equal(drop_variance(cfg, y), y.reshape(1, 2, 4, 8)[..., :4].reshape(1, 2, 16))
+    assert drop_variance(CONFIG, y) is y

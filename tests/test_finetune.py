@@ -23,7 +23,7 @@ from minisora_jax.models.dit import DiT, abstract_batch, abstract_params  # noqa
 from minisora_jax.models.t5 import T5Config, T5Encoder  # noqa: E402
 from minisora_jax.models.text import encode_bytes  # noqa: E402
 from minisora_jax.models.vae import VAE  # noqa: E402
-from minisora_jax.parallel.mesh import SHARDS, MeshConfig, laid_out, make_mesh  # noqa: E402
+from minisora_jax.parallel.mesh import SHARDS, MeshConfig, make_mesh, with_shardings  # noqa: E402
 from minisora_jax.toy.shapes import Shapes  # noqa: E402
 from minisora_jax.train.metrics import Metrics  # noqa: E402
 from minisora_jax.train.optim import OptimConfig, make_optimizer  # noqa: E402
@@ -155,7 +155,7 @@ def test_fine_tuned_interrupted_sampled_and_given_back(project, monkeypatch, cap
 
     (before, _), (after, config) = load_model(at / "wan"), load_model(at / "run/export")
     assert config["text"] == latents.text and config["codec"] == latents.codec_hash
-    assert config["dit"]["caption_tokens"] == 16 and config["times"]["law"] == "logit-normal"
+    assert config["dit"]["caption_tokens"] == 16 and config["times"]["distribution"] == "logit-normal"
     moved = jax.tree.leaves(jax.tree.map(lambda a, b: np.abs(a - b).max() / np.abs(a).max(), before, after))
     assert 0 < max(moved) < 0.02  # from the imported weights, by a few small steps and the export's rounding
 
@@ -178,7 +178,7 @@ def test_weights_go_straight_to_their_devices(project):
     mesh, optimizer = make_mesh(MeshConfig(data=2, fsdp=4)), make_optimizer(OptimConfig(), 10)
     with jax.set_mesh(mesh):
         fresh = jax.eval_shape(lambda: init_state(abstract_init(WAN), optimizer))
-        placed = load_params_onto(project / "wan", laid_out(fresh.params, mesh))
+        placed = load_params_onto(project / "wan", with_shardings(fresh.params, mesh))
         state = jax.jit(lambda p: init_state(p, optimizer))(placed)
     kernel = placed["params"]["blocks"]["joint"]["mlp"]["up"]["kernel"]
     assert kernel.sharding.spec == jax.P(None, SHARDS, "tensor") and kernel.addressable_shards[0].data.shape == (
@@ -187,7 +187,7 @@ def test_weights_go_straight_to_their_devices(project):
         40,
     )
     # The layout of all of the state is that of a run that starts from random weights: the step is compiled once.
-    specs = lambda tree: [x.sharding.spec for x in jax.tree.leaves(laid_out(tree, mesh))]
+    specs = lambda tree: [x.sharding.spec for x in jax.tree.leaves(with_shardings(tree, mesh))]
     strip = lambda spec: tuple(spec)[: max((i + 1 for i, a in enumerate(spec) if a), default=0)]
     assert [strip(a) for a in specs(fresh)] == [strip(x.sharding.spec) for x in jax.tree.leaves(state)]
     jax.tree.map(np.testing.assert_array_equal, placed, load_model(project / "wan")[0])

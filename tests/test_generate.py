@@ -12,13 +12,14 @@ from minisora_jax.bundled import CODEC, MODEL
 from minisora_jax.diffusion.guidance import GuidanceConfig
 from minisora_jax.diffusion.objective import ObjectiveConfig
 from minisora_jax.diffusion.sampler import SAMPLER_NAMES, SamplerConfig
-from minisora_jax.diffusion.time import GRIDS
-from minisora_jax.generate import Generator, Request, inpaint, make, perform
-from minisora_jax.generate.batch import run_jobs
-from minisora_jax.generate.job import Job, start
-from minisora_jax.generate.sampling import Layout
+from minisora_jax.diffusion.time import TIME_SCHEDULES
+from minisora_jax.generate import Request, VideoPipeline, run_tasks
+from minisora_jax.generate.sampling import PackedRequests
+from minisora_jax.generate.tasks import inpaint, text_to_video
 from minisora_jax.io.model_dir import export_model, load_model
 from minisora_jax.io.video_writer import write_video
+from minisora_jax.jobs.batch import run_jobs
+from minisora_jax.jobs.job import Job, start
 from minisora_jax.parallel.mesh import MeshConfig, make_mesh
 
 RED = Request("a large red circle moves left slowly on a black background", (5, 32, 48), seed=1)
@@ -27,67 +28,67 @@ OPTIONS = dict(steps=3, progress=False)
 
 
 @pytest.fixture(scope="module")
-def generator():
-    return Generator.load(MODEL, CODEC)
+def pipeline():
+    return VideoPipeline.load(MODEL, CODEC)
 
 
 @pytest.fixture(scope="module")
-def alone(generator):
-    return generator.generate([RED], **OPTIONS)[0]
+def alone(pipeline):
+    return pipeline.generate([RED], **OPTIONS)[0]
 
 
-def test_sizes_and_types_are_those_asked_for(generator, alone):
+def test_sizes_and_types_are_those_asked_for(pipeline, alone):
     assert alone.shape == (5, 32, 48, 3) and alone.dtype == np.uint8
     assert alone.std() > 5
 
 
-def test_a_video_does_not_depend_on_its_company(generator, alone):
-    together = generator.generate([BLUE, RED], **OPTIONS)
+def test_a_video_does_not_depend_on_its_company(pipeline, alone):
+    together = pipeline.generate([BLUE, RED], **OPTIONS)
     assert together[0].shape == (1, 48, 32, 3)
     # to one rounding of the pixels, as other shapes are compiled to other orders of summation
     assert np.abs(together[1].astype(int) - alone).max() <= 1
 
 
-def test_a_mesh_makes_the_same_video(generator, alone):
+def test_a_mesh_makes_the_same_video(pipeline, alone):
     with jax.set_mesh(make_mesh(MeshConfig(data=2, ring=4))):
-        on_mesh = generator.generate([RED, BLUE], **OPTIONS)[0]
-    assert np.abs(on_mesh.astype(int) - alone).max() <= 1
+        put_batch = pipeline.generate([RED, BLUE], **OPTIONS)[0]
+    assert np.abs(put_batch.astype(int) - alone).max() <= 1
 
 
-def test_seed_prompt_and_guidance_matter(generator, alone):
+def test_seed_prompt_and_guidance_matter(pipeline, alone):
     for change in (dict(seed=3), dict(prompt="a small green cross grows on a navy background")):
-        other = generator.generate([dataclasses.replace(RED, **change)], **OPTIONS)[0]
+        other = pipeline.generate([dataclasses.replace(RED, **change)], **OPTIONS)[0]
         assert np.abs(other.astype(int) - alone).mean() > 3
-    unguided = generator.generate([RED], guidance=1.0, **OPTIONS)[0]
+    unguided = pipeline.generate([RED], guidance=1.0, **OPTIONS)[0]
     assert np.abs(unguided.astype(int) - alone).mean() > 1
 
 
-def test_samplers_agree_in_the_end(generator):
+def test_samplers_agree_in_the_end(pipeline):
     photo = dataclasses.replace(BLUE, size_THW=(1, 32, 32))
     euler, heun = (
-        generator.generate([photo], steps=n, sampler=name, guidance=1.0, progress=False)[0].astype(int)
+        pipeline.generate([photo], steps=n, sampler=name, guidance=1.0, progress=False)[0].astype(int)
         for name, n in (("euler", 60), ("heun", 30))
     )
-    coarse = generator.generate([photo], steps=2, sampler="euler", guidance=1.0, progress=False)[0].astype(int)
+    coarse = pipeline.generate([photo], steps=2, sampler="euler", guidance=1.0, progress=False)[0].astype(int)
     assert np.abs(euler - heun).mean() < 0.5 * np.abs(coarse - heun).mean()
 
 
 @pytest.mark.parametrize("name", ["ddpm", "dopri5"])
-def test_nor_does_one_of_a_stochastic_or_an_adaptive_sampler(generator, name):
+def test_nor_does_one_of_a_stochastic_or_an_adaptive_sampler(pipeline, name):
     """Of an adaptive one up to its tolerance, as all rows take the same steps."""
     sampler = SamplerConfig(name, steps=4, tolerance=1e-3)
-    alone, *_ = generator.generate([RED], sampler=sampler, progress=False)
-    _, together = generator.generate([BLUE, RED], sampler=sampler, progress=False)
+    alone, *_ = pipeline.generate([RED], sampler=sampler, progress=False)
+    _, together = pipeline.generate([BLUE, RED], sampler=sampler, progress=False)
     off = np.abs(together.astype(int) - alone)
     print(f"{name}: off by {off.mean():.3f} in the mean, {off.max()} at most, of 255")
     assert off.max() <= 1 if name == "ddpm" else off.mean() < 0.5
     if name == "ddpm":
-        other = generator.generate([dataclasses.replace(RED, seed=9)], sampler=sampler, progress=False)[0]
+        other = pipeline.generate([dataclasses.replace(RED, seed=9)], sampler=sampler, progress=False)[0]
         assert np.abs(other.astype(int) - alone).mean() > 3
 
 
-def test_noise_is_of_the_seed_and_the_step_and_equal_for_twins(generator):
-    lay_out = lambda rows: Layout([RED, BLUE], [(2, 2, 3), (1, 2, 2)], rows, 2, 40, generator.config)
+def test_noise_is_of_the_seed_and_the_step_and_equal_for_twins(pipeline):
+    lay_out = lambda rows: PackedRequests([RED, BLUE], [(2, 2, 3), (1, 2, 2)], rows, 2, 40, pipeline.config)
     one = lay_out([[0, 1]]).noise(1)[0]
     assert (one[:12] == one[12:24]).all() and (one[24:28] == one[28:32]).all() and not one[32:].any()
     other = lay_out([[1], [0]]).noise(1)
@@ -96,62 +97,64 @@ def test_noise_is_of_the_seed_and_the_step_and_equal_for_twins(generator):
 
 
 @pytest.mark.parametrize("sampler", [n for n in SAMPLER_NAMES if n not in ("euler", "heun")])
-def test_every_sampler_comes_to_a_like_picture(generator, sampler):
+def test_every_sampler_comes_to_a_like_picture(pipeline, sampler):
     """The bundled model is sure enough of this caption that all samplers agree but for the place and the edges."""
     photo = dataclasses.replace(BLUE, size_THW=(1, 32, 32))
-    wanted = generator.generate([photo], steps=20, progress=False)[0].astype(int)
-    ours = generator.generate([photo], sampler=SamplerConfig(sampler, 20), progress=False)[0].astype(int)
+    wanted = pipeline.generate([photo], steps=20, progress=False)[0].astype(int)
+    ours = pipeline.generate([photo], sampler=SamplerConfig(sampler, 20), progress=False)[0].astype(int)
     assert np.abs(ours.mean((0, 1, 2)) - wanted.mean((0, 1, 2))).max() < 25
     if SamplerConfig(sampler).noise == 0:
         assert np.abs(ours - wanted).mean() < 6
 
 
-@pytest.mark.parametrize("grid", [g for g in GRIDS if g not in ("even", "leading", "linspace", "trailing")])
-def test_grids_agree_in_the_end(generator, grid):
+@pytest.mark.parametrize(
+    "time_schedule", [g for g in TIME_SCHEDULES if g not in ("even", "leading", "linspace", "trailing")]
+)
+def test_grids_agree_in_the_end(pipeline, time_schedule):
     photo = dataclasses.replace(BLUE, size_THW=(1, 32, 32))
     even, other = (
-        generator.generate([photo], sampler=SamplerConfig("unipc", 24, grid=g), guidance=1.0, progress=False)[0]
-        for g in ("even", grid)
+        pipeline.generate([photo], sampler=SamplerConfig("unipc", 24, time_schedule=g), guidance=1.0, progress=False)[0]
+        for g in ("even", time_schedule)
     )
     assert np.abs(even.astype(int) - other).mean() < 3
 
 
-def test_guidance_can_be_limited_and_rescaled(generator):
+def test_guidance_can_be_limited_and_rescaled(pipeline):
     options = dict(steps=6, progress=False)
-    none, full = (generator.generate([RED], guidance=g, **options)[0].astype(int) for g in (1.0, 6.0))
+    none, full = (pipeline.generate([RED], guidance=g, **options)[0].astype(int) for g in (1.0, 6.0))
     for config in (GuidanceConfig(6.0, interval=(0.2, 0.8)), GuidanceConfig(6.0, rescale=0.9)):
-        some = generator.generate([RED], guidance=config, **options)[0].astype(int)
+        some = pipeline.generate([RED], guidance=config, **options)[0].astype(int)
         assert np.abs(some - none).mean() > 0.5 and np.abs(some - full).mean() > 0.5
-    nowhere = generator.generate([RED], guidance=GuidanceConfig(6.0, interval=(1e-9, 2e-9)), **options)[0]
+    nowhere = pipeline.generate([RED], guidance=GuidanceConfig(6.0, interval=(1e-9, 2e-9)), **options)[0]
     assert np.abs(nowhere.astype(int) - none).max() <= 1
 
 
-def test_autoguidance_goes_away_from_a_worse_model(generator, tmp_path):
+def test_autoguidance_goes_away_from_a_worse_model(pipeline, tmp_path):
     """By the model itself it is no guidance at all; a worse one makes a difference."""
-    none = generator.generate([RED], guidance=1.0, **OPTIONS)[0].astype(int)
-    itself = Generator.load(MODEL, CODEC, guide_model=MODEL)
+    none = pipeline.generate([RED], guidance=1.0, **OPTIONS)[0].astype(int)
+    itself = VideoPipeline.load(MODEL, CODEC, guide_model=MODEL)
     assert np.abs(itself.generate([RED], guidance=4.0, **OPTIONS)[0] - none).max() <= 1
     params, config = load_model(MODEL)
-    worse = jax.tree.map(lambda x: (0.97 * np.asarray(x, np.float32)).astype(x.dtype), params)
-    export_model(tmp_path / "worse", worse, config, dtype="float32")
-    guided = Generator.load(MODEL, CODEC, guide_model=tmp_path / "worse")
+    guide = jax.tree.map(lambda x: (0.97 * np.asarray(x, np.float32)).astype(x.dtype), params)
+    export_model(tmp_path / "guide", guide, config, dtype="float32")
+    guided = VideoPipeline.load(MODEL, CODEC, guide_model=tmp_path / "guide")
     assert np.abs(guided.generate([RED], guidance=4.0, **OPTIONS)[0] - none).mean() > 0.5
     config["objective"] = dataclasses.asdict(ObjectiveConfig(prediction="v"))
     export_model(tmp_path / "other", params, config, dtype="float32")
     with pytest.raises(ValueError, match="the guide model has prediction='v', the model 'velocity'"):
-        Generator.load(MODEL, CODEC, guide_model=tmp_path / "other")
+        VideoPipeline.load(MODEL, CODEC, guide_model=tmp_path / "other")
 
 
 @pytest.mark.parametrize(
     "path, prediction, sampler, grid",
     [("ve", "v", "heun", "karras"), ("linear", "noise", "unipc", "even"), ("ddpm", "clean", "ddpm", "trailing")],
 )
-def test_other_objectives_are_read_back_and_sampled(generator, tmp_path, path, prediction, sampler, grid):
+def test_other_objectives_are_read_back_and_sampled(pipeline, tmp_path, path, prediction, sampler, grid):
     params, config = load_model(MODEL)
     config["objective"] = dataclasses.asdict(ObjectiveConfig(path, prediction, "min-snr"))
     export_model(tmp_path / "model", params, config, dtype="float32")
-    other = Generator.load(tmp_path / "model", CODEC)
-    assert other.objective == ObjectiveConfig(path, prediction, "min-snr") and generator.objective == ObjectiveConfig()
+    other = VideoPipeline.load(tmp_path / "model", CODEC)
+    assert other.objective == ObjectiveConfig(path, prediction, "min-snr") and pipeline.objective == ObjectiveConfig()
     options = dict(guidance=GuidanceConfig(2.0, rescale=0.5), sampler=SamplerConfig(sampler, 3, grid), progress=False)
     [latents] = other.sample([RED], **options)
     assert np.isfinite(latents).all() and latents.std() > 0.01
@@ -166,9 +169,9 @@ def test_other_objectives_are_read_back_and_sampled(generator, tmp_path, path, p
         (RED, {"steps": 0}, "steps=0 must be at least 1"),
     ],
 )
-def test_what_cannot_be_made_is_refused(generator, request_, options, message):
+def test_what_cannot_be_made_is_refused(pipeline, request_, options, message):
     with pytest.raises(ValueError, match=message):
-        generator.generate([request_], **(OPTIONS | options))
+        pipeline.generate([request_], **(OPTIONS | options))
 
 
 def test_a_model_with_another_codec_is_refused(tmp_path):
@@ -178,12 +181,12 @@ def test_a_model_with_another_codec_is_refused(tmp_path):
     config["latent_mean"][0] += 1.0
     (other / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="give the codec it was trained with"):
-        Generator.load(MODEL, other)
+        VideoPipeline.load(MODEL, other)
     with pytest.raises(ValueError, match="not a diffusion transformer"):
-        Generator.load(CODEC, CODEC)
+        VideoPipeline.load(CODEC, CODEC)
 
 
-def test_a_job_that_cannot_be_done_is_left_out_and_the_rest_is_made_and_watched(generator, alone, tmp_path):
+def test_a_job_that_cannot_be_done_is_left_out_and_the_rest_is_made_and_watched(pipeline, alone, tmp_path):
     """A mask that marks nothing is found out when the job is at work already; looks are by number of job."""
     write_video(tmp_path / "red.mp4", alone, 8)
     write_video(tmp_path / "black.png", np.zeros((1, 32, 48, 3), np.uint8), 8)
@@ -195,29 +198,29 @@ def test_a_job_that_cannot_be_done_is_left_out_and_the_rest_is_made_and_watched(
     paths = [tmp_path / f"{i}.mp4" for i in range(3)]
     sampling = {"sampler": SamplerConfig("heun", 3), "guidance": GuidanceConfig(3.0)}
     found = run_jobs(
-        generator, [gone, bad, good], paths, model={}, sampling=sampling, strict=False, watch=watch, progress=False
+        pipeline, [gone, bad, good], paths, model={}, sampling=sampling, strict=False, watch=watch, progress=False
     )
     assert isinstance(found[0], FileNotFoundError) and "the mask marks nothing" in str(found[1])
     assert found[2]["frames"] == 5 and [p.exists() for p in paths] == [False, False, True]
     assert [share for share, _ in seen] == [1 / 3, 2 / 3, 1.0] and all(list(look) == [2] for _, look in seen)
-    estimate = generator.decode([seen[-1][1][2]])[0]
+    estimate = pipeline.decode([seen[-1][1][2]])[0]
     assert np.abs(estimate.astype(int) - alone).mean() < 2  # the last estimate is the result
     with pytest.raises(ValueError, match="the mask marks nothing"):
-        run_jobs(generator, [bad, good], paths[1:], model={}, sampling=sampling, progress=False)
+        run_jobs(pipeline, [bad, good], paths[1:], model={}, sampling=sampling, progress=False)
 
 
-def test_without_a_name_for_failures_perform_raises_them(generator, alone):
+def test_without_a_name_for_failures_perform_raises_them(pipeline, alone):
     nothing = np.zeros(alone.shape[1:3], bool)
-    verbs = lambda: [inpaint(generator, RED, alone, nothing), make(generator, RED)]
+    tasks = lambda: [inpaint(pipeline, RED, alone, nothing), text_to_video(pipeline, RED)]
     with pytest.raises(ValueError, match="the mask marks nothing"):
-        perform(generator, verbs(), **OPTIONS)
+        run_tasks(pipeline, tasks(), **OPTIONS)
     failed = []
-    frames = perform(generator, verbs()[:1], failed=lambda i, error: failed.append((i, str(error))), **OPTIONS)
-    assert frames is None and failed == [(0, "the mask marks nothing: white is what is made anew")]
+    frames = run_tasks(pipeline, tasks()[:1], failed=lambda i, error: failed.append((i, str(error))), **OPTIONS)
+    assert frames == [] and failed == [(0, "the mask marks nothing: white is what is made anew")]
 
 
-def test_a_rate_that_is_asked_for_is_that_of_the_result(generator, alone, tmp_path):
+def test_a_rate_that_is_asked_for_is_that_of_the_result(pipeline, alone, tmp_path):
     write_video(tmp_path / "red.mp4", alone, 8)
     video = Job(prompt="red", video=str(tmp_path / "red.mp4"), strength=0.5)
     for job in (video, dataclasses.replace(video, strength=None, extend="forward")):
-        assert [start(generator, dataclasses.replace(job, fps=fps))[1] for fps in (None, 4)] == [8, 4]
+        assert [start(pipeline, dataclasses.replace(job, fps=fps))[1] for fps in (None, 4)] == [8, 4]

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minisora_jax.diffusion.guidance import SCHEDULES, GuidanceConfig, guide, rescale, twins
-from minisora_jax.diffusion.path import PATHS, PREDICTIONS, convert
+from minisora_jax.diffusion.noise_path import PATHS, PREDICTIONS, convert
 
 
 def test_guidance_mixes_each_token_with_its_twin():

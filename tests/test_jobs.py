@@ -10,13 +10,13 @@ from PIL import Image
 from minisora_jax.bundled import CODEC, MODEL
 from minisora_jax.cli import main
 from minisora_jax.evaluation.frames import psnr
-from minisora_jax.generate import Generator
-from minisora_jax.generate.batch import run_batch, run_jobs
-from minisora_jax.generate.job import Job, start
-from minisora_jax.generate.output import read_record
-from minisora_jax.generate.runner import perform
+from minisora_jax.generate import VideoPipeline
+from minisora_jax.generate.runner import run_tasks
 from minisora_jax.io.video import read_clip_frames, read_note
 from minisora_jax.io.video_writer import VideoWriter, write_video
+from minisora_jax.jobs.batch import run_batch, run_jobs
+from minisora_jax.jobs.job import Job, start
+from minisora_jax.jobs.output import read_record
 from minisora_jax.toy.shapes import Shapes
 
 FAST = ["--steps", "2", "--frames", "5", "--size", "32x32", "--upscale", "1"]
@@ -24,8 +24,8 @@ RED = "a large red circle moves left slowly on a black background"
 
 
 @pytest.fixture(scope="module")
-def generator():
-    return Generator.load(MODEL, CODEC)
+def pipeline():
+    return VideoPipeline.load(MODEL, CODEC)
 
 
 @pytest.fixture(scope="module")
@@ -44,66 +44,66 @@ def media(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "said, verb, first_size",
+    "said, task, first_size",
     [
-        ({}, "make", (17, 48, 48)),
-        ({"frames": 1, "size": [64, 32]}, "make", (1, 64, 32)),
-        ({"loop": True}, "make", (16, 48, 48)),
-        ({"loop": True, "seconds": 1}, "make", (8, 48, 48)),
-        ({"seconds": 3}, "rollout", (17, 48, 48)),
-        ({"image": "first.png"}, "animate", None),
-        ({"image": "first.png", "last": "last.jpg"}, "join", None),
-        ({"video": "clip.mp4", "strength": 0.5}, "restyle", None),
+        ({}, "text_to_video", (17, 48, 48)),
+        ({"frames": 1, "size": [64, 32]}, "text_to_video", (1, 64, 32)),
+        ({"loop": True}, "text_to_video", (16, 48, 48)),
+        ({"loop": True, "seconds": 1}, "text_to_video", (8, 48, 48)),
+        ({"seconds": 3}, "long_video", (17, 48, 48)),
+        ({"image": "first.png"}, "image_to_video", None),
+        ({"image": "first.png", "last": "last.jpg"}, "interpolate", None),
+        ({"video": "clip.mp4", "strength": 0.5}, "video_to_video", None),
         ({"video": "clip.mp4", "mask": "mask.png"}, "inpaint", None),
         ({"video": "clip.mp4", "size": [48, 64]}, "outpaint", None),
         ({"video": "clip.mp4", "extend": "both", "seconds": 0.5}, "extend", None),
-        ({"video": "clip.mp4", "connect": "other.webm"}, "connect", None),
+        ({"video": "clip.mp4", "transition": "other.webm"}, "transition", None),
         ({"video": "clip.mp4", "loop": True}, "loop", None),
     ],
 )
-def test_what_is_said_is_what_is_meant(generator, media, said, verb, first_size):
-    paths = {k: str(media / v) for k, v in said.items() if k in ("image", "last", "video", "mask", "connect")}
-    job = Job.of({"prompt": RED} | said | paths)
-    assert job.verb == verb and Job.of(json.loads(json.dumps(job.said))) == job
-    at_work, fps = start(generator, job)
+def test_what_is_said_is_what_is_meant(pipeline, media, said, task, first_size):
+    paths = {k: str(media / v) for k, v in said.items() if k in ("image", "last", "video", "mask", "transition")}
+    job = Job.from_dict({"prompt": RED} | said | paths)
+    assert job.task == task and Job.from_dict(json.loads(json.dumps(job.to_dict()))) == job
+    at_work, fps = start(pipeline, job)
     asks = next(at_work)
     assert fps == 8
     if first_size:
         assert asks.size_THW == first_size
-    elif verb == "outpaint":
+    elif task == "outpaint":
         assert asks.frames_THWC.shape[1:3] == (48, 64)
-    elif verb != "extend":
+    elif task != "extend":
         assert asks.frames_THWC.shape[1:3] == (32, 48)  # 40x50 in whole cells
 
 
-def test_any_size_is_made(generator, media, tmp_path):
+def test_any_size_is_made(pipeline, media, tmp_path):
     jobs = [
         Job(prompt=RED, frames=5, size=(34, 54)),
         Job(prompt=RED, frames=1, size=(33, 49)),
         Job(prompt=RED, video=str(media / "clip.mp4"), mask=str(media / "mask.png"), size=(36, 40)),
     ]
     paths = [tmp_path / "a.mp4", tmp_path / "b.png", tmp_path / "c.webm"]
-    model = {"model": None, "hash": generator.hash, "codec_hash": generator.codec.hash, "mesh": None}
-    run_jobs(generator, jobs, paths, model=model, sampling=dict(steps=1), upscale=1, progress=False)
+    model = {"model": None, "hash": pipeline.hash, "codec_hash": pipeline.codec.hash, "mesh": None}
+    run_jobs(pipeline, jobs, paths, model=model, sampling=dict(steps=1), upscale=1, progress=False)
     assert [read_clip_frames(p)[0].shape[1:3] for p in paths] == [(34, 54), (33, 49), (36, 40)]
 
 
-def test_a_picture_may_begin_a_long_video(generator, media):
+def test_a_picture_may_begin_a_long_video(pipeline, media):
     job = Job(prompt=f"{RED} [2s] a large red circle stays still on a black background", seconds=4,
               image=str(media / "first.png"))  # fmt: skip
-    at_work, _ = start(generator, job)
-    pieces = perform(generator, [at_work], steps=1, progress=False)
+    at_work, _ = start(pipeline, job)
+    pieces = run_tasks(pipeline, [at_work], steps=1, progress=False)
     assert pieces[0].shape == (33, 32, 48, 3)
     shown = read_clip_frames(media / "first.png")[0][0][4:36, 1:49]
     assert psnr(pieces[0][0], shown) > 25
 
 
-def test_a_given_video_too_large_for_the_model_is_warned_of(generator, media, caplog):
+def test_a_given_video_too_large_for_the_model_is_warned_of(pipeline, media, caplog):
     job = Job(prompt=RED, video=str(media / "clip.mp4"), extend="forward", size=(96, 128))
-    start(generator, job)
+    start(pipeline, job)
     assert "96x128 is more than the 64x64 that training knew" in caplog.text
     caplog.clear()
-    start(generator, dataclasses.replace(job, size=None))
+    start(pipeline, dataclasses.replace(job, size=None))
     assert not caplog.text
 
 
@@ -113,7 +113,7 @@ def test_a_given_video_too_large_for_the_model_is_warned_of(generator, media, ca
         ({"prompt": " "}, "the prompt is empty"),
         ({"prompt": "x", "colour": 1}, "a job has no colour; it has prompt, negative"),
         ({"prompt": "x", "image": "a", "video": "b", "loop": True}, "do not go together"),
-        ({"prompt": "x", "video": "a", "strength": 0.5, "mask": "m"}, "restyle and inpaint do not go together"),
+        ({"prompt": "x", "video": "a", "strength": 0.5, "mask": "m"}, "video_to_video and inpaint do not go together"),
         ({"prompt": "x", "last": "a"}, "last='a' needs image"),
         ({"prompt": "x", "strength": 0.5}, "strength=0.5 needs video"),
         ({"prompt": "x", "video": "a"}, "say what to do with it"),
@@ -124,15 +124,15 @@ def test_a_given_video_too_large_for_the_model_is_warned_of(generator, media, ca
 )
 def test_what_cannot_be_meant_is_said(said, sentence):
     with pytest.raises(ValueError, match=sentence):
-        Job.of(said)
+        Job.from_dict(said)
 
 
-def test_times_in_a_prompt_rise(generator):
+def test_times_in_a_prompt_rise(pipeline):
     with pytest.raises(ValueError, match="must rise: 0s, 4s, 2s"):
-        start(generator, Job(prompt="a [4s] b [2s] c", seconds=9))
+        start(pipeline, Job(prompt="a [4s] b [2s] c", seconds=9))
 
 
-def test_a_batch_goes_on_and_names_what_cannot_be_done(generator, media, tmp_path):
+def test_a_batch_goes_on_and_names_what_cannot_be_done(pipeline, media, tmp_path):
     from minisora_jax.diffusion.guidance import GuidanceConfig
     from minisora_jax.diffusion.sampler import SamplerConfig
 
@@ -140,7 +140,7 @@ def test_a_batch_goes_on_and_names_what_cannot_be_done(generator, media, tmp_pat
     jobs = [Job(RED, seed=i, **small) for i in range(3)]
     jobs.insert(1, Job(RED, video=str(media / "text.mp4"), extend="forward"))
     options = dict(model={}, sampling={"sampler": SamplerConfig(steps=2), "guidance": GuidanceConfig()}, progress=False)
-    run = lambda out, jobs=jobs: run_batch(generator, jobs, out, ".mp4", 2, **options)
+    run = lambda out, jobs=jobs: run_batch(pipeline, jobs, out, ".mp4", 2, **options)
     assert run(tmp_path / "whole") == {"made": 3, "failed": 1, "before": 0}
     assert run(tmp_path / "whole") == {"made": 0, "failed": 0, "before": 4}
     lines = [json.loads(line) for line in (tmp_path / "whole/manifest.jsonl").read_text().splitlines()]
@@ -163,13 +163,13 @@ def test_on_the_command_line_made_and_made_again(tmp_path, capsys):
     made = sorted(tmp_path.glob("*.mp4"))
     assert len(made) == 2 and (tmp_path / "contact-sheet.png").exists()
     record = read_record(made[1])
-    assert record["job"]["prompt"] == RED and len(record["together"]) == 2 and record["frames"] == 5
+    assert record["job"]["prompt"] == RED and len(record["batch"]) == 2 and record["frames"] == 5
     assert json.loads(read_note(made[1]))["job"] == record["job"]
     (tmp_path / (made[1].name + ".json")).unlink()  # the file itself still tells
-    assert main(["generate", "--remake", str(made[0]), "--out", str(tmp_path / "again"), "--upscale", "1"]) == 0
+    assert main(["generate", "--reproduce", str(made[0]), "--out", str(tmp_path / "again"), "--upscale", "1"]) == 0
     assert "the same to the bit" in capsys.readouterr().out
     assert (tmp_path / "again" / made[0].name).read_bytes() == made[0].read_bytes()
-    assert main(["generate", "--remake", str(made[1]), "--out", str(tmp_path / "again"), "--upscale", "1"]) == 0
+    assert main(["generate", "--reproduce", str(made[1]), "--out", str(tmp_path / "again"), "--upscale", "1"]) == 0
     assert "no hash to compare with" in capsys.readouterr().out
 
     # What is read is never written over.
@@ -177,7 +177,7 @@ def test_on_the_command_line_made_and_made_again(tmp_path, capsys):
     before = made[0].read_bytes()
     assert main([*extended, "--out", str(tmp_path), "--seed", "1", "--upscale", "1", "--format", "gif"]) == 0
     assert made[0].read_bytes() == before
-    assert main(["generate", "--remake", str(tmp_path / "contact-sheet.png")]) == 2
+    assert main(["generate", "--reproduce", str(tmp_path / "contact-sheet.png")]) == 2
     assert "tells nothing of how it was made" in capsys.readouterr().err
 
 
@@ -220,14 +220,14 @@ def test_flags_are_jobs():
         return _jobs(parser.parse_args(["p", *argv]))
 
     assert (
-        jobs("--connect", "a.mp4", "b.mp4")
-        == jobs("--video", "a.mp4", "--connect", "b.mp4")
-        == [Job("p", video="a.mp4", connect="b.mp4")]
+        jobs("--transition", "a.mp4", "b.mp4")
+        == jobs("--video", "a.mp4", "--transition", "b.mp4")
+        == [Job("p", video="a.mp4", transition="b.mp4")]
     )
     assert jobs("--video", "a.mp4", "--extend", "both", "2.5") == [Job("p", video="a.mp4", extend="both", seconds=2.5)]
     assert jobs("--first", "a.png", "--last", "b.png") == [Job("p", image="a.png", last="b.png")]
     for argv, words in (
-        (("--connect", "a", "b", "c"), "give the two videos"),
+        (("--transition", "a", "b", "c"), "give the two videos"),
         (("--video", "a", "--extend", "up"), "must be one of forward"),
         (("--video", "a", "--extend", "both", "long"), "seconds are one number"),
     ):

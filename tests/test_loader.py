@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from train_tiny import make_cache
 
-from minisora_jax.data.conditioning import KnownConfig
+from minisora_jax.data.conditioning import ConditioningConfig
 from minisora_jax.data.latents import Latents
 from minisora_jax.data.loader import crop_batches, packed_batches
 from minisora_jax.data.packing import PackConfig, PackPlan, token_counts
@@ -28,7 +28,7 @@ def plan(latents, seed: int = 3) -> PackPlan:
 
 
 def packed(latents, steps, seed: int = 3, dropout: float = 0.2):
-    options = dict(patch=PATCH, known=KnownConfig(), caption_dropout=dropout)
+    options = dict(patch=PATCH, conditioning=ConditioningConfig(), caption_dropout=dropout)
     return list(packed_batches(latents, plan(latents, seed), steps, **options))
 
 
@@ -53,7 +53,7 @@ def test_batches_have_one_shape_and_their_counts_match(latents):
 
 
 def test_captions_are_padded_to_what_is_asked(latents):
-    options = dict(patch=PATCH, known=KnownConfig(), caption_dropout=0.0)
+    options = dict(patch=PATCH, conditioning=ConditioningConfig(), caption_dropout=0.0)
     (plain, _), (padded, sizes) = (
         next(iter(packed_batches(latents, plan(latents), range(1), **options, caption_tokens=n))) for n in (0, 20)
     )

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minisora_jax.data.conditioning import KnownConfig
+from minisora_jax.data.conditioning import ConditioningConfig
 from minisora_jax.data.epochs import Epochs, _shuffled, curriculum, within
 from minisora_jax.data.packing import PackConfig, PackPlan, StagedPlan, pack_rows, token_counts
 from minisora_jax.data.rows import Segment, pack_segments, patchify, unpatchify
@@ -224,13 +224,13 @@ def test_a_row_is_laid_out_clip_after_clip():
 @settings(deadline=None, max_examples=60)
 @given(st.integers(1, 6), st.integers(1, 4), st.integers(1, 4), st.integers(0, 10_000))
 def test_known_tokens_always_leave_something_to_learn(t, h, w, seed):
-    every = KnownConfig(0.2, 0.1, 0.1, 0.2, 0.1, 0.1, 0.1, 0.1)
-    known = every.draw((t, h, w), np.random.default_rng(seed))
-    assert known.shape == (t, h, w) and not known.all()
+    every = ConditioningConfig(0.2, 0.1, 0.1, 0.2, 0.1, 0.1, 0.1, 0.1)
+    cond_mask = every.draw((t, h, w), np.random.default_rng(seed))
+    assert cond_mask.shape == (t, h, w) and not cond_mask.all()
 
 
 def test_known_shares_are_kept():
-    config = KnownConfig()
+    config = ConditioningConfig()
     draws = [config.draw((5, 2, 2), np.random.default_rng(i)) for i in range(3000)]
     first_only = np.mean([d[0].all() and not d[1:].any() for d in draws])
     assert abs(np.mean([not d.any() for d in draws]) - 0.6) < 0.05
@@ -238,7 +238,7 @@ def test_known_shares_are_kept():
 
 
 def test_stretches_are_of_the_middle_and_of_the_clip_not_of_its_company():
-    config, clips, frames = KnownConfig(middle=0.3), np.arange(20_000), np.tile([1, 2, 5, 9], 5000)
+    config, clips, frames = ConditioningConfig(middle=0.3), np.arange(20_000), np.tile([1, 2, 5, 9], 5000)
     spans = config.stretches(clips, frames, seed=3, epoch=2)
     cut = spans[:, 0] > 0
     assert not cut[frames == 1].any() and abs(cut[frames > 1].mean() - 0.3) < 0.02

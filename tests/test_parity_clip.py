@@ -17,9 +17,9 @@ sys.path.insert(0, str(Path(__file__).parent / "parity"))
 from random_weights import draw, draw_ids, draw_input  # noqa: E402
 
 from minisora_jax.models.clip import CLIPConfig, CLIPEncoder  # noqa: E402
-from minisora_jax.parallel.mesh import BATCH, SHARDS, MeshConfig, laid_out, make_mesh, place  # noqa: E402
+from minisora_jax.parallel.mesh import BATCH, SHARDS, MeshConfig, make_mesh, to_global, with_shardings  # noqa: E402
 from minisora_jax.weights import clip  # noqa: E402
-from minisora_jax.weights.checkpoint import Checkpoint, CheckpointError  # noqa: E402
+from minisora_jax.weights.checkpoint import Checkpoint, WeightsFileError  # noqa: E402
 from minisora_jax.weights.rules import export_params, import_params  # noqa: E402
 
 FIXTURE = Path(__file__).parent / "parity/fixtures/clip.safetensors"
@@ -169,14 +169,14 @@ def test_it_restores_onto_a_mesh_and_computes_there(model, tmp_path):
     mesh = make_mesh(MeshConfig(data=2, fsdp=4))
     row, segment, _ = (np.repeat(x, 8, 0) if isinstance(x, np.ndarray) else x for x in packed())
     with jax.set_mesh(mesh):
-        target = laid_out(abstract(config), mesh)
+        target = with_shardings(abstract(config), mesh)
         placed = import_params(Checkpoint(tmp_path / "model.safetensors"), clip.rules(config), target, progress=False)
         kernel = placed["params"]["blocks"]["qkv"]["kernel"]
         assert kernel.sharding.spec == jax.P(None, SHARDS, None, None, None)
         assert kernel.addressable_shards[0].data.shape == (3, 6, 3, 3, 8)
         jax.tree.map(np.testing.assert_array_equal, placed, params)
         apply = jax.jit(CLIPEncoder(config).apply, static_argnames="slots")
-        out, pooled = apply(placed, place(row, mesh, BATCH), place(segment, mesh, BATCH), slots=3)
+        out, pooled = apply(placed, to_global(row, mesh, BATCH), to_global(segment, mesh, BATCH), slots=3)
         assert out.sharding.spec[0] == pooled.sharding.spec[0] == ("data", "fsdp")
     expected = CLIPEncoder(config).apply(params, row, segment, slots=3)
     np.testing.assert_allclose(out, expected[0], atol=1e-5)
@@ -210,11 +210,11 @@ def test_every_published_tensor_has_its_place(name, key, layout):
 def test_what_does_not_fit_is_named(tmp_path):
     config = SMALL["quick"]
     tensors, key = published_tensors(config), "text_model.encoder.layers.1.self_attn.k_proj.weight"
-    with pytest.raises(CheckpointError, match=f"1 missing .{key}"):
+    with pytest.raises(WeightsFileError, match=f"1 missing .{key}"):
         restored({k: v for k, v in tensors.items() if k != key}, tmp_path / "missing.safetensors", config)
-    with pytest.raises(CheckpointError, match="1 extra .text_model.more"):
+    with pytest.raises(WeightsFileError, match="1 extra .text_model.more"):
         restored(tensors | {"text_model.more": np.zeros(1)}, tmp_path / "extra.safetensors", config)
-    with pytest.raises(CheckpointError, match=key.replace("k_proj", "q_proj") + f" and {key}.*does not fit"):
+    with pytest.raises(WeightsFileError, match=key.replace("k_proj", "q_proj") + f" and {key}.*does not fit"):
         restored(tensors | {key: np.zeros((24, 25), np.float32)}, tmp_path / "shape.safetensors", config)
     with pytest.raises(ValueError, match="width=24 must be a multiple of heads=5"):
         dataclasses.replace(config, heads=5)

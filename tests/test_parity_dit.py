@@ -21,7 +21,7 @@ from minisora_jax.cli import main  # noqa: E402
 from minisora_jax.data.packing import PackConfig  # noqa: E402
 from minisora_jax.data.rows import Segment, pack_segments  # noqa: E402
 from minisora_jax.models.dit import DiT, DiTConfig, abstract_params  # noqa: E402
-from minisora_jax.parallel.mesh import BATCH, MeshConfig, make_mesh, place  # noqa: E402
+from minisora_jax.parallel.mesh import BATCH, MeshConfig, make_mesh, to_global  # noqa: E402
 from minisora_jax.types import PackedBatch  # noqa: E402
 from minisora_jax.weights.checkpoint import Checkpoint  # noqa: E402
 from minisora_jax.weights.dit import CONFIGS, IGNORED, layout_of, published_layout, rules  # noqa: E402
@@ -250,8 +250,8 @@ def test_it_runs_on_a_mesh(params, model):
     alone = jax.jit(DiT(SMALL[model]).apply)(params[model], batch.tokens_BSP, time_BS, batch)
     mesh = make_mesh(MeshConfig(data=2, fsdp=4))
     with jax.set_mesh(mesh):
-        on_mesh, times = place(batch, mesh, BATCH), place(time_BS, mesh, BATCH)
-        y = jax.jit(DiT(SMALL[model]).apply)(params[model], on_mesh.tokens_BSP, times, on_mesh)
+        put_batch, times = to_global(batch, mesh, BATCH), to_global(time_BS, mesh, BATCH)
+        y = jax.jit(DiT(SMALL[model]).apply)(params[model], put_batch.tokens_BSP, times, put_batch)
     assert relative(np.asarray(y), np.asarray(alone)) < 1e-5
 
 

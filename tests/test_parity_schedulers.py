@@ -14,10 +14,10 @@ import mixture  # noqa: E402
 from random_weights import draw_input  # noqa: E402
 
 from minisora_jax.diffusion.denoiser import Denoiser  # noqa: E402
-from minisora_jax.diffusion.path import PATHS, SIGMA_MAX, target  # noqa: E402
-from minisora_jax.diffusion.path import Path as DiffusionPath
+from minisora_jax.diffusion.noise_path import PATHS, SIGMA_MAX, target  # noqa: E402
+from minisora_jax.diffusion.noise_path import NoisePath as DiffusionPath
 from minisora_jax.diffusion.sampler import SAMPLERS, euler  # noqa: E402
-from minisora_jax.diffusion.time import DDPM_STEPS, GRIDS, shift  # noqa: E402
+from minisora_jax.diffusion.time import DDPM_STEPS, TIME_SCHEDULES, shift  # noqa: E402
 
 REFERENCE = load_file(Path(__file__).parent / "parity/fixtures/schedulers.safetensors")
 SHAPE = (4, 8)
@@ -86,8 +86,8 @@ def precision(request):
         yield request.param
 
 
-def grid(name, path="ddpm", steps=10):
-    return GRIDS[name](steps, PATHS[path])
+def time_schedule(name, path="ddpm", steps=10):
+    return TIME_SCHEDULES[name](steps, PATHS[path])
 
 
 @pytest.mark.parametrize(
@@ -102,19 +102,19 @@ def grid(name, path="ddpm", steps=10):
     ],
 )
 def test_ddpm_and_ddim(matches, name, sampler, prediction, spacing, eta):
-    ours = run(sampler, model_of(PATHS["ddpm"], prediction), 1.0, grid(spacing), eta, noisy=eta > 0)
+    ours = run(sampler, model_of(PATHS["ddpm"], prediction), 1.0, time_schedule(spacing), eta, noisy=eta > 0)
     matches(name, ours)
 
 
 @pytest.mark.parametrize("sampler", ["dpm++2m", "unipc"])
 @pytest.mark.parametrize("steps", [10, 20])
 def test_multistep_solvers_of_ddpm(matches, sampler, steps):
-    ours = run(sampler, model_of(PATHS["ddpm"], "noise"), 1.0, grid("trailing", steps=steps))
+    ours = run(sampler, model_of(PATHS["ddpm"], "noise"), 1.0, time_schedule("trailing", steps=steps))
     matches(f"{sampler} vp {steps}", ours)
 
 
 def test_dpmpp_2m_karras(matches):
-    times = grid("karras")
+    times = time_schedule("karras")
     sigmas = PATHS["ddpm"].ratio(jnp.asarray(times))
     np.testing.assert_allclose(sigmas, REFERENCE["karras sigmas"], rtol=1e-4)  # float32 there: 1 - 0.9999
     matches("dpm++2m karras", run("dpm++2m", model_of(PATHS["ddpm"], "noise"), 1.0, times))
@@ -122,7 +122,7 @@ def test_dpmpp_2m_karras(matches):
 
 @pytest.mark.parametrize("prediction", ["velocity", "noise", "clean", "v"])
 def test_unipc_of_wan(matches, precision, prediction):
-    times = shift(jnp.asarray(grid("wan", "linear")), 9.0 * 256, 256)  # shift 3
+    times = shift(jnp.asarray(time_schedule("wan", "linear")), 9.0 * 256, 256)  # shift 3
     np.testing.assert_allclose(times, REFERENCE["unipc flow sigmas"], atol=2e-6)
     if prediction == "noise":
         times = times.at[0].set(1 - 1e-6)  # at 1 itself noise says nothing of the data
@@ -137,7 +137,7 @@ def test_dpmpp_2m_of_flows(matches):
 
 
 def test_euler_of_flows_is_euler_and_ddim(matches):
-    times = shift(jnp.asarray(grid("even", "linear")), 9.0 * 256, 256)
+    times = shift(jnp.asarray(time_schedule("even", "linear")), 9.0 * 256, 256)
     for sampler in ("euler", "ddim"):
         matches("flow euler", run(sampler, model_of(PATHS["linear"], "velocity"), 1.0, times))
 
@@ -152,7 +152,7 @@ def test_heun_of_flows_but_for_the_last_step(matches):
 
 def test_euler_on_sigma_is_ddim(matches):
     """diffusers' EulerDiscrete is Euler in sigma / alpha of x_t / alpha, whatever the model's path: DDIM."""
-    times = grid("trailing")
+    times = time_schedule("trailing")
     path = PATHS["ddpm"]
     start = path.ratio(jnp.asarray(times[0])) * path.alpha(jnp.asarray(times[0]))
     ours = run("ddim", model_of(path, "noise"), start, times)
@@ -168,7 +168,7 @@ def test_heun_on_sigma_is_heun_on_ve(matches):
 
 def test_edm(matches):
     """Its grid, and its preconditioned network as the prediction v on "ve"."""
-    times = grid("karras", "ve")
+    times = time_schedule("karras", "ve")
     np.testing.assert_allclose(times * SIGMA_MAX, REFERENCE["edm sigmas"], rtol=2e-5)
     for sampler in ("euler", "ddim"):
         matches("edm euler", run(sampler, model_of(PATHS["ve"], "v"), SIGMA_MAX, times))
@@ -177,7 +177,7 @@ def test_edm(matches):
 @pytest.mark.parametrize("spacing", ["linspace", "leading", "trailing"])
 def test_grids_of_ddpm(spacing):
     timesteps = np.append(REFERENCE[f"timesteps {spacing}"] + 1, 0) / DDPM_STEPS
-    np.testing.assert_allclose(grid(spacing), timesteps, atol=1e-12)
+    np.testing.assert_allclose(time_schedule(spacing), timesteps, atol=1e-12)
 
 
 def test_the_table_of_ddpm():

@@ -20,7 +20,7 @@ from minisora_jax.cli import main  # noqa: E402
 from minisora_jax.models.codec import Codec  # noqa: E402
 from minisora_jax.models.vae import VAE, VAEConfig  # noqa: E402
 from minisora_jax.weights import sd_vae  # noqa: E402
-from minisora_jax.weights.checkpoint import Checkpoint, CheckpointError  # noqa: E402
+from minisora_jax.weights.checkpoint import Checkpoint, WeightsFileError  # noqa: E402
 from minisora_jax.weights.presets import CODECS  # noqa: E402
 from minisora_jax.weights.rules import export_params, import_params  # noqa: E402
 
@@ -99,7 +99,7 @@ def test_a_video_is_coded_frame_by_frame(params):
     assert codec.decode(mean).shape == frames.shape
 
 
-@pytest.mark.parametrize("layout", sd_vae.LAYOUTS)
+@pytest.mark.parametrize("name_map", sd_vae.NAME_MAPS)
 def test_every_layout_gives_the_same_model(params, layout, tmp_path):
     save_file(published_tensors(layout), tmp_path / "vae.safetensors")
     file = Checkpoint(tmp_path / "vae.safetensors")
@@ -143,7 +143,7 @@ def test_what_does_not_fit_is_named(tmp_path):
     def error(changed):
         save_file(changed, tmp_path / "vae.safetensors")
         file = Checkpoint(tmp_path / "vae.safetensors")
-        with pytest.raises(CheckpointError) as caught:
+        with pytest.raises(WeightsFileError) as caught:
             import_params(file, sd_vae.rules(SMALL), abstract(SMALL), progress=False)
         return str(caught.value)
 

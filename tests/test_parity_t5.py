@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent / "parity"))
 from random_weights import draw, draw_ids, draw_input  # noqa: E402
 
 from minisora_jax.models.t5 import T5Config, T5Encoder  # noqa: E402
-from minisora_jax.parallel.mesh import BATCH, SHARDS, MeshConfig, make_mesh, place  # noqa: E402
+from minisora_jax.parallel.mesh import BATCH, SHARDS, MeshConfig, make_mesh, to_global  # noqa: E402
 from minisora_jax.weights import t5  # noqa: E402
 from minisora_jax.weights.checkpoint import Checkpoint  # noqa: E402
 from minisora_jax.weights.rules import export_params, import_params  # noqa: E402
@@ -118,7 +118,7 @@ def test_it_restores_onto_a_mesh_and_computes_there(model, tmp_path):
             6,
             40,
         )
-        batch = place(ids, mesh, BATCH)
+        batch = to_global(ids, mesh, BATCH)
         out = jax.jit(T5Encoder(config).apply)(placed, batch, jnp.ones_like(batch))
         assert out.sharding.spec[0] == ("data", "fsdp")
     np.testing.assert_allclose(out, T5Encoder(config).apply(params, ids, np.ones_like(ids)), atol=1e-5)

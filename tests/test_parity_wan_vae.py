@@ -23,7 +23,7 @@ from minisora_jax.cli import main  # noqa: E402
 from minisora_jax.models.codec import Codec  # noqa: E402
 from minisora_jax.models.vae import VAE  # noqa: E402
 from minisora_jax.weights import wan_vae  # noqa: E402
-from minisora_jax.weights.checkpoint import Checkpoint, CheckpointError  # noqa: E402
+from minisora_jax.weights.checkpoint import Checkpoint, WeightsFileError  # noqa: E402
 from minisora_jax.weights.presets import CODECS  # noqa: E402
 from minisora_jax.weights.rules import export_lazily, export_params, import_params, save_sharded  # noqa: E402
 
@@ -121,7 +121,7 @@ def test_gradients_are_the_references(case, parity):
 
 
 @pytest.mark.parametrize("family", FULL)
-@pytest.mark.parametrize("layout", wan_vae.LAYOUTS)
+@pytest.mark.parametrize("name_map", wan_vae.NAME_MAPS)
 def test_every_published_tensor_has_its_place(family, layout):
     fixture, key = (family, "published") if layout == "diffusers" else ("wan_original", "published")
     published = facts(fixture, key) if layout == "diffusers" else facts(fixture, key)[family]
@@ -205,18 +205,18 @@ def test_what_does_not_fit_is_named(tmp_path):
     tensors = load_file(published_file(config, path))
     changed = {k: v for k, v in tensors.items() if k != "quant_conv.bias"} | {"more.weight": np.zeros(3, np.float32)}
     save_file(changed, path)
-    with pytest.raises(CheckpointError, match=r"1 missing \(quant_conv.bias\) and 1 extra \(more.weight\)"):
+    with pytest.raises(WeightsFileError, match=r"1 missing \(quant_conv.bias\) and 1 extra \(more.weight\)"):
         import_params(Checkpoint(path), rules, abstract(config), progress=False)
     save_file(tensors | {"quant_conv.bias": np.zeros(8, np.float32)}, path)
     with pytest.raises(
-        CheckpointError, match=r"quant_conv.bias of shape \(8,\) gives .*moments/bias.* which is \(6,\)"
+        WeightsFileError, match=r"quant_conv.bias of shape \(8,\) gives .*moments/bias.* which is \(6,\)"
     ):
         import_params(Checkpoint(path), rules, abstract(config), progress=False)
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(CheckpointError, match="not a whole safetensors file"):
+    with pytest.raises(WeightsFileError, match="not a whole safetensors file"):
         Checkpoint(path)
     with pytest.raises(FileNotFoundError):
         Checkpoint(tmp_path / "none.safetensors")
     (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "gone.safetensors"}}')
-    with pytest.raises(CheckpointError, match="gone.safetensors first"):
+    with pytest.raises(WeightsFileError, match="gone.safetensors first"):
         Checkpoint(tmp_path / "model.safetensors.index.json")

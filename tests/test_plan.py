@@ -18,7 +18,7 @@ from headers import published, write_header  # noqa: E402
 
 from minisora_jax.parallel.mesh import MeshConfig, make_mesh  # noqa: E402
 from minisora_jax.plan.forward import lower_forward, parameters_on  # noqa: E402
-from minisora_jax.weights.checkpoint import Checkpoint, CheckpointError  # noqa: E402
+from minisora_jax.weights.checkpoint import Checkpoint, WeightsFileError  # noqa: E402
 from minisora_jax.weights.dit import CONFIGS, rules  # noqa: E402
 from minisora_jax.weights.rules import export_params, import_params  # noqa: E402
 
@@ -84,9 +84,9 @@ def test_importing_onto_the_mesh_gives_the_planned_leaves(tmp_path):
 def test_a_header_that_does_not_fit_is_refused(tmp_path):
     mesh = make_mesh(MeshConfig(data=1, fsdp=8))
     wrong = {"blocks.17.ffn.net.2.weight": (1536, 8961)}
-    with pytest.raises(CheckpointError, match=r"blocks.17.ffn.net.2.weight of shape \(1536, 8961\)"):
+    with pytest.raises(WeightsFileError, match=r"blocks.17.ffn.net.2.weight of shape \(1536, 8961\)"):
         parameters_on(CONFIGS["wan2.1-t2v-1.3b"], mesh, header("wan2.1-t2v-1.3b", tmp_path, **wrong))
-    with pytest.raises(CheckpointError, match="missing"):
+    with pytest.raises(WeightsFileError, match="missing"):
         parameters_on(CONFIGS["wan2.1-t2v-14b"], mesh, header("wan2.1-t2v-1.3b", tmp_path))
 
 

@@ -119,7 +119,12 @@ def test_the_real_step_is_lowered_for_a_mesh(sample):
 
 
 def test_arithmetic_is_the_closed_form():
-    n, cfg = 512, dataclasses.replace(TINY.dit, caption="label", classes=3, facts=False, positions="none", remat="none")
+    n, cfg = (
+        512,
+        dataclasses.replace(
+            TINY.dit, caption="label", classes=3, micro_conditioning=False, positions="none", remat="none"
+        ),
+    )
     task = dataclasses.replace(TINY, dit=cfg)
     done = arithmetic(Workload(task, n))
     D, P = cfg.width, cfg.token_width

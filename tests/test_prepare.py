@@ -84,8 +84,8 @@ def test_what_a_run_writes(films, whole):
     assert not files[0] & files[1], "two shots of a film are never on both sides"
     manifest = train.shards.manifest
     assert manifest["skipped"]["counts"] == {"duplicate": 2, "not a video": 1} and manifest["heldout"] == len(names[1])
-    _, facts = train.shards.read(0)
-    assert set(facts) == {"caption", "fps", "name", "source", "scores"} and facts["scores"]["seconds"] == 9 / 8
+    _, metadata = train.shards.read(0)
+    assert set(metadata) == {"caption", "fps", "name", "source", "scores"} and metadata["scores"]["seconds"] == 9 / 8
     assert not (whole / "parts").exists() and not (whole / "progress.jsonl").exists()
     again = prepare(films, whole, **OPTIONS)
     assert again.summary().startswith("10 clips kept, 3 skipped: 2 duplicate (film2.mp4#0-9, film2.mp4#9-18); 1 not a")

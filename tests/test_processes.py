@@ -30,7 +30,7 @@ def get_config(arg):
         data=dict(path=arg),
         # Little to compile, which every process does by itself.
         dit=dict(latent_channels=4, patch=(1, 2, 2), width=32, depth=1, heads=2, text_width=64, text_depth=0,
-                 dtype="float32", positions="none", qk_norm="none", cross_norm=False, facts=False),
+                 dtype="float32", positions="none", qk_norm="none", cross_norm=False, micro_conditioning=False),
         pack=dict(tokens=16, text_tokens=128, slots=8, rows=8),
         run=dict(steps=STEPS, log_every=1, save_every=3, sample_every=0, keep=9, mesh=dict(data=2, ring=4),
                  optim=dict(warmup=2, name="adamw")),

@@ -34,7 +34,9 @@ def write(out, write_part=write_part, parts=range(COUNT // 2), **settings):
     record_writer.begin(out, opening)
     record_writer.write_parts(out, opening, parts, write_part)
     if len(parts) == COUNT // 2:
-        return record_writer.finish_parts(out, opening, COUNT // 2, closing=lambda facts: {"order": sum(facts, [])})
+        return record_writer.finish_parts(
+            out, opening, COUNT // 2, closing=lambda metadata: {"order": sum(metadata, [])}
+        )
 
 
 def contents(folder):
@@ -47,8 +49,8 @@ def test_a_record_gives_its_arrays_and_facts_back():
         "none": np.zeros((0, 4), np.int32),
         "x": np.array(7, np.uint8),
     }
-    back, facts = unpack_record(pack_record(arrays, {"caption": "größer 猫", "fps": 29.97}), "r")
-    assert facts == {"caption": "größer 猫", "fps": 29.97}
+    back, metadata = unpack_record(pack_record(arrays, {"caption": "größer 猫", "fps": 29.97}), "r")
+    assert metadata == {"caption": "größer 猫", "fps": 29.97}
     for name, array in arrays.items():
         np.testing.assert_array_equal(back[name], array)
         assert back[name].dtype == array.dtype
@@ -73,8 +75,8 @@ def test_every_record_of_every_shard_reads_back(tmp_path):
     shards = pickle.loads(pickle.dumps(shards))
     order = np.random.default_rng(0).integers(0, COUNT, 400)
     with ThreadPoolExecutor(8) as pool:
-        for i, (arrays, facts) in zip(order, pool.map(shards.read, map(int, order))):
-            assert facts == {"i": i} and len(arrays["values"]) == shards.sizes[i, 0] == 100 + 13 * i
+        for i, (arrays, metadata) in zip(order, pool.map(shards.read, map(int, order))):
+            assert metadata == {"i": i} and len(arrays["values"]) == shards.sizes[i, 0] == 100 + 13 * i
     with pytest.raises(IndexError):
         shards.read(COUNT)
 

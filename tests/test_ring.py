@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from minisora_jax.parallel.attention import attend
 from minisora_jax.parallel.kernels import EMPTY, KERNELS, blockwise
-from minisora_jax.parallel.mesh import ROWS, SEQUENCE, TOKENS, MeshConfig, make_mesh, place
+from minisora_jax.parallel.mesh import ROWS, SEQUENCE, TOKENS, MeshConfig, make_mesh, to_global
 from minisora_jax.parallel.ring import Ring
 
 B, S, N, K = 8, 64, 8, 4
@@ -73,7 +73,7 @@ def dense(q, k, v, q_ids, kv_ids, weight):
 
 def on_mesh(config, arrays, weight, specs=(HEADS, HEADS, HEADS, TOKENS, TOKENS), **options):
     mesh = make_mesh(config)
-    *arrays, weight = place((*arrays, weight), mesh, (*specs, HEADS))
+    *arrays, weight = to_global((*arrays, weight), mesh, (*specs, HEADS))
     ids = arrays[3:]
 
     def loss(q, k, v, weight):
@@ -144,37 +144,37 @@ def test_tiles_of_any_side(seed, block, T):
 # ---- Journeys
 
 
-@pytest.mark.parametrize("longest", [1, 5, 8, 9, 16, 17])
-def test_blocks_travel_no_further_than_a_clip_reaches(longest):
-    rng = np.random.default_rng(longest)
+@pytest.mark.parametrize("max_segment_len", [1, 5, 8, 9, 16, 17])
+def test_blocks_travel_no_further_than_a_clip_reaches(max_segment_len):
+    rng = np.random.default_rng(max_segment_len)
     ids = np.zeros((B, S), np.int32)
     for row in ids:
         at = 0
         for segment in range(1, S):
-            n = min(int(rng.integers(max(1, longest - 2), longest + 1)), S - at)
+            n = min(int(rng.integers(max(1, max_segment_len - 2), max_segment_len + 1)), S - at)
             row[at : at + n] = segment
             at += n
     (q, k, v, *_), weight = inputs(3)
     arrays = (q, k, v, ids, ids)
-    check(on_mesh(MeshConfig(ring=8), arrays, weight, longest=longest), dense(*arrays, weight), 2e-5)
+    check(on_mesh(MeshConfig(ring=8), arrays, weight, max_segment_len=max_segment_len), dense(*arrays, weight), 2e-5)
 
 
 def test_what_travels_how_far():
     ring = functools.partial(Ring, None, 1.0, size=16)
-    assert Ring(None, 1.0, size=1).journeys(10) == ()
-    assert ring().journeys(10) == ((1, 15, 1),)
-    assert ring(longest=1).journeys(10) == ()
-    assert ring(longest=11).journeys(10) == ((1, 1, -1), (-1, 1, 1))
-    assert ring(longest=12).journeys(10) == ((1, 2, -2), (-1, 2, 2))
-    assert ring(longest=52).journeys(10) == ((1, 15, 1),)
+    assert Ring(None, 1.0, size=1).hop_schedule(10) == ()
+    assert ring().hop_schedule(10) == ((1, 15, 1),)
+    assert ring(max_segment_len=1).hop_schedule(10) == ()
+    assert ring(max_segment_len=11).hop_schedule(10) == ((1, 1, -1), (-1, 1, 1))
+    assert ring(max_segment_len=12).hop_schedule(10) == ((1, 2, -2), (-1, 2, 2))
+    assert ring(max_segment_len=52).hop_schedule(10) == ((1, 15, 1),)
 
 
-def program(longest):
+def program(max_segment_len):
     mesh = make_mesh(MeshConfig(data=1, ring=8))
     arrays = [jax.ShapeDtypeStruct((1, 512, 4, 8), jnp.float32, sharding=NamedSharding(mesh, HEADS))] * 3
     ids = [jax.ShapeDtypeStruct((1, 512), jnp.int32, sharding=NamedSharding(mesh, TOKENS))] * 2
     with jax.set_mesh(mesh):
-        loss = lambda q, k, v, ids, kv_ids: jnp.sum(attend(q, k, v, ids, kv_ids, longest=longest))
+        loss = lambda q, k, v, ids, kv_ids: jnp.sum(attend(q, k, v, ids, kv_ids, max_segment_len=max_segment_len))
         return jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(*arrays, *ids).as_text()
 
 
@@ -186,7 +186,7 @@ def test_nothing_is_kept_but_the_inputs_and_the_result():
     """Residuals: q, k, v, the ids, o and lse; no weights, no blocks of other devices."""
     mesh = make_mesh(MeshConfig(data=1, ring=8))
     (arrays, weight), sizes = inputs(), None
-    *placed, _ = place((*arrays, weight), mesh, (HEADS, HEADS, HEADS, TOKENS, TOKENS, HEADS))
+    *placed, _ = to_global((*arrays, weight), mesh, (HEADS, HEADS, HEADS, TOKENS, TOKENS, HEADS))
     with jax.set_mesh(mesh):
         _, pullback = jax.vjp(lambda q, k, v: attend(q, k, v, *placed[3:]), *placed[:3])
     sizes = sorted(x.size for x in jax.tree.leaves(pullback) if hasattr(x, "size"))

@@ -15,9 +15,9 @@ import mixture  # noqa: E402
 
 from minisora_jax.diffusion.adaptive import dopri5  # noqa: E402
 from minisora_jax.diffusion.denoiser import Denoiser  # noqa: E402
-from minisora_jax.diffusion.path import PATHS, PREDICTIONS, target  # noqa: E402
+from minisora_jax.diffusion.noise_path import PATHS, PREDICTIONS, target  # noqa: E402
 from minisora_jax.diffusion.sampler import SAMPLERS, SamplerConfig  # noqa: E402
-from minisora_jax.diffusion.time import GRIDS, latest_time  # noqa: E402
+from minisora_jax.diffusion.time import TIME_SCHEDULES, latest_time  # noqa: E402
 
 DETERMINISTIC = [name for name, sampler in SAMPLERS.items() if not sampler.eta]
 STOCHASTIC = [name for name, sampler in SAMPLERS.items() if sampler.eta is not None]
@@ -94,7 +94,7 @@ def test_the_end_does_not_depend_on_what_is_predicted(name, prediction):
     """From noise to clean data; Heun is left out, as its last step is another for a predicted velocity."""
     path = PATHS[name]
     with jax.enable_x64(True):
-        times = GRIDS["karras"](30, path)  # begins where every prediction tells the data
+        times = TIME_SCHEDULES["karras"](30, path)  # begins where every prediction tells the data
         x = path.sigma(times[0]) * jnp.linspace(-2.0, 2.0, 9).reshape(1, 9, 1)
         for sampler in ("ddim", "dpm++2m", "unipc"):
             ours, other = (run(sampler, model_of(name, p), x, times) for p in (prediction, "v"))
@@ -116,8 +116,8 @@ def test_euler_is_ddim_where_the_path_is_straight(name):
 @pytest.mark.parametrize("sampler, eta", [("ddpm", 1.0), ("ddim", 0.5), ("sde", 1.0), ("sde", 0.3)])
 def test_stochastic_samplers_end_in_the_data(sampler, eta, name):
     particles, path = 20_000, PATHS[name]
-    grid = {"ve": "karras", "ddpm": "trailing"}.get(name, "even")
-    times = GRIDS[grid](250, path)
+    time_schedule = {"ve": "karras", "ddpm": "trailing"}.get(name, "even")
+    times = TIME_SCHEDULES[time_schedule](250, path)
     rng = np.random.default_rng(0)
     x = path.sigma(times[0]) * jnp.asarray(rng.standard_normal((1, 1, particles)), jnp.float32)
     ends = np.asarray(run(sampler, model_of(name), x, times, eta, jax.random.key(3)), np.float64).ravel()
@@ -149,9 +149,9 @@ def test_known_tokens_do_not_move(name, prediction):
     """Even with a model that says nonsense of them; the others arrive, and stay finite."""
     x = jnp.asarray(np.random.default_rng(0).standard_normal((1, 3, 2)), jnp.float32)
     denoiser = Denoiser(lambda x, t: x + 1, PATHS[name], prediction)
-    grid = GRIDS["even"](4, PATHS[name])
+    time_schedule = TIME_SCHEDULES["even"](4, PATHS[name])
     for sampler in SAMPLERS.values():
-        times = [jnp.array([[0.0, t, 0.5 * t]], jnp.float32) for t in grid]
+        times = [jnp.array([[0.0, t, 0.5 * t]], jnp.float32) for t in time_schedule]
         y, past = x, sampler.begin(x, times[0])
         for time, after in zip(times, times[1:]):
             y, past = sampler.step(denoiser, y, time, after, past, jnp.ones_like(y), 1.0)
@@ -185,7 +185,10 @@ def test_dormand_prince_comes_closer_with_its_tolerance(name):
     [
         (dict(name="rk4"), r"sampler='rk4' must be one of euler, heun, ddim, ddpm, sde, dpm\+\+2m, unipc, dopri5"),
         (dict(steps=0), "steps=0 must be at least 1"),
-        (dict(grid="log"), "grid='log' must be one of even, wan, karras, leading, linspace, trailing"),
+        (
+            dict(time_schedule="log"),
+            "time_schedule='log' must be one of even, wan, karras, leading, linspace, trailing",
+        ),
         (dict(name="heun", eta=0.5), "eta=0.5 is for ddim, ddpm, sde; heun has no noise"),
         (dict(name="ddim", eta=1.5), r"eta=1.5 must be in \[0, 1\]"),
         (dict(name="dopri5", tolerance=0.0), "tolerance=0.0 must be above 0"),

@@ -15,7 +15,7 @@ from minisora_jax.diffusion.time import TimeConfig
 from minisora_jax.models.dit import DiT, DiTConfig
 from minisora_jax.models.text import encode_bytes
 from minisora_jax.models.vae import VAE, VAEConfig
-from minisora_jax.parallel.mesh import BATCH, SHARDS, MeshConfig, make_mesh, place
+from minisora_jax.parallel.mesh import BATCH, SHARDS, MeshConfig, make_mesh, to_global
 from minisora_jax.train.codec_task import CodecTask, loss_terms
 from minisora_jax.train.optim import OptimConfig, learning_rate, make_optimizer
 from minisora_jax.train.step import init_state, train_step
@@ -131,7 +131,7 @@ def train_on(mesh_config: MeshConfig, devices, optim: OptimConfig, steps: int = 
         state = jax.jit(init)(jax.random.key(0))
         step = jax.jit(functools.partial(train_step, loss_fn=loss_fn, optimizer=optimizer, config=optim))
         for _ in range(steps):
-            state, metrics = step(state, place(batch, mesh), jax.random.key(1))
+            state, metrics = step(state, to_global(batch, mesh), jax.random.key(1))
         assert step._cache_size() == 1  # a state of other types would be compiled for again, minutes for a large model
         specs = jax.tree.map(lambda p: p.sharding.spec, state.params)
     return jax.device_get(state), jax.device_get(metrics), specs
@@ -179,7 +179,7 @@ def test_the_codecs_loss_is_the_same_on_eight_devices():
             return jnp.sum(values * weights)
 
         with jax.set_mesh(mesh):
-            placed = jax.tree.map(jnp.asarray, params), place(frames, mesh, BATCH)
+            placed = jax.tree.map(jnp.asarray, params), to_global(frames, mesh, BATCH)
             return jax.device_get(jax.jit(jax.value_and_grad(loss))(*placed))
 
     (one, grad), (eight, grad_8) = (

@@ -20,7 +20,7 @@ from minisora_jax.data.latents import Latents, open_latents
 from minisora_jax.data.loader import packed_batches
 from minisora_jax.io import retry
 from minisora_jax.io.retry import Damaged, DataError, StorageError
-from minisora_jax.parallel.processes import AskedToEnd
+from minisora_jax.parallel.processes import Preempted
 from minisora_jax.train.checkpoint import CheckpointError
 from minisora_jax.train.diffusion_task import pack_plan
 from minisora_jax.train.loop import NonFiniteLoss, RunConfig, batch_number, train
@@ -49,7 +49,7 @@ def line(workdir, *, steps=12, before=lambda number: None, batch=lambda number: 
         init_params=lambda key: {"w": jax.random.normal(key, (8, 256))},
         loss_fn=loss,
         batches=batches,
-        describe={"steps": steps},
+        run_config={"steps": steps},
         clip_names=lambda number: [f"clip of batch {number}"],
     )
 
@@ -65,7 +65,7 @@ def digits(workdir) -> list[str]:
 def test_a_notice_to_end_saves_at_once_and_the_run_goes_on_bit_for_bit(tmp_path):
     line(tmp_path / "whole")
     notice = lambda number: os.kill(os.getpid(), signal.SIGTERM) if number == 6 else None
-    with pytest.raises(AskedToEnd, match="ended at step 7, which is saved") as ended:
+    with pytest.raises(Preempted, match="ended at step 7, which is saved") as ended:
         line(tmp_path / "ended", before=notice)
     assert ended.value.exit_code == 0 and (tmp_path / "ended" / "checkpoints" / "7").is_dir()
     line(tmp_path / "ended")
@@ -77,7 +77,7 @@ def test_it_is_no_failure_to_the_caller(capsys):
     class Command:
         @staticmethod
         def run(args, flags):
-            raise AskedToEnd("ended at step 7")
+            raise Preempted("ended at step 7")
 
     assert _run(Command, None, []) == 0 and "ended at step 7" in capsys.readouterr().err
 
@@ -192,7 +192,9 @@ def test_a_damaged_clip_is_left_out_counted_and_named(cache, tmp_path):
     batches = []
     for directory, left_out in ((cache, None), (tmp_path / "damaged", damaged)):
         latents = Latents(directory)
-        options = dict(patch=settings.dit.patch, known=settings.known, caption_dropout=0.1, damaged=left_out)
+        options = dict(
+            patch=settings.dit.patch, conditioning=settings.conditioning, caption_dropout=0.1, damaged=left_out
+        )
         batches.append(list(packed_batches(latents, pack_plan(settings, latents), range(14), **options)))
     whole, rest = (sum(int((batch.size_BG3[..., 0] > 0).sum()) for batch, _ in made) for made in batches)
     assert whole - rest == damaged.count >= 1

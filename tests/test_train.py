@@ -92,7 +92,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
             init_params=lambda key: {"w": jax.random.normal(key)},
             loss_fn=loss,
             batches=lambda numbers: itertools.repeat((np.ones((1, 8), np.float32), {})),
-            describe={},
+            run_config={},
         )
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert 0 < len(rows) < 30 and all(np.isfinite(row["loss"]) for row in rows)

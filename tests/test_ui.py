@@ -28,7 +28,7 @@ from selenium.webdriver.common.by import By  # noqa: E402
 from selenium.webdriver.support.ui import WebDriverWait  # noqa: E402
 
 from minisora_jax.bundled import CODEC, MODEL  # noqa: E402
-from minisora_jax.generate import Generator  # noqa: E402
+from minisora_jax.generate import VideoPipeline  # noqa: E402
 from minisora_jax.io.video import read_clip_frames  # noqa: E402
 from minisora_jax.ui.server import application  # noqa: E402
 
@@ -46,9 +46,9 @@ def out(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def address(out):
-    generator = Generator.load(MODEL, CODEC)
-    model = {"model": None, "hash": generator.hash, "codec_hash": generator.codec.hash, "mesh": None}
-    app, line = application(generator, out, model)
+    pipeline = VideoPipeline.load(MODEL, CODEC)
+    model = {"model": None, "hash": pipeline.hash, "codec_hash": pipeline.codec.hash, "mesh": None}
+    app, line = application(pipeline, out, model)
     with contextlib.closing(socket.socket()) as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -260,7 +260,7 @@ def test_a_request_that_names_a_file_of_the_machine_is_refused(address, out):
         inputs = json.load(answer)["named_endpoints"]["/make"]["parameters"]
     values = {p["parameter_name"]: p.get("parameter_default") for p in inputs}
     named = {p["label"]: p["parameter_name"] for p in inputs}
-    values |= {inputs[0]["parameter_name"]: "animate", named["What is to be seen"]: "a red circle"}
+    values |= {inputs[0]["parameter_name"]: "image_to_video", named["What is to be seen"]: "a red circle"}
     example = str(out / "incoming" / "examples" / "circle-right.png")  # such a request is otherwise in order
     others = (
         "/etc/passwd",

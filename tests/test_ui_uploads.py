@@ -14,7 +14,7 @@ from PIL import Image
 
 from minisora_jax.io.video_writer import write_video
 from minisora_jax.ui import show
-from minisora_jax.ui.uploads import MOST_BYTES, Refused, admit
+from minisora_jax.ui.uploads import MOST_BYTES, InvalidInput, validate_upload
 
 GREY = np.full((5, 32, 48, 3), 120, np.uint8)
 NOISE = np.random.default_rng(0).integers(0, 255, (24, 64, 64, 3), dtype=np.uint8)
@@ -111,8 +111,8 @@ def test_a_bad_upload_gets_its_sentence(tmp_path, name):
     sent, ours = tmp_path / "sent", tmp_path / "ours"
     sent.mkdir()
     make(sent / name)
-    with pytest.raises(Refused) as refused:
-        admit(str(sent / name), kind, sent, ours)
+    with pytest.raises(InvalidInput) as refused:
+        validate_upload(str(sent / name), kind, sent, ours)
     said = str(refused.value)
     assert words in said and name in said and str(tmp_path) not in said and "\n" not in said and len(said) < 200
     assert not ours.exists() or not list(ours.iterdir())
@@ -133,7 +133,7 @@ def test_good_files_are_named_by_what_they_hold(tmp_path):
         ("odd.jpg", "mask", (1, 47, 33), ".jpg"),
         ("a.mp4", "mask", (5, 32, 48), ".mp4"),
     ):
-        found = admit(str(sent / name), kind, sent, ours)
+        found = validate_upload(str(sent / name), kind, sent, ours)
         assert (found.frames, found.height, found.width) == (frames, height, width)
         assert os.path.dirname(found.path) == str(ours) and found.path.endswith(suffix)
         assert found.thumbnail[8:12] == b"WEBP" and f"{width} x {height} pixels" in found.words
@@ -150,17 +150,17 @@ def test_only_what_was_uploaded_is_taken(tmp_path):
     for path in ("/etc/passwd", str(secret), f"{sent}/../secret.png", f"{sent}/in/../../secret.png",
                  f"{sent}/link.png", "../../etc/passwd", "secret.png", f"{sent}/a\0.png", "", str(sent),
                  f"{tmp_path}/sent-not/a.png"):  # fmt: skip
-        with pytest.raises(Refused, match="was not uploaded here"):
-            admit(path, "picture", sent, tmp_path / "ours")
+        with pytest.raises(InvalidInput, match="was not uploaded here"):
+            validate_upload(path, "picture", sent, tmp_path / "ours")
 
 
 @pytest.mark.parametrize("name", ["a\nb.png", "<b>x.png", "\u202egnp.exe.png", "é" * 80 + ".png", "${1}{{2}}.png"])
 def test_odd_names_do_no_harm(tmp_path, name):
     Image.new("RGB", (32, 32)).save(tmp_path / name)
-    assert admit(str(tmp_path / name), "picture", tmp_path, tmp_path / "ours").frames == 1
+    assert validate_upload(str(tmp_path / name), "picture", tmp_path, tmp_path / "ours").frames == 1
     (tmp_path / name).write_bytes(b"")
-    with pytest.raises(Refused) as refused:
-        admit(str(tmp_path / name), "picture", tmp_path, tmp_path / "ours")
+    with pytest.raises(InvalidInput) as refused:
+        validate_upload(str(tmp_path / name), "picture", tmp_path, tmp_path / "ours")
     said = show.sorry(str(refused.value))
     assert len(str(refused.value)) < 80 and "\n" not in said and "\u202e" not in said
     assert "<b>" not in said and "${" not in said and "{{" not in said
@@ -170,7 +170,7 @@ def test_a_name_that_is_no_text_is_taken(tmp_path):
     name = os.fsdecode(b"\xff\xfe.png")
     Image.new("RGB", (32, 32)).save(os.path.join(tmp_path, "a.png"))
     os.rename(tmp_path / "a.png", tmp_path / name)
-    assert admit(str(tmp_path / name), "picture", tmp_path, tmp_path / "ours").width == 32
+    assert validate_upload(str(tmp_path / name), "picture", tmp_path, tmp_path / "ours").width == 32
 
 
 def test_without_gradio_the_command_says_what_to_install():

@@ -48,7 +48,7 @@ def task(steps: int, rows: int = 8, strict: bool = False) -> DiffusionTask:
             positions="none",
             qk_norm="none",
             cross_norm=False,
-            facts=False,
+            micro_conditioning=False,
         ),
         pack=PackConfig(tokens=16, text_tokens=128, slots=8, rows=rows),
         run=RunConfig(

@@ -25,16 +25,16 @@ def add_arguments(parser):
 def run(args, _):
     since = time.perf_counter()
     from minisora_jax.bundled import CODEC, MODEL
-    from minisora_jax.generate import Generator, Request
+    from minisora_jax.generate import Request, VideoPipeline
     from minisora_jax.io.contact_sheet import contact_sheet
     from minisora_jax.io.video_writer import write_video
     from minisora_jax.toy.checker import check
     from minisora_jax.toy.shapes import FPS, caption, sample_scene
 
-    generator = Generator.load(MODEL, CODEC)
+    pipeline = VideoPipeline.load(MODEL, CODEC)
     captions = [caption(sample_scene(10_000 + args.seed * CLIPS + i, "heldout", SIZE_THW)) for i in range(CLIPS)]
     requests = [Request(c, SIZE_THW, seed=args.seed + i, fps=FPS) for i, c in enumerate(captions)]
-    videos = generator.generate(requests)
+    videos = pipeline.generate(requests)
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     rows = []

@@ -13,7 +13,7 @@ are the same. A clip whose record is damaged is left out and named in manifest.j
 
 from __future__ import annotations
 
-from minisora_jax.commands.generate import add_mesh, mesh_in_use
+from minisora_jax.commands.options import add_mesh, mesh_in_use
 
 ON_SEVERAL_PROCESSES = True
 

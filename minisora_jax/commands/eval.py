@@ -4,8 +4,8 @@ examples:
   minisora eval codec --data shapes:heldout:256
   minisora eval codec --codec=runs/codec/export --data data/clips --lpips my_lpips.py:distance
   minisora eval model --count 256 --out eval                  # does each video show what its caption says?
-  minisora eval verbs --count 128 --out eval                  # animate, extend, loop, connect, ...: eval/report.html
-  minisora eval verbs --only loop connect --count 32
+  minisora eval tasks --count 128 --out eval                  # every task, with pictures: eval/report.html
+  minisora eval tasks --only loop transition --count 32
   minisora eval frechet --count 256 --extractor i3d:i3d_torchscript.pt       # generated against true clips
   minisora eval frechet --data data/clips --against data/other --extractor random
 
@@ -20,32 +20,30 @@ import json
 import time
 from pathlib import Path
 
-from minisora_jax.commands.generate import add_sampling, load, sampling
+from minisora_jax.commands import options
 
 
 def add_arguments(parser):
-    parser.add_argument("what", choices=("codec", "model", "verbs", "frechet"))
+    parser.add_argument("what", choices=("codec", "model", "tasks", "frechet"))
     parser.add_argument("--data", default=None, help="clips for `codec` and `frechet` (default shapes:heldout:256)")
     parser.add_argument("--against", default=None, help="clips for `frechet` in place of generated ones")
     parser.add_argument("--extractor", default=None, help="of `frechet`: random, i3d:FILE, inception:FILE, FILE.py:F")
     parser.add_argument("--lpips", default=None, metavar="FILE.py:F", help="of `codec`: F(frames, frames) -> distance")
-    parser.add_argument("--only", nargs="*", default=None, metavar="VERB", help="of `verbs`: which (default: all)")
-    parser.add_argument("--codec", default=None, help="an exported codec (default: the bundled one)")
-    parser.add_argument("--model", default=None, help="an exported model (default: the bundled one)")
-    parser.add_argument("--window", type=int, default=None, metavar="FRAMES", help="as in `minisora generate`")
-    parser.add_argument("--count", type=int, default=206, help="videos made, of each verb (default 206)")
+    parser.add_argument("--only", nargs="*", default=None, metavar="TASK", help="of `tasks`: which (default: all)")
+    parser.add_argument("--count", type=int, default=206, help="videos made, of each task (default 206)")
     parser.add_argument("--split", default="heldout", choices=("train", "heldout"), help="of the captions for `model`")
-    add_sampling(parser)
+    options.add_model(parser)
+    options.add_sampling(parser)
     parser.add_argument("--out", default="eval", help="directory for the numbers and pictures (default eval)")
 
 
 def run(args, _):
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
-    scores = {"codec": _codec, "model": _model, "verbs": _verbs, "frechet": _frechet}[args.what](args, out)
+    scores = {"codec": _codec, "model": _model, "tasks": _tasks, "frechet": _frechet}[args.what](args, out)
     (out / f"{args.what}.json").write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(scores, indent=2))
-    print(out / ("report.html" if args.what == "verbs" else f"{args.what}.json"))
+    print(out / ("report.html" if args.what == "tasks" else f"{args.what}.json"))
 
 
 def _codec(args, out: Path) -> dict:
@@ -65,26 +63,26 @@ def _model(args, out: Path) -> dict:
     from minisora_jax.evaluation.models import evaluate_model
     from minisora_jax.io.contact_sheet import contact_sheet
 
-    scores, rows = evaluate_model(load(args), args.split, args.count, **sampling(args))
+    scores, rows = evaluate_model(options.pipeline_of(args), args.split, args.count, **options.sampling_options(args))
     contact_sheet(out / "model.png", rows[:32])
     return scores | {"guide_model": args.guide_model}
 
 
-def _verbs(args, out: Path) -> dict:
+def _tasks(args, out: Path) -> dict:
     from minisora_jax.evaluation.report import write_report
-    from minisora_jax.evaluation.verbs import VERBS
-    from minisora_jax.generate.output import machine
+    from minisora_jax.evaluation.tasks import TASKS
+    from minisora_jax.jobs.output import machine
 
-    names = args.only or list(VERBS)
-    if unknown := set(names) - set(VERBS):
-        raise ValueError(f"--only {', '.join(sorted(unknown))}: the verbs are {', '.join(VERBS)}")
-    generator, options = load(args), sampling(args)
-    facts = {"model": generator.hash, "codec": generator.codec.hash, "videos of each": args.count, **machine()}
-    facts |= {k: str(v) for k, v in options.items()}
+    names = args.only or list(TASKS)
+    if unknown := set(names) - set(TASKS):
+        raise ValueError(f"--only {', '.join(sorted(unknown))}: the tasks are {', '.join(TASKS)}")
+    pipeline, sampling = options.pipeline_of(args), options.sampling_options(args)
+    facts = {"model": pipeline.hash, "codec": pipeline.codec.hash, "videos of each": args.count, **machine()}
+    facts |= {k: str(v) for k, v in sampling.items()}
     results = {}
     for name in names:
         since = time.perf_counter()
-        scores, rows = VERBS[name](generator, args.count, options)
+        scores, rows = TASKS[name](pipeline, args.count, sampling)
         results[name] = scores | {"seconds": round(time.perf_counter() - since, 1)}, rows
         short = {k: v for k, v in results[name][0].items() if not isinstance(v, dict)}
         print(f"{name}: {json.dumps(short)}", flush=True)
@@ -108,6 +106,6 @@ def _frechet(args, out: Path) -> dict:
         ours = [other[i].frames_THWC for i in range(min(len(other), args.count))]
     else:
         asked = [Request(c.caption, c.size_THW, seed=i, fps=c.fps) for i, c in enumerate(theirs)]
-        ours = load(args).generate(asked, **sampling(args))
+        ours = options.pipeline_of(args).generate(asked, **options.sampling_options(args))
     found = frechet(ours, [c.frames_THWC for c in theirs], extractor)
     return {"frechet": round(found, 5), "extractor": extractor.name, "videos": [len(ours), len(theirs)]}

@@ -50,22 +50,22 @@ def run(args, config_flags):
     export = {"codec": codec.latents, "text": latents.text}
     captions = captions_of(task.dit, latents.text, None, None) if prompts else None
     sample = sample_videos(task, codec, captions, prompts, Path(args.workdir)) if prompts else None
-    describe = config | {"init": args.init or ""}
-    where = train_diffusion(task, Path(args.workdir), latents, describe, export, sample, args.init)
+    run_config = config | {"init": args.init or ""}
+    where = train_diffusion(task, Path(args.workdir), latents, run_config, export, sample, args.init)
     if is_main():
         print(f"model exported to {where}")
 
 
 def sample_videos(task, codec, captions, prompts, workdir):
     """A `sample` for `train`: each prompt of the config as a TensorBoard video, and all on one contact sheet."""
-    from minisora_jax.generate import Generator, Request
+    from minisora_jax.generate import Request, VideoPipeline
     from minisora_jax.io.contact_sheet import contact_sheet
 
     requests = [Request(p["prompt"], tuple(p["size_THW"]), seed=i) for i, p in enumerate(prompts)]
 
     def sample(step, params, metrics):
-        generator = Generator(codec, task.dit, task.times, params, objective=task.objective, captions=captions)
-        videos = generator.generate(requests, progress=False)
+        pipeline = VideoPipeline(codec, task.dit, task.times, params, objective=task.objective, captions=captions)
+        videos = pipeline.generate(requests, progress=False)
         for i, (request, frames) in enumerate(zip(requests, videos)):
             metrics.video(step, f"sample{i}", frames, request.fps)
         sheet = workdir / "samples" / f"step_{step:07d}.png"

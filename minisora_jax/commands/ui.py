@@ -6,30 +6,29 @@ examples:
   minisora ui --host 0.0.0.0                    # for everybody who can reach this machine: there is no password
 
 Jobs wait in one line; those that go together are made together. What was made lies in --out, each with its record,
-which `minisora generate --remake` takes; the newest 200 are kept.
+which `minisora generate --reproduce` takes; the newest 200 are kept.
 """
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 from pathlib import Path
+
+from minisora_jax.commands import options
 
 
 def add_arguments(parser):
     parser.add_argument("--host", default="127.0.0.1", help="the address to listen at (default: this machine alone)")
     parser.add_argument("--port", type=int, default=7860, help="(default 7860)")
-    parser.add_argument("--model", default=None, help="an exported model (default: the bundled one)")
-    parser.add_argument("--codec", default=None, help="its codec (default: the bundled one)")
+    options.add_model(parser)
     parser.add_argument("--out", default="minisora-ui", help="directory for what is made (default minisora-ui)")
 
 
 def run(args, _):
     if not importlib.util.find_spec("gradio"):
         raise ImportError("the page needs gradio: pip install 'minisora_jax[ui]'")
-    from minisora_jax.commands.generate import load, model_of
+    from minisora_jax.commands.generate import model_record
     from minisora_jax.ui.server import serve
 
-    said = argparse.Namespace(**vars(args), guide_model=None, text_encoder=None, window=None, mesh=None)
-    generator = load(said)
-    serve(generator, Path(args.out), model_of(said, generator), args.host, args.port)
+    pipeline = options.pipeline_of(args)
+    serve(pipeline, Path(args.out), model_record(args, pipeline), args.host, args.port)

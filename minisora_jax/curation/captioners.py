@@ -21,7 +21,7 @@ from typing import Protocol
 
 import numpy as np
 
-from minisora_jax.curation.endpoint import Endpoint, Refused
+from minisora_jax.curation.endpoint import CaptionRefused, Endpoint
 from minisora_jax.curation.filters import load_function
 
 FRAMES = 8  # shown to the captioner, evenly spaced
@@ -105,5 +105,5 @@ def _clean(answer: str) -> str:
     """White space as single spaces; Refused for nothing."""
     text = " ".join(answer.split()) if isinstance(answer, str) else ""
     if not text:
-        raise Refused("no caption", f"the captioner answered {answer!r}")
+        raise CaptionRefused("no caption", f"the captioner answered {answer!r}")
     return text

@@ -32,7 +32,7 @@ TRANSIENT, OF_THE_CLIP = (408, 409, 425, 429), (400, 413, 415, 422)
 log = logging.getLogger("minisora")
 
 
-class Refused(ValueError):
+class CaptionRefused(ValueError):
     """The captioner gives no caption for this clip, and asking again would not help."""
 
     def __init__(self, reason: str, detail: str = ""):
@@ -40,7 +40,7 @@ class Refused(ValueError):
         self.reason, self.detail = reason, detail
 
     def __reduce__(self):
-        return Refused, (self.reason, self.detail)
+        return CaptionRefused, (self.reason, self.detail)
 
 
 class Endpoint:
@@ -59,7 +59,7 @@ class Endpoint:
         """One small request, so that a wrong URL, model or key, and a model that takes no pictures, is said at once."""
         try:
             self.ask("What colour is this? Answer with one word.", np.full((1, 64, 64, 3), 128, np.uint8))
-        except Refused as refused:
+        except CaptionRefused as refused:
             raise RuntimeError(
                 f"{self.url} refuses a grey test picture ({refused}): does {self.model} take pictures?"
             ) from refused
@@ -96,7 +96,7 @@ class Endpoint:
             except urllib.error.HTTPError as error:
                 said = f"HTTP {error.code} {error.reason}: {_said(error)}"
                 if error.code in OF_THE_CLIP:
-                    raise Refused("refused by the captioner", said) from error
+                    raise CaptionRefused("refused by the captioner", said) from error
                 if error.code not in TRANSIENT and error.code < 500:
                     raise RuntimeError(f"{url} says {said}. {_advice(error.code, self.model)}") from error
                 wait = wait and max(wait, _retry_after(error.headers.get("Retry-After")))

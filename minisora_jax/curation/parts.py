@@ -105,8 +105,8 @@ def gather(plan: Plan, part: int, bad: dict[int, str], alive: Callable[[int], No
                 clips.append({"name": clip.name, "split": split, "hash": clip.hash, "scores": clip.scores})
                 shortened += clip.shortened
                 show("", clip.name, clip.frames_THWC[len(clip.frames_THWC) // 2], clip.caption)
-    facts = {"clips": clips, "drops": drops, "pictures": pictures, "shortened": shortened}
-    _write(plan.gathered(part), facts | {"shards": {"train": train.shards, "heldout": heldout.shards}})
+    metadata = {"clips": clips, "drops": drops, "pictures": pictures, "shortened": shortened}
+    _write(plan.gathered(part), metadata | {"shards": {"train": train.shards, "heldout": heldout.shards}})
 
 
 def _clips(plan: Plan, i: int, bad: dict[int, str], alive: Callable[[int], None]) -> Iterator[Candidate | Drop]:
@@ -156,18 +156,18 @@ def finish(plan: Plan, part: int, repeats: dict[int, str], alive: Callable[[int]
     """Write a part's records again: those that repeat no other clip, with new captions if a captioner is asked for.
 
     repeats: {number of a clip within the part: name of the earlier clip that it repeats}."""
-    from minisora_jax.curation.captioners import Refused, describe, open_captioner
+    from minisora_jax.curation.captioners import CaptionRefused, describe, open_captioner
 
     captioner = open_captioner(plan.captioner) if plan.captioner else None
-    facts = read_notes(plan.gathered(part))
-    numbers = {split: [n for n, clip in enumerate(facts["clips"]) if clip["split"] == split] for split in SPLITS}
+    metadata = read_notes(plan.gathered(part))
+    numbers = {split: [n for n, clip in enumerate(metadata["clips"]) if clip["split"] == split] for split in SPLITS}
     drops, captions, shards = [], {}, {}
     for split in SPLITS:
-        records = _records(plan, facts["shards"][split])
+        records = _records(plan, metadata["shards"][split])
         with ShardWriter(plan.folder / f"{part:05d}.{split}.done", plan.opening) as writer:
             for n, (where, record) in zip(numbers[split], records, strict=True):
                 alive(n)
-                name = facts["clips"][n]["name"]
+                name = metadata["clips"][n]["name"]
                 if n in repeats:
                     detail = f"shows what {repeats[n]} shows"
                     drops.append(
@@ -178,7 +178,7 @@ def finish(plan: Plan, part: int, repeats: dict[int, str], alive: Callable[[int]
                 if captioner:
                     try:
                         said["captions"] = captions[n] = describe(captioner, arrays["frames"])
-                    except Refused as refused:
+                    except CaptionRefused as refused:
                         drops.append(
                             {
                                 "name": name,
@@ -219,8 +219,14 @@ def finish_safely(
 
 
 def _record(clip: Candidate) -> bytes:
-    facts = {"caption": clip.caption, "fps": clip.fps, "name": clip.name, "source": clip.source, "scores": clip.scores}
-    return pack_record({"frames": clip.frames_THWC}, facts)
+    metadata = {
+        "caption": clip.caption,
+        "fps": clip.fps,
+        "name": clip.name,
+        "source": clip.source,
+        "scores": clip.scores,
+    }
+    return pack_record({"frames": clip.frames_THWC}, metadata)
 
 
 def _size(clip: Candidate) -> tuple[int, ...]:
@@ -245,8 +251,8 @@ def _thumbnail(frame_HWC: np.ndarray) -> str:
     return base64.b64encode(file.getvalue()).decode("ascii")
 
 
-def _write(path: Path, facts: Any) -> None:
-    write_text(path, json.dumps(facts))
+def _write(path: Path, metadata: Any) -> None:
+    write_text(path, json.dumps(metadata))
 
 
 def read_notes(path: Path) -> Any:

@@ -14,7 +14,7 @@ import numpy as np
 
 
 @dataclasses.dataclass(frozen=True)
-class KnownConfig:
+class ConditioningConfig:
     """Shares of clips trained with each kind of known tokens; the rest have none (text to video).
 
     Images, having one frame, take only `box` and `outside`.
@@ -61,7 +61,7 @@ class KnownConfig:
     def draw(self, size_thw: tuple[int, int, int], rng: np.random.Generator) -> np.ndarray:
         """bool (t, h, w): the known tokens of one clip; at least one token is always unknown."""
         t, h, w = size_thw
-        known = np.zeros(size_thw, bool)
+        cond_mask = np.zeros(size_thw, bool)
         kinds, edges = self._edges
         # Draw everything in every case, so that one clip's kind never shifts another's randomness.
         which, cut, flips = rng.random(), int(rng.integers(1, max(t, 2))), rng.random(t) < 0.5
@@ -70,9 +70,9 @@ class KnownConfig:
         kind = kinds[bisect.bisect_right(edges, which)] if which < edges[-1] else "none"
         if kind in ("box", "outside"):
             if y0 < y1 and x0 < x1:
-                known[:, y0:y1, x0:x1] = True
-                if kind == "box" or known.all():
-                    known = ~known
+                cond_mask[:, y0:y1, x0:x1] = True
+                if kind == "box" or cond_mask.all():
+                    cond_mask = ~cond_mask
         elif t > 1 and kind != "none":
             chosen = {
                 "first": [0],
@@ -82,8 +82,8 @@ class KnownConfig:
                 "suffix": np.arange(cut, t),
                 "frames": np.flatnonzero(flips) if not flips.all() else [0],
             }[kind]
-            known[chosen] = True
-        return known
+            cond_mask[chosen] = True
+        return cond_mask
 
 
 def _uniform(number: np.ndarray) -> np.ndarray:

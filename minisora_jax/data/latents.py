@@ -81,7 +81,7 @@ def write_latents(
     barrier("an encode's parts")
     if is_main():
         empty = {"empty_text": _stored(empty_text_LE, "the empty caption's features")}
-        together = lambda facts: {"left_out": [name for part in facts for name in part]}
+        together = lambda metadata: {"left_out": [name for part in metadata for name in part]}
         record_writer.finish_parts(out_dir, opening, parts, tables=empty, closing=together)
     barrier("an encode's manifest")
     return json.loads((out_dir / "manifest.json").read_text(encoding="utf-8"))
@@ -124,9 +124,9 @@ class Latents:
         return len(self.shards)
 
     def __getitem__(self, i: int) -> LatentClip:
-        arrays, facts = self.shards.read(i)
+        arrays, metadata = self.shards.read(i)
         mean, std, text = (_restored(arrays[name]) for name in ("mean", "std", "text"))
-        return LatentClip(mean, std, text, facts["caption"], facts["fps"], facts["name"])
+        return LatentClip(mean, std, text, metadata["caption"], metadata["fps"], metadata["name"])
 
 
 class Mixture:

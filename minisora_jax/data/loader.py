@@ -13,7 +13,7 @@ import grain
 import jax
 import numpy as np
 
-from minisora_jax.data.conditioning import KnownConfig
+from minisora_jax.data.conditioning import ConditioningConfig
 from minisora_jax.data.epochs import curriculum
 from minisora_jax.data.latents import Latents, Mixture
 from minisora_jax.data.packing import PackPlan, StagedPlan
@@ -105,7 +105,7 @@ def packed_batches(
     steps: range,
     *,
     patch: tuple[int, int, int],
-    known: KnownConfig,
+    conditioning: ConditioningConfig,
     caption_dropout: float,
     caption_tokens: int = 0,
     damaged: Damaged | None = None,
@@ -125,16 +125,18 @@ def packed_batches(
             clip = latents[i]
         except DataError as error:
             return damaged.add(error)
-        return training_segment(clip, patch, known, caption_dropout, latents.empty_text_LE, caption_tokens, rng, shown)
+        return training_segment(
+            clip, patch, conditioning, caption_dropout, latents.empty_text_LE, caption_tokens, rng, shown
+        )
 
     def batch(step: int):
         epoch, rows = plan.epoch(step), plan.rows(step)
         sizes = [latents.sizes[clips].clip((0, 0, 0, caption_tokens)) for clips in rows]
-        shown = [known.stretches(clips, size[:, 0], seed, epoch) for clips, size in zip(rows, sizes)]
+        shown = [conditioning.stretches(clips, size[:, 0], seed, epoch) for clips, size in zip(rows, sizes)]
         made = [[s for i, span in zip(rows[r], shown[r]) if (s := segment(epoch, int(i), span))] for r in mine]
         if not any(made):
             raise DataError(f"none of the clips of step {step + 1} could be read: {damaged.count} were damaged so far")
-        packed = pack_segments(made, pack, plan.longest)
+        packed = pack_segments(made, pack, plan.max_segment_len)
         packed = jax.tree.map(lambda x: x.reshape(accumulate, -1, *x.shape[1:]), packed)
         for size, spans in zip(sizes, shown):
             size[:, 0] = spans[:, 1] - spans[:, 0]

@@ -7,7 +7,7 @@ import functools
 
 import numpy as np
 
-from minisora_jax.data.conditioning import KnownConfig
+from minisora_jax.data.conditioning import ConditioningConfig
 from minisora_jax.data.packing import PackConfig
 from minisora_jax.models.text import PAD
 from minisora_jax.types import LatentClip, PackedBatch
@@ -67,7 +67,7 @@ def grid_positions(size_thw: tuple[int, int, int], first: int = 0, spacing: tupl
     return (places + middle) * np.array(spacing, np.float32) - middle
 
 
-def pack_segments(rows: list[list[Segment]], config: PackConfig, longest: int = 0) -> PackedBatch:
+def pack_segments(rows: list[list[Segment]], config: PackConfig, max_segment_len: int = 0) -> PackedBatch:
     """A PackedBatch of NumPy arrays from the segments of each row, none of which has more than `longest` tokens."""
     B, S, L, G = len(rows), config.tokens, config.text_tokens, config.slots
     some = next(segment for row in rows for segment in row)
@@ -77,12 +77,12 @@ def pack_segments(rows: list[list[Segment]], config: PackConfig, longest: int = 
         tokens_BSP=np.zeros((B, S, token_width), np.float32),
         segment_BS=np.zeros((B, S), np.int32),
         position_BS3=np.zeros((B, S, 3), np.float32 if on_others else np.int32),
-        known_BS=np.zeros((B, S), bool),
+        cond_mask_BS=np.zeros((B, S), bool),
         text_BLE=np.full((B, L, text.shape[1]), PAD, text.dtype),
         text_segment_BL=np.zeros((B, L), np.int32),
         fps_BG=np.zeros((B, G), np.float32),
         size_BG3=np.zeros((B, G, 3), np.int32),
-        longest=longest,
+        max_segment_len=max_segment_len,
     )
     for b, segments in enumerate(rows):
         if len(segments) > G:
@@ -90,14 +90,14 @@ def pack_segments(rows: list[list[Segment]], config: PackConfig, longest: int = 
         at, text_at = 0, 0
         for g, s in enumerate(segments):
             n, m = len(s.tokens_nP), len(s.text_LE)
-            if n > longest > 0:
-                raise ValueError(f"a clip of {n} tokens where the longest was to have {longest}")
+            if n > max_segment_len > 0:
+                raise ValueError(f"a clip of {n} tokens where the longest was to have {max_segment_len}")
             if at + n > S or text_at + m > L:
                 raise ValueError(f"row {b} is full: {at + n} of {S} video and {text_at + m} of {L} caption tokens")
             batch.tokens_BSP[b, at : at + n] = s.tokens_nP
             batch.segment_BS[b, at : at + n] = g + 1
             batch.position_BS3[b, at : at + n] = grid_positions(s.size_thw, s.first, s.spacing)
-            batch.known_BS[b, at : at + n] = s.known_n
+            batch.cond_mask_BS[b, at : at + n] = s.known_n
             batch.text_BLE[b, text_at : text_at + m] = s.text_LE
             batch.text_segment_BL[b, text_at : text_at + m] = g + 1
             batch.fps_BG[b, g], batch.size_BG3[b, g] = s.fps, s.grid_thw
@@ -108,7 +108,7 @@ def pack_segments(rows: list[list[Segment]], config: PackConfig, longest: int = 
 def training_segment(
     clip: LatentClip,
     patch: tuple[int, int, int],
-    known: KnownConfig,
+    cond_mask: ConditioningConfig,
     drop_caption: float,
     empty_text_LE: np.ndarray,
     caption_tokens: int,
@@ -124,5 +124,5 @@ def training_segment(
     grid = grid[shown[0] : shown[1]]
     size = grid.shape[:3]
     text = padded_text(empty_text_LE if rng.random() < drop_caption else clip.text_LE, caption_tokens)
-    known_n = known.draw(size, rng).reshape(-1)
+    known_n = cond_mask.draw(size, rng).reshape(-1)
     return Segment(grid.reshape(-1, grid.shape[-1]), known_n, size, text, clip.fps, min(shown[0], 1))

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from minisora_jax.diffusion.path import PATHS, Path, convert, solve
+from minisora_jax.diffusion.noise_path import PATHS, NoisePath, convert, solve
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,7 +16,7 @@ class Denoiser:
     """`model(x_BSP, time_BS)` gives its `prediction` along `path`. Each method is one call of it."""
 
     model: Callable[[jax.Array, jax.Array], jax.Array]
-    path: Path = PATHS["linear"]
+    path: NoisePath = PATHS["linear"]
     prediction: str = "velocity"
 
     def velocity(self, x_BSP: jax.Array, time_BS: jax.Array) -> jax.Array:

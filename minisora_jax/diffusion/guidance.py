@@ -18,7 +18,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from minisora_jax.diffusion.path import Path, solve, target
+from minisora_jax.diffusion.noise_path import NoisePath, solve, target
 from minisora_jax.models.layers import per_slot_mean, per_token
 from minisora_jax.parallel.mesh import take_in_row
 
@@ -67,7 +67,7 @@ def twins(p_BSP: jax.Array, with_caption_BS: jax.Array, without_BS: jax.Array) -
 
 def guide(
     good_BSP: jax.Array,
-    worse_BSP: jax.Array,
+    guide_BSP: jax.Array,
     time_BS: jax.Array,
     scale: jax.Array | float,
     interval: tuple[float, float] = (0.0, 1.0),
@@ -76,11 +76,11 @@ def guide(
     """p_worse + w (p_good - p_worse) at times in the interval, p_good at others."""
     guided = (time_BS >= interval[0]) & (time_BS <= interval[1])
     w_BS1 = jnp.where(guided, 1.0 + (scale - 1.0) * SCHEDULES[schedule](time_BS), 1.0)[..., None]
-    return worse_BSP + w_BS1 * (good_BSP - worse_BSP)
+    return guide_BSP + w_BS1 * (good_BSP - guide_BSP)
 
 
 def rescale(
-    path: Path,
+    path: NoisePath,
     prediction: str,
     guided_BSP: jax.Array,
     good_BSP: jax.Array,

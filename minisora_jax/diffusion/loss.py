@@ -7,10 +7,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from minisora_jax.diffusion.noise_path import target
 from minisora_jax.diffusion.objective import ObjectiveConfig, weight
-from minisora_jax.diffusion.path import target
 from minisora_jax.diffusion.time import TimeConfig, training_times
-from minisora_jax.models.dit import DiT, mean_of
+from minisora_jax.models.dit import DiT, drop_variance
 from minisora_jax.parallel.mesh import draw
 from minisora_jax.types import PackedBatch
 
@@ -34,8 +34,8 @@ def diffusion_loss(
     noise_BSP = draw(jax.random.normal, noise_key, batch.tokens_BSP)
     time_BS = training_times(times, batch, time_key, path)
     x_BSP = path.mix(batch.tokens_BSP, noise_BSP, time_BS[..., None])
-    p_BSP = mean_of(model.config, model.apply(params, *path.model_input(x_BSP, time_BS), batch))
+    p_BSP = drop_variance(model.config, model.apply(params, *path.model_input(x_BSP, time_BS), batch))
     wanted_BSP = target(path, objective.prediction, batch.tokens_BSP, noise_BSP, time_BS[..., None])
     error_BS = jnp.mean((p_BSP - wanted_BSP) ** 2, axis=-1) * weight(objective, time_BS)
-    counted_BS = ((batch.segment_BS > 0) & ~batch.known_BS).astype(jnp.float32)
+    counted_BS = ((batch.segment_BS > 0) & ~batch.cond_mask_BS).astype(jnp.float32)
     return {"loss": (error_BS, counted_BS)}

@@ -17,7 +17,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from minisora_jax.diffusion.path import PATHS, PREDICTIONS, Path, determinant
+from minisora_jax.diffusion.noise_path import PATHS, PREDICTIONS, NoisePath, determinant
 
 MAX_SNR = 5.0  # Hang et al.'s gamma
 
@@ -40,7 +40,7 @@ class ObjectiveConfig:
                 raise ValueError(f"objective.{name}={getattr(self, name)!r} must be one of {', '.join(choices)}")
 
     @property
-    def along(self) -> Path:
+    def along(self) -> NoisePath:
         return PATHS[self.path]
 
 

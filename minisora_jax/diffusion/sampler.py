@@ -18,8 +18,8 @@ import jax.numpy as jnp
 
 from minisora_jax.diffusion.denoiser import Denoiser, where_moving
 from minisora_jax.diffusion.multistep import Past, begin, dpmpp_2m, unipc
-from minisora_jax.diffusion.path import DDPM_STEPS
-from minisora_jax.diffusion.time import GRIDS
+from minisora_jax.diffusion.noise_path import DDPM_STEPS
+from minisora_jax.diffusion.time import TIME_SCHEDULES
 
 
 def euler(denoiser: Denoiser, x_BSP, time_BS, next_BS, past=(), noise_BSP=None, eta=None):
@@ -105,7 +105,7 @@ SAMPLER_NAMES = (*SAMPLERS, "dopri5")
 class SamplerConfig:
     name: str = "heun"
     steps: int = 20  # model calls, twice as many for "heun"; "dopri5" chooses its own
-    grid: str = "even"  # where the steps lie; diffusion/time.py
+    time_schedule: str = "even"  # where the steps lie; diffusion/time.py
     eta: float | None = None  # share of the noise renewed by the stochastic samplers; None: the sampler's own
     tolerance: float = 1e-3  # of "dopri5"
 
@@ -114,10 +114,10 @@ class SamplerConfig:
             raise ValueError(f"sampler={self.name!r} must be one of {', '.join(SAMPLER_NAMES)}")
         if self.steps < 1:
             raise ValueError(f"steps={self.steps} must be at least 1")
-        if self.grid not in GRIDS:
-            raise ValueError(f"grid={self.grid!r} must be one of {', '.join(GRIDS)}")
-        if self.grid in ("leading", "linspace", "trailing") and self.steps > DDPM_STEPS:
-            raise ValueError(f"steps={self.steps} must be at most {DDPM_STEPS} on the grid {self.grid!r}")
+        if self.time_schedule not in TIME_SCHEDULES:
+            raise ValueError(f"time_schedule={self.time_schedule!r} must be one of {', '.join(TIME_SCHEDULES)}")
+        if self.time_schedule in ("leading", "linspace", "trailing") and self.steps > DDPM_STEPS:
+            raise ValueError(f"steps={self.steps} must be at most {DDPM_STEPS} on the grid {self.time_schedule!r}")
         if self.tolerance <= 0:
             raise ValueError(f"tolerance={self.tolerance} must be above 0")
         if self.eta is not None:

@@ -19,13 +19,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from minisora_jax.diffusion.path import DDPM_STEPS, PATHS, SIGMA_MAX, Path
+from minisora_jax.diffusion.noise_path import DDPM_STEPS, PATHS, SIGMA_MAX, NoisePath
 from minisora_jax.models.layers import per_token
 from minisora_jax.types import PackedBatch
 
 LINEAR = PATHS["linear"]
 
-LAWS = {  # a standard normal draw as a time
+DISTRIBUTIONS = {  # a standard normal draw as a time
     "logit-normal": lambda u, z, path: jax.nn.sigmoid(u),
     "uniform": lambda u, z, path: jax.scipy.special.ndtr(z),
     "edm": lambda u, z, path: jnp.minimum(path.time_of(jnp.exp(u)), 1.0),
@@ -38,11 +38,11 @@ class TimeConfig:
     std: float = 1.0
     base_tokens: int = 256  # clips of this many tokens are not shifted; 0 for no shift
     per_frame: float = 0.1  # share of clips whose frames have a level each (Diffusion Forcing)
-    law: str = "logit-normal"  # "uniform" takes neither mean nor std
+    distribution: str = "logit-normal"  # "uniform" takes neither mean nor std
 
     def __post_init__(self):
-        if self.law not in LAWS:
-            raise ValueError(f"times.law={self.law!r} must be one of {', '.join(LAWS)}")
+        if self.distribution not in DISTRIBUTIONS:
+            raise ValueError(f"times.distribution={self.distribution!r} must be one of {', '.join(DISTRIBUTIONS)}")
         if self.std < 0:
             raise ValueError(f"times.std={self.std} must not be negative")
 
@@ -61,7 +61,7 @@ def tokens_of_segment(batch: PackedBatch) -> jax.Array:
     return per_token(count_BG1, batch.segment_BS)[..., 0]
 
 
-def training_times(config: TimeConfig, batch: PackedBatch, key: jax.Array, path: Path = LINEAR) -> jax.Array:
+def training_times(config: TimeConfig, batch: PackedBatch, key: jax.Array, path: NoisePath = LINEAR) -> jax.Array:
     """A time per token (B, S): one draw per clip, or per frame for some clips; 0 where known."""
     clip_key, frame_key, which_key = jax.random.split(key, 3)
     row_BS = jnp.zeros_like(batch.segment_BS) + jnp.arange(batch.segment_BS.shape[0])[:, None]
@@ -70,7 +70,7 @@ def training_times(config: TimeConfig, batch: PackedBatch, key: jax.Array, path:
     of_frame = drawn_by(jax.random.normal, frame_key, *clip, batch.position_BS3[..., 0])
     per_frame = drawn_by(jax.random.uniform, which_key, *clip) < config.per_frame
     z = jnp.where(per_frame, of_frame, of_clip)
-    time = LAWS[config.law](config.mean + config.std * z, z, path)
+    time = DISTRIBUTIONS[config.distribution](config.mean + config.std * z, z, path)
     return token_times(config, time, batch)
 
 
@@ -85,7 +85,7 @@ def drawn_by(sample: Callable, key: jax.Array, *ids_BS: jax.Array) -> jax.Array:
 
 def token_times(config: TimeConfig, time: jax.Array, batch: PackedBatch) -> jax.Array:
     """Each token's own time from one before the shift (any shape that broadcasts with (B, S)); 0 where known."""
-    return jnp.where(batch.known_BS, 0.0, shift(time, tokens_of_segment(batch), config.base_tokens))
+    return jnp.where(batch.cond_mask_BS, 0.0, shift(time, tokens_of_segment(batch), config.base_tokens))
 
 
 # ---- Sampling
@@ -97,7 +97,7 @@ def karras_levels(steps: int, largest: float, smallest: float, rho: float = 7.0)
     return np.append(ramp**rho, 0.0)
 
 
-def _levels_of(path: Path) -> tuple[float, float]:
+def _levels_of(path: NoisePath) -> tuple[float, float]:
     """The largest and smallest sigma / alpha to sample at: EDM's, or those of the path where it ends earlier."""
     first, largest = (float(r) for r in path.ratio(jnp.array([1.0 / DDPM_STEPS, 1.0])))
     return largest if 0 < largest < 1e3 else SIGMA_MAX, 0.002 if path.explodes else max(0.002, first)
@@ -107,7 +107,7 @@ def _steps_of_ddpm(timesteps: np.ndarray) -> np.ndarray:
     return np.append((np.round(timesteps) + 1) / DDPM_STEPS, 0.0)
 
 
-GRIDS = {  # (steps, path) -> times from the noisiest to 0, (steps + 1,), before the shift
+TIME_SCHEDULES = {  # (steps, path) -> times from the noisiest to 0, (steps + 1,), before the shift
     "even": lambda n, path: jnp.linspace(1.0, 0.0, n + 1),
     # Wan's (UniPC over flow sigmas in diffusers): the even one for a model whose lowest level is 1 / 1000
     "wan": lambda n, path: np.append(np.linspace(1.0, 1 / 1000, n + 1)[:-1], 0.0),
@@ -120,7 +120,7 @@ GRIDS = {  # (steps, path) -> times from the noisiest to 0, (steps + 1,), before
 }
 
 
-def latest_time(path: Path, prediction: str) -> float:
+def latest_time(path: NoisePath, prediction: str) -> float:
     """Where sampling starts. Noise predicted at alpha = 0 says nothing of the data: then at sigma / alpha = 80."""
     if prediction == "noise" and path.alpha(1.0) < 1e-3:
         return float(path.time_of(SIGMA_MAX))
@@ -131,15 +131,15 @@ def sampling_times(
     config: TimeConfig,
     steps: int,
     batch: PackedBatch,
-    path: Path = LINEAR,
-    grid: str = "even",
+    path: NoisePath = LINEAR,
+    time_schedule: str = "even",
     latest: float = 1.0,
     start_BS: jax.Array | float = 1.0,
 ) -> jax.Array:
     """Falling times for each token, (steps + 1, B, S), shifted as in training; 0 at the end, and wherever known.
 
     start_BS: the share of the way, in times before the shift, that each token has to go."""
-    if grid not in GRIDS:
-        raise ValueError(f"grid={grid!r} must be one of {', '.join(GRIDS)}")
-    times = jnp.asarray(GRIDS[grid](steps, path), jnp.float32)[:, None, None] * start_BS
+    if time_schedule not in TIME_SCHEDULES:
+        raise ValueError(f"time_schedule={time_schedule!r} must be one of {', '.join(TIME_SCHEDULES)}")
+    times = jnp.asarray(TIME_SCHEDULES[time_schedule](steps, path), jnp.float32)[:, None, None] * start_BS
     return jnp.minimum(token_times(config, times, batch), latest)

@@ -9,7 +9,7 @@ import numpy as np
 from tqdm import tqdm
 
 from minisora_jax.curation.filters import load_function
-from minisora_jax.generate import Generator, Request
+from minisora_jax.generate import Request, VideoPipeline
 from minisora_jax.models.codec import Codec
 from minisora_jax.toy.checker import check_all
 from minisora_jax.toy.shapes import FPS, Shapes
@@ -42,7 +42,7 @@ def evaluate_codec(codec: Codec, clips: Sequence[Clip], lpips: str | None = None
     return mean | {"psnr_worst": round(min(s["psnr"] for s in each), 4)} | facts, rows
 
 
-def evaluate_model(generator: Generator, split: str, count: int, **options) -> tuple[dict, Rows]:
+def evaluate_model(pipeline: VideoPipeline, split: str, count: int, **options) -> tuple[dict, Rows]:
     """Share of videos that show each attribute of their caption, by the checker, over `count` captions of a split.
 
     Sizes are those of the true clips, whose captions are used. "by_motion" breaks the motion score down.
@@ -50,7 +50,7 @@ def evaluate_model(generator: Generator, split: str, count: int, **options) -> t
     clips = Shapes(split, count)
     truth = [clips[i] for i in range(count)]
     requests = [Request(c.caption, c.size_THW, seed=i, fps=FPS) for i, c in enumerate(truth)]
-    videos = generator.generate(requests, **options)
+    videos = pipeline.generate(requests, **options)
     hits, by_motion, wrong = check_all(videos, [c.caption for c in truth])
     rows = [(v, c.caption + (f"   WRONG: {w}" if w else "")) for v, c, w in zip(videos, truth, wrong)]
     share = lambda v: round(float(np.mean(v)), 4)
@@ -59,6 +59,6 @@ def evaluate_model(generator: Generator, split: str, count: int, **options) -> t
         "videos": count,
         "counted": {k: len(v) for k, v in hits.items()},
         "by_motion": {k: share(v) for k, v in by_motion.items()},
-        "model": generator.hash,
+        "model": pipeline.hash,
         **{k: dataclasses.asdict(v) if dataclasses.is_dataclass(v) else v for k, v in options.items()},
     }, rows

@@ -17,15 +17,15 @@ SHOWN = 8  # rows of a contact sheet on the page
 
 # What the bundled model is to reach: (measurement, score) -> (at least or at most, how much)
 WANTED = {
-    ("animate", "colour"): (">=", 0.95),
-    ("animate", "shape"): (">=", 0.95),
-    ("animate", "motion"): (">=", 0.85),
+    ("image-to-video", "colour"): (">=", 0.95),
+    ("image-to-video", "shape"): (">=", 0.95),
+    ("image-to-video", "motion"): (">=", 0.85),
     ("extend-forward", "seam_psnr"): (">=", 30.0),
     ("extend-forward", "motion"): (">=", 0.85),
     ("extend-backward", "seam_psnr"): (">=", 30.0),
     ("extend-backward", "motion"): (">=", 0.85),
     ("loop", "seam_at_most_1.5"): (">=", 0.9),
-    ("connect", "no_step_above_2"): (">=", 1.0),
+    ("transition", "no_step_above_2"): (">=", 1.0),
     ("permanence", "permanence"): (">=", 0.8),
 }
 

@@ -1,42 +1,14 @@
-"""Making videos with a trained model.
+"""From a request to pixels: requests, tasks over them, the pipeline that runs tasks, and the packed sampler.
 
-    generator = Generator.load(MODEL)
-    [video] = generator.generate([Request("a red circle moves left on a black background", (17, 48, 48))])
-    [longer] = perform(generator, [extend(generator, Request("a red circle moves left ..."), video, after=8)])
+    pipeline = VideoPipeline.load()
+    [video] = pipeline.generate("a red circle moves left on a black background")
 
-request.py says what is asked for, sampling.py makes the latents, verbs.py has every other thing that one can ask of the
-model: each verb is a few lines over requests with different known tokens.
+Read in this order: request.py (what is asked), tasks.py (each task is a few lines over requests with other conditioning
+masks), runner.py (tasks run together), native.py (the model and codec at the sizes of their training), sampling.py.
 """
 
-from minisora_jax.generate.pipeline import Generator
+from minisora_jax.generate.pipeline import VideoPipeline
 from minisora_jax.generate.request import Given, Request
-from minisora_jax.generate.runner import perform
-from minisora_jax.generate.tasks import (
-    animate,
-    connect,
-    enlarge,
-    extend,
-    inpaint,
-    join,
-    make,
-    outpaint,
-    restyle,
-    rollout,
-)
+from minisora_jax.generate.runner import run_tasks
 
-__all__ = [
-    "Generator",
-    "Given",
-    "Request",
-    "animate",
-    "connect",
-    "enlarge",
-    "extend",
-    "inpaint",
-    "join",
-    "make",
-    "outpaint",
-    "perform",
-    "restyle",
-    "rollout",
-]
+__all__ = ["Given", "Request", "VideoPipeline", "run_tasks"]

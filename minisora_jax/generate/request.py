@@ -12,14 +12,14 @@ class Given:
     """What of a video is known, or what it starts from, on the grid of latents."""
 
     latents_thwc: np.ndarray  # float32, as the codec encodes; what is not known counts only where strength < 1
-    known_thw: np.ndarray  # bool, by token (a patch of latents): those kept as they are
+    cond_mask_thw: np.ndarray  # bool, by token (a patch of latents): those kept as they are
     strength: float = 1.0  # noise that the others start from: below 1 they stay near the latents (SDEdit: Meng et al.
     # 2021, arXiv:2108.01073)
 
     def __post_init__(self):
         if not 0 < self.strength <= 1:
             raise ValueError(f"strength={self.strength} must be above 0 (as it is) and at most 1 (all anew)")
-        if self.known_thw.all():
+        if self.cond_mask_thw.all():
             raise ValueError("all of the video is known already: nothing is left to make")
 
 

@@ -1,12 +1,14 @@
-"""Many verbs at once: what they ask for at one time goes through the codec and the model together."""
+"""Many tasks at once: what they need at one time goes through the codec and the model together."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Generator, Sequence
+from typing import Any
 
 import numpy as np
 
+from minisora_jax.generate.native import NativePipeline, Watch
 from minisora_jax.generate.request import Request
 
 
@@ -27,58 +29,65 @@ class Decode:
 
 @dataclasses.dataclass(frozen=True)
 class Frames:
-    """Some of the result, uint8 (T, H, W, 3). Not answered."""
+    """A piece of the result, uint8 (T, H, W, 3). Not answered."""
 
     frames_THWC: np.ndarray
 
 
-Verb = Generator  # of Encode, Request, Decode and Frames, sent their answers
+Task = Generator[Encode | Decode | Frames | Request, Any, Any]
 
 
-def altered(verb: Verb, alter: Callable[[np.ndarray | None], np.ndarray | None]) -> Verb:
-    """A verb whose frames are what `alter` makes of them as they come, and at last of None; it may give None, too."""
+def altered(task: Task, alter: Callable[[np.ndarray | None], np.ndarray | None]) -> Task:
+    """A task whose frames go through `alter` as they come, and None at the end. `alter` may return None for nothing."""
     answer = None
     while True:
         try:
-            asked = verb.send(answer)
+            need = task.send(answer)
         except StopIteration:
             break
-        if not isinstance(asked, Frames):
-            answer = yield asked
+        if not isinstance(need, Frames):
+            answer = yield need
             continue
         answer = None
-        if (some := alter(asked.frames_THWC)) is not None:
-            yield Frames(some)
+        if (frames := alter(need.frames_THWC)) is not None:
+            yield Frames(frames)
     if (rest := alter(None)) is not None:
         yield Frames(rest)
 
 
-def perform(
-    generator,
-    verbs: Sequence[Verb],
+def run_tasks(
+    pipeline: NativePipeline,
+    tasks: Sequence[Task],
     *,
     write: Callable[[int, np.ndarray], None] | None = None,
-    watch: Callable[[float, Callable[[], dict[int, np.ndarray]]], None] | None = None,
+    watch: Watch | None = None,
     failed: Callable[[int, ValueError], None] | None = None,
     **options,
-) -> list[np.ndarray] | None:
-    """The frames of each verb, uint8 (T, H, W, 3); or `write(number, frames)` is called with them as they come.
+) -> list[np.ndarray]:
+    """Run tasks together.
 
-    options and `watch` are those of `Generator.sample`, but that look() gives latents by verb, of those sampled now.
-    What the verbs ask for at one time goes through the model together. A verb that finds that it cannot be done is left
-    out, and `failed` called with its error; without that it is raised.
+    Args:
+        pipeline: the model and codec that answer what the tasks need.
+        tasks: generators of tasks.py.
+        write: called with (number of the task, frames) for each piece; without it the pieces are returned.
+        watch: as in `NativePipeline.sample`, with latents by number of task, of those sampled now.
+        failed: called with (number, error) for a task that cannot be done, which is left out; without it, raised.
+        **options: those of `NativePipeline.sample`.
+
+    Returns:
+        uint8 frames (T, H, W, 3) of each task that gave any; [] with `write`.
     """
-    pieces: list[list[np.ndarray]] = [[] for _ in verbs]
-    write = write or (lambda i, frames: pieces[i].append(frames))
-    waiting = {}
+    pieces: list[list[np.ndarray]] = [[] for _ in tasks]
+    write_piece = write or (lambda i, frames: pieces[i].append(frames))
+    waiting: dict[int, Encode | Decode | Request] = {}
 
     def go_on(i: int, answer) -> None:
         try:
-            asked = verbs[i].send(answer)
-            while isinstance(asked, Frames):
-                write(i, asked.frames_THWC)
-                asked = verbs[i].send(None)
-            waiting[i] = asked
+            need = tasks[i].send(answer)
+            while isinstance(need, Frames):
+                write_piece(i, need.frames_THWC)
+                need = tasks[i].send(None)
+            waiting[i] = need
         except StopIteration:
             waiting.pop(i, None)
         except ValueError as error:
@@ -87,22 +96,21 @@ def perform(
             waiting.pop(i, None)
             failed(i, error)
 
-    def answers(kind: type, asking: list[int]) -> list[np.ndarray]:
-        some = [waiting[i] for i in asking]
-        if kind is Encode:
-            return generator.encode([a.frames_THWC for a in some])
-        if kind is Decode:
-            return generator.decode([a.latents_thwc for a in some], [a.loop for a in some])
-        by_verb = lambda look: lambda: {asking[k]: latents for k, latents in look().items()}
-        seen = watch and (lambda share, look: watch(share, by_verb(look)))
-        return generator.sample(some, watch=seen, **options)
+    def answers(numbers: list[int], needs: list) -> list[np.ndarray]:
+        if isinstance(needs[0], Encode):
+            return pipeline.encode([need.frames_THWC for need in needs])
+        if isinstance(needs[0], Decode):
+            return pipeline.decode([need.latents_thwc for need in needs], [need.loop for need in needs])
+        by_task = lambda look: lambda: {numbers[k]: latents for k, latents in look().items()}
+        watch_tasks = watch and (lambda share, look: watch(share, by_task(look)))
+        return pipeline.sample(needs, watch=watch_tasks, **options)
 
-    for i in range(len(verbs)):
+    for i in range(len(tasks)):
         go_on(i, None)
     while waiting:
         for kind in (Encode, Request, Decode):
-            asking = [i for i, asked in waiting.items() if isinstance(asked, kind)]
-            if asking:
-                for i, result in zip(asking, answers(kind, asking), strict=True):
-                    go_on(i, result)
-    return [np.concatenate(some) for some in pieces] if any(pieces) else None
+            numbers = [i for i, need in waiting.items() if isinstance(need, kind)]
+            if numbers:
+                for i, answer in zip(numbers, answers(numbers, [waiting[i] for i in numbers]), strict=True):
+                    go_on(i, answer)
+    return [np.concatenate(piece) for piece in pieces if piece]

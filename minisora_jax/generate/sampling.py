@@ -21,12 +21,12 @@ from minisora_jax.data.rows import Segment, pack_segments, padded_text, patchify
 from minisora_jax.diffusion.adaptive import dopri5
 from minisora_jax.diffusion.denoiser import Denoiser
 from minisora_jax.diffusion.guidance import GuidanceConfig, guide, rescale, twins
-from minisora_jax.diffusion.path import Path
+from minisora_jax.diffusion.noise_path import NoisePath
 from minisora_jax.diffusion.sampler import SAMPLERS, SamplerConfig
 from minisora_jax.diffusion.time import TimeConfig, latest_time, sampling_times, token_times
 from minisora_jax.generate.request import Request
-from minisora_jax.models.dit import DiT, DiTConfig, mean_of
-from minisora_jax.parallel.mesh import TOKENS, on_mesh
+from minisora_jax.models.dit import DiT, DiTConfig, drop_variance
+from minisora_jax.parallel.mesh import TOKENS, put_batch
 from minisora_jax.types import PackedBatch
 
 CUTS = 2  # places at which a circle is cut at each step, whose ways are averaged
@@ -34,7 +34,7 @@ GOLDEN = 0.6180339887  # turns of a circle, one a step, that come closest to eve
 
 
 @dataclasses.dataclass(frozen=True)
-class Layout:
+class PackedRequests:
     """Requests in rows. A request's twins, of which there are `copies`, lie one after another."""
 
     requests: Sequence[Request]
@@ -67,19 +67,19 @@ class Layout:
 
     def _segments(self, i: int, captions: Sequence[np.ndarray]) -> list[Segment]:
         request, n = self.requests[i], self.tokens(i)
-        tokens, known = np.zeros((n, self.config.token_width), np.float32), np.zeros(n, bool)
+        tokens, cond_mask = np.zeros((n, self.config.token_width), np.float32), np.zeros(n, bool)
         if given := request.given:
             patches = patchify(np.asarray(given.latents_thwc, np.float32), self.config.patch)
-            if patches.shape[:3] != self.grids[i] or given.known_thw.shape != self.grids[i]:
+            if patches.shape[:3] != self.grids[i] or given.cond_mask_thw.shape != self.grids[i]:
                 raise ValueError(
-                    f"what is given has {patches.shape[:3]} tokens, {given.known_thw.shape} of them marked known or "
+                    f"what is given has {patches.shape[:3]} tokens, {given.cond_mask_thw.shape} of them marked known or "
                     f"not, and the video asked for {self.grids[i]}"
                 )
-            known = given.known_thw.reshape(-1)
-            kept = known | (given.strength < 1)
+            cond_mask = given.cond_mask_thw.reshape(-1)
+            kept = cond_mask | (given.strength < 1)
             tokens = np.where(kept[:, None], patches.reshape(n, -1), 0.0).astype(np.float32)
         return [
-            Segment(tokens, known, self.grids[i], text, request.fps, request.first, request.spacing)
+            Segment(tokens, cond_mask, self.grids[i], text, request.fps, request.first, request.spacing)
             for text in captions
         ]
 
@@ -119,7 +119,7 @@ class Layout:
 
 
 def sample(
-    layout: Layout,
+    packed: PackedRequests,
     captions: Sequence[Sequence[np.ndarray]],
     models: Sequence[tuple[DiTConfig, dict]],
     times: TimeConfig,
@@ -130,32 +130,32 @@ def sample(
 ) -> dict[int, np.ndarray]:
     """latents_thwc of each request laid out. After each step `on_step(k, look)`; look(): latents as they seem."""
     path, latest = objective.along, latest_time(objective.along, objective.prediction)
-    batch = on_mesh(layout.batch(captions))
-    tokens = lambda values: on_mesh(values, TOKENS)
+    batch = put_batch(packed.batch(captions))
+    tokens = lambda values: put_batch(values, TOKENS)
     start_BS = tokens(
-        layout.per_token(lambda i: layout.requests[i].given.strength if layout.requests[i].given else 1.0)
+        packed.per_token(lambda i: packed.requests[i].given.strength if packed.requests[i].given else 1.0)
     )
     static = (tuple(config for config, _ in models), objective, guidance.static)
     params = tuple(p for _, p in models)
-    both = tuple(tokens(index) for index in layout.twins())
+    both = tuple(tokens(index) for index in packed.twins())
     inputs = lambda batch: (params, batch, *both, guidance.scale, guidance.interval)
-    circle = [layout.grids[i][0] if request.loop else 0 for i, request in enumerate(layout.requests)]
-    circle_BS = tokens(layout.per_token(lambda i: circle[i]).astype(np.int32)) if any(circle) else None
+    circle = [packed.grids[i][0] if request.loop else 0 for i, request in enumerate(packed.requests)]
+    circle_BS = tokens(packed.per_token(lambda i: circle[i]).astype(np.int32)) if any(circle) else None
 
     if sampler.name == "dopri5":
         if any(circle):
             raise ValueError("a loop is cut at another place at each step, and dopri5 has no steps: use --sampler heun")
         first = jnp.minimum(token_times(times, start_BS, batch), latest)
-        x = _begin(path, batch, tokens(layout.noise(0)), first, start_BS)
+        x = _begin(path, batch, tokens(packed.noise(0)), first, start_BS)
         x = _integrate(static, times, latest, sampler.tolerance, x, start_BS, inputs(batch)).block_until_ready()
-        on_step(1, lambda: layout.latents(np.asarray(x)))
-        return layout.latents(np.asarray(x))
+        on_step(1, lambda: packed.latents(np.asarray(x)))
+        return packed.latents(np.asarray(x))
 
-    times_BS = sampling_times(times, sampler.steps, batch, path, sampler.grid, latest, start_BS)
-    x = _begin(path, batch, tokens(layout.noise(0)), times_BS[0], start_BS)
+    times_BS = sampling_times(times, sampler.steps, batch, path, sampler.time_schedule, latest, start_BS)
+    x = _begin(path, batch, tokens(packed.noise(0)), times_BS[0], start_BS)
     past = SAMPLERS[sampler.name].begin(x, times_BS[0])
     for k in range(sampler.steps):
-        fresh = tokens(layout.noise(k + 1)) if sampler.noise else None
+        fresh = tokens(packed.noise(k + 1)) if sampler.noise else None
         turns = [None] if circle_BS is None else [(k * GOLDEN + n / CUTS) % 1.0 for n in range(CUTS)]
         before, (now, then) = x, (times_BS[k], times_BS[k + 1])
         ways = []
@@ -167,13 +167,13 @@ def sample(
         x, past = ways[0] if len(ways) == 1 else jax.tree.map(lambda *each: sum(each) / len(each), *ways)
         x.block_until_ready()
         so_far = functools.partial(_clean_estimate, path, before, x, now, then)
-        on_step(k + 1, lambda estimate=so_far: layout.latents(np.asarray(estimate())))
-    return layout.latents(np.asarray(x))
+        on_step(k + 1, lambda estimate=so_far: packed.latents(np.asarray(estimate())))
+    return packed.latents(np.asarray(x))
 
 
-def _begin(path: Path, batch: PackedBatch, noise_BSP, time_BS, start_BS) -> jax.Array:
+def _begin(path: NoisePath, batch: PackedBatch, noise_BSP, time_BS, start_BS) -> jax.Array:
     """Noise, as wide as data with it would be; where something is known or kept in part, that with its noise."""
-    given_BS1 = (batch.known_BS | (start_BS < 1))[..., None]
+    given_BS1 = (batch.cond_mask_BS | (start_BS < 1))[..., None]
     mixed_BSP = path.mix(batch.tokens_BSP, noise_BSP, time_BS[..., None])
     return jnp.where(given_BS1, mixed_BSP, noise_BSP * path.spread(time_BS)[..., None])
 
@@ -189,7 +189,7 @@ def _turned(batch: PackedBatch, circle_BS: jax.Array, share) -> PackedBatch:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _clean_estimate(path: Path, before_BSP, x_BSP, now_BS, then_BS):
+def _clean_estimate(path: NoisePath, before_BSP, x_BSP, now_BS, then_BS):
     """The data from two states of one trajectory, as if it and its noise had not changed between them (DDIM's view)."""
     a, s, a2, s2 = (f(t)[..., None] for t in (now_BS, then_BS) for f in (path.alpha, path.sigma))
     det = a2 * s - a * s2
@@ -228,14 +228,14 @@ def _denoiser(static, inputs) -> Denoiser:
 
     def predict(x_BSP, time_BS):
         seen = path.model_input(x_BSP, time_BS)
-        good_BSP, *worse_BSP = (mean_of(c, DiT(c).apply(p, *seen, batch)) for c, p in zip(configs, params))
-        if worse_BSP:
-            worse_BSP = worse_BSP[0]
+        good_BSP, *guide_BSP = (drop_variance(c, DiT(c).apply(p, *seen, batch)) for c, p in zip(configs, params))
+        if guide_BSP:
+            guide_BSP = guide_BSP[0]
         else:
-            good_BSP, worse_BSP = twins(good_BSP, with_caption_BS, without_BS)
-        p_BSP = guide(good_BSP, worse_BSP, time_BS, scale, interval, schedule)
+            good_BSP, guide_BSP = twins(good_BSP, with_caption_BS, without_BS)
+        p_BSP = guide(good_BSP, guide_BSP, time_BS, scale, interval, schedule)
         if share:
-            unknown_BS, slots = jnp.where(batch.known_BS, 0, batch.segment_BS), batch.fps_BG.shape[1]
+            unknown_BS, slots = jnp.where(batch.cond_mask_BS, 0, batch.segment_BS), batch.fps_BG.shape[1]
             p_BSP = rescale(path, objective.prediction, p_BSP, good_BSP, x_BSP, time_BS, unknown_BS, slots, share)
         return p_BSP
 

@@ -15,15 +15,15 @@ import numpy as np
 
 from minisora_jax.generate.frame_ops import stretched
 from minisora_jax.generate.request import Given, Request
-from minisora_jax.generate.runner import Decode, Encode, Verb, altered
+from minisora_jax.generate.runner import Decode, Encode, Task, altered
 from minisora_jax.io.resize import resized
 
-BETWEEN = 0.3  # strength at which frames between frames are made anew: two blended ones have to become one
+IN_BETWEEN_STRENGTH = 0.3  # strength at which frames between frames are made anew: two blended ones have to become one
 
 
-def sizes_up_to(generator, size_THW: tuple[int, int, int]) -> list[tuple[int, int, int]]:
+def sizes_up_to(pipeline, size_THW: tuple[int, int, int]) -> list[tuple[int, int, int]]:
     """From one that training knew to that asked for, each at most twice the one before; frames are added first."""
-    most, cell, factor = generator.known_size, generator.cell, generator.codec.config.time_factor
+    most, cell, factor = pipeline.known_size, pipeline.cell, pipeline.codec.config.time_factor
     sizes = [tuple(size_THW)]
     while most:
         T, H, W = sizes[0]
@@ -38,47 +38,45 @@ def sizes_up_to(generator, size_THW: tuple[int, int, int]) -> list[tuple[int, in
     return sizes
 
 
-def at_known_size(generator, request: Request, make: Callable[[Request], Verb]) -> Verb:
+def at_known_size(pipeline, request: Request, make: Callable[[Request], Task]) -> Task:
     """make(request) at a size that training knew, and enlarged to that of the request; gives its frames."""
     T, *size = request.size_THW
-    sizes = sizes_up_to(generator, (1 if request.loop else T, *size))
+    sizes = sizes_up_to(pipeline, (1 if request.loop else T, *size))
     if request.loop:
         sizes = [(T, *size) for _, *size in sizes]
     frames = yield from make(dataclasses.replace(request, size_THW=sizes[0]))
     for size in sizes[1:]:
-        frames = yield from enlarged(generator, request, frames, size)
+        frames = yield from upscaled(pipeline, request, frames, size)
     return frames
 
 
-def enlarged(generator, request: Request, frames_THWC: np.ndarray, size_THW: tuple[int, int, int]) -> Verb:
+def upscaled(pipeline, request: Request, frames_THWC: np.ndarray, size_THW: tuple[int, int, int]) -> Task:
     """Frames of a video, or of a loop, at a larger size: first as many, then as large as asked for."""
     T, *size = size_THW
     if T > len(frames_THWC):
-        known = generator.known_size[0] if generator.known_size else len(frames_THWC)
+        known = pipeline.known_size[0] if pipeline.known_size else len(frames_THWC)
         longer = (T, *frames_THWC.shape[1:3])
         asked = dataclasses.replace(request, size_THW=longer, spacing=(min(1.0, (known - 1) / (T - 1)), 1.0, 1.0))
-        frames_THWC = yield from renewed(generator, asked, stretched(frames_THWC, T), BETWEEN)
+        frames_THWC = yield from regenerated(pipeline, asked, stretched(frames_THWC, T), IN_BETWEEN_STRENGTH)
     if frames_THWC.shape[1:3] == tuple(size):
         return frames_THWC
-    latents = yield from _encoded(
-        generator, dataclasses.replace(request, size_THW=size_THW), resized(frames_THWC, size)
-    )
+    latents = yield from _encoded(pipeline, dataclasses.replace(request, size_THW=size_THW), resized(frames_THWC, size))
     return (yield Decode(latents, request.loop))
 
 
-def renewed(generator, request: Request, frames_THWC: np.ndarray, strength: float) -> Verb:
+def regenerated(pipeline, request: Request, frames_THWC: np.ndarray, strength: float) -> Task:
     """Frames made again from noise of that strength over them; nothing of them is known."""
-    latents = yield from _encoded(generator, request, frames_THWC)
-    nothing = np.zeros(generator.grid(request), bool)
+    latents = yield from _encoded(pipeline, request, frames_THWC)
+    nothing = np.zeros(pipeline.grid(request), bool)
     latents = yield dataclasses.replace(request, given=Given(latents, nothing, strength))
     return (yield Decode(latents, request.loop))
 
 
-def enlarged_as_they_come(generator, frames: Verb, size_HW: tuple[int, int]) -> Verb:
+def upscaled_stream(pipeline, frames: Task, size_HW: tuple[int, int]) -> Task:
     """A verb's frames at a larger size, piece by piece: memory does not grow with their number. The codec goes on from
     piece to piece, as if the video were one."""
-    factor = generator.codec.config.time_factor
-    encoder, decoder = generator.codec.encoder(), generator.codec.decoder()
+    factor = pipeline.codec.config.time_factor
+    encoder, decoder = pipeline.codec.encoder(), pipeline.codec.decoder()
     waiting, first = np.zeros((0, 1, 1, 3), np.uint8), 1
 
     def larger(frames_THWC: np.ndarray | None) -> np.ndarray | None:
@@ -98,7 +96,7 @@ def enlarged_as_they_come(generator, frames: Verb, size_HW: tuple[int, int]) -> 
     return altered(frames, larger)
 
 
-def _encoded(generator, request: Request, frames_THWC: np.ndarray) -> Verb:
+def _encoded(pipeline, request: Request, frames_THWC: np.ndarray) -> Task:
     """Latents of all frames; a loop is encoded with itself before itself."""
     around = np.concatenate([frames_THWC[-1:], frames_THWC, frames_THWC]) if request.loop else frames_THWC
-    return (yield Encode(around))[-generator.grid(request)[0] :]
+    return (yield Encode(around))[-pipeline.grid(request)[0] :]

@@ -15,6 +15,7 @@ import jax
 import numpy as np
 from flax import traverse_util
 
+from minisora_jax.config import with_current_names
 from minisora_jax.io.atomic import write_text
 from minisora_jax.io.safetensors import LazyArray, StoredTensor, order_of, read_tensors, write_tensors
 from minisora_jax.parallel.processes import is_main, parts_of
@@ -97,8 +98,8 @@ def load_config(directory: str | Path) -> dict:
 
 
 def config_fields(saved: dict) -> dict:
-    """The fields of a frozen config from JSON, which has lists for tuples."""
-    return {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()}
+    """The fields of a frozen config from JSON, which has lists for tuples; under the names that they have today."""
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in with_current_names(saved).items()}
 
 
 def model_hash(directory: str | Path) -> str:

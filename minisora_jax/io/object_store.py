@@ -40,10 +40,10 @@ class Mirror:
             raise DataError(f"{self.url}/manifest.json is missing: expected a finished data set") from error
         name = f"{self.url.rpartition('/')[2]}-{hashlib.sha256(manifest).hexdigest()[:16]}"
         self.directory = cache_folder() / name
-        facts = json_or_none(manifest.decode("utf-8", "replace"))
-        if not isinstance(facts, dict):
+        metadata = json_or_none(manifest.decode("utf-8", "replace"))
+        if not isinstance(metadata, dict):
             raise DataError(f"{self.url}/manifest.json is damaged: expected JSON, found {manifest[:20]!r}")
-        for table in facts.get("tables", {}).values():
+        for table in metadata.get("tables", {}).values():
             self.fetch(table["file"], table["sha256"])
         with replacing(self.directory / "manifest.json") as temporary:
             temporary.write_bytes(manifest)

@@ -41,8 +41,8 @@ def write_parts(
         for litter in folder.glob(f".{part:06d}-*.tmp*"):
             litter.unlink()
         with ShardWriter(folder / f"{part:06d}", opening) as writer:
-            facts = write_part(part, writer)
-        write_text(note, json.dumps({"shards": writer.shards, "facts": facts}))
+            metadata = write_part(part, writer)
+        write_text(note, json.dumps({"shards": writer.shards, "facts": metadata}))
 
 
 def finish_parts(
@@ -51,7 +51,7 @@ def finish_parts(
     parts: int,
     *,
     tables: dict[str, np.ndarray] | None = None,
-    closing: Callable[[list[Any]], dict[str, Any]] = lambda facts: {},
+    closing: Callable[[list[Any]], dict[str, Any]] = lambda metadata: {},
 ) -> dict[str, Any]:
     """The manifest of a data set all of whose parts are done, which puts them together.
 

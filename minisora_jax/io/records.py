@@ -39,11 +39,11 @@ RANDOM_ACCESS = "readahead_buffer_size:0,max_parallelism:0"
 # ---- One record
 
 
-def pack_record(arrays: dict[str, np.ndarray], facts: dict[str, Any]) -> bytes:
+def pack_record(arrays: dict[str, np.ndarray], metadata: dict[str, Any]) -> bytes:
     """Arrays and JSON facts as bytes; `unpack_record` gives both back exactly."""
     arrays = {name: np.ascontiguousarray(a) for name, a in arrays.items()}
     layout = [[name, a.dtype.str, list(a.shape)] for name, a in arrays.items()]
-    header = json.dumps({"arrays": layout, "facts": facts}, ensure_ascii=False, sort_keys=True).encode("utf-8")
+    header = json.dumps({"arrays": layout, "facts": metadata}, ensure_ascii=False, sort_keys=True).encode("utf-8")
     body = b"".join([struct.pack("<I", len(header)), header, *(a.tobytes() for a in arrays.values())])
     return MAGIC + struct.pack("<I", zlib.crc32(body)) + body
 

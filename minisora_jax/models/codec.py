@@ -22,7 +22,7 @@ import numpy as np
 
 from minisora_jax.io.model_dir import config_fields, export_model, load_model, model_hash
 from minisora_jax.models.vae import VAE, VAEConfig
-from minisora_jax.parallel.halo import by_rows, fetch_pictures, place_parameters, place_pictures
+from minisora_jax.parallel.halo import fetch_pictures, place_parameters, place_pictures, shard_height
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,7 +205,7 @@ def _encode(config: VAEConfig, units: int, params, frames_BTHWC, past):
         mean, logvar, past = VAE(config).apply(params, to_float(frames_BTHWC), past, method="encode")
         return (mean, jnp.exp(0.5 * logvar)), past
 
-    return by_rows(encode, units, params, frames_BTHWC, past)
+    return shard_height(encode, units, params, frames_BTHWC, past)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=4)
@@ -216,4 +216,4 @@ def _decode(config: VAEConfig, units: int, params, z_Bthwc, past):
         x, past = VAE(config).apply(params, z_Bthwc, past, method="decode")
         return to_uint8(x), past
 
-    return by_rows(decode, units, params, z_Bthwc, past)
+    return shard_height(decode, units, params, z_Bthwc, past)

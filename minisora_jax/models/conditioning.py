@@ -83,11 +83,11 @@ class ClipCondition(nn.Module):
         D = cfg.width
         if cfg.caption == "label":
             return pooled_BGE
-        if cfg.facts:
-            facts_BG4 = jnp.concatenate([batch.size_BG3.astype(jnp.float32), batch.fps_BG[..., None]], axis=-1)
-            facts_BGx = sinusoids(facts_BG4, 64, max_period=1000.0).reshape(*batch.fps_BG.shape, 4 * 64)
+        if cfg.micro_conditioning:
+            micro_BG4 = jnp.concatenate([batch.size_BG3.astype(jnp.float32), batch.fps_BG[..., None]], axis=-1)
+            micro_BGx = sinusoids(micro_BG4, 64, max_period=1000.0).reshape(*batch.fps_BG.shape, 4 * 64)
             pooled = Einsum("bge,ed->bgd", (cfg.text_width, D), name="pooled_text")(pooled_BGE)
-            return pooled + Einsum("bge,ed->bgd", (4 * 64, D), name="facts")(facts_BGx)
+            return pooled + Einsum("bge,ed->bgd", (4 * 64, D), name="facts")(micro_BGx)  # its name in saved weights
         if cfg.size_pixels:
             pixels_BG2 = cfg.size_pixels * batch.size_BG3[..., 1:].astype(jnp.float32)
             aspect_BG1 = pixels_BG2[..., :1] / jnp.maximum(pixels_BG2[..., 1:], 1.0)

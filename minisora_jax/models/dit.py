@@ -46,8 +46,10 @@ class DiTConfig:
     remat: str = "none"  # what a block's backward computes again: "none", all but "matmuls" or "attention", or "full"
     attention: str = "auto"  # the kernel (parallel/kernels); "auto": the best on this backend
     # ---- What sets the published families apart
-    level: str = "1000 t"  # what the model is told of the noise level; SiT is told "1 - t"
-    groups: tuple[str, ...] = ("joint",)  # who attends to whom, a block each: whole clip; "spatial", "temporal" (Latte)
+    time_input: str = "1000 t"  # what the model is told of the noise level; SiT is told "1 - t"
+    attention_pattern: tuple[str, ...] = (
+        "joint",
+    )  # who attends to whom, a block each: whole clip; "spatial", "temporal" (Latte)
     modulation: str = "shared"  # adaLN from one layer and a table a block; "single": the head's too (PixArt); "block"
     qk_norm: str = "head"  # RMS norm of queries and keys over each "head", over "all" of them (Wan), or "none"
     rope: bool = True  # rotary positions
@@ -56,7 +58,7 @@ class DiTConfig:
     caption: str = "refined"  # by a small transformer; "projected" by two layers; a "label" without cross-attention
     caption_tokens: int = 0  # captions are padded with zeros to so many tokens, which are attended to (Wan); 0: not
     cross_norm: bool = True  # LayerNorm before cross-attention
-    facts: bool = True  # the clip's size, frame rate and mean caption join the noise level
+    micro_conditioning: bool = True  # the clip's size, frame rate and mean caption join the noise level
     classes: int = 0  # of a label's table, the one that stands for none included
     size_pixels: int = 0  # pixels a token is wide, for PixArt's embedding of height, width and aspect; 0: none
     image_features: int = 0  # width of an image encoder's tokens, which Wan's image-to-video attends to; 0: none
@@ -69,19 +71,23 @@ class DiTConfig:
             raise ValueError(f"width={self.width} over heads={self.heads} must give an even whole head width")
         if self.caption == "refined" and self.text_width % 64:
             raise ValueError(f"text_width={self.text_width} must be a multiple of 64, the text heads' width")
-        if self.caption != "refined" and self.facts:
-            raise ValueError(f"facts=True needs the mean of a refined caption: caption={self.caption!r} has none")
+        if self.caption != "refined" and self.micro_conditioning:
+            raise ValueError(
+                f"micro_conditioning=True needs the mean of a refined caption: caption={self.caption!r} has none"
+            )
         if (self.caption == "label") != (self.classes > 0):
             raise ValueError(f"classes={self.classes} with caption={self.caption!r}: a label needs them, and only it")
         if len(self.patch) != 3 or self.patch[0] != 1:
             raise ValueError(f"patch={self.patch} must be (1, y, x): latent frames come as 1 + k, so one at a time")
-        if not self.groups or set(self.groups) - {"joint", "spatial", "temporal"}:
-            raise ValueError(f"groups={self.groups} must be made of 'joint', 'spatial' and 'temporal'")
+        if not self.attention_pattern or set(self.attention_pattern) - {"joint", "spatial", "temporal"}:
+            raise ValueError(
+                f"attention_pattern={self.attention_pattern} must be made of 'joint', 'spatial' and 'temporal'"
+            )
 
     @property
     def makes_images(self) -> bool:
         """Whether it has no notion of time: what its tokens are told of their place is (y, x)."""
-        return self.positions == "fixed" and "temporal" not in self.groups
+        return self.positions == "fixed" and "temporal" not in self.attention_pattern
 
     @property
     def token_width(self) -> int:
@@ -95,7 +101,7 @@ class DiTConfig:
 _CHOICES = {
     "remat": ("none", "matmuls", "attention", "full"),
     "attention": ("auto", *KERNELS),
-    "level": ("1000 t", "1 - t"),
+    "time_input": ("1000 t", "1 - t"),
     "modulation": ("shared", "single", "block"),
     "qk_norm": ("head", "all", "none"),
     "positions": ("learned", "fixed", "none"),
@@ -120,7 +126,7 @@ class BlockInputs:
     frame_BSD: jax.Array | None  # fixed positions in time, which join before the first temporal block (Latte)
     caption: tuple[jax.Array, jax.Array] | None  # tokens, segment ids
     image: tuple[jax.Array, jax.Array] | None
-    longest: int = struct.field(pytree_node=False, default=0)  # tokens of the longest clip; 0: not known
+    max_segment_len: int = struct.field(pytree_node=False, default=0)  # tokens of the longest clip; 0: not known
 
 
 class Block(nn.Module):
@@ -139,7 +145,9 @@ class Block(nn.Module):
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = jnp.split(modulation, 6, axis=-1)
         h = LayerNorm(learned=False)(x) * (1 + scale_a) + shift_a
         attention = Attention(cfg.heads, cfg.qk_norm, impl=cfg.attention, name="self_attention")
-        x = x + gate_a * attention(h, inputs.segments[self.group], inputs.angles_BSk, longest=inputs.longest)
+        x = x + gate_a * attention(
+            h, inputs.segments[self.group], inputs.angles_BSk, max_segment_len=inputs.max_segment_len
+        )
         if inputs.caption and self.group != "temporal":
             h = LayerNorm(name="cross_norm")(x) if cfg.cross_norm else x
             cross = Attention(cfg.heads, cfg.qk_norm, out_scale=0.0, impl=cfg.attention, name="cross_attention")
@@ -155,7 +163,7 @@ class Blocks(nn.Module):
 
     @nn.compact
     def __call__(self, x, inputs: BlockInputs, layer):
-        for group in self.config.groups:
+        for group in self.config.attention_pattern:
             if group == "temporal" and inputs.frame_BSD is not None:
                 x = x + jnp.where(layer == 0, inputs.frame_BSD, 0)
             x = Block(self.config, group, name=group)(x, inputs)
@@ -176,7 +184,7 @@ class DiT(nn.Module):
 
         # ---- Conditioning: the noise level, by token, and what holds for the whole clip, by slot
         caption, pooled_BGD = caption_tokens(cfg, batch)
-        level_BS = 1.0 - time_BS if cfg.level == "1 - t" else 1000.0 * time_BS
+        level_BS = 1.0 - time_BS if cfg.time_input == "1 - t" else 1000.0 * time_BS
         level_BSx = sinusoids(level_BS, 256).astype(dtype)
         level_BSD = Einsum("bse,ed->bsd", (256, D), name="time1")(level_BSx)
         condition_BSD = Einsum("bsd,de->bse", (D, D), name="time2")(nn.silu(level_BSD))
@@ -201,12 +209,12 @@ class DiT(nn.Module):
         # ---- Blocks
         inputs = BlockInputs(
             modulation_BSx=modulation,
-            segments=attention_segments(cfg.groups, batch),
+            segments=attention_segments(cfg.attention_pattern, batch),
             angles_BSk=rope_angles(batch.position_BS3, D // cfg.heads) if cfg.rope else None,
-            frame_BSD=frame_BSD if "temporal" in cfg.groups else None,
+            frame_BSD=frame_BSD if "temporal" in cfg.attention_pattern else None,
             caption=caption,
             image=ImageTokens(D, cfg.image_features, cfg.dtype, name="image")(batch) if cfg.image_features else None,
-            longest=batch.longest,
+            max_segment_len=batch.max_segment_len,
         )
         blocks: Any = Blocks
         if cfg.remat != "none":
@@ -247,7 +255,7 @@ def abstract_batch(
         tokens_BSP=floats(tokens, config.token_width),
         segment_BS=ids(tokens),
         position_BS3=ids(tokens, 3),
-        known_BS=jax.ShapeDtypeStruct((rows, tokens), bool, sharding=sharding),
+        cond_mask_BS=jax.ShapeDtypeStruct((rows, tokens), bool, sharding=sharding),
         text_BLE=(ids if config.text_features == 1 else floats)(text_tokens, config.text_features),
         text_segment_BL=ids(text_tokens),
         fps_BG=floats(slots),
@@ -265,7 +273,7 @@ def abstract_params(config: DiTConfig) -> Any:
     return jax.eval_shape(init, time_BS, batch)
 
 
-def mean_of(config: DiTConfig, y_BSP: jax.Array) -> jax.Array:
+def drop_variance(config: DiTConfig, y_BSP: jax.Array) -> jax.Array:
     """The prediction itself, where a model predicts a variance beside it (DiT, PixArt, Latte); else y."""
     c = config.latent_channels
     if config.out_channels != 2 * c:
@@ -274,7 +282,7 @@ def mean_of(config: DiTConfig, y_BSP: jax.Array) -> jax.Array:
     return jnp.concatenate([y_BSP[..., 2 * c * i : 2 * c * i + c] for i in range(pixels)], axis=-1)
 
 
-def attention_segments(groups: tuple[str, ...], batch: PackedBatch) -> dict[str, jax.Array]:
+def attention_segments(attention_pattern: tuple[str, ...], batch: PackedBatch) -> dict[str, jax.Array]:
     """For each group and "joint", an id (B, S) for each token: it attends to those that share it; 0 for padding.
 
     "spatial": the tokens of its frame. "temporal": those of its place in all frames. Up to 65,536 of either a clip.
@@ -282,9 +290,9 @@ def attention_segments(groups: tuple[str, ...], batch: PackedBatch) -> dict[str,
     segment_BS = batch.segment_BS
     t_BS, y_BS, x_BS = (batch.position_BS3[..., i] for i in range(3))
     ids = {"joint": segment_BS}
-    if "spatial" in groups:
+    if "spatial" in attention_pattern:
         ids["spatial"] = jnp.where(segment_BS > 0, segment_BS * 65_536 + t_BS, 0)
-    if "temporal" in groups:
+    if "temporal" in attention_pattern:
         across_BS = per_token(batch.size_BG3[..., 2:].astype(jnp.float32), segment_BS)[..., 0].astype(jnp.int32)
         ids["temporal"] = jnp.where(segment_BS > 0, segment_BS * 65_536 + y_BS * across_BS + x_BS, 0)
     return ids

@@ -95,7 +95,7 @@ class Attention(nn.Module):
     impl: str = "auto"  # the kernel (parallel/kernels)
 
     @nn.compact
-    def __call__(self, x_BSD, segment_BS, angles_BSk=None, caption=None, image=None, longest: int = 0):
+    def __call__(self, x_BSD, segment_BS, angles_BSk=None, caption=None, image=None, max_segment_len: int = 0):
         D = x_BSD.shape[-1]
         N, K = self.heads, D // self.heads
         project = lambda name, x: Einsum("bsd,dnk->bsnk", (x.shape[-1], N, K), tensor=1, name=name)(x)
@@ -107,7 +107,7 @@ class Attention(nn.Module):
         k, v = norm("k_norm", project("k", context)), project("v", context)
         if angles_BSk is not None:
             q, k = rotate(q, angles_BSk), rotate(k, angles_BSk)
-        out = attend(q, k, v, segment_BS, context_segment, impl=self.impl, longest=longest)
+        out = attend(q, k, v, segment_BS, context_segment, impl=self.impl, max_segment_len=max_segment_len)
         if image:
             k, v = norm("image_k_norm", project("image_k", image[0])), project("image_v", image[0])
             out = out + attend(q, k, v, segment_BS, image[1], impl=self.impl)

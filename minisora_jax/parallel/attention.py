@@ -31,7 +31,7 @@ def attend(
     *,
     impl: str = "auto",
     scale: float | None = None,
-    longest: int = 0,
+    max_segment_len: int = 0,
     bias_NST: jax.Array | None = None,
 ) -> jax.Array:
     """softmax(scale q k^T + bias) v within segments -> (B, S, N, K) in v's dtype; softmax in float32.
@@ -48,7 +48,7 @@ def attend(
     # for all hops ahead of the layers, and keeps it: gigabytes of masks.
     ids = jax.lax.optimization_barrier((jax.lax.stop_gradient(q_BSNK), q_segment_BS, kv_segment_BT))[1:]
     arrays = (q_BSNK, k_BTNK, v_BTNK, *ids)
-    ring = Ring(choose(impl), scale, longest=longest)
+    ring = Ring(choose(impl), scale, max_segment_len=max_segment_len)
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.are_all_axes_manual:
         return ring_attention(*arrays, ring)
@@ -62,7 +62,7 @@ def attend(
             f"{heads} heads a device cannot be divided over mesh.ulysses={ulysses}: "
             f"mesh.ulysses x mesh.tensor must divide the model's {q_BSNK.shape[2]} heads; use mesh.ring for the rest"
         )
-    ring = Ring(ring.kernel, scale, size=ring_size, longest=longest)
+    ring = Ring(ring.kernel, scale, size=ring_size, max_segment_len=max_segment_len)
 
     def on_device(q, k, v, q_ids, kv_ids):
         if ulysses == 1:

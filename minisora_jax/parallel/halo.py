@@ -32,7 +32,7 @@ from minisora_jax.parallel.mesh import PICTURES, REPLICATED, ROWS, SEQUENCE, lik
 
 
 @dataclasses.dataclass(frozen=True)
-class Cut:
+class HeightShards:
     """How the pictures of a `by_rows` lie: `units` of height over so many devices."""
 
     devices: int
@@ -57,16 +57,18 @@ class Cut:
         return x_BTHWC if real is None else jnp.where(real, x_BTHWC, 0)
 
 
-_cut: contextvars.ContextVar[Cut | None] = contextvars.ContextVar("cut", default=None)  # set while by_rows traces
+_cut: contextvars.ContextVar[HeightShards | None] = contextvars.ContextVar(
+    "cut", default=None
+)  # set while by_rows traces
 
 
-def cut_of(units: int) -> Cut | None:
+def cut_of(units: int) -> HeightShards | None:
     """How pictures of that height are cut on the mesh in use; None without one."""
     mesh = jax.sharding.get_abstract_mesh()
-    return None if mesh.empty else Cut(math.prod(mesh.shape[axis] for axis in SEQUENCE), units)
+    return None if mesh.empty else HeightShards(math.prod(mesh.shape[axis] for axis in SEQUENCE), units)
 
 
-def by_rows(f: Callable, units: int, params, *pictures):
+def shard_height(f: Callable, units: int, params, *pictures):
     """f(params, *pictures), each device with its rows; f itself without a mesh. Gradients are those of f.
 
     `pictures`, and what f returns, are trees of arrays (B, T, H, ...) with H a multiple of the padded height, in
@@ -100,7 +102,7 @@ def require_whole_units(mesh: jax.sharding.Mesh, units: int, what: str) -> None:
 
 
 @contextlib.contextmanager
-def _cutting(cut: Cut | None):
+def _cutting(cut: HeightShards | None):
     token = _cut.set(cut)
     try:
         yield

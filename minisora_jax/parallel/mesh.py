@@ -33,7 +33,7 @@ PICTURES = P(ROWS, None, SEQUENCE)  # (B, T, H, ...): clips, and the rows of the
 REPLICATED = P()
 
 
-def layout(batch, *, accumulated: bool = False):
+def batch_specs(batch, *, accumulated: bool = False):
     """The PartitionSpec of each array of a batch: fields named ..._BS* are TOKENS, the rest are BATCH.
 
     `accumulated`: arrays are (A, B, ...), steps of accumulation in front, whole on every device.
@@ -177,14 +177,14 @@ def parameter_spec(shape: tuple[int, ...], axis: int, tensor: int | None = None)
     return P(*spec)
 
 
-def laid_out(abstract, mesh: jax.sharding.Mesh):
+def with_shardings(abstract, mesh: jax.sharding.Mesh):
     """A tree of abstract arrays with the layout that each was given, on the mesh's own devices."""
 
-    def on_mesh(x):  # eval_shape leaves out the sharding of what is replicated
+    def put_batch(x):  # eval_shape leaves out the sharding of what is replicated
         spec = x.sharding.spec if x.sharding is not None else REPLICATED
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
 
-    return jax.tree.map(on_mesh, abstract)
+    return jax.tree.map(put_batch, abstract)
 
 
 def host_rows(rows: int, mesh: jax.sharding.Mesh | None = None) -> list[int]:
@@ -199,12 +199,12 @@ def host_rows(rows: int, mesh: jax.sharding.Mesh | None = None) -> list[int]:
     return sorted({row for (cut,) in held for row in range(rows)[cut]})
 
 
-def place(batch, mesh: jax.sharding.Mesh, specs=None):
+def to_global(batch, mesh: jax.sharding.Mesh, specs=None):
     """A pytree of NumPy arrays, whose rows are this process's `host_rows`, as global arrays on the mesh.
 
     `specs`, one for all or a tree of them, is by default that of an accumulated batch, (A, B, ...).
     """
-    specs = layout(batch, accumulated=True) if specs is None else specs
+    specs = batch_specs(batch, accumulated=True) if specs is None else specs
     if isinstance(specs, P):
         specs = jax.tree.map(lambda _, spec=specs: spec, batch)
     cuts = math.prod(mesh.shape[axis] for axis in ROWS)
@@ -225,12 +225,12 @@ def place(batch, mesh: jax.sharding.Mesh, specs=None):
     return jax.tree.map(put, batch, specs)
 
 
-def on_mesh(batch, specs=None):
+def put_batch(batch, specs=None):
     """A batch (B, ...) of NumPy arrays on the mesh in use, by `layout`; on the default device where none is set."""
     mesh = jax.sharding.get_mesh()
     if mesh.empty:
         return jax.tree.map(jnp.asarray, batch)
-    return place(batch, mesh, layout(batch) if specs is None else specs)
+    return to_global(batch, mesh, batch_specs(batch) if specs is None else specs)
 
 
 def params_on_mesh(params, abstract):
@@ -238,7 +238,7 @@ def params_on_mesh(params, abstract):
     mesh = jax.sharding.get_mesh()
     if mesh.empty:
         return params
-    return jax.tree.map(lambda x, a: jax.device_put(x, a.sharding), params, laid_out(abstract(), mesh))
+    return jax.tree.map(lambda x, a: jax.device_put(x, a.sharding), params, with_shardings(abstract(), mesh))
 
 
 def cuts() -> tuple[int, int]:

@@ -74,32 +74,32 @@ def _counts(environ: Mapping[str, str]) -> Iterator[int]:
     yield len(hosts.split(",")) * int(environ.get("MEGASCALE_NUM_SLICES") or 1)
 
 
-class AskedToEnd(RuntimeError):
+class Preempted(RuntimeError):
     """The system is taking the machine back, and the run is saved: not a failure."""
 
     exit_code = 0
 
 
-_end_asked = threading.Event()
+_preemption_requested = threading.Event()
 
 
 @contextlib.contextmanager
-def heeding_sigterm() -> Iterator[None]:
+def preemption_handler() -> Iterator[None]:
     """Within it SIGTERM does not end a lone process: `end_asked()` says that it came. Of several, jax heeds it."""
     if several() or threading.current_thread() is not threading.main_thread():
         yield
         return
-    _end_asked.clear()
-    before = signal.signal(signal.SIGTERM, lambda *_: _end_asked.set())
+    _preemption_requested.clear()
+    before = signal.signal(signal.SIGTERM, lambda *_: _preemption_requested.set())
     try:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
 
 
-def end_asked() -> bool:
+def preemption_requested() -> bool:
     """Has SIGTERM come, within `heeding_sigterm`?"""
-    return _end_asked.is_set()
+    return _preemption_requested.is_set()
 
 
 @contextlib.contextmanager
@@ -124,7 +124,7 @@ def started() -> Iterator[None]:
             log.setLevel(logging.WARNING)  # what all would say, one says
         try:
             yield
-        except AskedToEnd as error:
+        except Preempted as error:
             asked = error
         barrier("the end")
         jax.distributed.shutdown()

@@ -38,23 +38,27 @@ class Ring:
     scale: float
     axis: str = "ring"
     size: int = 1  # devices along the axis
-    longest: int = 0  # tokens of the longest segment; 0: not known
+    max_segment_len: int = 0  # tokens of the longest segment; 0: not known
 
-    def reach(self, block: int) -> int:
+    def reach_in_blocks(self, block: int) -> int:
         """Blocks of `block` tokens that a segment may stretch to either side of any of its tokens' own."""
-        return min(-(-(self.longest - 1) // block), self.size) if self.longest else self.size
+        return min(-(-(self.max_segment_len - 1) // block), self.size) if self.max_segment_len else self.size
 
-    def journeys(self, block: int) -> tuple[tuple[int, int, int], ...]:
+    def hop_schedule(self, block: int) -> tuple[tuple[int, int, int], ...]:
         """(direction, hops, hops home, 1 or -1 of the direction) for blocks to travel.
 
         To both sides and back again is worth it only where the reach is below a third of the ring: backward, the
         float32 gradients of a block then go out and come home, each way at twice the bytes of the block itself.
         """
-        reach = self.reach(block)
+        reach_in_blocks = self.reach_in_blocks(block)
         if self.size == 1:
             return ()
-        if 3 * reach < self.size:
-            return ((1, reach, -reach), (-1, reach, reach)) if reach else ()
+        if 3 * reach_in_blocks < self.size:
+            return (
+                ((1, reach_in_blocks, -reach_in_blocks), (-1, reach_in_blocks, reach_in_blocks))
+                if reach_in_blocks
+                else ()
+            )
         return ((1, self.size - 1, 1),)
 
     def send(self, tree, direction: int, times: int = 1):
@@ -77,15 +81,15 @@ def _forward(q, k, v, q_ids, kv_ids, ring: Ring):
     visit = lambda block: ring.kernel.forward(q, *block[:2], q_ids, block[2], ring.scale)
     block = (k, v, kv_ids)
     o, lse = visit(block)
-    journeys = ring.journeys(k.shape[1])
-    if journeys:
+    hop_schedule = ring.hop_schedule(k.shape[1])
+    if hop_schedule:
         near = _neighbours(q_ids, kv_ids, ring)
         merged = (o.astype(jnp.float32), lse)
 
         def join(merged, block, away):
             return jax.lax.cond(near(away), lambda m: _merge(m, visit(block)), lambda m: m, merged)
 
-        for direction, hops, _ in journeys:
+        for direction, hops, _ in hop_schedule:
             merged = _travel(merged, block, direction, hops, join, ring)
         o, lse = merged[0].astype(v.dtype), merged[1]
     o, lse = checkpoint_name(o, SAVED), checkpoint_name(lse, SAVED)
@@ -110,8 +114,8 @@ def _backward(ring: Ring, saved, d_o):
     visit = lambda block: ring.kernel.backward(q, *block[:2], q_ids, block[2], o, lse, d_o, ring.scale)
     block = (k, v, kv_ids)
     d_q, *d_kv = visit(block)
-    journeys = ring.journeys(k.shape[1])
-    if not journeys:
+    hop_schedule = ring.hop_schedule(k.shape[1])
+    if not hop_schedule:
         return d_q, *d_kv, None, None
     near = _neighbours(q_ids, kv_ids, ring)
     d_q, d_kv = jax.tree.map(lambda x: x.astype(jnp.float32), (d_q, tuple(d_kv)))
@@ -121,7 +125,7 @@ def _backward(ring: Ring, saved, d_o):
         return jax.lax.cond(near(away), add, lambda state: state, state)
 
     arrived = jax.tree.map(jnp.zeros_like, d_kv)
-    for direction, hops, home in journeys:
+    for direction, hops, home in hop_schedule:
         d_q, d_kv = _travel_with_gradient((d_q, d_kv), block, direction, hops, join, ring)
         homewards = functools.partial(ring.send, direction=1 if home > 0 else -1)
         arrived = jax.tree.map(

@@ -21,7 +21,7 @@ from minisora_jax.diffusion.guidance import GuidanceConfig
 from minisora_jax.diffusion.sampler import SAMPLERS
 from minisora_jax.generate.sampling import sampling_step
 from minisora_jax.models.dit import abstract_batch
-from minisora_jax.parallel.mesh import TOKENS, MeshConfig, laid_out, layout, make_mesh
+from minisora_jax.parallel.mesh import TOKENS, MeshConfig, batch_specs, make_mesh, with_shardings
 from minisora_jax.plan.hardware import Topology
 from minisora_jax.plan.schedule import Traffic, read
 from minisora_jax.train.diffusion_task import DiffusionTask, init_params, loss_of
@@ -56,7 +56,7 @@ class Workload:
 
 
 @dataclasses.dataclass(frozen=True)
-class Compiled:
+class CompiledStep:
     """What the compiler said. Bytes are of one chip."""
 
     parameters: int
@@ -81,7 +81,7 @@ def abstract_state(work: Workload, mesh: jax.sharding.Mesh) -> Any:
     optimizer = make_optimizer(work.task.run.optim, work.task.run.steps)
     with jax.set_mesh(mesh):
         key = jax.eval_shape(lambda: jax.random.key(0))
-        return laid_out(jax.eval_shape(lambda k: init_state(init_params(work.task, k), optimizer), key), mesh)
+        return with_shardings(jax.eval_shape(lambda k: init_state(init_params(work.task, k), optimizer), key), mesh)
 
 
 def lower(work: Workload, mesh: jax.sharding.Mesh) -> tuple[dict[str, Any], jax.stages.Lowered]:
@@ -89,9 +89,9 @@ def lower(work: Workload, mesh: jax.sharding.Mesh) -> tuple[dict[str, Any], jax.
     state, tokens = abstract_state(work, mesh), work.row_tokens(mesh)
     text = work.segments * work.text_tokens
     batch = abstract_batch(work.task.dit, work.rows, tokens, text, IMAGE_TOKENS, slots=work.segments)
-    batch, lead = batch.replace(longest=work.tokens), () if work.sample else (1,)
+    batch, lead = batch.replace(max_segment_len=work.tokens), () if work.sample else (1,)
     on = lambda x, spec: jax.ShapeDtypeStruct((*lead, *x.shape), x.dtype, sharding=NamedSharding(mesh, spec))
-    batch = jax.tree.map(on, batch, layout(batch, accumulated=not work.sample))
+    batch = jax.tree.map(on, batch, batch_specs(batch, accumulated=not work.sample))
     if work.sample:
         time_BS = on(jax.ShapeDtypeStruct((work.rows, tokens), jnp.float32), TOKENS)
         index_BS = on(jax.ShapeDtypeStruct((work.rows, tokens), jnp.int32), TOKENS)
@@ -105,13 +105,15 @@ def lower(work: Workload, mesh: jax.sharding.Mesh) -> tuple[dict[str, Any], jax.
         return {"parameters": state.params, "batch": batch}, lowered
     optim = work.task.run.optim
     with jax.set_mesh(mesh):
-        key = laid_out(jax.eval_shape(lambda: jax.random.key(0)), mesh)
+        key = with_shardings(jax.eval_shape(lambda: jax.random.key(0)), mesh)
         step = jitted(loss_of(work.task), make_optimizer(optim, work.task.run.steps), optim)
         lowered = step.lower(state, batch, key)
     return {"parameters": state.params, "average": state.ema, "optimiser": state.opt_state, "batch": batch}, lowered
 
 
-def compile_for(work: Workload, mesh_config: MeshConfig, topology: Topology, options: dict | None = None) -> Compiled:
+def compile_for(
+    work: Workload, mesh_config: MeshConfig, topology: Topology, options: dict | None = None
+) -> CompiledStep:
     """Compile the workload's step for a TPU topology. What does not fit is returned with `wanted_bytes`."""
     mesh = make_mesh(mesh_config, topology.devices())
     kinds, lowered = lower(work, mesh)
@@ -123,11 +125,11 @@ def compile_for(work: Workload, mesh_config: MeshConfig, topology: Topology, opt
     except jax.errors.JaxRuntimeError as error:
         if (wanted := _wanted(str(error))) is None:
             raise
-        return Compiled(parameters, time.perf_counter() - begin, counts, 0, 0, [], wanted)
+        return CompiledStep(parameters, time.perf_counter() - begin, counts, 0, 0, [], wanted)
     seconds = time.perf_counter() - begin
     memory = compiled.memory_analysis()
     traffic = read(compiled.as_text(), dict(mesh.shape))
-    return Compiled(
+    return CompiledStep(
         parameters, seconds, counts, memory.temp_size_in_bytes, memory.generated_code_size_in_bytes, traffic
     )
 

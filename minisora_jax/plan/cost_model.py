@@ -16,7 +16,7 @@ import math
 
 from minisora_jax.parallel.mesh import MeshConfig
 from minisora_jax.parallel.ring import Ring
-from minisora_jax.plan.compiled import Compiled, Workload
+from minisora_jax.plan.compiled import CompiledStep, Workload
 from minisora_jax.plan.hardware import Chip, Topology
 from minisora_jax.plan.schedule import Traffic
 from minisora_jax.train.flops import forward_flops
@@ -39,7 +39,7 @@ def arithmetic(work: Workload) -> Arithmetic:
     pairs = {"joint": n * n, "spatial": n * frame, "temporal": n * n}
     text = float(cfg.caption_tokens or work.text_tokens)
     whole = segments * forward_flops(cfg, n, text, pairs, n * text, text * text)
-    attention = segments * 4.0 * cfg.depth * cfg.width * sum(pairs[g] for g in cfg.groups)
+    attention = segments * 4.0 * cfg.depth * cfg.width * sum(pairs[g] for g in cfg.attention_pattern)
     if work.sample:
         return Arithmetic(2 * whole, 2 * whole)  # Heun: two evaluations
     again = {"none": 0.0, "matmuls": attention, "attention": whole - attention, "full": whole}[cfg.remat]
@@ -70,7 +70,7 @@ class Estimate:
         return self.arithmetic.useful / (self.chips * self.chip.flops * self.step)
 
 
-def reckon(work: Workload, mesh: MeshConfig, topology: Topology, parameters: int, compiled: Compiled | None = None):
+def reckon(work: Workload, mesh: MeshConfig, topology: Topology, parameters: int, compiled: CompiledStep | None = None):
     """An Estimate on a mesh whose sizes are all given. With `compiled`, memory and traffic are the compiler's."""
     chip, done = topology.chip, arithmetic(work)
     if compiled:
@@ -106,7 +106,7 @@ def _memory(work: Workload, mesh: MeshConfig, parameters: int) -> dict[str, floa
         return {"parameters": held, "temporaries": tokens * cfg.width * (2 * 20 + 12 + 4 * wide)}
     # bfloat16 values a token and layer keeps for its gradient, in units of the width
     kept = {"full": 1.0, "attention": 2.0, "matmuls": 8.0 + wide, "none": 22.0 + 3 * wide}[cfg.remat]
-    block = 2.0 * tokens * cfg.width * (kept * cfg.depth * len(cfg.groups) + 12 + 24 + 3 * wide + 8)
+    block = 2.0 * tokens * cfg.width * (kept * cfg.depth * len(cfg.attention_pattern) + 12 + 24 + 3 * wide + 8)
     return {"parameters": held, "average": held, "optimiser": 2 * held, "gradient": held, "temporaries": block}
 
 
@@ -118,7 +118,10 @@ def _local(work: Workload, mesh: MeshConfig) -> tuple[float, int]:
 
 def _traffic(work: Workload, mesh: MeshConfig, parameters: int, slices: int = 1) -> list[Traffic]:
     cfg, (tokens, shards) = work.task.dit, _local(work, mesh)
-    layers, passes = cfg.depth * len(cfg.groups), 2 if work.sample else 1 + (cfg.remat in ("full", "matmuls"))
+    layers, passes = (
+        cfg.depth * len(cfg.attention_pattern),
+        2 if work.sample else 1 + (cfg.remat in ("full", "matmuls")),
+    )
     made = []
 
     def add(kind, axes, hidden, times, sent):
@@ -129,8 +132,8 @@ def _traffic(work: Workload, mesh: MeshConfig, parameters: int, slices: int = 1)
     if mesh.ring > 1:
         kv = 2 * 2.0 * tokens * cfg.width / mesh.tensor
         block = work.row_tokens(mesh) // mesh.ring
-        journeys = Ring(None, 1.0, size=mesh.ring, longest=work.tokens).journeys(block)
-        hops, home = sum(j[1] for j in journeys), sum(abs(j[2]) for j in journeys)
+        hop_schedule = Ring(None, 1.0, size=mesh.ring, max_segment_len=work.tokens).hop_schedule(block)
+        hops, home = sum(j[1] for j in hop_schedule), sum(abs(j[2]) for j in hop_schedule)
         add("collective-permute", ("ring",), True, layers * hops * passes, kv)
         if not work.sample:
             add("collective-permute", ("ring",), True, layers * hops, 3 * kv)

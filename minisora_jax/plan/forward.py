@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
 from minisora_jax.models.dit import DiT, DiTConfig, abstract_batch, abstract_params
-from minisora_jax.parallel.mesh import BATCH, MeshConfig, laid_out, make_mesh
+from minisora_jax.parallel.mesh import BATCH, MeshConfig, make_mesh, with_shardings
 from minisora_jax.plan.compiled import IMAGE_TOKENS, bytes_held
 from minisora_jax.plan.hardware import Topology
 from minisora_jax.weights import dit
@@ -21,7 +21,7 @@ from minisora_jax.weights.rules import planned_params
 
 
 @dataclasses.dataclass(frozen=True)
-class Compiled:
+class CompiledForward:
     parameters: int
     tokens: int  # of one row
     chips: int
@@ -36,7 +36,7 @@ def parameters_on(config: DiTConfig, mesh: jax.sharding.Mesh, checkpoint: Checkp
     From the header of a published `checkpoint`, if one is given: what importing it onto this mesh would hold.
     """
     with jax.set_mesh(mesh):
-        params = laid_out(abstract_params(config), mesh)
+        params = with_shardings(abstract_params(config), mesh)
     if checkpoint is None:
         return params
     return planned_params(checkpoint, dit.rules(config, dit.layout_of(checkpoint.names)), params, ignored=dit.IGNORED)
@@ -65,7 +65,7 @@ def compile_forward(
     topology: str,
     mesh: MeshConfig,
     checkpoint: Checkpoint | None = None,
-) -> Compiled:
+) -> CompiledForward:
     """The transformer's forward pass, one clip of size_thw latents in each row and a row on each chip.
 
     Parameters are `parameters_on` the topology's mesh; the computation is bfloat16.
@@ -75,7 +75,7 @@ def compile_forward(
     params, lowered = lower_forward(config, size_thw, text_tokens, make_mesh(mesh, devices), checkpoint)
     memory = lowered.compile().memory_analysis()
     seconds = time.perf_counter() - begin
-    return Compiled(
+    return CompiledForward(
         parameters=sum(x.size for x in jax.tree.leaves(params)),
         tokens=math.prod(size_thw) // math.prod(config.patch),
         chips=len(devices),

@@ -5,14 +5,14 @@ from __future__ import annotations
 import dataclasses
 
 from minisora_jax.parallel.mesh import MeshConfig
-from minisora_jax.plan.compiled import Compiled, Workload, compile_for
+from minisora_jax.plan.compiled import CompiledStep, Workload, compile_for
 from minisora_jax.plan.cost_model import Estimate, largest, reckon, search, seconds_of
 from minisora_jax.plan.hardware import Topology
 
 GIB = 2**30
 
 
-def compile_and_print(work: Workload, mesh: MeshConfig, topology: Topology) -> Compiled:
+def compile_and_print(work: Workload, mesh: MeshConfig, topology: Topology) -> CompiledStep:
     print(f"\nmesh {named(mesh)}, remat {work.task.dit.remat}: compiling for {topology.chips} chips ...", flush=True)
     compiled = compile_for(work, mesh, topology)
     print("\n".join(facts(work, mesh, topology, compiled)), flush=True)
@@ -23,7 +23,7 @@ def named(mesh: MeshConfig) -> str:
     return " ".join(f"{axis}={n}" for axis, n in dataclasses.asdict(mesh).items() if n > 1) or "of one chip"
 
 
-def facts(work: Workload, mesh: MeshConfig, topology: Topology, compiled: Compiled) -> list[str]:
+def facts(work: Workload, mesh: MeshConfig, topology: Topology, compiled: CompiledStep) -> list[str]:
     tokens, chip, step = work.row_tokens(mesh), topology.chip, "sampling step" if work.sample else "train step"
     each = tokens * work.rows / (mesh.data * mesh.fsdp * mesh.ring * mesh.ulysses)
     lines = [
@@ -46,7 +46,7 @@ def facts(work: Workload, mesh: MeshConfig, topology: Topology, compiled: Compil
     return [*lines, *model(reckon(work, mesh, topology, compiled.parameters, compiled), compiled, mesh)]
 
 
-def model(estimate: Estimate, compiled: Compiled | None, mesh: MeshConfig) -> list[str]:
+def model(estimate: Estimate, compiled: CompiledStep | None, mesh: MeshConfig) -> list[str]:
     chip, seconds = estimate.chip, estimate.seconds
     done = estimate.arithmetic
     lines = [
@@ -86,7 +86,7 @@ def print_search(work: Workload, topology: Topology, parameters: int, count: int
     return found
 
 
-def print_largest(work: Workload, mesh: MeshConfig, topology: Topology, compiled: Compiled) -> None:
+def print_largest(work: Workload, mesh: MeshConfig, topology: Topology, compiled: CompiledStep) -> None:
     """The longest clip that fits, guessed on a line through two compiled lengths and then compiled itself."""
     memory = topology.chip.memory
     half = dataclasses.replace(work, tokens=work.tokens // 2)

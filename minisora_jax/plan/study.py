@@ -25,7 +25,7 @@ from tqdm import tqdm
 from minisora_jax.data.packing import PackConfig, pack_rows
 from minisora_jax.data.rows import Segment, pack_segments
 from minisora_jax.models.text import encode_bytes
-from minisora_jax.parallel.mesh import MeshConfig, make_mesh, place
+from minisora_jax.parallel.mesh import MeshConfig, make_mesh, to_global
 from minisora_jax.plan.compiled import Workload, compile_for
 from minisora_jax.plan.cost_model import arithmetic, reckon
 from minisora_jax.plan.hardware import Topology
@@ -106,7 +106,7 @@ def measure(task: DiffusionTask, case: Case, rows: int, *, repeats: int, peak: f
         state = jax.jit(lambda k: init_state(init_params(task, k), optimizer))(jax.random.key(0))
         step = jitted(loss_of(task), optimizer, optim)
         for length, clips in batches(case, rows):
-            batch = place(_random_batch(task, length, clips, mesh), mesh)
+            batch = to_global(_random_batch(task, length, clips, mesh), mesh)
             compiled = step.lower(state, batch, jax.random.key(1)).compile()
             memory = compiled.memory_analysis()
             held = max(held, memory.temp_size_in_bytes + memory.argument_size_in_bytes)
@@ -160,7 +160,7 @@ def _random_batch(task: DiffusionTask, length: int, clips: list[list[int]], mesh
     made = [[segment(n) for n in row] for row in clips]
     made += [[segment(16)] for _ in range(-len(made) % cut)]
     pack = PackConfig(tokens=length, text_tokens=4 * slots, slots=slots, rows=len(made))
-    batch = pack_segments(made, pack, longest=max(n for row in clips for n in row))
+    batch = pack_segments(made, pack, max_segment_len=max(n for row in clips for n in row))
     return jax.tree.map(lambda x: x[None], batch)
 
 

@@ -117,7 +117,7 @@ class ProceduralShapes:
     def __init__(self, spec: str = "shapes"):
         from minisora_jax.toy.shapes import Shapes
 
-        self.clips = Shapes.of(spec, 1024)
+        self.clips = Shapes.from_spec(spec, 1024)
         self.identity, self.report = f"shapes:{self.clips.split}:{len(self.clips)}", SkipReport()
 
     def __len__(self) -> int:
@@ -143,8 +143,8 @@ class Folder:
             raise FileNotFoundError(f"{path} is not a folder of clips")
         self.report = SkipReport(strict)
         self.entries: list[tuple[str, str]] = _scan(self.path, need_caption, self.report)  # (name, caption)
-        facts = (f.stat() if (f := self.path / name).exists() else f.lstat() for name, _ in self.entries)
-        rows = ([name, caption, s.st_size, s.st_mtime_ns] for (name, caption), s in zip(self.entries, facts))
+        metadata = (f.stat() if (f := self.path / name).exists() else f.lstat() for name, _ in self.entries)
+        rows = ([name, caption, s.st_size, s.st_mtime_ns] for (name, caption), s in zip(self.entries, metadata))
         digest = hashlib.sha256()
         for row in rows:
             digest.update(json.dumps(row).encode("utf-8"))
@@ -261,8 +261,8 @@ def clean_caption(name: str, text: str, needed: bool) -> str:
 
 def caption_of(row: object) -> str | None:
     """The caption among the facts of a table's row or a .json file."""
-    facts = row if isinstance(row, dict) else {}
-    return next((facts[key] for key in CAPTION_KEYS if isinstance(facts.get(key), str)), None)
+    metadata = row if isinstance(row, dict) else {}
+    return next((metadata[key] for key in CAPTION_KEYS if isinstance(metadata.get(key), str)), None)
 
 
 def _read_tables(files: list[str], read: Callable[[str], bytes], report: SkipReport) -> dict[str, str]:

@@ -39,15 +39,15 @@ class Records:
         return f"{manifest}+{self.long_captions:g} long captions" if recaptioned else manifest
 
     def __getitem__(self, i: int) -> Clip:
-        arrays, facts = self.shards.read(i)
-        caption = choose(facts["caption"], facts.get("captions", {}), facts["name"], self.long_captions)
-        return Clip(arrays["frames"], caption, facts["fps"], facts["name"])
+        arrays, metadata = self.shards.read(i)
+        caption = choose(metadata["caption"], metadata.get("captions", {}), metadata["name"], self.long_captions)
+        return Clip(arrays["frames"], caption, metadata["fps"], metadata["name"])
 
 
 def open_clips(spec: str, *, long_captions: float = LONG_CAPTIONS) -> Sequence[Clip]:
     """Clips by name: "shapes", "shapes:heldout" or "shapes:train:5000", or a directory that `prepare` wrote."""
     if spec.split(":")[0] == "shapes":
-        return Shapes.of(spec, 100_000)
+        return Shapes.from_spec(spec, 100_000)
     if not is_url(spec) and not os.path.exists(os.path.join(spec, "manifest.json")):
         raise FileNotFoundError(f"{spec} is not a prepared data set: run `minisora prepare CLIPS_FOLDER {spec}` first")
     return Records(spec, long_captions=long_captions)

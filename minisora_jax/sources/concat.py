@@ -21,8 +21,8 @@ class Together:
         self.report = SkipReport(strict)
         for label, source in zip(self.labels, sources):
             self.report.skipped += [row | {"name": f"{label}/{row['name']}"} for row in source.report.skipped]
-        facts = "\n".join(f"{label} {source.identity}" for label, source in zip(self.labels, sources))
-        self.identity = f"together:{hashlib.sha256(facts.encode('utf-8')).hexdigest()}"
+        metadata = "\n".join(f"{label} {source.identity}" for label, source in zip(self.labels, sources))
+        self.identity = f"together:{hashlib.sha256(metadata.encode('utf-8')).hexdigest()}"
 
     def __len__(self) -> int:
         return len(self.ends)

@@ -45,8 +45,8 @@ class Sharded(abc.ABC):
                 self.report.add(row["name"], row["reason"], row["detail"])
         self.digests = [digest for _, digest, _ in scans]
         self.ends = Ends(count for _, _, count in scans)
-        facts = json.dumps([*zip(self.prefixes, self.digests)])
-        self.identity = f"{self.kind}:{hashlib.sha256(facts.encode('utf-8')).hexdigest()}"
+        metadata = json.dumps([*zip(self.prefixes, self.digests)])
+        self.identity = f"{self.kind}:{hashlib.sha256(metadata.encode('utf-8')).hexdigest()}"
         self._forget()
 
     @abc.abstractmethod

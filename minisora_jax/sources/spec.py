@@ -87,8 +87,8 @@ def is_prepared(where: str) -> bool:
     """A directory that `prepare` (or `encode`) wrote: others may have a manifest.json too."""
     fs, path = filesystem(where)
     manifest = f"{path.rstrip('/')}/manifest.json"
-    facts = json_or_none(fs.cat_file(manifest).decode("utf-8", "replace")) if fs.exists(manifest) else None
-    return isinstance(facts, dict) and {"kind", "settings", "shards"} <= set(facts)
+    metadata = json_or_none(fs.cat_file(manifest).decode("utf-8", "replace")) if fs.exists(manifest) else None
+    return isinstance(metadata, dict) and {"kind", "settings", "shards"} <= set(metadata)
 
 
 def _only_parquets(where: str) -> list[File]:

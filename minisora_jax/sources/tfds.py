@@ -60,9 +60,9 @@ class Tfds:
             raise ValueError(f"{directory} does not say how many frames a second it has: add '?fps=10', for example")
         self.examples = _examples(builder, split, instructions, directory)
         shards = [find(instruction.filename)[0] for instruction in instructions]
-        facts = [[file.url.rpartition("/")[2], file.size, file.version] for file in shards]
-        facts = json.dumps([facts, {k: v for k, v in self.arguments.items() if k != "directory"}])
-        self.identity = f"tfds:{hashlib.sha256(facts.encode('utf-8')).hexdigest()}"
+        metadata = [[file.url.rpartition("/")[2], file.size, file.version] for file in shards]
+        metadata = json.dumps([metadata, {k: v for k, v in self.arguments.items() if k != "directory"}])
+        self.identity = f"tfds:{hashlib.sha256(metadata.encode('utf-8')).hexdigest()}"
 
     def __len__(self) -> int:
         return len(self.examples)

@@ -101,8 +101,8 @@ class Shapes:
         self.split, self.length, self.offset, self.size_THW = split, length, offset, size_THW
 
     @classmethod
-    def of(cls, spec: str, count: int) -> Shapes:
-        """Of "shapes[:SPLIT[:COUNT]]", by default train and `count`."""
+    def from_spec(cls, spec: str, count: int) -> Shapes:
+        """The split named by "shapes[:SPLIT[:COUNT]]"; by default train and `count`."""
         _, split, asked, *_ = [*spec.split(":"), "", ""]
         if asked and not asked.isdigit():
             raise ValueError(f"{spec!r}: the count of clips must be a whole number, as in shapes:train:5000")
@@ -131,6 +131,24 @@ def caption(scene: Scene) -> str:
         return f"{PHRASES[first.motion]} {noun(first)} {place}"
     clauses = [" ".join(w for w in (noun(o), PHRASES[o.motion], o.speed) if w) for o in scene.objects]
     return f"{' and '.join(clauses)} {place}"
+
+
+def example_captions() -> tuple[str, ...]:
+    """Captions that show what this world contains."""
+    return (
+        "a large red circle moves left slowly on a black background",
+        "the camera pans right past a small cyan cross on a checkered background",
+        "a red circle moves up and a blue square stays still on a grey background",
+        "a photo of a small green triangle on a navy background",
+    )
+
+
+def vocabulary() -> frozenset[str]:
+    """Every word that a caption of this world can contain."""
+    phrases = " ".join([*PHRASES.values(), *COLOURS, *SHAPES, *BACKGROUNDS, *RADIUS])
+    return frozenset(
+        re.findall(r"[a-z]+(?:-[a-z]+)*", f"{phrases} a an on and checkered background photo of slowly quickly")
+    )
 
 
 def _article(word: str) -> str:

@@ -15,8 +15,8 @@ import absl.logging
 import jax
 import orbax.checkpoint as ocp
 
-from minisora_jax.parallel.mesh import laid_out
-from minisora_jax.parallel.processes import end_asked, several
+from minisora_jax.parallel.mesh import with_shardings
+from minisora_jax.parallel.processes import preemption_requested, several
 from minisora_jax.types import TrainState
 
 
@@ -47,13 +47,13 @@ class Checkpoints:
             with self._failures_named("written"):
                 self._manager.save(step, args=ocp.args.StandardSave(state))
 
-    def asked_to_end(self, step: int) -> bool:
+    def preempted(self, step: int) -> bool:
         """Was SIGTERM sent to this process, or any of several? Each asks at every step; all say yes at the same one."""
-        return self._manager.reached_preemption(step) if several() else end_asked()
+        return self._manager.reached_preemption(step) if several() else preemption_requested()
 
     def restore(self, abstract: TrainState, mesh: jax.sharding.Mesh, step: int | None = None) -> TrainState:
         """The newest state (or that of `step`), laid out on `mesh` as `abstract`'s types say."""
-        target = laid_out(abstract, mesh)
+        target = with_shardings(abstract, mesh)
         step = self.latest() if step is None else step
         with self._failures_named("read", step):
             return self._manager.restore(step, args=ocp.args.StandardRestore(target))

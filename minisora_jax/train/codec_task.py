@@ -21,7 +21,7 @@ from minisora_jax.data.loader import ClipsConfig, crop_batches
 from minisora_jax.io.retry import Damaged
 from minisora_jax.models.codec import Codec, to_float
 from minisora_jax.models.vae import VAE, VAEConfig
-from minisora_jax.parallel.halo import by_rows, require_whole_units
+from minisora_jax.parallel.halo import require_whole_units, shard_height
 from minisora_jax.parallel.mesh import PICTURES, like, make_mesh, shard
 from minisora_jax.parallel.processes import barrier, gathered, is_main
 from minisora_jax.train.loop import RunConfig, train
@@ -55,11 +55,11 @@ def loss_terms(task: CodecTask, params, frames_BTHWC, key):
     """Per-clip values of each term, all of weight 1. On a mesh the rows of the crops are divided, too."""
     vae, units = VAE(task.vae), task.vae.latent_size(task.crop_THW)[1]
     x = to_float(shard(frames_BTHWC, PICTURES))
-    mean, logvar = by_rows(lambda p, x: vae.apply(p, x, method="encode")[:2], units, params, x)
+    mean, logvar = shard_height(lambda p, x: vae.apply(p, x, method="encode")[:2], units, params, x)
     if task.decoder_only:
         mean, logvar = jax.lax.stop_gradient((mean, logvar))
     z = mean + jnp.exp(0.5 * logvar) * like(jax.random.normal(key, mean.shape), mean)
-    y = by_rows(lambda p, z: vae.apply(p, z, method="decode")[0], units, params, z)
+    y = shard_height(lambda p, z: vae.apply(p, z, method="decode")[0], units, params, z)
     per_clip = lambda v: jnp.mean(v, axis=range(1, v.ndim))
     l1, l2 = per_clip(jnp.abs(x - y)), per_clip((x - y) ** 2)
     kl = per_clip(0.5 * (mean**2 + jnp.exp(logvar) - 1.0 - logvar))
@@ -68,7 +68,7 @@ def loss_terms(task: CodecTask, params, frames_BTHWC, key):
 
 
 def train_codec(
-    task: CodecTask, workdir: Path, clips: Sequence[Clip], held_out: Sequence[Clip], describe: dict
+    task: CodecTask, workdir: Path, clips: Sequence[Clip], held_out: Sequence[Clip], run_config: dict
 ) -> Codec:
     """Train on `clips`, log reconstructions of `held_out`, and export to WORKDIR/export. Returns the codec."""
     require_whole_units(make_mesh(task.run.mesh), task.vae.latent_size(task.crop_THW)[1], "a crop")
@@ -103,7 +103,7 @@ def train_codec(
         init_params=init_params,
         loss_fn=lambda params, frames, key: loss_terms(task, params, frames, key),
         batches=batches,
-        describe=describe,
+        run_config=run_config,
         sample=sample,
     )
     raw = Codec(task.vae, gathered(state.ema), *_unit_stats(task.vae))
@@ -112,7 +112,7 @@ def train_codec(
             statistics = {"latent_mean": start.latent_mean, "latent_std": start.latent_std, "latents": start.latents}
         else:
             statistics = latent_statistics(raw, clips)
-        dataclasses.replace(raw, **statistics).export(workdir / "export", describe, task.export_dtype)
+        dataclasses.replace(raw, **statistics).export(workdir / "export", run_config, task.export_dtype)
     barrier("export")
     return Codec.load(workdir / "export")
 

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from minisora_jax.data.conditioning import KnownConfig
+from minisora_jax.data.conditioning import ConditioningConfig
 from minisora_jax.data.epochs import Epochs, curriculum, within
 from minisora_jax.data.latents import Latents, Mixture
 from minisora_jax.data.loader import DataConfig, packed_batches
@@ -50,7 +50,7 @@ class DiffusionTask:
     pack: PackConfig = PackConfig()
     times: TimeConfig = TimeConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
-    known: KnownConfig = KnownConfig()
+    conditioning: ConditioningConfig = ConditioningConfig()
     caption_dropout: float = 0.1
     export_dtype: str = "float32"
 
@@ -80,7 +80,7 @@ def train_diffusion(
     task: DiffusionTask,
     workdir: Path,
     latents: Latents | Mixture,
-    describe: dict,
+    run_config: dict,
     export: dict,
     sample: Callable | None = None,
     init: str | Path | None = None,
@@ -99,7 +99,7 @@ def train_diffusion(
     damaged = Damaged(workdir / f"damaged_{jax.process_index()}.jsonl", strict=task.data.strict)
 
     def batches(numbers: range) -> Iterator:
-        options = {"patch": task.dit.patch, "known": task.known, "caption_dropout": task.caption_dropout}
+        options = {"patch": task.dit.patch, "conditioning": task.conditioning, "caption_dropout": task.caption_dropout}
         options["caption_tokens"] = task.dit.caption_tokens
         for batch, rows in packed_batches(latents, plan, numbers, **options, damaged=damaged):
             yield batch, count_work(task.dit, task.pack, rows)
@@ -114,7 +114,7 @@ def train_diffusion(
         init_params=functools.partial(init_params, task),
         loss_fn=loss_of(task),
         batches=batches,
-        describe=describe,
+        run_config=run_config,
         start_params=functools.partial(load_params_onto, init) if init else None,
         sample=sample,
         clip_names=lambda number: [_name(latents, int(i)) for row in plan.rows(number) for i in row],
@@ -124,7 +124,7 @@ def train_diffusion(
     config = {"kind": "dit", "latent_size": latents.sizes[:, :3].max(0).tolist()} | {
         k: dataclasses.asdict(getattr(task, k)) for k in ("dit", "times", "objective")
     }
-    export_model(workdir / "export", state.ema, config | export | {"training": describe}, dtype=task.export_dtype)
+    export_model(workdir / "export", state.ema, config | export | {"training": run_config}, dtype=task.export_dtype)
     barrier("export")
     return workdir / "export"
 

@@ -21,17 +21,17 @@ def forward_flops(
     `pairs` counts those of self-attention by group; a pair costs 2 K operations a head, twice.
     """
     D, E = cfg.width, cfg.text_width
-    cross = [group != "temporal" and cfg.caption != "label" for group in cfg.groups]
+    cross = [group != "temporal" and cfg.caption != "label" for group in cfg.attention_pattern]
     block = 4 * D * D + 2 * cfg.mlp_ratio * D * D + (6 * D * D if cfg.modulation == "block" else 0)
     stem = (cfg.token_width + cfg.out_width + 256 + (192 if cfg.positions == "learned" else 0) + D) * D
     stem += (0 if cfg.modulation == "block" else 6 * D * D) + (0 if cfg.modulation == "single" else 2 * D * D)
-    per_token = cfg.depth * (len(cfg.groups) * block + sum(cross) * 2 * D * D) + stem
+    per_token = cfg.depth * (len(cfg.attention_pattern) * block + sum(cross) * 2 * D * D) + stem
     if cfg.caption == "refined":
         enter = 4 * (384 * 64 + 448 * 2 * E) + 2 * E * E if cfg.text_features == 1 else cfg.text_features * E
         per_text = enter + 12 * E * E * cfg.text_depth + cfg.depth * sum(cross) * 2 * E * D
     else:
         per_text = sum(cross) and (cfg.text_features + D) * D + cfg.depth * sum(cross) * 2 * D * D
-    attention = cfg.depth * D * (sum(pairs[group] for group in cfg.groups) + sum(cross) * cross_pairs)
+    attention = cfg.depth * D * (sum(pairs[group] for group in cfg.attention_pattern) + sum(cross) * cross_pairs)
     if cfg.caption == "refined":
         attention += cfg.text_depth * E * text_pairs
     return 2.0 * (tokens * per_token + text * per_text) + 4.0 * attention

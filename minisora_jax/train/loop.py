@@ -15,14 +15,15 @@ from typing import Any
 
 import jax
 
+from minisora_jax.config import with_current_names
 from minisora_jax.io.atomic import write_text
-from minisora_jax.parallel.mesh import MeshConfig, laid_out, make_mesh, place, require_divisible
+from minisora_jax.parallel.mesh import MeshConfig, make_mesh, require_divisible, to_global, with_shardings
 from minisora_jax.parallel.processes import (
-    AskedToEnd,
+    Preempted,
     barrier,
     gathered,
-    heeding_sigterm,
     is_main,
+    preemption_handler,
     require_started,
     several,
 )
@@ -74,7 +75,7 @@ def train(
     init_params: Callable[[jax.Array], Any],
     loss_fn: LossFn,
     batches: Callable[[range], Iterator[tuple[Any, dict[str, float]]]],
-    describe: dict,
+    run_config: dict,
     start_params: Callable[[Any], Any] | None = None,
     sample: Callable[[int, Any, Metrics], None] | None = None,
     clip_names: Callable[[int], list[str]] | None = None,
@@ -101,8 +102,8 @@ def train(
     with jax.set_mesh(mesh), contextlib.ExitStack() as stack:
         # ---- State: of the newest checkpoint, else of given weights, else random
         workdir.mkdir(parents=True, exist_ok=True)
-        _refuse_another_config(workdir, describe)
-        stack.enter_context(heeding_sigterm())
+        _refuse_another_config(workdir, run_config)
+        stack.enter_context(preemption_handler())
         key = jax.random.key(config.seed)
         optimizer = make_optimizer(config.optim, config.steps)
         # It runs once: on CPUs, LLVM's optimisation of the random draws would take minutes and save nothing.
@@ -116,7 +117,7 @@ def train(
                 log.info("%s: resumed at step %d of %d", name, int(state.step), config.steps)
                 return state
             if start_params:
-                params = start_params(laid_out(jax.eval_shape(init, key).params, mesh))
+                params = start_params(with_shardings(jax.eval_shape(init, key).params, mesh))
                 return jax.jit(lambda p: init_state(p, optimizer), donate_argnums=0)(params)
             return init(jax.random.fold_in(key, 2**31 - 1))
 
@@ -136,14 +137,14 @@ def train(
                         (batch, counts), number = next(stream), number + 1
                 # The first call compiles.
                 with clock.part("compile" if step == start + 1 else "step"):
-                    state, values = step_fn(state, place(batch, mesh), key)
+                    state, values = step_fn(state, to_global(batch, mesh), key)
                     # Fetch the step before, so that the device never waits for the host.
                     pending, late = (step, number, values), pending
                     _require_finite(late)
                 number += 1
                 window.append(counts)
                 metrics.advance()
-                ending = checkpoints.asked_to_end(step)
+                ending = checkpoints.preempted(step)
                 saving = step % config.save_every == 0 or step == config.steps or ending
                 if step % config.log_every == 0 or saving:
                     with clock.part("step"):
@@ -161,7 +162,7 @@ def train(
                         checkpoints.save(step, state)
                 if ending and step < config.steps:
                     checkpoints.wait()
-                    raise AskedToEnd(f"ended at step {step}, which is saved: the same command goes on from there")
+                    raise Preempted(f"ended at step {step}, which is saved: the same command goes on from there")
             return state
 
         while True:
@@ -233,11 +234,13 @@ def _leave_out(workdir: Path, batches: list[int]) -> None:
     barrier("left_out.json")
 
 
-def _refuse_another_config(workdir: Path, describe: dict) -> None:
+def _refuse_another_config(workdir: Path, run_config: dict) -> None:
     path = workdir / "config.json"
-    text = json.dumps(describe, indent=2, sort_keys=True) + "\n"
+    text = json.dumps(run_config, indent=2, sort_keys=True) + "\n"
     if path.exists():
-        before, now = (_without_mesh(json.loads(t)) for t in (path.read_text(encoding="utf-8"), text))
+        before, now = (
+            _without_mesh(with_current_names(json.loads(t))) for t in (path.read_text(encoding="utf-8"), text)
+        )
         if changed := _changes(before, now):
             raise ValueError(f"{workdir} was begun with another config ({'; '.join(changed)}): use a new --workdir")
     elif is_main():
@@ -253,10 +256,10 @@ def _refuse_another_config(workdir: Path, describe: dict) -> None:
         time.sleep(0.2)
 
 
-def _without_mesh(describe: dict) -> dict:
+def _without_mesh(run_config: dict) -> dict:
     """A run may go on on other devices: the layout is no part of what is computed."""
-    run = describe.get("run")
-    return describe | {"run": {k: v for k, v in run.items() if k != "mesh"}} if isinstance(run, dict) else describe
+    run = run_config.get("run")
+    return run_config | {"run": {k: v for k, v in run.items() if k != "mesh"}} if isinstance(run, dict) else run_config
 
 
 def _changes(old: Any, new: Any, at: str = "config") -> list[str]:

@@ -1,6 +1,6 @@
 """What was made: files under names of ours, each with its record, the oldest of them dropped.
 
-    OUT/20260102-030405-0a1b2c3d.mp4, .mp4.json     made, and how (generate/output.py)
+    OUT/20260102-030405-0a1b2c3d.mp4, .mp4.json     made, and how (jobs/output.py)
     OUT/20260102-030405-0a1b2c3d.webm, .gif, .zip   the same in other formats, once somebody has asked for them
     OUT/uploads/                                    what it was made of, as long as a record says so
 
@@ -20,12 +20,11 @@ from pathlib import Path
 
 from PIL import Image
 
-from minisora_jax.generate.job import INPUTS
-from minisora_jax.generate.output import beside
 from minisora_jax.io.atomic import replacing
 from minisora_jax.io.filesystem import json_or_none
 from minisora_jax.io.video import open_frames, read_note
 from minisora_jax.io.video_writer import VideoWriter
+from minisora_jax.jobs.output import batch_of, beside
 
 KEPT = 200  # results
 NAME = re.compile(r"\d{8}-\d{6}-[0-9a-f]{8}")
@@ -131,6 +130,5 @@ class Gallery:
 
 
 def _inputs(record: dict) -> list[str]:
-    """Of all jobs that were done together: the others are needed to make one of them again."""
-    jobs = [record["job"], *record.get("together", [])]
-    return [job[key] for job in jobs for key in INPUTS if job.get(key)]
+    """The files of all jobs that were made together: reproducing one of them needs the others."""
+    return [path for job in batch_of(record) for path in job.inputs]

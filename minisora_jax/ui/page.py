@@ -6,32 +6,32 @@ import os
 from pathlib import Path
 
 from minisora_jax.diffusion.sampler import SAMPLER_NAMES
-from minisora_jax.generate.job import SIDES
+from minisora_jax.jobs.job import SIDES
 from minisora_jax.ui import examples, show
-from minisora_jax.ui.forms import FILES, FORMS, GROWN, wanted
+from minisora_jax.ui.forms import FILES, FORMS, GROWN, spec
 from minisora_jax.ui.gallery import Gallery
-from minisora_jax.ui.line import Line
-from minisora_jax.ui.uploads import Refused, admit, called
+from minisora_jax.ui.job_queue import JobQueue
+from minisora_jax.ui.uploads import InvalidInput, called, validate_upload
 
 SIZES = ("auto", "32x32", "48x48", "48x64", "64x64", "64x96", "256x256", "480x832", "1024x1024", "2048x2048")
 LOOK_EVERY = 0.4  # seconds, at a ticket
 SHOWN = 24  # results below
-VERBS = [(form.title, name) for name, form in FORMS.items()]
+TASKS = [(form.title, name) for name, form in FORMS.items()]
 
 
-def build(line: Line, gallery: Gallery, incoming: Path):
+def build(line: JobQueue, gallery: Gallery, incoming: Path):
     """The gradio.Blocks. incoming: the folder into which Gradio puts what browsers send."""
     import gradio as gr
 
     examples.draw(incoming / "examples")
-    let_in = functools.partial(admit, come_from=incoming, folder=gallery.uploads)
+    validate = functools.partial(validate_upload, come_from=incoming, folder=gallery.uploads)
 
     with gr.Blocks(title="minisora", analytics_enabled=False, delete_cache=(600, 3600)) as page:
         ticket = gr.State(None)
         gr.HTML(
             "<div id='title'><h1>minisora</h1><p>Videos and images from words, pictures and other videos.</p></div>"
         )
-        verb = gr.Radio(VERBS, value="words", show_label=False, container=False, elem_id="verb")
+        task = gr.Radio(TASKS, value="words", show_label=False, container=False, elem_id="verb")
         with gr.Row(equal_height=False):
             with gr.Column(scale=5, min_width=340):
                 hint = gr.HTML(_hint("words"))
@@ -73,38 +73,38 @@ def build(line: Line, gallery: Gallery, incoming: Path):
         gr.HTML("<p class='foot'>Everybody who can open this page sees what was made, with its words and its record."
                 "</p>")  # fmt: skip
 
-        def changed(verb, prompt):
+        def changed(task, prompt):
             """Another thing is to be made: its inputs, its length, its examples."""
-            form = FORMS[verb]
+            form = FORMS[task]
             shown = [gr.update(visible=name in form.needs) for name in (*FILES, *FILES, "strength", "side", "grow")]
             length = gr.update(value=form.length, placeholder="all of it" if not form.length else "2 s, or 17 frames",
-                               visible=verb != "image")  # fmt: skip
+                               visible=task != "image")  # fmt: skip
             untouched = any(prompt == words for form in FORMS.values() for words, _ in form.examples)
-            return [_hint(verb), _examples(verb), *shown, length, form.examples[0][0] if untouched else gr.skip()]
+            return [_hint(task), _examples(task), *shown, length, form.examples[0][0] if untouched else gr.skip()]
 
-        def chosen(verb, index):
+        def chosen(task, index):
             """An example: its words, and its files."""
-            prompt, files = FORMS[verb].examples[index]
+            prompt, files = FORMS[task].examples[index]
             paths = examples.draw(incoming / "examples").get(files, {})  # Gradio clears that folder now and then
             return [prompt, *(paths.get(name) for name in FILES)]
 
-        def tried(verb, event: gr.EventData):
+        def tried(task, event: gr.EventData):
             number = event._data.get("number")
-            return chosen(verb, number if number in range(len(FORMS[verb].examples)) else 0)
+            return chosen(task, number if number in range(len(FORMS[task].examples)) else 0)
 
         quiet = {"show_progress": "hidden", "api_visibility": "private"}
         needs = [*(inputs[n] for n in FILES), *seen.values(), *(inputs[n] for n in ("strength", "side", "grow"))]
         filled = [inputs["prompt"], *(inputs[name] for name in FILES)]
         changes = [hint, tries, *needs, inputs["length"], inputs["prompt"]]
-        verb.change(changed, [verb, inputs["prompt"]], changes, **quiet)
-        tries.select(tried, [verb], filled, **quiet)
+        task.change(changed, [task, inputs["prompt"]], changes, **quiet)
+        tries.select(tried, [task], filled, **quiet)
 
         def look_at(kind, path):
             if not path:
                 return ""
             try:
-                return show.upload(let_in(path, kind))
-            except Refused as error:
+                return show.upload(validate(path, kind))
+            except InvalidInput as error:
                 return show.upload(str(error))
 
         for name, (kind, _) in FILES.items():
@@ -113,19 +113,19 @@ def build(line: Line, gallery: Gallery, incoming: Path):
 
         names = list(inputs)
 
-        async def go(request: gr.Request, verb, *values):
-            async for shown in served(request, wanted, line.generator, verb, dict(zip(names, values)), let_in):
+        async def go(request: gr.Request, task, *values):
+            async for shown in served(request, spec, line.pipeline, task, dict(zip(names, values)), validate):
                 yield shown
 
         async def again(event: gr.EventData, request: gr.Request):
-            async for shown in served(request, line.wanted_again, str(event._data.get("name"))):
+            async for shown in served(request, line.spec_again, str(event._data.get("name"))):
                 yield shown
 
         async def served(request, ask, *about):
             """A ticket for what ask(*about) says is wanted, and how it fares, until it is over."""
             try:
                 mine = line.join(await asyncio.to_thread(ask, *about), request.session_hash or "")
-            except Refused as error:
+            except InvalidInput as error:
                 yield show.sorry(str(error)), gr.skip(), gr.skip()
                 return
             yield show.ticket(mine, line.before(mine)), mine.name, gr.skip()
@@ -139,7 +139,7 @@ def build(line: Line, gallery: Gallery, incoming: Path):
             yield show.ticket(mine, 0), None, show.gallery(gallery.items(SHOWN))
 
         outputs = [result, ticket, shelf]
-        asked = [verb, *inputs.values()]
+        asked = [task, *inputs.values()]
         make.click(go, asked, outputs, api_name="make", concurrency_limit=None, show_progress="hidden")
         inputs["prompt"].submit(go, asked, outputs, concurrency_limit=None, **quiet)
         shelf.select(again, None, outputs, concurrency_limit=None, **quiet)
@@ -153,12 +153,12 @@ def build(line: Line, gallery: Gallery, incoming: Path):
     return page
 
 
-def _hint(verb: str) -> str:
-    return f"<p class='hint'>{FORMS[verb].hint}</p>"
+def _hint(task: str) -> str:
+    return f"<p class='hint'>{FORMS[task].hint}</p>"
 
 
-def _examples(verb: str) -> str:
-    return show.examples([prompt for prompt, _ in FORMS[verb].examples])
+def _examples(task: str) -> str:
+    return show.examples([prompt for prompt, _ in FORMS[task].examples])
 
 
 def _only_sent(file, incoming: Path) -> None:

@@ -8,11 +8,11 @@ import socket
 from pathlib import Path
 
 from minisora_jax.ui.gallery import TYPES, Gallery
-from minisora_jax.ui.line import Line
+from minisora_jax.ui.job_queue import JobQueue
 from minisora_jax.ui.uploads import MOST_BYTES
 
 
-def application(generator, out: Path, model: dict):
+def application(pipeline, out: Path, model: dict):
     """(the ASGI application, its line)."""
     incoming = (out / "incoming").resolve()
     os.environ |= {"GRADIO_TEMP_DIR": str(incoming), "GRADIO_ANALYTICS_ENABLED": "False"}  # read when it is imported
@@ -23,7 +23,7 @@ def application(generator, out: Path, model: dict):
     from minisora_jax.ui import page, show
 
     gallery = Gallery(out)
-    line = Line(generator, gallery, model)
+    line = JobQueue(pipeline, gallery, model)
     app = FastAPI(openapi_url=None)
 
     @app.get("/made/{asked}")
@@ -47,11 +47,11 @@ def application(generator, out: Path, model: dict):
     return app, line
 
 
-def serve(generator, out: Path, model: dict, host: str, port: int) -> None:
+def serve(pipeline, out: Path, model: dict, host: str, port: int) -> None:
     import uvicorn
 
     _free(host, port)
-    app, line = application(generator, out, model)
+    app, line = application(pipeline, out, model)
     print(f"open http://{'localhost' if host == '127.0.0.1' else host}:{port} (results in {out}; Ctrl-C ends it)")
     with contextlib.closing(line):
         uvicorn.run(app, host=host, port=port, log_level="warning", timeout_graceful_shutdown=3)

@@ -8,7 +8,7 @@ import json
 import time
 
 from minisora_jax.ui.gallery import Item
-from minisora_jax.ui.line import Ticket
+from minisora_jax.ui.job_queue import Ticket
 from minisora_jax.ui.uploads import Upload
 
 CSS = """
@@ -102,7 +102,7 @@ def ticket(it: Ticket, before: int) -> str:
         return '<div class="panel"><p class="hint">Stopped.</p></div>'
     if it.state == "made":
         return made(it.file, it.record, it.words)
-    said = f'<p class="caption">{escape(it.wanted.job.prompt)}</p>'
+    said = f'<p class="caption">{escape(it.spec.job.prompt)}</p>'
     if it.state == "waiting":
         words = f"{before} before you" if before else "you are next"
         return f'<div class="panel" data-state="waiting">{said}<p class="hint">In the line: {words}.</p></div>'
@@ -117,17 +117,17 @@ def ticket(it: Ticket, before: int) -> str:
 def _pace(it: Ticket) -> str:
     words = [f"{round(100 * it.done)} %"]
     if it.first_step:
-        steps = it.wanted.sampling["sampler"].steps
+        steps = it.spec.sampling["sampler"].steps
         spent = time.monotonic() - it.first_step
-        rate = (it.done * it.wanted.rounds * steps - 1) / spent if spent > 0 else 0
+        rate = (it.done * it.spec.rounds * steps - 1) / spent if spent > 0 else 0
         words += [f"{rate:.3g} steps/s"] if rate > 0 else []
         left = it.seconds_left()
         words += [f"about {left:.0f} s left" if left < 90 else f"about {left / 60:.0f} min left"] if left else []
         words += ["decoding"] if it.share >= 1 and it.done >= 1 else []
     else:
         words = [f"preparing for {time.monotonic() - it.started:.0f} s (a new size is compiled for once)"]
-    if it.wanted.rounds > 1:
-        words.append(f"part {min(it.round + 1, it.wanted.rounds)} of about {it.wanted.rounds}")
+    if it.spec.rounds > 1:
+        words.append(f"part {min(it.round + 1, it.spec.rounds)} of about {it.spec.rounds}")
     if it.company > 1:
         words.append(f"together with {it.company - 1} other{'s' if it.company > 2 else ''}")
     return ", ".join(words)

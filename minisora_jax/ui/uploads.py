@@ -68,7 +68,7 @@ REASONS = {
 }
 
 
-class Refused(ValueError):
+class InvalidInput(ValueError):
     """What somebody asked for cannot be done: the message is for them to read."""
 
 
@@ -89,15 +89,15 @@ class Upload:
         return size if self.frames == 1 else f"{self.frames} frames, {size}, {self.fps:.3g} a second"
 
 
-def admit(sent: str, kind: str, come_from: Path, folder: Path) -> Upload:
+def validate_upload(sent: str, kind: str, come_from: Path, folder: Path) -> Upload:
     """The file at `sent`, which must lie in `come_from`, as one in `folder`. `Refused` says why not."""
     path = Path(os.path.realpath(sent)) if "\0" not in sent else Path("?")
     name = called(sent)
     if not path.is_relative_to(os.path.realpath(come_from)) or not path.is_file():
-        raise Refused(f"{name} was not uploaded here: choose it again")
+        raise InvalidInput(f"{name} was not uploaded here: choose it again")
     size = path.stat().st_size
     if size > MOST_BYTES:
-        raise Refused(f"{name} has {size / 2**20:.0f} MiB, and at most {MOST_BYTES // 2**20} MiB are taken")
+        raise InvalidInput(f"{name} has {size / 2**20:.0f} MiB, and at most {MOST_BYTES // 2**20} MiB are taken")
     with path.open("rb") as file:
         suffix = _suffix(name, file.read(512), kind)
     folder.mkdir(parents=True, exist_ok=True)
@@ -108,7 +108,7 @@ def admit(sent: str, kind: str, come_from: Path, folder: Path) -> Upload:
         ours = folder / f"{sha256(copy)[:20]}{suffix}"
         os.replace(copy, ours)
     except VideoError as error:
-        raise Refused(f"{name} {REASONS.get(error.reason, 'cannot be read')}") from error
+        raise InvalidInput(f"{name} {REASONS.get(error.reason, 'cannot be read')}") from error
     finally:
         copy.unlink(missing_ok=True)
     return Upload(str(ours), *read)
@@ -123,8 +123,8 @@ def called(sent: str) -> str:
 
 def _suffix(name: str, head: bytes, kind: str) -> str:
     if not head:
-        raise Refused(f"{name} is empty")
-    suffixes, wanted = WANTED[kind]
+        raise InvalidInput(f"{name} is empty")
+    suffixes, spec = WANTED[kind]
     what = next((what for at, mark, what in MARKS if head[at : at + len(mark)] == mark), "")
     if what in suffixes:
         return what
@@ -135,7 +135,7 @@ def _suffix(name: str, head: bytes, kind: str) -> str:
         markup = begins.startswith(b"<")
         what = "an SVG drawing" if markup and b"<svg" in begins else "a web page" if markup else ""
         what = what or ("nothing that is known here" if b"\0" in head or not _is_text(head) else "text")
-    raise Refused(f"{name} is {what}; {wanted}")
+    raise InvalidInput(f"{name} is {what}; {spec}")
 
 
 def _is_text(head: bytes) -> bool:
@@ -151,22 +151,22 @@ def _read(path: Path, name: str, picture: bool) -> tuple[int, int, int, float, b
     info = probe(path)
     H, W = info.height, info.width
     if H * W > MOST_PICTURE:
-        raise Refused(f"{name} has {W} x {H} pixels, and at most 4096 x 4096 are taken: make it smaller")
+        raise InvalidInput(f"{name} has {W} x {H} pixels, and at most 4096 x 4096 are taken: make it smaller")
     if min(H, W) < LEAST_SIDE:
-        raise Refused(f"{name} has {W} x {H} pixels: at least {LEAST_SIDE} a side are needed")
+        raise InvalidInput(f"{name} has {W} x {H} pixels: at least {LEAST_SIDE} a side are needed")
     if max(H, W) > MOST_ASPECT * min(H, W):
-        raise Refused(f"{name} has {W} x {H} pixels: one side is more than {MOST_ASPECT} times the other")
+        raise InvalidInput(f"{name} has {W} x {H} pixels: one side is more than {MOST_ASPECT} times the other")
     most = min(MOST_FRAMES, MOST_VIDEO // (H * W))
     if info.frames > most and not picture:
-        raise Refused(_too_long(name, most, H, W))
+        raise InvalidInput(_too_long(name, most, H, W))
     count, small = 0, []
     with open_frames(path) as (frames, fps):
         if not 0.1 <= fps <= MOST_RATE:
-            raise Refused(f"{name} says {fps:.3g} frames a second: 0.1 to {MOST_RATE} are taken")
+            raise InvalidInput(f"{name} says {fps:.3g} frames a second: 0.1 to {MOST_RATE} are taken")
         for frame in frames:
             count += 1
             if count > most and not picture:
-                raise Refused(_too_long(name, most, H, W))
+                raise InvalidInput(_too_long(name, most, H, W))
             H, W = frame.shape[:2]  # upright
             if count <= 64:
                 small.append(_small(frame))

@@ -31,7 +31,7 @@ _TORCH_DTYPES = {
 }
 
 
-class CheckpointError(ValueError):
+class WeightsFileError(ValueError):
     """A checkpoint cannot be read, or does not hold what its family says."""
 
 
@@ -77,13 +77,13 @@ def _files(path: Path) -> list:
             # Names that begin with a dot are those of files that were never finished.
             if found := sorted(p for p in path.glob(pattern) if not p.name.startswith(".")):
                 return [f for p in found for f in _files(p)]
-        raise CheckpointError(f"{path} has no checkpoint: no *.safetensors, *.index.json, *.bin, *.pth or *.pt in it")
+        raise WeightsFileError(f"{path} has no checkpoint: no *.safetensors, *.index.json, *.bin, *.pth or *.pt in it")
     if not path.exists():
         raise FileNotFoundError(f"no checkpoint {path}")
     if path.name.endswith(".index.json"):
         shards = sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
         if missing := [s for s in shards if not (path.parent / s).exists()]:
-            raise CheckpointError(f"{path} names {len(missing)} shards that are not beside it, {missing[0]} first")
+            raise WeightsFileError(f"{path} names {len(missing)} shards that are not beside it, {missing[0]} first")
         return [f for s in shards for f in _files(path.parent / s)]
     return [_Safetensors(path) if path.suffix == ".safetensors" else _TorchFile(path)]
 
@@ -93,7 +93,7 @@ class _Safetensors:
         try:
             self._tensors = read_tensors(path)
         except ValueError as error:
-            raise CheckpointError(str(error)) from error
+            raise WeightsFileError(str(error)) from error
         self.names = list(self._tensors)
 
     def read(self, name: str) -> np.ndarray:
@@ -109,7 +109,7 @@ class _Safetensors:
 class _TorchFile:
     def __init__(self, path: Path):
         if not zipfile.is_zipfile(path):
-            raise CheckpointError(f"{path} is not a torch file of the zip format (torch >= 1.6), or is cut short")
+            raise WeightsFileError(f"{path} is not a torch file of the zip format (torch >= 1.6), or is cut short")
         self._zip = zipfile.ZipFile(path)
         member = next(n for n in self._zip.namelist() if n.endswith("data.pkl"))
         self._root = member.removesuffix("data.pkl")
@@ -117,7 +117,7 @@ class _TorchFile:
         while isinstance(tree, dict) and len(tree) and not any(isinstance(v, _View) for v in tree.values()):
             inner = [tree[k] for k in ("ema", "state_dict", "model", "module") if isinstance(tree.get(k), dict)]
             if not inner:
-                raise CheckpointError(f"{path} holds no tensors by name: its keys are {list(tree)[:8]}")
+                raise WeightsFileError(f"{path} holds no tensors by name: its keys are {list(tree)[:8]}")
             tree = inner[0]
         self._views = {k: v for k, v in tree.items() if isinstance(v, _View)}
         self.names = list(self._views)
@@ -155,7 +155,7 @@ class _TensorUnpickler(pickle.Unpickler):
         if module == "torch" and name in _TORCH_DTYPES:
             return _TORCH_DTYPES[name]
         if (module, name) not in self._ALLOWED:
-            raise CheckpointError(f"the torch file asks for {module}.{name}: only tensors by name are read")
+            raise WeightsFileError(f"the torch file asks for {module}.{name}: only tensors by name are read")
         return self._ALLOWED[module, name]
 
     def persistent_load(self, storage):

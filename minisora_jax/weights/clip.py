@@ -62,15 +62,15 @@ _OPENCLIP = {
     "norm": "ln_final",
     "projection": "text_projection",
 }
-LAYOUTS = {
+NAME_MAPS = {
     "transformers": _TRANSFORMERS,
     "bare": {k: v.removeprefix("text_model.") for k, v in _TRANSFORMERS.items()},  # as transformers 5 may save it
     "openclip": _OPENCLIP,
 }
 
 
-def rules(cfg: CLIPConfig, layout: str = "transformers") -> list[Rule]:
-    names, openclip = LAYOUTS[layout], layout == "openclip"
+def rules(cfg: CLIPConfig, name_map: str = "transformers") -> list[Rule]:
+    names, openclip = NAME_MAPS[name_map], name_map == "openclip"
     heads = (("n", cfg.heads),)
     qkv = dict(sizes=(*heads, ("p", 3)), layers=cfg.depth, fuses=() if openclip else ("q", "k", "v"))
     joined = lambda rest: f"(p n k){rest}" if openclip else f"p (n k){rest}"
@@ -103,12 +103,12 @@ def rules(cfg: CLIPConfig, layout: str = "transformers") -> list[Rule]:
 
 def layout_of(tensor_names: Iterable[str]) -> str:
     """Which of LAYOUTS a checkpoint is in, by the name of its embedding."""
-    return next((k for k, names in LAYOUTS.items() if names["embedding"] in tensor_names), "transformers")
+    return next((k for k, names in NAME_MAPS.items() if names["embedding"] in tensor_names), "transformers")
 
 
 def fit(cfg: CLIPConfig, tensor_names: Iterable[str]) -> CLIPConfig:
     """The preset without its projection where the file has none, as those of Stable Diffusion 1 and 2."""
-    held = LAYOUTS[layout_of(tensor_names)]["projection"] in tensor_names
+    held = NAME_MAPS[layout_of(tensor_names)]["projection"] in tensor_names
     return cfg if held else dataclasses.replace(cfg, projection=None)
 
 

@@ -11,21 +11,28 @@ from minisora_jax.models.dit import DiTConfig
 from minisora_jax.weights.rules import Rule
 
 _XL = dict(latent_channels=4, out_channels=8, width=1152, depth=28, heads=16, qk_norm="none", rope=False)
-_XL |= dict(positions="fixed", cross_norm=False, facts=False)
+_XL |= dict(positions="fixed", cross_norm=False, micro_conditioning=False)
 _CLASSES = _XL | dict(modulation="block", caption="label", classes=1001)
 _CAPTIONS = _XL | dict(modulation="single", caption="projected", text_features=4096)
-_WAN = dict(modulation="single", qk_norm="all", positions="none", caption="projected", facts=False, text_features=4096)
+_WAN = dict(
+    modulation="single",
+    qk_norm="all",
+    positions="none",
+    caption="projected",
+    micro_conditioning=False,
+    text_features=4096,
+)
 _WAN |= dict(caption_tokens=512)
 _WAN_14B = _WAN | dict(width=5120, depth=40, heads=40, mlp_ratio=13_824 / 5120)
 
 CONFIGS = {
     "dit-xl-2-256": DiTConfig(**_CLASSES),
     "dit-xl-2-512": DiTConfig(**_CLASSES, base_grid=32),
-    "sit-xl-2-256": DiTConfig(**_CLASSES, level="1 - t"),
+    "sit-xl-2-256": DiTConfig(**_CLASSES, time_input="1 - t"),
     "pixart-alpha-256": DiTConfig(**_CAPTIONS),
     "pixart-alpha-512": DiTConfig(**_CAPTIONS, base_grid=32),
     "pixart-alpha-1024": DiTConfig(**_CAPTIONS, base_grid=32, size_pixels=16),
-    "latte-1": DiTConfig(**_CAPTIONS, base_grid=32, groups=("spatial", "temporal")),
+    "latte-1": DiTConfig(**_CAPTIONS, base_grid=32, attention_pattern=("spatial", "temporal")),
     "wan2.1-t2v-1.3b": DiTConfig(**_WAN, width=1536, depth=30, heads=12, mlp_ratio=8960 / 1536),
     "wan2.1-t2v-14b": DiTConfig(**_WAN_14B),
     "wan2.1-i2v-14b": DiTConfig(**_WAN_14B, latent_channels=36, out_channels=16, image_features=1280),
@@ -35,7 +42,7 @@ CONFIGS = {
 _NOISE, _FLOW = ObjectiveConfig(path="ddpm", prediction="noise"), ObjectiveConfig()
 OBJECTIVES = {name: _FLOW if name.startswith(("sit", "wan")) else _NOISE for name in CONFIGS}
 TIMES = {
-    name: TimeConfig(base_tokens=0, per_frame=0.0, law="logit-normal" if name.startswith("wan") else "uniform")
+    name: TimeConfig(base_tokens=0, per_frame=0.0, distribution="logit-normal" if name.startswith("wan") else "uniform")
     for name in CONFIGS
 }
 # (codec, text encoder) that they were trained with: presets of `minisora import`.
@@ -158,7 +165,7 @@ _WAN_OWN = {
     "mlp/down": "ffn.2",
 }
 
-LAYOUTS = {"pixart": _PIXART, "dit": _DIT, "dit-own": _DIT_OWN, "wan": _WAN_DIFFUSERS, "wan-own": _WAN_OWN}
+NAME_MAPS = {"pixart": _PIXART, "dit": _DIT, "dit-own": _DIT_OWN, "wan": _WAN_DIFFUSERS, "wan-own": _WAN_OWN}
 # Fixed tables that some files store and we compute.
 IGNORED = ("pos_embed", "temp_pos_embed", "freqs")
 
@@ -167,17 +174,17 @@ def layout_of(tensor_names: list[str]) -> str:
     """Which of LAYOUTS a checkpoint is in, by the names of its first and last layers."""
     signs = {"x_embedder.proj.weight": "dit-own", "head.head.weight": "wan-own", "proj_out_1.weight": "dit"}
     signs["patch_embedding.weight"] = "wan"
-    return next((layout for name, layout in signs.items() if name in tensor_names), "pixart")
+    return next((name_map for name, name_map in signs.items() if name in tensor_names), "pixart")
 
 
 def published_layout(cfg: DiTConfig) -> str:
     """The layout a model of this family is exported in: diffusers', or SiT's own, which diffusers has no class for."""
     if cfg.caption == "label":
-        return "dit-own" if cfg.level == "1 - t" else "dit"
+        return "dit-own" if cfg.time_input == "1 - t" else "dit"
     return "wan" if cfg.rope else "pixart"
 
 
-def rules(cfg: DiTConfig, layout: str | None = None) -> list[Rule]:
+def rules(cfg: DiTConfig, name_map: str | None = None) -> list[Rule]:
     """The name map of a model of any size of these families; ValueError for one that no published layout has.
 
     A file of SiT is told from one of DiT by the config only: their names are the same.
@@ -187,8 +194,8 @@ def rules(cfg: DiTConfig, layout: str | None = None) -> list[Rule]:
             f"caption={cfg.caption!r}, positions={cfg.positions!r}, modulation={cfg.modulation!r}: this is the "
             f"project's own architecture, which no published layout has"
         )
-    layout = layout or published_layout(cfg)
-    names, wan = LAYOUTS[layout], cfg.rope
+    name_map = name_map or published_layout(cfg)
+    names, wan = NAME_MAPS[name_map], cfg.rope
     patch = (("p", cfg.patch[1]), ("q", cfg.patch[2]))
 
     def linear(ours: str, theirs: str, kernel: str = "o i -> i o", bias: str = "", **options) -> list[Rule]:
@@ -197,7 +204,7 @@ def rules(cfg: DiTConfig, layout: str | None = None) -> list[Rule]:
             Rule(f"params/{ours}/bias", f"{theirs}.bias", bias, **options),
         ]
 
-    copied = cfg.depth if layout == "dit" else 0  # diffusers' DiT stores the embedders in every block
+    copied = cfg.depth if name_map == "dit" else 0  # diffusers' DiT stores the embedders in every block
     found = linear(
         "patch_in", names["patch_in"], "d c 1 p q -> (p q c) d" if wan else "d c p q -> (p q c) d", sizes=patch
     )
@@ -220,8 +227,8 @@ def rules(cfg: DiTConfig, layout: str | None = None) -> list[Rule]:
     else:
         found += linear("modulation_out", names["modulation_out"])
     # SiT's velocity points from noise to data, against ours.
-    found += linear("patch_out", names["patch_out"], negate=cfg.level == "1 - t")
-    for group in cfg.groups:
+    found += linear("patch_out", names["patch_out"], negate=cfg.time_input == "1 - t")
+    for group in cfg.attention_pattern:
         found += _block(cfg, group, names)
     return found
 
@@ -294,7 +301,7 @@ def published_config(cfg: DiTConfig) -> dict:
             "image_dim": cfg.image_features or None,
             "added_kv_proj_dim": cfg.width if cfg.image_features else None,
         }
-    if cfg.level == "1 - t":
+    if cfg.time_input == "1 - t":
         side = {"input_size": cfg.base_grid * cfg.patch[1], "patch_size": cfg.patch[1]}
         size = {"in_channels": cfg.latent_channels, "hidden_size": cfg.width, "depth": cfg.depth}
         return side | size | {"num_heads": cfg.heads, "num_classes": cfg.classes - 1, "learn_sigma": True}
@@ -313,7 +320,7 @@ def published_config(cfg: DiTConfig) -> dict:
         return {"_class_name": "DiTTransformer2DModel", **pictures, **known}
     known = {"norm_type": "ada_norm_single", "num_embeds_ada_norm": 1000, "cross_attention_dim": cfg.width}
     known["caption_channels"] = cfg.text_features
-    if "temporal" in cfg.groups:
+    if "temporal" in cfg.attention_pattern:
         return {"_class_name": "LatteTransformer3DModel", **pictures, **known, "video_length": 16}
     sized = {"interpolation_scale": stretch, "use_additional_conditions": cfg.size_pixels > 0}
     return {"_class_name": "PixArtTransformer2DModel", **pictures, **known, **sized}

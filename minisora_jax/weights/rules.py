@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from minisora_jax.io.atomic import write_text
 from minisora_jax.io.safetensors import LazyArray, StoredTensor, write_tensors
-from minisora_jax.weights.checkpoint import Checkpoint, CheckpointError
+from minisora_jax.weights.checkpoint import Checkpoint, WeightsFileError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,10 +133,10 @@ def _check_names(checkpoint: Checkpoint, rules: Sequence[Rule], targets: dict, i
             for kind, x in (("missing", missing), ("extra", extra))
             if x
         ]
-        raise CheckpointError(f"{checkpoint.path} is not of this preset: tensors {' and '.join(said)}")
+        raise WeightsFileError(f"{checkpoint.path} is not of this preset: tensors {' and '.join(said)}")
     ours = {rule.ours for rule in rules}
     if ours != set(targets):
-        raise CheckpointError(f"the rules leave out or invent parameters of ours: {sorted(ours ^ set(targets))[:4]}")
+        raise WeightsFileError(f"the rules leave out or invent parameters of ours: {sorted(ours ^ set(targets))[:4]}")
 
 
 def _leaf(checkpoint: Checkpoint, rule: Rule, target, keep_dtype: bool) -> LazyArray:
@@ -149,9 +149,9 @@ def _leaf(checkpoint: Checkpoint, rule: Rule, target, keep_dtype: bool) -> LazyA
         try:
             layer = rule.to_ours(*(_blank(checkpoint.shape(name)) for name in names))
         except Exception as error:
-            raise CheckpointError(f"{stored} does not fit {rule.ours}: {error}") from error
+            raise WeightsFileError(f"{stored} does not fit {rule.ours}: {error}") from error
         if layer.shape != shape:
-            raise CheckpointError(f"{stored} gives {rule.ours} the shape {layer.shape}, which is {shape} here")
+            raise WeightsFileError(f"{stored} gives {rule.ours} the shape {layer.shape}, which is {shape} here")
 
     def parts() -> Iterator[np.ndarray]:
         read = lambda names: rule.to_ours(*(checkpoint.read(name) for name in names))
@@ -160,7 +160,7 @@ def _leaf(checkpoint: Checkpoint, rule: Rule, target, keep_dtype: bool) -> LazyA
             return
         first = read(layers[0])
         if not all(np.array_equal(read(names), first) for names in layers[1:]):
-            raise CheckpointError(
+            raise WeightsFileError(
                 f"{rule.theirs} is stored {rule.copies} times and should be the same each time, but is not"
             )
         yield first

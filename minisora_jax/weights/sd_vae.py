@@ -47,7 +47,7 @@ _DIFFUSERS = _COMMON | {
     "attention_out": "to_out.0",
     "matrix": "o i",
 }
-LAYOUTS = {
+NAME_MAPS = {
     "diffusers": _DIFFUSERS,
     "diffusers-old": _DIFFUSERS | {"qkv": ("query", "key", "value"), "attention_out": "proj_attn"},
     "compvis": _COMMON
@@ -69,7 +69,7 @@ LAYOUTS = {
 }
 
 
-def rules(cfg: VAEConfig, layout: str = "diffusers") -> list[Rule]:
+def rules(cfg: VAEConfig, name_map: str = "diffusers") -> list[Rule]:
     """The name map of a codec of this architecture, of any width; ValueError for one of another."""
     if not cfg.images or not cfg.attention or cfg.multipliers[0] != 1 or cfg.shortcuts or cfg.halve_up or cfg.patch > 1:
         raise ValueError(
@@ -77,7 +77,7 @@ def rules(cfg: VAEConfig, layout: str = "diffusers") -> list[Rule]:
             f"shortcuts={cfg.shortcuts}, halve_up={cfg.halve_up}: Stable Diffusion's layouts have images=True, "
             f"attention=True, a first multiplier of 1, patch=1, and neither shortcuts nor halve_up"
         )
-    return vae_rules(cfg, LAYOUTS[layout])
+    return vae_rules(cfg, NAME_MAPS[name_map])
 
 
 def layout_of(tensor_names: list[str]) -> str:

@@ -60,11 +60,11 @@ _WAN = {
     "up": "blocks.{i}.ffn.fc1.weight",
     "down": "blocks.{i}.ffn.fc2.weight",
 }
-LAYOUTS = {"transformers": _TRANSFORMERS, "wan": _WAN}
+NAME_MAPS = {"transformers": _TRANSFORMERS, "wan": _WAN}
 
 
-def rules(cfg: T5Config, layout: str = "transformers") -> list[Rule]:
-    names = LAYOUTS[layout]
+def rules(cfg: T5Config, name_map: str = "transformers") -> list[Rule]:
+    names = NAME_MAPS[name_map]
     heads = (("n", cfg.heads),)
     block = lambda ours, name, pattern="", sizes=(): Rule(
         f"params/blocks/{ours}", names[name], pattern, sizes, cfg.depth

@@ -103,11 +103,11 @@ _BLOCKS = {
         "upsampler": "upsamples.{i}.upsamples.{j}",
     },
 }
-LAYOUTS = {"diffusers": _DIFFUSERS, "wan": _WAN}
+NAME_MAPS = {"diffusers": _DIFFUSERS, "wan": _WAN}
 IGNORED = ()
 
 
-def rules(cfg: VAEConfig, layout: str = "diffusers") -> list[Rule]:
+def rules(cfg: VAEConfig, name_map: str = "diffusers") -> list[Rule]:
     """The name map of a codec of Wan's architecture, of any width; ValueError for one of another."""
     if cfg.images or not cfg.attention or cfg.multipliers[0] != 1 or cfg.shortcuts == cfg.halve_up:
         raise ValueError(
@@ -115,7 +115,7 @@ def rules(cfg: VAEConfig, layout: str = "diffusers") -> list[Rule]:
             f"shortcuts={cfg.shortcuts}, halve_up={cfg.halve_up}: Wan's layouts have images=False, attention=True, "
             f"a first multiplier of 1, and either halve_up (Wan 2.1) or shortcuts (Wan 2.2)"
         )
-    return vae_rules(cfg, LAYOUTS[layout] | _BLOCKS[layout, cfg.shortcuts])
+    return vae_rules(cfg, NAME_MAPS[name_map] | _BLOCKS[name_map, cfg.shortcuts])
 
 
 def layout_of(tensor_names: list[str]) -> str:

@@ -7,11 +7,11 @@ import pytest
 
 from minisora_jax.bundled import CODEC, MODEL
 from minisora_jax.evaluation.frames import psnr, seam
-from minisora_jax.generate import Generator, Given, Request, tasks
+from minisora_jax.generate import Given, Request, VideoPipeline, tasks
 from minisora_jax.generate.frame_ops import EASE, FAITHFUL, FEATHER, eased, evened, largest_step, steps
-from minisora_jax.generate.runner import Decode, Encode, Frames, perform
-from minisora_jax.generate.tasks import NEXT_SEED
+from minisora_jax.generate.runner import Decode, Encode, Frames, run_tasks
 from minisora_jax.generate.upscaling import sizes_up_to
+from minisora_jax.generate.windows import WINDOW_SEED
 from minisora_jax.io.resize import resized
 from minisora_jax.toy.shapes import FPS, Shapes
 
@@ -19,8 +19,8 @@ OPTIONS = dict(steps=2, progress=False)
 
 
 @pytest.fixture(scope="module")
-def generator():
-    return dataclasses.replace(Generator.load(MODEL, CODEC), window=3)
+def pipeline():
+    return dataclasses.replace(VideoPipeline.load(MODEL, CODEC), window=3)
 
 
 @pytest.fixture(scope="module")
@@ -33,106 +33,108 @@ def request(clip, frames=9, **more) -> Request:
     return Request(clip.caption, (frames, 32, 32), seed=3, fps=FPS, **more)
 
 
-def done(generator, *asked, **options):
-    return perform(generator, asked, **(OPTIONS | options))
+def done(pipeline, *asked, **options):
+    return run_tasks(pipeline, asked, **(OPTIONS | options))
 
 
 @pytest.fixture(scope="module")
-def made(generator, clip):
+def made(pipeline, clip):
     """All verbs in one go: they share their compilations, and company changes nothing but rounding."""
     x, r, mask = clip.frames_THWC, request(clip), np.zeros((32, 32), bool)
     mask[:, 20:] = True
     asked = {
-        "make": tasks.make(generator, r),
-        "animate": tasks.animate(generator, r, x[0]),
-        "join": tasks.join(generator, r, x[0], x[-1]),
-        "restyle": tasks.restyle(generator, r, x, 0.05),
-        "anew": tasks.restyle(generator, r, x, 1.0),
-        "inpaint": tasks.inpaint(generator, r, x, mask),
-        "outpaint": tasks.outpaint(generator, request(clip), x[:, :, :16]),
-        "both": tasks.extend(generator, r, x, before=5, after=10),
-        "still": tasks.extend(generator, r, x[:1], before=3, after=2),
-        "far": tasks.extend(generator, r, x, before=17),
-        "connect": tasks.connect(generator, r, x, x[::-1], between=5),
-        "loop-video": tasks.connect(generator, r, x, x, between=7, loop=True),
-        "loop": tasks.make(generator, request(clip, 8, loop=True)),
-        "rollout": tasks.rollout(generator, r, 30),
-        "short": tasks.rollout(generator, r, 6),
+        "text_to_video": tasks.text_to_video(pipeline, r),
+        "image_to_video": tasks.image_to_video(pipeline, r, x[0]),
+        "interpolate": tasks.interpolate(pipeline, r, x[0], x[-1]),
+        "video_to_video": tasks.video_to_video(pipeline, r, x, 0.05),
+        "anew": tasks.video_to_video(pipeline, r, x, 1.0),
+        "inpaint": tasks.inpaint(pipeline, r, x, mask),
+        "outpaint": tasks.outpaint(pipeline, request(clip), x[:, :, :16]),
+        "both": tasks.extend(pipeline, r, x, before=5, after=10),
+        "still": tasks.extend(pipeline, r, x[:1], before=3, after=2),
+        "far": tasks.extend(pipeline, r, x, before=17),
+        "transition": tasks.transition(pipeline, r, x, x[::-1], between=5),
+        "loop-video": tasks.transition(pipeline, r, x, x, between=7, loop=True),
+        "loop": tasks.text_to_video(pipeline, request(clip, 8, loop=True)),
+        "long_video": tasks.long_video(pipeline, r, 30),
+        "short": tasks.long_video(pipeline, r, 6),
     }
-    return dict(zip(asked, done(generator, *asked.values())))
+    return dict(zip(asked, done(pipeline, *asked.values())))
 
 
 def test_sizes_are_those_asked_for(made):
     lengths = {name: len(v) for name, v in made.items()}
     assert lengths == {
-        "make": 9, "animate": 9, "join": 9, "restyle": 9, "anew": 9, "inpaint": 9, "outpaint": 9,
-        "both": 5 + 9 + 10, "still": 3 + 1 + 2, "far": 17 + 9, "connect": 9 + 7 + 9, "loop-video": 9 + 7,
-        "loop": 8, "rollout": 30, "short": 6,
+        "text_to_video": 9, "image_to_video": 9, "interpolate": 9, "video_to_video": 9, "anew": 9, "inpaint": 9, "outpaint": 9,
+        "both": 5 + 9 + 10, "still": 3 + 1 + 2, "far": 17 + 9, "transition": 9 + 7 + 9, "loop-video": 9 + 7,
+        "loop": 8, "long_video": 30, "short": 6,
     }  # fmt: skip
     assert all(v.shape[1:] == (32, 32, 3) and v.dtype == np.uint8 for v in made.values())
 
 
-def test_what_is_given_is_kept(generator, clip, made):
+def test_what_is_given_is_kept(pipeline, clip, made):
     x = clip.frames_THWC
-    [coded] = generator.decode(generator.encode([x[:1]]))
-    assert np.abs(made["animate"][0].astype(int) - coded[0]).max() <= 1
-    assert np.abs(made["join"][0].astype(int) - coded[0]).max() <= 1
+    [coded] = pipeline.decode(pipeline.encode([x[:1]]))
+    assert np.abs(made["image_to_video"][0].astype(int) - coded[0]).max() <= 1
+    assert np.abs(made["interpolate"][0].astype(int) - coded[0]).max() <= 1
     ease = EASE
     assert (made["both"][5 + ease : 14 - ease] == x[ease:-ease]).all() and (made["far"][17 + ease :] == x[ease:]).all()
-    assert (made["connect"][: 9 - ease] == x[:-ease]).all() and (made["connect"][-9 + ease :] == x[::-1][ease:]).all()
-    assert all(psnr(v, x) > 31 for v in (made["both"][5:14], made["far"][17:], made["connect"][:9]))
+    assert (made["transition"][: 9 - ease] == x[:-ease]).all() and (
+        made["transition"][-9 + ease :] == x[::-1][ease:]
+    ).all()
+    assert all(psnr(v, x) > 31 for v in (made["both"][5:14], made["far"][17:], made["transition"][:9]))
     assert (made["inpaint"][:, :, : 20 - FEATHER] == x[:, :, : 20 - FEATHER]).all()
     assert (made["inpaint"][:, :, 20:] != x[:, :, 20:]).any()
     assert (made["outpaint"][:, :, 8 + FEATHER : 24 - FEATHER] == x[:, :, FEATHER : 16 - FEATHER]).all()
 
 
-def test_strength_is_how_far_a_video_may_go(generator, clip, made):
-    [coded] = generator.decode(generator.encode([clip.frames_THWC]))
-    assert psnr(made["restyle"], coded) > 25
-    assert np.abs(made["anew"].astype(int) - made["make"]).max() <= 1  # all anew is text to video
-    assert psnr(made["anew"], coded) < psnr(made["restyle"], coded) - 5
+def test_strength_is_how_far_a_video_may_go(pipeline, clip, made):
+    [coded] = pipeline.decode(pipeline.encode([clip.frames_THWC]))
+    assert psnr(made["video_to_video"], coded) > 25
+    assert np.abs(made["anew"].astype(int) - made["text_to_video"]).max() <= 1  # all anew is text to video
+    assert psnr(made["anew"], coded) < psnr(made["video_to_video"], coded) - 5
 
 
-def test_company_changes_nothing(generator, clip, made):
-    [alone] = done(generator, tasks.extend(generator, request(clip), clip.frames_THWC, before=5, after=10))
+def test_company_changes_nothing(pipeline, clip, made):
+    [alone] = done(pipeline, tasks.extend(pipeline, request(clip), clip.frames_THWC, before=5, after=10))
     assert np.abs(alone.astype(int) - made["both"]).max() <= 2
 
 
-def test_a_clip_decoded_piece_by_piece_is_the_clip(generator, clip):
+def test_a_clip_decoded_piece_by_piece_is_the_clip(pipeline, clip):
     latents = np.random.default_rng(0).standard_normal((5, 4, 4, 16)).astype(np.float32)
-    decode = generator.codec.decoder()
+    decode = pipeline.codec.decoder()
     pieces = np.concatenate([decode(latents[:2]), decode(latents[2:3]), decode(latents[3:])])
-    assert np.abs(pieces.astype(int) - generator.codec.decode(latents[None])[0]).max() <= 1
+    assert np.abs(pieces.astype(int) - pipeline.codec.decode(latents[None])[0]).max() <= 1
 
 
-def test_a_clip_encoded_piece_by_piece_is_the_clip(generator, clip):
-    encoder, x = generator.codec.encoder(), clip.frames_THWC
+def test_a_clip_encoded_piece_by_piece_is_the_clip(pipeline, clip):
+    encoder, x = pipeline.codec.encoder(), clip.frames_THWC
     pieces = np.concatenate([encoder(x[:5]), encoder(x[5:])])
-    np.testing.assert_allclose(pieces, generator.encode([x])[0], atol=1e-5)
+    np.testing.assert_allclose(pieces, pipeline.encode([x])[0], atol=1e-5)
 
 
-def test_sizes_grow_in_time_first_and_twofold_at_most(generator):
-    assert generator.known_size == (9, 64, 64)
-    assert sizes_up_to(generator, (5, 48, 64)) == [(5, 48, 64)]
-    assert sizes_up_to(generator, (17, 128, 96)) == [(9, 64, 48), (17, 64, 48), (17, 128, 96)]
-    grown = sizes_up_to(generator, (1, 2048, 1152))
+def test_sizes_grow_in_time_first_and_twofold_at_most(pipeline):
+    assert pipeline.known_size == (9, 64, 64)
+    assert sizes_up_to(pipeline, (5, 48, 64)) == [(5, 48, 64)]
+    assert sizes_up_to(pipeline, (17, 128, 96)) == [(9, 64, 48), (17, 64, 48), (17, 128, 96)]
+    grown = sizes_up_to(pipeline, (1, 2048, 1152))
     assert grown[0] == (1, 64, 32) and grown[-1] == (1, 2048, 1152) and len(grown) == 6
-    assert all(b <= 2 * a + generator.cell for one, two in zip(grown, grown[1:]) for a, b in zip(one, two))
+    assert all(b <= 2 * a + pipeline.cell for one, two in zip(grown, grown[1:]) for a, b in zip(one, two))
 
 
-def test_what_is_larger_than_training_is_what_was_made_at_its_size(generator, clip):
+def test_what_is_larger_than_training_is_what_was_made_at_its_size(pipeline, clip):
     """Videos, loops, an animated picture and windows of 64 x 128, each next to itself at 32 x 64."""
     at = lambda H, W, T=9, **more: Request(clip.caption, (T, H, W), seed=3, fps=FPS, **more)
     image = resized(clip.frames_THWC[:1], (64, 128))[0]
     verbs_at = lambda H, W: [
-        tasks.make(generator, at(H, W)),
-        tasks.make(generator, at(H, W, 8, loop=True)),
-        tasks.animate(generator, at(H, W), resized(image[None], (H, W))[0]),
-        tasks.rollout(generator, at(H, W), 22),
-        tasks.rollout(generator, at(H, W), 14, first_HWC=resized(image[None], (H, W))[0]),
-        tasks.enlarge(generator, at(H, W, 17), resized(clip.frames_THWC, (32, 64))),
+        tasks.text_to_video(pipeline, at(H, W)),
+        tasks.text_to_video(pipeline, at(H, W, 8, loop=True)),
+        tasks.image_to_video(pipeline, at(H, W), resized(image[None], (H, W))[0]),
+        tasks.long_video(pipeline, at(H, W), 22),
+        tasks.long_video(pipeline, at(H, W), 14, first_HWC=resized(image[None], (H, W))[0]),
+        tasks.upscale(pipeline, at(H, W, 17), resized(clip.frames_THWC, (32, 64))),
     ]
-    large, small = (done(generator, *verbs_at(*size)) for size in ((64, 128), (32, 64)))
+    large, small = (done(pipeline, *verbs_at(*size)) for size in ((64, 128), (32, 64)))
     assert [v.shape for v in large] == [(n, 64, 128, 3) for n in (9, 8, 9, 22, 14, 17)]
     for a, b in zip(large, small):
         assert psnr(resized(a, (32, 64)), b) > 24
@@ -140,27 +142,27 @@ def test_what_is_larger_than_training_is_what_was_made_at_its_size(generator, cl
     assert seam(large[1]) < 2
 
 
-def test_a_decoded_circle_has_no_beginning(generator):
+def test_a_decoded_circle_has_no_beginning(pipeline):
     z = np.random.default_rng(1).standard_normal((1, 3, 4, 4, 16)).astype(np.float32)
-    frames, turned = generator.codec.decode_loop(z).astype(int), generator.codec.decode_loop(np.roll(z, 1, axis=1))
+    frames, turned = pipeline.codec.decode_loop(z).astype(int), pipeline.codec.decode_loop(np.roll(z, 1, axis=1))
     assert frames.shape == (1, 12, 32, 32, 3)
     assert np.abs(np.roll(frames, 4, axis=1) - turned).max() <= 1
-    [shown] = generator.decode([z[0]], [True])
+    [shown] = pipeline.decode([z[0]], [True])
     assert np.abs(np.roll(frames[0], -2, axis=0) - shown).max() <= 1  # begins within the first latent frame
-    once = generator.codec.decode(z)[0, -8:]
+    once = pipeline.codec.decode(z)[0, -8:]
     assert np.abs(frames[0, -8:] - once).mean() > 0.2  # what came before does matter
 
 
-def test_loops_turn_and_nothing_else_does(generator, clip):
-    from minisora_jax.generate.sampling import Layout, _turned, features
+def test_loops_turn_and_nothing_else_does(pipeline, clip):
+    from minisora_jax.generate.sampling import PackedRequests, _turned, features
 
     asked = [request(clip, 8, loop=True), request(clip, 8, middle=True), request(clip)]
-    grids = [generator.grid(r) for r in asked]
+    grids = [pipeline.grid(r) for r in asked]
     assert grids == [(2, 2, 2), (2, 2, 2), (3, 2, 2)]
-    layout = Layout(asked, grids, [[0, 1, 2]], 2, 64, generator.config)
-    batch = layout.batch(features(generator.captions, asked, 2, 0))
+    packed = PackedRequests(asked, grids, [[0, 1, 2]], 2, 64, pipeline.config)
+    batch = packed.batch(features(pipeline.captions, asked, 2, 0))
     times = lambda b: np.asarray(b.position_BS3)[0, :, 0]
-    circle = layout.per_token(lambda i: [2, 0, 0][i]).astype(np.int32)
+    circle = packed.per_token(lambda i: [2, 0, 0][i]).astype(np.int32)
     assert (
         set(times(batch)[:16]) == {1, 2}
         and set(times(batch)[16:32]) == {1, 2}
@@ -169,82 +171,85 @@ def test_loops_turn_and_nothing_else_does(generator, clip):
     turned = times(_turned(batch, circle, 0.5))
     assert (turned[:16] == 3 - times(batch)[:16]).all() and (turned[16:] == times(batch)[16:]).all()
     with pytest.raises(ValueError, match="dopri5 has no steps"):
-        generator.sample(asked[:1], sampler="dopri5", progress=False)
+        pipeline.sample(asked[:1], sampler="dopri5", progress=False)
 
 
-def test_windows_follow_each_other_and_their_prompts(generator, clip):
+def test_windows_follow_each_other_and_their_prompts(pipeline, clip):
     """The verb driven by hand: what it asks for, window by window."""
-    verb = tasks.rollout(generator, request(clip), 27, [(0, "first"), (14, "then")])
+    task = tasks.long_video(pipeline, request(clip), 27, [(0, "first"), (14, "then")])
     asked, answer, shown = [], None, 0
     while True:
         try:
-            wants = verb.send(answer)
+            wants = task.send(answer)
         except StopIteration:
             break
         if isinstance(wants, Frames):
             shown, answer = shown + len(wants.frames_THWC), None
         else:
             asked.append(wants)
-            t = generator.grid(wants)[0]
+            t = pipeline.grid(wants)[0]
             answer = np.full((t, 4, 4, 16), len(asked), np.float32)
     assert shown == 27 and [r.prompt for r in asked] == ["first", "first", "then", "then"]
     assert [r.middle for r in asked] == [False, True, True, True]
-    assert [r.seed for r in asked] == [3, 3 + NEXT_SEED, 3 + 2 * NEXT_SEED, 3 + 3 * NEXT_SEED][: len(asked)]
+    assert [r.seed for r in asked] == [3, 3 + WINDOW_SEED, 3 + 2 * WINDOW_SEED, 3 + 3 * WINDOW_SEED][: len(asked)]
     for n, window in enumerate(asked[1:], 1):
-        assert window.given.known_thw[:1].all() and not window.given.known_thw[1:].any()
+        assert window.given.cond_mask_thw[:1].all() and not window.given.cond_mask_thw[1:].any()
         assert (window.given.latents_thwc[0] == n).all()  # the end of the window before
 
 
-def test_frames_before_are_made_from_the_last_window_to_the_first(generator, clip):
-    verb = tasks.extend(generator, request(clip), clip.frames_THWC, before=17)
-    wants = next(verb)
+def test_frames_before_are_made_from_the_last_window_to_the_first(pipeline, clip):
+    task = tasks.extend(pipeline, request(clip), clip.frames_THWC, before=17)
+    wants = next(task)
     assert isinstance(wants, Encode) and (wants.frames_THWC[:5] == clip.frames_THWC[0]).all()
-    wants, windows = verb.send(np.zeros((1 + len(wants.frames_THWC) // 4, 4, 4, 16), np.float32)), []
+    wants, windows = task.send(np.zeros((1 + len(wants.frames_THWC) // 4, 4, 4, 16), np.float32)), []
     while isinstance(wants, Request):
         windows.append(wants)
-        wants = verb.send(np.full((generator.grid(wants)[0], 4, 4, 16), len(windows), np.float32))
+        wants = task.send(np.full((pipeline.grid(wants)[0], 4, 4, 16), len(windows), np.float32))
     assert isinstance(wants, Decode) and len(windows) > 1
     assert [w.middle for w in windows] == [True] * (len(windows) - 1) + [False]
-    assert all(w.given.known_thw[-1].all() and not w.given.known_thw[0].any() for w in windows)
+    assert all(w.given.cond_mask_thw[-1].all() and not w.given.cond_mask_thw[0].any() for w in windows)
     order = wants.latents_thwc[:, 0, 0, 0]
     assert (np.diff(order[order > 0]) <= 0).all() and order[0] == len(windows)
 
 
-def test_what_it_should_not_be_matters(generator, clip):
+def test_what_it_should_not_be_matters(pipeline, clip):
     plain, empty, other = (
-        generator.generate([request(clip, 1, negative=n)], **OPTIONS)[0].astype(int)
+        pipeline.generate([request(clip, 1, negative=n)], **OPTIONS)[0].astype(int)
         for n in ("", "", "a photo of a large white square on a grey background")
     )
     assert (plain == empty).all() and np.abs(plain - other).mean() > 0.5
 
 
 @pytest.mark.parametrize(
-    "make, message",
+    "text_to_video, message",
     [
-        (lambda g, r, x: tasks.animate(g, r, x[0, :16]), "the image is 16x32, the video asked for 32x32"),
-        (lambda g, r, x: tasks.restyle(g, r, x[:5], 0.5), "the whole video has 5 frames, the video asked for 9"),
-        (lambda g, r, x: tasks.restyle(g, r, x, 1.5), "strength=1.5 must be above 0"),
+        (lambda g, r, x: tasks.image_to_video(g, r, x[0, :16]), "the image is 16x32, the video asked for 32x32"),
+        (lambda g, r, x: tasks.video_to_video(g, r, x[:5], 0.5), "the whole video has 5 frames, the video asked for 9"),
+        (lambda g, r, x: tasks.video_to_video(g, r, x, 1.5), "strength=1.5 must be above 0"),
         (lambda g, r, x: tasks.inpaint(g, r, x, np.zeros((32, 32))), "the mask marks nothing"),
         (lambda g, r, x: tasks.outpaint(g, r, x), "does not lie within 32x32 with room"),
         (lambda g, r, x: tasks.extend(g, r, x), "extend by at least one frame"),
-        (lambda g, r, x: tasks.join(g, dataclasses.replace(r, size_THW=(5, 32, 32)), x[0], x[1]), "use 9 or more"),
         (
-            lambda g, r, x: tasks.make(g, dataclasses.replace(r, loop=True)),
+            lambda g, r, x: tasks.interpolate(g, dataclasses.replace(r, size_THW=(5, 32, 32)), x[0], x[1]),
+            "use 9 or more",
+        ),
+        (
+            lambda g, r, x: tasks.text_to_video(g, dataclasses.replace(r, loop=True)),
             "frames=9 of a loop must be a multiple of 4; use 8",
         ),
     ],
 )
-def test_what_cannot_be_done_is_said(generator, clip, make, message):
+def test_what_cannot_be_done_is_said(pipeline, clip, text_to_video, message):
     with pytest.raises(ValueError, match=message):
-        done(generator, make(generator, request(clip), clip.frames_THWC))
+        done(pipeline, text_to_video(pipeline, request(clip), clip.frames_THWC))
 
 
-def test_what_is_given_must_fit(generator):
+def test_what_is_given_must_fit(pipeline):
     with pytest.raises(ValueError, match="nothing is left to make"):
         Given(np.zeros((1, 2, 2, 16)), np.ones((1, 1, 1), bool))
     wrong = Given(np.zeros((2, 4, 4, 16)), np.zeros((2, 2, 2), bool))
     with pytest.raises(ValueError, match=r"what is given has \(2, 2, 2\) tokens"):
-        generator.sample([Request("x", (9, 32, 32), given=wrong)], **OPTIONS)
+        pipeline.sample([Request("x", (9, 32, 32), given=wrong)], **OPTIONS)
 
 
 def test_what_jumps_is_evened():

@@ -23,12 +23,13 @@ import numpy as np
 from minisora_jax import __version__
 from minisora_jax.diffusion.guidance import GuidanceConfig
 from minisora_jax.diffusion.sampler import SamplerConfig
-from minisora_jax.generate.job import Job
 from minisora_jax.io.atomic import write_text
 from minisora_jax.io.filesystem import json_or_none
+from minisora_jax.io.model_dir import config_fields
 from minisora_jax.io.records import sha256
 from minisora_jax.io.video import VideoError, read_note
 from minisora_jax.io.video_writer import VideoWriter
+from minisora_jax.jobs.job import Job
 
 
 @dataclasses.dataclass
@@ -53,8 +54,8 @@ def record_of(jobs: Sequence[Job], index: int, model: dict, sampling: dict) -> d
     """What makes job `index` of a group again. model: {"model": path, "hash": ..., "codec": ..., ...}."""
     return {
         "minisora": __version__,
-        "job": jobs[index].said,
-        "together": [job.said for job in jobs] if len(jobs) > 1 else [],
+        "job": jobs[index].to_dict(),
+        "batch": [job.to_dict() for job in jobs] if len(jobs) > 1 else [],
         "index": index,
         "sampling": {k: dataclasses.asdict(v) if dataclasses.is_dataclass(v) else v for k, v in sampling.items()},
         "model": model,
@@ -69,11 +70,16 @@ def machine() -> dict[str, str]:
 
 
 def sampling_of(record: dict) -> dict:
-    """The options of `Generator.sample` that a record was made with."""
-    said = dict(record["sampling"])
-    guidance = dict(said["guidance"])
-    guidance["interval"] = tuple(guidance["interval"])
-    return said | {"sampler": SamplerConfig(**said["sampler"]), "guidance": GuidanceConfig(**guidance)}
+    """The options of `NativePipeline.sample` that a record was made with."""
+    options = dict(record["sampling"])
+    guidance, sampler = config_fields(options["guidance"]), config_fields(options["sampler"])
+    return options | {"sampler": SamplerConfig(**sampler), "guidance": GuidanceConfig(**guidance)}
+
+
+def batch_of(record: dict) -> list[Job]:
+    """All jobs that were made together with the record's own job, on which its rounding depends."""
+    values = record.get("batch", record.get("together"))  # "together" before 0.2
+    return [Job.from_dict(job) for job in values or [record["job"]]]
 
 
 class Output:

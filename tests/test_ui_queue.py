@@ -12,20 +12,20 @@ import pytest
 from PIL import Image
 
 from minisora_jax.bundled import CODEC, MODEL
-from minisora_jax.generate import Generator
+from minisora_jax.generate import VideoPipeline
 from minisora_jax.io.video import read_clip_frames
 from minisora_jax.io.video_writer import write_video
-from minisora_jax.ui import examples, forms, gallery, line, show
-from minisora_jax.ui.forms import FORMS, wanted
-from minisora_jax.ui.uploads import Refused, admit
+from minisora_jax.ui import examples, forms, gallery, job_queue, show
+from minisora_jax.ui.forms import FORMS, spec
+from minisora_jax.ui.uploads import InvalidInput, validate_upload
 
 WORDS = "a large red circle moves left slowly on a black background"
 TINY = {"prompt": WORDS, "size": "32x32", "length": "5 frames", "steps": 2, "guidance": 2}
 
 
 @pytest.fixture(scope="module")
-def generator():
-    return Generator.load(MODEL, CODEC)
+def pipeline():
+    return VideoPipeline.load(MODEL, CODEC)
 
 
 @pytest.fixture(scope="module")
@@ -34,20 +34,20 @@ def files(tmp_path_factory):
 
 
 @pytest.fixture
-def ask(generator, files, tmp_path):
+def ask(pipeline, files, tmp_path):
     """ask(verb, **said): what the page would ask for."""
     sent = Path(files["clip"]["video"]).parent
-    let_in = functools.partial(admit, come_from=sent, folder=tmp_path / "out" / "uploads")
-    return lambda verb="words", **said: wanted(generator, verb, TINY | said, let_in)
+    validate = functools.partial(validate_upload, come_from=sent, folder=tmp_path / "out" / "uploads")
+    return lambda task="words", **said: spec(pipeline, task, TINY | said, validate)
 
 
 @pytest.fixture
 def open_line(tmp_path):
     lines = []
 
-    def begin(generator):
-        model = {"model": None, "hash": generator.hash, "codec_hash": generator.codec.hash, "mesh": None}
-        lines.append(line.Line(generator, gallery.Gallery(tmp_path / "out"), model))
+    def begin(pipeline):
+        model = {"model": None, "hash": pipeline.hash, "codec_hash": pipeline.codec.hash, "mesh": None}
+        lines.append(job_queue.JobQueue(pipeline, gallery.Gallery(tmp_path / "out"), model))
         return lines[-1]
 
     yield begin
@@ -65,30 +65,39 @@ def await_all(tickets, seconds=600):
 # ---- Forms
 
 
-@pytest.mark.parametrize("verb", FORMS)
-def test_the_first_example_of_each_form_can_begin(ask, files, verb):
-    for prompt, some in FORMS[verb].examples:
+@pytest.mark.parametrize("task", FORMS)
+def test_the_first_example_of_each_form_can_begin(ask, files, task):
+    for prompt, some in FORMS[task].examples:
         said = {
             "prompt": prompt,
-            "length": FORMS[verb].length,
+            "length": FORMS[task].length,
             "size": "auto",
             "side": "both",
             "grow": "twice as large",
         }
-        found = ask(verb, **said, **files.get(some, {}))
-        expected = {"words": "make", "image": "make", "long": "rollout", "loop": "loop" if some else "make"}
-        assert found.job.verb == expected.get(verb, verb)
+        found = ask(task, **said, **files.get(some, {}))
+        expected = {
+            "words": "text_to_video",
+            "image": "text_to_video",
+            "long": "long_video",
+            "loop": "loop" if some else "text_to_video",
+        }
+        assert found.job.task == expected.get(task, task)
         assert found.volume <= forms.MOST_VOLUME and found.job.size[0] % 16 == 0 == found.job.size[1] % 16
-        assert found.job.loop == (verb == "loop")
+        assert found.job.loop == (task == "loop")
 
 
 @pytest.mark.parametrize(
-    "verb, said, words",
+    "task, said, words",
     [
         ("words", {"prompt": "  "}, "say in words what is to be seen"),
         ("words", {"prompt": "a" * 601}, "601 letters, and at most 600"),
         ("words", {"size": "8x48"}, "size=8x48: this model makes 16 pixels a side and more"),
-        ("animate", {"image": "picture", "size": "8x48"}, "size=8x48: this model makes 16 pixels a side and more"),
+        (
+            "image_to_video",
+            {"image": "picture", "size": "8x48"},
+            "size=8x48: this model makes 16 pixels a side and more",
+        ),
         ("words", {"size": "large"}, '"large" is no size: write HEIGHTxWIDTH'),
         ("words", {"size": "4096x4096"}, "at most 2048 pixels a side"),
         ("words", {"size": "2048x2048", "length": "60 frames"}, "at most 16 frames are made here"),
@@ -106,34 +115,34 @@ def test_the_first_example_of_each_form_can_begin(ask, files, verb):
         ("words", {"sampler": "magic"}, "there is no sampler magic; there are euler"),
         ("loop", {"sampler": "dopri5"}, "choose another sampler"),
         ("dance", {}, "dance is nothing that can be asked for"),
-        ("animate", {}, "choose a picture to begin with"),
-        ("join", {"image": "picture"}, "choose the picture to end with"),
+        ("image_to_video", {}, "choose a picture to begin with"),
+        ("interpolate", {"image": "picture"}, "choose the picture to end with"),
         ("inpaint", {"video": "clip"}, "choose a mask"),
         (
             "inpaint",
             {"video": "clip", "mask": "short", "length": ""},
             "short.mp4 has 5 frames, the video 17: give one, or as many",
         ),
-        ("animate", {"image": "clip"}, "circle.mp4 is a video; a picture is wanted here"),
+        ("image_to_video", {"image": "clip"}, "circle.mp4 is a video; a picture is wanted here"),
         ("outpaint", {"video": "tiny"}, "the video has 8x8 pixels: at least 16 a side are needed"),
     ],
 )
-def test_what_cannot_be_is_said_in_a_sentence(ask, files, verb, said, words):
+def test_what_cannot_be_is_said_in_a_sentence(ask, files, task, said, words):
     folder = Path(files["clip"]["video"]).parent
     write_video(folder / "short.mp4", np.zeros((5, 32, 32, 3), np.uint8), 8)
     write_video(folder / "tiny.mp4", np.zeros((5, 8, 8, 3), np.uint8), 8)
     paths = {"picture": files["picture"]["image"], "clip": files["clip"]["video"]}
     paths |= {name: str(folder / f"{name}.mp4") for name in ("short", "tiny")}
-    with pytest.raises(Refused) as refused:
-        ask(verb, **{k: paths.get(v, v) if k in forms.FILES else v for k, v in said.items()})
+    with pytest.raises(InvalidInput) as refused:
+        ask(task, **{k: paths.get(v, v) if k in forms.FILES else v for k, v in said.items()})
     assert words in str(refused.value) and str(folder.parent) not in str(refused.value)
 
 
 # ---- The line
 
 
-def test_those_who_go_together_are_made_together_and_each_gets_their_own(generator, ask, open_line):
-    served = open_line(generator)
+def test_those_who_go_together_are_made_together_and_each_gets_their_own(pipeline, ask, open_line):
+    served = open_line(pipeline)
     with served._changed:  # so that the line sees them at one time
         tickets = [served.join(ask(seed=i), f"visitor {i}") for i in range(3)]
         other = served.join(ask(steps=3), "another")
@@ -141,29 +150,29 @@ def test_those_who_go_together_are_made_together_and_each_gets_their_own(generat
     await_all([*tickets, other])
     assert [t.state for t in (*tickets, other)] == ["made"] * 4
     assert [t.company for t in (*tickets, other)] == [3, 3, 3, 1]
-    assert len(tickets[0].record["together"]) == 3 and len({t.file for t in (*tickets, other)}) == 4
+    assert len(tickets[0].record["batch"]) == 3 and len({t.file for t in (*tickets, other)}) == 4
     for i, ticket in enumerate(tickets):
         assert ticket.record["job"]["prompt"] == WORDS and ticket.record["job"].get("seed", 0) == i
         frames, fps = read_clip_frames(served.gallery.path(ticket.file))
         assert frames.shape == (5, 128, 128, 3) and fps == 8
     assert len({t.record["pixels"] for t in tickets}) == 3
-    again = served.join(served.wanted_again(tickets[1].file), "visitor 1")
+    again = served.join(served.spec_again(tickets[1].file), "visitor 1")
     await_all([again])
     assert again.words == "Made again: the same to the bit" and again.record["job"]["seed"] == 1
     names = {item.name for item in served.gallery.items()}
     assert names == {t.name for t in (*tickets, other, again)} and not list(served.gallery.out.glob(".beside*"))
 
 
-def test_one_visitors_failure_touches_nobody_else(generator, ask, open_line, files):
+def test_one_visitors_failure_touches_nobody_else(pipeline, ask, open_line, files):
     folder = Path(files["clip"]["video"]).parent
     write_video(folder / "black.png", np.zeros((1, 48, 64, 3), np.uint8), 8)
     clip = files["clip"]["video"]
-    served = open_line(generator)
+    served = open_line(pipeline)
     with served._changed:
         wishes = [
             ask("inpaint", video=clip, mask=str(folder / "black.png")),
-            ask("restyle", video=files["two clips"]["second"]),
-            ask("restyle", video=clip),
+            ask("video_to_video", video=files["two clips"]["second"]),
+            ask("video_to_video", video=clip),
         ]
         tickets = [served.join(wish, f"visitor {i}") for i, wish in enumerate(wishes)]
         os.unlink(wishes[1].job.video)
@@ -176,22 +185,22 @@ def test_one_visitors_failure_touches_nobody_else(generator, ask, open_line, fil
 
 def test_a_group_that_fails_is_done_one_by_one(ask, open_line):
     """By autoguidance nobody can have a negative prompt, which is found out for the whole group."""
-    served = open_line(Generator.load(MODEL, CODEC, guide_model=MODEL))
+    served = open_line(VideoPipeline.load(MODEL, CODEC, guide_model=MODEL))
     with served._changed:
         tickets = [served.join(ask(negative="blurry"), "a"), served.join(ask(), "b")]
     await_all(tickets)
     assert [t.state for t in tickets] == ["failed", "made"]
-    assert tickets[0].words.startswith("a negative prompt takes the place of the empty one")
+    assert tickets[0].words.startswith("a negative prompt replaces the empty prompt")
 
 
-def test_nobodys_second_goes_before_somebodys_first(generator, ask, open_line):
-    served = open_line(generator)
+def test_nobodys_second_goes_before_somebodys_first(pipeline, ask, open_line):
+    served = open_line(pipeline)
     with served._changed:
         mine = [served.join(ask(steps=n), "many") for n in (1, 2, 3)]
         theirs = served.join(ask(steps=4), "one")
         assert [served.before(t) for t in (mine[0], theirs, *mine[1:])] == [0, 1, 2, 3]
         served.join(ask(steps=5), "many")
-        with pytest.raises(Refused, match="4 of yours wait already"):
+        with pytest.raises(InvalidInput, match="4 of yours wait already"):
             served.join(ask(), "many")
         served.leave("many")
         assert [t.state for t in mine] == ["stopped"] * 3 and served.before(theirs) == 0
@@ -200,8 +209,8 @@ def test_nobodys_second_goes_before_somebodys_first(generator, ask, open_line):
     assert not served.gallery.items()
 
 
-def test_what_is_stopped_at_work_ends_soon_and_leaves_nothing(generator, ask, open_line):
-    served = open_line(generator)
+def test_what_is_stopped_at_work_ends_soon_and_leaves_nothing(pipeline, ask, open_line):
+    served = open_line(pipeline)
     ticket = served.join(ask(steps=100), "me")
     while not ticket.first_step:
         time.sleep(0.05)
@@ -212,9 +221,9 @@ def test_what_is_stopped_at_work_ends_soon_and_leaves_nothing(generator, ask, op
     assert [item.name for item in served.gallery.items()] == [after.name]
 
 
-def test_a_job_is_watched_while_it_is_made(generator, ask, open_line, monkeypatch):
-    monkeypatch.setattr(line, "PREVIEW_EVERY", 0.0)
-    served = open_line(generator)
+def test_a_job_is_watched_while_it_is_made(pipeline, ask, open_line, monkeypatch):
+    monkeypatch.setattr(job_queue, "PREVIEW_EVERY", 0.0)
+    served = open_line(pipeline)
     ticket = served.join(ask(steps=60), "me")
     shown = set()
     while not ticket.over:
@@ -231,14 +240,14 @@ def test_a_job_is_watched_while_it_is_made(generator, ask, open_line, monkeypatc
 # ---- What is kept
 
 
-def test_the_gallery_keeps_the_newest_and_hands_out_nothing_else(generator, ask, open_line, files, monkeypatch):
+def test_the_gallery_keeps_the_newest_and_hands_out_nothing_else(pipeline, ask, open_line, files, monkeypatch):
     monkeypatch.setattr(gallery, "KEPT", 2)
-    served = open_line(generator)
+    served = open_line(pipeline)
     kept, out = served.gallery, served.gallery.out
     (out / "mine.mp4").write_text("not of the page")
     tickets = []
     for seed in range(4):
-        tickets.append(served.join(ask("restyle", seed=seed, video=files["clip"]["video"]), "me"))
+        tickets.append(served.join(ask("video_to_video", seed=seed, video=files["clip"]["video"]), "me"))
         await_all(tickets)
     assert {t.name for t in tickets[-2:]} == {item.name for item in kept.items(9)} and (out / "mine.mp4").exists()
     assert len(list(kept.uploads.iterdir())) == 1  # of which records speak

@@ -21,9 +21,9 @@ import numpy as np
 from minisora_jax.evaluation.frames import bounce, flicker, psnr, seam
 from minisora_jax.generate import tasks
 from minisora_jax.generate.frame_ops import FEATHER, largest_step, steps
-from minisora_jax.generate.pipeline import Generator
+from minisora_jax.generate.pipeline import VideoPipeline
 from minisora_jax.generate.request import Request
-from minisora_jax.generate.runner import Verb, perform
+from minisora_jax.generate.runner import Task, run_tasks
 from minisora_jax.toy.checker import check_all, observe
 from minisora_jax.toy.shapes import FPS, Shapes, parse_caption
 from minisora_jax.types import Clip
@@ -84,10 +84,10 @@ def _judged(videos, captions, **more) -> Measured:
 # ---- Measurements
 
 
-def text_to_video(generator: Generator, count: int, options: dict) -> Measured:
+def text_to_video(pipeline: VideoPipeline, count: int, options: dict) -> Measured:
     """Colour, shape, motion; flicker against that of true clips."""
     truth = clips(count)
-    videos = generator.generate(requests(truth), **options)
+    videos = pipeline.generate(requests(truth), **options)
     more = {
         "flicker": _mean([flicker(v) for v in videos]),
         "flicker_true": _mean([flicker(c.frames_THWC) for c in truth]),
@@ -95,25 +95,25 @@ def text_to_video(generator: Generator, count: int, options: dict) -> Measured:
     return _judged(videos, [c.caption for c in truth], **more)
 
 
-def text_to_image(generator: Generator, count: int, options: dict) -> Measured:
+def text_to_image(pipeline: VideoPipeline, count: int, options: dict) -> Measured:
     truth = clips(count, (1, 64, 64))
-    return _judged(generator.generate(requests(truth), **options), [c.caption for c in truth])
+    return _judged(pipeline.generate(requests(truth), **options), [c.caption for c in truth])
 
 
-def animate(generator: Generator, count: int, options: dict) -> Measured:
+def image_to_video(pipeline: VideoPipeline, count: int, options: dict) -> Measured:
     """The first frame of a true clip moves as its caption says, and keeps its colour and shape."""
     truth = clips(count, suits=in_sight)
-    made = _perform(generator, [tasks.animate(generator, r, c.frames_THWC[0]) for r, c in _pairs(truth)], options)
+    made = _run(pipeline, [tasks.image_to_video(pipeline, r, c.frames_THWC[0]) for r, c in _pairs(truth)], options)
     kept = [psnr(v[0], c.frames_THWC[0]) for v, c in zip(made, truth)]
     return _judged(made, [c.caption for c in truth], first_frame_psnr=_mean(kept))
 
 
-def join(generator: Generator, count: int, options: dict) -> Measured:
+def interpolate(pipeline: VideoPipeline, count: int, options: dict) -> Measured:
     """From the first frame of a true clip to its last."""
     truth = clips(count, suits=lambda motion: not motion.startswith(("hide", "pan")))
-    made = _perform(
-        generator,
-        [tasks.join(generator, r, c.frames_THWC[0], c.frames_THWC[-1]) for r, c in _pairs(truth)],
+    made = _run(
+        pipeline,
+        [tasks.interpolate(pipeline, r, c.frames_THWC[0], c.frames_THWC[-1]) for r, c in _pairs(truth)],
         options,
     )
     ends = {
@@ -124,27 +124,25 @@ def join(generator: Generator, count: int, options: dict) -> Measured:
     return {k: v for k, v in scores.items() if not k.startswith("motion")}, rows
 
 
-def extend_forward(generator: Generator, count: int, options: dict) -> Measured:
-    return _extend(generator, count, options, known=slice(None, 9), ends={"after": 8})
+def extend_forward(pipeline: VideoPipeline, count: int, options: dict) -> Measured:
+    return _extend(pipeline, count, options, known=slice(None, 9), ends={"after": 8})
 
 
-def extend_backward(generator: Generator, count: int, options: dict) -> Measured:
-    return _extend(generator, count, options, known=slice(8, None), ends={"before": 8})
+def extend_backward(pipeline: VideoPipeline, count: int, options: dict) -> Measured:
+    return _extend(pipeline, count, options, known=slice(8, None), ends={"before": 8})
 
 
-def _extend(generator: Generator, count: int, options: dict, known: slice, ends: dict) -> Measured:
+def _extend(pipeline: VideoPipeline, count: int, options: dict, known: slice, ends: dict) -> Measured:
     """Half of a true clip is given; the whole is judged, and the step at which given and made meet.
 
     "seam_psnr" is of the known frame at the seam against the input, "codec_psnr" what the codec alone makes of it.
     """
     truth = clips(count, suits=in_sight)
     given = [c.frames_THWC[known] for c in truth]
-    made = _perform(
-        generator, [tasks.extend(generator, r, g, **ends) for (r, _), g in zip(_pairs(truth), given)], options
-    )
+    made = _run(pipeline, [tasks.extend(pipeline, r, g, **ends) for (r, _), g in zip(_pairs(truth), given)], options)
     at = 8 if "after" in ends else 7
     beside = -1 if "after" in ends else 0
-    coded = generator.decode(generator.encode(given))
+    coded = pipeline.decode(pipeline.encode(given))
     more = {
         "known_psnr": _mean([psnr(v[known], g) for v, g in zip(made, given)]),
         "seam_psnr": _mean([psnr(v[known][beside], g[beside]) for v, g in zip(made, given)]),
@@ -157,13 +155,13 @@ def _extend(generator: Generator, count: int, options: dict, known: slice, ends:
     return _judged(made, [c.caption for c in truth], **more)
 
 
-def loop(generator: Generator, count: int, options: dict) -> Measured:
+def loop(pipeline: VideoPipeline, count: int, options: dict) -> Measured:
     """The step from the last frame to the first, in median steps; and, two frames on, where the last latent frame meets
     the first ("joint"), beside where the first meets the second ("other_joint")."""
     truth = clips(count, suits=in_sight)
     asked = [dataclasses.replace(r, size_THW=(16, *SIZE[1:]), loop=True) for r in requests(truth)]
-    made = generator.generate(asked, **options)
-    plain = generator.generate([dataclasses.replace(r, size_THW=SIZE, loop=False) for r in asked], **options)
+    made = pipeline.generate(asked, **options)
+    plain = pipeline.generate([dataclasses.replace(r, size_THW=SIZE, loop=False) for r in asked], **options)
     seams = [seam(v) for v in made]
     scores, _ = attributes(made, [c.caption for c in truth])
     by_motion = collections.defaultdict(list)
@@ -182,13 +180,13 @@ def loop(generator: Generator, count: int, options: dict) -> Measured:
     return {k: v for k, v in scores.items() if k in ("colour", "shape", "motion")} | more, rows
 
 
-def connect(generator: Generator, count: int, options: dict) -> Measured:
+def transition(pipeline: VideoPipeline, count: int, options: dict) -> Measured:
     """Both ends of a true clip, 5 frames each, and the 7 frames between them made."""
     truth = clips(count, suits=in_sight)
     ends = [(c.frames_THWC[:5], c.frames_THWC[12:]) for c in truth]
-    made = _perform(
-        generator,
-        [tasks.connect(generator, r, a, b, between=7) for (r, _), (a, b) in zip(_pairs(truth), ends)],
+    made = _run(
+        pipeline,
+        [tasks.transition(pipeline, r, a, b, between=7) for (r, _), (a, b) in zip(_pairs(truth), ends)],
         options,
     )
     largest = [largest_step(v, slice(4, 12)) for v in made]
@@ -200,29 +198,27 @@ def connect(generator: Generator, count: int, options: dict) -> Measured:
     return _judged(made, [c.caption for c in truth], **more)
 
 
-def connect_strangers(generator: Generator, count: int, options: dict) -> Measured:
+def transition_strangers(pipeline: VideoPipeline, count: int, options: dict) -> Measured:
     """Two videos made from one caption with other seeds, and a second and a half between them."""
     truth = clips(count, suits=lambda motion: not motion.startswith(("hide", "pan")))
     asked = requests(truth)
     a, b = (
-        generator.generate([dataclasses.replace(r, seed=r.seed + more) for r in asked], **options) for more in (0, 5000)
+        pipeline.generate([dataclasses.replace(r, seed=r.seed + more) for r in asked], **options) for more in (0, 5000)
     )
-    made = _perform(
-        generator, [tasks.connect(generator, r, *ends, between=11) for r, *ends in zip(asked, a, b)], options
-    )
+    made = _run(pipeline, [tasks.transition(pipeline, r, *ends, between=11) for r, *ends in zip(asked, a, b)], options)
     largest = [largest_step(v, slice(16, 28)) for v in made]
     scores = {"largest_step": round(float(np.median(largest)), 3), "no_step_above_2": _share(largest, 2.0)}
     return scores, _rows([v[8:36] for v in made], [c.caption for c in truth], [f"{n:.2f} steps" for n in largest])
 
 
-def restyle(generator: Generator, count: int, options: dict) -> Measured:
+def video_to_video(pipeline: VideoPipeline, count: int, options: dict) -> Measured:
     """Another colour is asked of a true clip: that colour, and the shape and motion that it had."""
     truth = clips(count, suits=in_sight)
     wanted = [c.caption.replace(o := parse_caption(c.caption)[0][0].colour, RECOLOURED[o], 1) for c in truth]
     asked = [dataclasses.replace(r, prompt=w) for (r, _), w in zip(_pairs(truth), wanted)]
     single = [i for i, c in enumerate(truth) if len(parse_caption(c.caption)[0]) == 1]
-    made = _perform(
-        generator, [tasks.restyle(generator, asked[i], truth[i].frames_THWC, STRENGTH) for i in single], options
+    made = _run(
+        pipeline, [tasks.video_to_video(pipeline, asked[i], truth[i].frames_THWC, STRENGTH) for i in single], options
     )
     return _judged(made, [wanted[i] for i in single], strength=STRENGTH)
 
@@ -232,37 +228,37 @@ RECOLOURED = {"red": "green", "green": "blue", "blue": "orange", "yellow": "mage
               "orange": "white", "white": "yellow"}  # fmt: skip
 
 
-def inpaint(generator: Generator, count: int, options: dict) -> Measured:
+def inpaint(pipeline: VideoPipeline, count: int, options: dict) -> Measured:
     """The middle half of each frame of a true clip is made anew, by its caption."""
     truth = clips(count, suits=in_sight)
     mask = np.zeros(SIZE[1:], bool)
     mask[:, 16:] = True
-    made = _perform(generator, [tasks.inpaint(generator, r, c.frames_THWC, mask) for r, c in _pairs(truth)], options)
+    made = _run(pipeline, [tasks.inpaint(pipeline, r, c.frames_THWC, mask) for r, c in _pairs(truth)], options)
     away = [psnr(v[:, :, : 16 - FEATHER], c.frames_THWC[:, :, : 16 - FEATHER]) for v, c in zip(made, truth)]
     return _judged(made, [c.caption for c in truth], kept_psnr=_mean(away))
 
 
-def outpaint(generator: Generator, count: int, options: dict) -> Measured:
+def outpaint(pipeline: VideoPipeline, count: int, options: dict) -> Measured:
     """A true clip's left two thirds are given."""
     truth = clips(count, suits=in_sight)
-    made = _perform(
-        generator,
-        [tasks.outpaint(generator, r, c.frames_THWC[:, :, :32], at=(0, 0)) for r, c in _pairs(truth)],
+    made = _run(
+        pipeline,
+        [tasks.outpaint(pipeline, r, c.frames_THWC[:, :, :32], at=(0, 0)) for r, c in _pairs(truth)],
         options,
     )
     return _judged(made, [c.caption for c in truth])
 
 
-def permanence(generator: Generator, count: int, options: dict) -> Measured:
+def permanence(pipeline: VideoPipeline, count: int, options: dict) -> Measured:
     """What goes behind a wall comes back in its colour."""
     truth = clips(count, suits=lambda motion: motion.startswith("hide"))
-    return _judged(generator.generate(requests(truth), **options), [c.caption for c in truth])
+    return _judged(pipeline.generate(requests(truth), **options), [c.caption for c in truth])
 
 
-def physics(generator: Generator, count: int, options: dict) -> Measured:
+def physics(pipeline: VideoPipeline, count: int, options: dict) -> Measured:
     """What bounces keeps its speed: its spread in mean speeds, beside that of true clips."""
     truth = clips(count, suits=lambda motion: motion == "bounce")
-    videos = generator.generate(requests(truth), **options)
+    videos = pipeline.generate(requests(truth), **options)
     unevenness = lambda frames: [u for f in frames for o in observe(f) if (u := bounce(o)) is not None]
     ours, theirs = unevenness(videos), unevenness([c.frames_THWC for c in truth])
     more = {"bounces_seen": len(ours), "speed_spread": round(float(np.median(ours)), 3),
@@ -270,24 +266,24 @@ def physics(generator: Generator, count: int, options: dict) -> Measured:
     return _judged(videos, [c.caption for c in truth], **more)
 
 
-def twice_as_long(generator: Generator, count: int, options: dict) -> Measured:
+def twice_as_long(pipeline: VideoPipeline, count: int, options: dict) -> Measured:
     """33 frames, where training saw at most 17."""
     truth = clips(count, (33, *SIZE[1:]))
-    made = _perform(generator, [tasks.make(generator, r) for r in requests(truth)], options)
+    made = _run(pipeline, [tasks.text_to_video(pipeline, r) for r in requests(truth)], options)
     return _judged(made, [c.caption for c in truth])
 
 
-def twice_as_long_by_windows(generator: Generator, count: int, options: dict) -> Measured:
+def twice_as_long_by_windows(pipeline: VideoPipeline, count: int, options: dict) -> Measured:
     """33 frames, each window from the end of the one before, as a minute is made."""
     truth = clips(count, (33, *SIZE[1:]))
-    made = _perform(generator, [tasks.rollout(generator, r, 33) for r in requests(truth)], options)
+    made = _run(pipeline, [tasks.long_video(pipeline, r, 33) for r in requests(truth)], options)
     return _judged(made, [c.caption for c in truth])
 
 
-def twice_as_large(generator: Generator, count: int, options: dict) -> Measured:
+def twice_as_large(pipeline: VideoPipeline, count: int, options: dict) -> Measured:
     """128 x 128, where training saw at most 64 x 64."""
     truth = clips(count, (17, 128, 128))
-    made = _perform(generator, [tasks.make(generator, r) for r in requests(truth)], options)
+    made = _run(pipeline, [tasks.text_to_video(pipeline, r) for r in requests(truth)], options)
     return _judged(made, [c.caption for c in truth])
 
 
@@ -295,21 +291,21 @@ def _pairs(truth: Sequence[Clip]) -> list[tuple[Request, Clip]]:
     return list(zip(requests(truth), truth))
 
 
-def _perform(generator: Generator, asked: Sequence[Verb], options: dict) -> list[np.ndarray]:
-    return perform(generator, asked, **options)
+def _run(pipeline: VideoPipeline, asked: Sequence[Task], options: dict) -> list[np.ndarray]:
+    return run_tasks(pipeline, asked, **options)
 
 
-VERBS: dict[str, Callable[[Generator, int, dict], Measured]] = {
+TASKS: dict[str, Callable[[VideoPipeline, int, dict], Measured]] = {
     "text-to-video": text_to_video,
     "text-to-image": text_to_image,
-    "animate": animate,
-    "join": join,
+    "image-to-video": image_to_video,
+    "interpolate": interpolate,
     "extend-forward": extend_forward,
     "extend-backward": extend_backward,
     "loop": loop,
-    "connect": connect,
-    "connect-strangers": connect_strangers,
-    "restyle": restyle,
+    "transition": transition,
+    "transition-strangers": transition_strangers,
+    "video-to-video": video_to_video,
     "inpaint": inpaint,
     "outpaint": outpaint,
     "permanence": permanence,

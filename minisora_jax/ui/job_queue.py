@@ -1,7 +1,7 @@
 """The line of those who wait, and the one thread that serves it.
 
 Whoever waits with the same sampling options, and about as much to make, is served together: one group through
-generate/batch.py. Otherwise it is one after another, in turns between visitors: nobody's second job goes before
+jobs/batch.py. Otherwise it is one after another, in turns between visitors: nobody's second job goes before
 somebody's first. A job that fails is alone in that; where a group fails as a whole each of it is done by itself.
 """
 
@@ -15,13 +15,13 @@ import time
 import numpy as np
 from PIL import Image
 
-from minisora_jax.generate.batch import remake, run_jobs, suffix_of
-from minisora_jax.generate.job import Job
-from minisora_jax.generate.output import sampling_of
 from minisora_jax.io.video import STILL_FPS
-from minisora_jax.ui.forms import Wanted, enlarged, plainly
+from minisora_jax.jobs.batch import reproduce, run_jobs, suffix_of
+from minisora_jax.jobs.job import Job
+from minisora_jax.jobs.output import sampling_of
+from minisora_jax.ui.forms import JobSpec, plainly, upscaled
 from minisora_jax.ui.gallery import Gallery
-from minisora_jax.ui.uploads import Refused, moving_picture
+from minisora_jax.ui.uploads import InvalidInput, moving_picture
 
 log = logging.getLogger("minisora")
 
@@ -39,7 +39,7 @@ PREVIEW_FRAMES = 5  # latent frames that are shown
 class Ticket:
     """One job on its way. state: waiting, running, made, failed or stopped."""
 
-    wanted: Wanted
+    spec: JobSpec
     user: str
     name: str
     state: str = "waiting"
@@ -60,13 +60,13 @@ class Ticket:
     @property
     def done(self) -> float:
         """The share of all of it that is done."""
-        return min((self.round + self.share) / max(self.wanted.rounds, self.round + 1), 1.0)
+        return min((self.round + self.share) / max(self.spec.rounds, self.round + 1), 1.0)
 
     def seconds_left(self) -> float | None:
         """At the pace since its first step; None where that cannot be said yet."""
         if not self.first_step or self.done >= 1:
             return None
-        first = 1 / (self.wanted.sampling["sampler"].steps * self.wanted.rounds)
+        first = 1 / (self.spec.sampling["sampler"].steps * self.spec.rounds)
         if self.done <= first:
             return None
         return (time.monotonic() - self.first_step) / (self.done - first) * (1 - self.done)
@@ -79,9 +79,9 @@ class _Stopped(Exception):
     """Nobody waits for this group any longer."""
 
 
-class Line:
-    def __init__(self, generator, gallery: Gallery, model: dict):
-        self.generator, self.gallery, self.model = generator, gallery, model
+class JobQueue:
+    def __init__(self, pipeline, gallery: Gallery, model: dict):
+        self.pipeline, self.gallery, self.model = pipeline, gallery, model
         self._waiting: list[Ticket] = []
         self._running: list[Ticket] = []
         self._changed = threading.Condition()
@@ -89,13 +89,13 @@ class Line:
         self._thread = threading.Thread(target=self._serve, name="line", daemon=True)
         self._thread.start()
 
-    def join(self, wanted: Wanted, user: str) -> Ticket:
+    def join(self, spec: JobSpec, user: str) -> Ticket:
         with self._changed:
             if len(self._waiting) >= MOST_WAITING:
-                raise Refused("too many wait already: try again in a few minutes")
+                raise InvalidInput("too many wait already: try again in a few minutes")
             if sum(t.user == user for t in self._waiting) >= MOST_EACH:
-                raise Refused(f"{MOST_EACH} of yours wait already: let one of them be made first")
-            ticket = Ticket(wanted, user, self.gallery.new_name())
+                raise InvalidInput(f"{MOST_EACH} of yours wait already: let one of them be made first")
+            ticket = Ticket(spec, user, self.gallery.new_name())
             self._waiting.append(ticket)
             self._changed.notify()
             return ticket
@@ -112,13 +112,17 @@ class Line:
         for ticket in [t for t in self._waiting + self._running if t.name == name]:
             self.stop(ticket)
 
-    def wanted_again(self, file: str) -> Wanted:
+    def spec_again(self, file: str) -> JobSpec:
         """A result, to be made again from its record."""
         if not (item := self.gallery.item(file)):
-            raise Refused("it is no longer here")
+            raise InvalidInput("it is no longer here")
         sampling = sampling_of(item.record)
-        return Wanted(
-            Job.of(item.record["job"]), sampling, GROUP_VOLUME, enlarged(item.record["job"]["size"]), again=item.record
+        return JobSpec(
+            Job.from_dict(item.record["job"]),
+            sampling,
+            GROUP_VOLUME,
+            upscaled(item.record["job"]["size"]),
+            again=item.record,
         )
 
     def leave(self, user: str) -> None:
@@ -153,9 +157,9 @@ class Line:
     def _next_group(self) -> list[Ticket]:
         """Whose turn it is, and all that go with it."""
         first, *others = self._in_turn()
-        group, volume = [first], first.wanted.volume
+        group, volume = [first], first.spec.volume
         for ticket in others:
-            a, b = first.wanted, ticket.wanted
+            a, b = first.spec, ticket.spec
             alike = a.sampling == b.sampling and a.upscale == b.upscale and (a.rounds, b.rounds) == (1, 1)
             alike = alike and not (a.again or b.again)
             near = max(a.volume, b.volume) <= LIKE * min(a.volume, b.volume)
@@ -193,16 +197,16 @@ class Line:
         for ticket in group:
             ticket.state, ticket.started, ticket.company = "running", time.monotonic(), len(group)
             ticket.share, ticket.round, ticket.first_step = 0.0, 0, 0.0
-        jobs, once = [t.wanted.job for t in group], group[0].wanted
-        paths = [self.gallery.out / f"{t.name}{suffix_of(t.wanted.job, '.mp4')}" for t in group]
+        jobs, once = [t.spec.job for t in group], group[0].spec
+        paths = [self.gallery.out / f"{t.name}{suffix_of(t.spec.job, '.mp4')}" for t in group]
         numbers = {once.again["index"]: group[0]} if once.again else dict(enumerate(group))
-        options = {"upscale": once.upscale, "watch": _Watch(self.generator, numbers), "progress": False}
+        options = {"upscale": once.upscale, "watch": _Watch(self.pipeline, numbers), "progress": False}
         try:
             if once.again:
-                results = [remake(self.generator, once.again, paths[0], **options)]
+                results = [reproduce(self.pipeline, once.again, paths[0], **options)]
             else:
                 options |= {"model": self.model, "sampling": once.sampling, "strict": False}
-                results = run_jobs(self.generator, jobs, paths, **options)
+                results = run_jobs(self.pipeline, jobs, paths, **options)
         except _Stopped:
             return
         except Exception as error:
@@ -233,7 +237,7 @@ class Line:
             log.warning("%s: %s", ticket.name, error)
             return f"a file could not be read or written here ({error.strerror or type(error).__name__})"
         if isinstance(error, ValueError):
-            return plainly(error, ticket.wanted.names)
+            return plainly(error, ticket.spec.names)
         log.error("%s failed", ticket.name, exc_info=error)
         return f"something went wrong here ({type(error).__name__}), and has been noted: try something smaller"
 
@@ -241,8 +245,8 @@ class Line:
 class _Watch:
     """Called after each step of a group: how far it is, and now and then how it looks."""
 
-    def __init__(self, generator, tickets: dict[int, Ticket]):
-        self.generator, self.tickets, self.next = generator, tickets, time.monotonic() + PREVIEW_EVERY
+    def __init__(self, pipeline, tickets: dict[int, Ticket]):
+        self.pipeline, self.tickets, self.next = pipeline, tickets, time.monotonic() + PREVIEW_EVERY
 
     def __call__(self, share: float, look) -> None:
         if all(ticket.over for ticket in self.tickets.values()):
@@ -253,10 +257,10 @@ class _Watch:
         since = time.monotonic()
         if since >= self.next:
             looks = {self.tickets[i]: _small(latents) for i, latents in look().items() if i in self.tickets}
-            for ticket, frames in zip(looks, self.generator.decode(list(looks.values()))):
-                enlarge = max(1, 160 // max(frames.shape[1:3]))
-                images = [Image.fromarray(f.repeat(enlarge, 0).repeat(enlarge, 1)) for f in frames]
-                ticket.preview = moving_picture(images, ticket.wanted.job.fps or STILL_FPS)
+            for ticket, frames in zip(looks, self.pipeline.decode(list(looks.values()))):
+                upscale = max(1, 160 // max(frames.shape[1:3]))
+                images = [Image.fromarray(f.repeat(upscale, 0).repeat(upscale, 1)) for f in frames]
+                ticket.preview = moving_picture(images, ticket.spec.job.fps or STILL_FPS)
             now = time.monotonic()
             self.next = now + max(PREVIEW_EVERY, 4 * (now - since))
 

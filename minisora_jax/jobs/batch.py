@@ -15,12 +15,12 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from minisora_jax.generate.job import Job, exists, name_of, start
-from minisora_jax.generate.output import Output, beside, record_of, sampling_of
-from minisora_jax.generate.pipeline import Generator
-from minisora_jax.generate.runner import perform
+from minisora_jax.generate.pipeline import VideoPipeline
+from minisora_jax.generate.runner import run_tasks
 from minisora_jax.io.filesystem import json_or_none
 from minisora_jax.io.records import sha256
+from minisora_jax.jobs.job import Job, exists, name_of, start
+from minisora_jax.jobs.output import Output, batch_of, beside, record_of, sampling_of
 
 log = logging.getLogger("minisora")
 
@@ -28,7 +28,7 @@ MANIFEST = "manifest.jsonl"
 
 
 def run_jobs(
-    generator: Generator,
+    pipeline: VideoPipeline,
     jobs: Sequence[Job],
     paths: Sequence[Path],
     *,
@@ -48,19 +48,19 @@ def run_jobs(
     for i, job in enumerate(jobs):
         try:
             exists(job)
-            started.append((i, *start(generator, job)))
+            started.append((i, *start(pipeline, job)))
         except (ValueError, OSError) as error:
             if strict:
                 raise
             found[i] = error
-    together = [jobs[i] for i, _, _ in started]
+    batch_size = [jobs[i] for i, _, _ in started]
     by_job = lambda look: lambda: {started[k][0]: latents for k, latents in look().items()}
     seen = watch and (lambda share, look: watch(share, by_job(look)))
 
     def write(number: int, frames) -> None:
         i, _, fps = started[number]
         if i not in outputs:
-            outputs[i] = Output(paths[i], fps, record_of(together, number, model, sampling), upscale)
+            outputs[i] = Output(paths[i], fps, record_of(batch_size, number, model, sampling), upscale)
         outputs[i].write(frames)
 
     def failed(number: int, error: ValueError) -> None:
@@ -71,7 +71,7 @@ def run_jobs(
 
     doing = {"write": write, "watch": seen, "failed": None if strict else failed, "progress": progress}
     try:
-        perform(generator, [verb for _, verb, _ in started], **doing, **sampling)
+        run_tasks(pipeline, [task for _, task, _ in started], **doing, **sampling)
     except BaseException:
         for output in outputs.values():
             output.abandon()
@@ -88,7 +88,7 @@ def read_jobs(path: Path) -> list[Job]:
         if not line.strip():
             continue
         try:
-            jobs.append(Job.of(json.loads(line)))
+            jobs.append(Job.from_dict(json.loads(line)))
         except (ValueError, TypeError) as error:
             raise ValueError(f"{path}, line {number}: {error}") from error
     if not jobs:
@@ -96,21 +96,21 @@ def read_jobs(path: Path) -> list[Job]:
     return jobs
 
 
-def run_batch(generator: Generator, jobs: Sequence[Job], out: Path, suffix: str, together: int, **options) -> dict:
+def run_batch(pipeline: VideoPipeline, jobs: Sequence[Job], out: Path, suffix: str, batch_size: int, **options) -> dict:
     """{"made": n, "failed": n, "before": n}: how many jobs were done, could not be, or were done by an earlier run."""
     out.mkdir(parents=True, exist_ok=True)
     done = _done(out, jobs)
     counts = {"made": 0, "failed": 0, "before": 0}
-    for first in range(0, len(jobs), together):
-        numbers = range(first, min(first + together, len(jobs)))
+    for first in range(0, len(jobs), batch_size):
+        numbers = range(first, min(first + batch_size, len(jobs)))
         if all(n in done for n in numbers):
             counts["before"] += len(numbers)
             continue
         paths = [out / f"{n:05d}-{name_of(jobs[n])}{suffix_of(jobs[n], suffix)}" for n in numbers]
-        results = run_jobs(generator, [jobs[n] for n in numbers], paths, strict=False, **options)
+        results = run_jobs(pipeline, [jobs[n] for n in numbers], paths, strict=False, **options)
         with (out / MANIFEST).open("a", encoding="utf-8") as manifest:
             for n, path, result in zip(numbers, paths, results):
-                line = {"number": n, "job": jobs[n].said}
+                line = {"number": n, "job": jobs[n].to_dict()}
                 if isinstance(result, Exception):
                     line["error"] = f"{type(result).__name__}: {result}"
                     log.warning("job %d could not be done: %s", n, result)
@@ -129,10 +129,10 @@ def _done(out: Path, jobs: Sequence[Job]) -> set[int]:
         line = json_or_none(text)
         if not isinstance(line, dict) or line.get("number", -1) not in range(len(jobs)):
             continue  # a line half written, or of a longer batch
-        same = line.get("job") == json.loads(json.dumps(jobs[line["number"]].said))
+        same = line.get("job") == json.loads(json.dumps(jobs[line["number"]].to_dict()))
         if not same:
             raise ValueError(
-                f"{manifest}: job {line['number']} was {line.get('job')} and is now {jobs[line['number']].said}: "
+                f"{manifest}: job {line['number']} was {line.get('job')} and is now {jobs[line['number']].to_dict()}: "
                 f"use another --out for other jobs"
             )
         if "error" in line or (out / line["file"]).exists():
@@ -140,26 +140,26 @@ def _done(out: Path, jobs: Sequence[Job]) -> set[int]:
     return done
 
 
-def remake(generator: Generator, record: dict, path: Path, **doing) -> dict:
+def reproduce(pipeline: VideoPipeline, record: dict, path: Path, **doing) -> dict:
     """The record of `path`, made again from `record` with all that was made with it, on which rounding depends.
 
     ValueError where the model or a file that it was made of is another. What was made beside it is not kept. `doing` is
     what of `run_jobs` no record says: upscale, progress, watch.
     """
     said, index = record["model"], record["index"]
-    for name, found in (("hash", generator.hash), ("codec_hash", generator.codec.hash)):
+    for name, found in (("hash", pipeline.hash), ("codec_hash", pipeline.codec.hash)):
         if said[name] != found:
             raise ValueError(f"it was made with a model of {name} {said[name]}, and this one has {found}")
     for file, digest in record["inputs"].items():
         if sha256(Path(file)) != digest:
             raise ValueError(f"{file} has changed since")
-    jobs = [Job.of(values) for values in record["together"] or [record["job"]]]
+    jobs = batch_of(record)
     kind = ".mp4" if path.suffix == ".png" else path.suffix
     paths = [path.with_name(f".beside-{i}-{path.stem}{suffix_of(job, kind)}") for i, job in enumerate(jobs)]
     paths[index] = path
     doing |= {"model": said, "sampling": sampling_of(record)}
     try:
-        made = run_jobs(generator, jobs, paths, strict=False, **doing)  # what could not be done then cannot now
+        made = run_jobs(pipeline, jobs, paths, strict=False, **doing)  # what could not be done then cannot now
     finally:
         for beside_it in (p for p in paths if p != path):
             _remove(beside_it)
@@ -186,4 +186,4 @@ def free_paths(out: Path, jobs: Sequence[Job], suffix: str) -> list[Path]:
 
 
 def suffix_of(job: Job, suffix: str) -> str:
-    return ".png" if job.frames == 1 and job.verb == "make" and not job.seconds else suffix
+    return ".png" if job.frames == 1 and job.task == "make" and not job.seconds else suffix

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from minisora_jax.diffusion.noise_path import PATHS, PREDICTIONS, convert, ddpm_ratios, solve, target
 from minisora_jax.diffusion.objective import WEIGHTS, ObjectiveConfig, weight
-from minisora_jax.diffusion.path import PATHS, PREDICTIONS, convert, ddpm_ratios, solve, target
 
 PI = np.pi
 

@@ -31,7 +31,7 @@ SIGMA_MAX = 80.0  # EDM's largest noise, for data of unit variance
 
 
 @dataclasses.dataclass(frozen=True)
-class Path:
+class NoisePath:
     """alpha(t) and sigma(t) of any array of times, and the time at which sigma / alpha has a given value."""
 
     alpha: Callable[[jax.Array], jax.Array]
@@ -68,9 +68,9 @@ class Path:
 # ---- Variance-preserving paths are known by log alpha; sigma = sqrt(1 - alpha^2)
 
 
-def _preserving(log_alpha, time_of) -> Path:
+def _preserving(log_alpha, time_of) -> NoisePath:
     sigma = lambda t: jnp.sqrt(-jnp.expm1(2.0 * log_alpha(t)))
-    return Path(lambda t: jnp.exp(log_alpha(t)), sigma, time_of)
+    return NoisePath(lambda t: jnp.exp(log_alpha(t)), sigma, time_of)
 
 
 BETA_MIN, BETA_MAX = 0.1, 20.0  # per unit of time: DDPM's 1e-4 ... 0.02 a step, times 1000 steps
@@ -134,9 +134,9 @@ def _ddpm_time(ratio):
 
 PATHS = {
     # Rectified flow: Liu et al. 2022, arXiv:2209.03003; Lipman et al. 2022, arXiv:2210.02747
-    "linear": Path(lambda t: 1.0 - t, lambda t: t, lambda r: r / (1.0 + r)),
+    "linear": NoisePath(lambda t: 1.0 - t, lambda t: t, lambda r: r / (1.0 + r)),
     # Trigonometric: Albergo & Vanden-Eijnden 2022, arXiv:2209.15571; SiT's GVP, arXiv:2401.08740
-    "gvp": Path(
+    "gvp": NoisePath(
         lambda t: jnp.cos(0.5 * math.pi * t),
         lambda t: jnp.sin(0.5 * math.pi * t),
         lambda r: jnp.arctan(r) / (0.5 * math.pi),
@@ -144,44 +144,46 @@ PATHS = {
     # DDPM in continuous time: Song et al. 2020, arXiv:2011.13456, eq. 32
     "vp": _preserving(lambda t: -0.25 * t**2 * (BETA_MAX - BETA_MIN) - 0.5 * t * BETA_MIN, _vp_time),
     # DDPM as published, Ho et al. 2020, arXiv:2006.11239
-    "ddpm": Path(
+    "ddpm": NoisePath(
         lambda t: jax.lax.rsqrt(1.0 + jnp.square(_ddpm_ratio(t))),
         lambda t: _ddpm_ratio(t) * jax.lax.rsqrt(1.0 + jnp.square(_ddpm_ratio(t))),
         _ddpm_time,
     ),
     # Nichol & Dhariwal 2021, arXiv:2102.09672, eq. 17
-    "cosine": Path(_cosine_alpha, _cosine_sigma, _cosine_time),
+    "cosine": NoisePath(_cosine_alpha, _cosine_sigma, _cosine_time),
     # EDM, with time proportional to sigma: Karras et al. 2022, arXiv:2206.00364
-    "ve": Path(jnp.ones_like, lambda t: SIGMA_MAX * t, lambda r: r / SIGMA_MAX, explodes=True),
+    "ve": NoisePath(jnp.ones_like, lambda t: SIGMA_MAX * t, lambda r: r / SIGMA_MAX, explodes=True),
 }
 
 
-def _v(path: Path, time: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _v(path: NoisePath, time: jax.Array) -> tuple[jax.Array, jax.Array]:
     spread = path.spread(time)
     return -path.sigma(time) / spread, path.alpha(time) / spread
 
 
 PREDICTIONS = {  # (c_x, c_e) at a time
-    "velocity": Path.slopes,
+    "velocity": NoisePath.slopes,
     "noise": lambda path, time: (jnp.zeros_like(time), jnp.ones_like(time)),
     "clean": lambda path, time: (jnp.ones_like(time), jnp.zeros_like(time)),
     "v": _v,
 }
 
 
-def target(path: Path, prediction: str, x: jax.Array, noise: jax.Array, time: jax.Array) -> jax.Array:
+def target(path: NoisePath, prediction: str, x: jax.Array, noise: jax.Array, time: jax.Array) -> jax.Array:
     """What the model should predict; `time` broadcasts against x."""
     c_x, c_e = PREDICTIONS[prediction](path, time)
     return c_x * x + c_e * noise
 
 
-def determinant(path: Path, prediction: str, time: jax.Array) -> jax.Array:
+def determinant(path: NoisePath, prediction: str, time: jax.Array) -> jax.Array:
     """a c_e - s c_x: an error d of the prediction is one of -s d / determinant of x, and a d / determinant of e."""
     c_x, c_e = PREDICTIONS[prediction](path, time)
     return path.alpha(time) * c_e - path.sigma(time) * c_x
 
 
-def solve(path: Path, prediction: str, p: jax.Array, x_t: jax.Array, time: jax.Array) -> tuple[jax.Array, jax.Array]:
+def solve(
+    path: NoisePath, prediction: str, p: jax.Array, x_t: jax.Array, time: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     """(x, e) of a prediction p at x_t; `time` broadcasts against x_t.
 
     Finite everywhere. Where x_t and p do not determine x (noise, at alpha = 0) or e (clean, at sigma = 0) that
@@ -195,7 +197,7 @@ def solve(path: Path, prediction: str, p: jax.Array, x_t: jax.Array, time: jax.A
     return x, noise
 
 
-def convert(path: Path, given: str, wanted: str, p: jax.Array, x_t: jax.Array, time: jax.Array) -> jax.Array:
+def convert(path: NoisePath, given: str, wanted: str, p: jax.Array, x_t: jax.Array, time: jax.Array) -> jax.Array:
     """One prediction as another, at the same x_t."""
     if given == wanted:
         return p

@@ -1,0 +1,186 @@
+"""Options that several commands share, and what they mean: sampling, models, the mesh.
+
+The names of samplers and schedules stand here once more, so that `--help` needs no jax; a test compares them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from minisora_jax.generate import VideoPipeline
+
+SAMPLERS = ("euler", "heun", "ddim", "ddpm", "sde", "dpm++2m", "unipc", "dopri5")
+GUIDANCE_SCHEDULES = ("constant", "linear", "cosine")
+TIME_SCHEDULES = ("even", "wan", "karras", "leading", "linspace", "trailing")
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """--model, --codec, --text-encoder, --guide-model, --window: what `load_pipeline` takes."""
+    group = parser.add_argument_group("model")
+    group.add_argument("--model", default=None, help="an exported model (default: the bundled one)")
+    group.add_argument("--codec", default=None, help="its codec (default: the bundled one)")
+    group.add_argument(
+        "--text-encoder",
+        default=None,
+        help="a text encoder that `minisora import` wrote (default: the one that the model was trained with)",
+    )
+    group.add_argument(
+        "--guide-model",
+        default=None,
+        help="a weaker exported model of the same codec: guide away from it (autoguidance), not from the empty prompt",
+    )
+    group.add_argument(
+        "--window",
+        type=int,
+        default=None,
+        metavar="FRAMES",
+        help="frames that the model makes at once (default: as trained); longer videos are made window by window",
+    )
+
+
+def load_pipeline(
+    model: str | None = None,
+    codec: str | None = None,
+    guide_model: str | None = None,
+    text_encoder: str | None = None,
+    window: int | None = None,
+) -> VideoPipeline:
+    """The pipeline that the options of `add_model` name. A window needs at least 3 latent frames."""
+    import dataclasses
+
+    from minisora_jax.generate import VideoPipeline
+
+    pipeline = VideoPipeline.load(model, codec, guide_model, text_encoder)
+    if window is None:
+        return pipeline
+    factor = pipeline.codec.config.time_factor
+    if window < 2 * factor + 1:
+        raise ValueError(f"--window {window} must be at least {2 * factor + 1} frames: three latent ones")
+    return dataclasses.replace(pipeline, window=1 + (window - 1) // factor)
+
+
+def pipeline_of(args: argparse.Namespace) -> VideoPipeline:
+    """The pipeline of a command that has the options of `add_model`."""
+    return load_pipeline(args.model, args.codec, args.guide_model, args.text_encoder, args.window)
+
+
+def add_sampling(parser: argparse.ArgumentParser) -> None:
+    """The options of sampling: what `sampling_options` reads."""
+    group = parser.add_argument_group("sampling")
+    group.add_argument(
+        "--sampler",
+        default="heun",
+        choices=SAMPLERS,
+        help="heun (default) calls the model twice a step, dopri5 as often as it needs, the others once; ddpm and sde "
+        "add noise at each step",
+    )
+    group.add_argument("--steps", type=int, default=20, help="sampler steps (default 20)")
+    group.add_argument(
+        "--schedule", default="even", choices=TIME_SCHEDULES, help="the times of the steps (default even)"
+    )
+    renamed(group, "--grid", "--schedule")
+    group.add_argument(
+        "--eta", type=float, default=None, help="share of noise renewed by ddim (default 0), ddpm, sde (1)"
+    )
+    group.add_argument("--tolerance", type=float, default=1e-3, help="error of a step of dopri5 (default 1e-3)")
+    group.add_argument("--guidance", type=float, default=3.0, help="guidance scale (default 3; 1 is none)")
+    group.add_argument(
+        "--guidance-interval",
+        default="0-1",
+        metavar="LOW-HIGH",
+        help="times to guide at, from 0 (clean) to 1 (noise), such as 0.2-0.8 (default 0-1)",
+    )
+    group.add_argument(
+        "--guidance-rescale",
+        type=float,
+        default=0.0,
+        help="share of the contrast added by guidance that is removed again, 0 (default) to 1",
+    )
+    group.add_argument(
+        "--guidance-schedule",
+        default="constant",
+        choices=GUIDANCE_SCHEDULES,
+        help="guidance over time at the same mean: linear and cosine start weak",
+    )
+
+
+def sampling_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of `NativePipeline.sample` that the options of `add_sampling` name."""
+    from minisora_jax.diffusion.guidance import GuidanceConfig
+    from minisora_jax.diffusion.sampler import SamplerConfig
+
+    interval = parse_interval(args.guidance_interval)
+    return {
+        "sampler": SamplerConfig(args.sampler, args.steps, args.schedule, args.eta, args.tolerance),
+        "guidance": GuidanceConfig(args.guidance, interval, args.guidance_rescale, args.guidance_schedule),
+    }
+
+
+def add_mesh(parser: argparse.ArgumentParser) -> None:
+    """--mesh, for `mesh_in_use`."""
+    parser.add_argument(
+        "--mesh",
+        default=None,
+        metavar="AXIS=SIZE,...",
+        help="devices, such as data=2,ring=4: clips are divided over data, their tokens (in the codec, their height) "
+        "over ring (default: one device)",
+    )
+
+
+def mesh_in_use(text: str | None) -> contextlib.AbstractContextManager:
+    """A context with the mesh of that text set, over this process's devices; without a mesh for None."""
+    if text is None:
+        return contextlib.nullcontext()
+
+    import jax
+
+    from minisora_jax.parallel.mesh import MeshConfig, make_mesh
+
+    return jax.set_mesh(make_mesh(MeshConfig.parse(text), jax.local_devices()))
+
+
+def renamed(parser: Any, old: str, new: str, **options: Any) -> None:
+    """`old` as a hidden spelling of the option `new`, for one release."""
+    parser.add_argument(
+        old, dest=new.strip("-").replace("-", "_"), default=argparse.SUPPRESS, help=argparse.SUPPRESS, **options
+    )
+
+
+def parse_interval(text: str) -> tuple[float, float]:
+    """(0.2, 0.8) from "0.2-0.8"."""
+    try:
+        low, high = (float(n) for n in text.split("-"))
+    except ValueError:
+        raise ValueError(f"--guidance-interval {text!r} must be LOW-HIGH in times, such as 0.2-0.8") from None
+    return low, high
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """(H, W) from "48x64"."""
+    try:
+        height, width = (int(n) for n in text.lower().split("x"))
+    except ValueError:
+        raise ValueError(f"--size {text!r} must be HEIGHTxWIDTH in pixels, such as 48x64") from None
+    return height, width
+
+
+def write_sheet(out: Path, paths: list[Path], prompts: list[str]) -> Path:
+    """OUT/contact-sheet.png of at most 32 videos; of a long one its first 256 frames."""
+    import numpy as np
+
+    from minisora_jax.io.contact_sheet import contact_sheet
+    from minisora_jax.io.video import read_clip_frames
+
+    rows = []
+    for path, prompt in list(zip(paths, prompts))[:32]:
+        if path.is_dir():
+            frames = np.concatenate([read_clip_frames(p)[0] for p in sorted(path.glob("*.png"))[:256]])
+        else:
+            frames, _ = read_clip_frames(path, max_frames=256)
+        rows.append((frames, prompt))
+    contact_sheet(out / "contact-sheet.png", rows)
+    return out / "contact-sheet.png"

@@ -1,0 +1,239 @@
+"""A trained model with its codec, at the sizes that it was trained on: requests to latents, and latents to pixels."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from tqdm import tqdm
+
+from minisora_jax.diffusion.guidance import GuidanceConfig
+from minisora_jax.diffusion.objective import ObjectiveConfig
+from minisora_jax.diffusion.sampler import SamplerConfig
+from minisora_jax.diffusion.time import TimeConfig
+from minisora_jax.generate.request import Request
+from minisora_jax.generate.sampling import PackedRequests, features, fill_rows, sample
+from minisora_jax.models.captions import BYTES, Captions
+from minisora_jax.models.codec import Codec
+from minisora_jax.models.dit import DiTConfig, abstract_params
+from minisora_jax.parallel.mesh import cuts, params_on_mesh
+
+CODEC_BATCH = 16  # clips that go through the codec together
+
+# watch(share of the steps done, look); look() gives the latents as they seem at this step, by number of request.
+Watch = Callable[[float, Callable[[], dict[int, np.ndarray]]], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class NativePipeline:
+    """A diffusion transformer and its codec. With autoguidance also a weaker guide model on the same latents."""
+
+    codec: Codec
+    config: DiTConfig
+    times: TimeConfig
+    params: dict
+    hash: str = ""
+    objective: ObjectiveConfig = ObjectiveConfig()
+    captions: Captions = BYTES
+    guide: tuple[DiTConfig, dict] | None = None
+    window: int = 21  # latent frames that the model makes at once; longer videos are made window by window
+    sides: tuple[int, int] | None = None  # height and width of the largest latents in training; None: not recorded
+    vocabulary: frozenset[str] | None = None  # all words of the training captions; None: not recorded
+
+    @property
+    def window_frames(self) -> int:
+        """Frames of the first window of a video."""
+        return 1 + (self.window - 1) * self.codec.config.time_factor
+
+    @property
+    def overlap(self) -> int:
+        """Latent frames that a window shares with the one before it."""
+        return max(self.window // 2, 1)
+
+    @property
+    def known_size(self) -> tuple[int, int, int] | None:
+        """Frames, height and width in pixels of the longest, tallest and widest training clips; None: not recorded."""
+        if not self.sides:
+            return None
+        return self.codec.config.pixel_size((self.window, *self.sides))
+
+    @property
+    def cell(self) -> int:
+        """Pixels that a token covers along y and x. Heights and widths are multiples of it."""
+        return self.codec.config.space_factor * self.config.patch[1]
+
+    @property
+    def copies(self) -> int:
+        """Segments of a request: with and without its caption, or one if a guide model takes the second's place."""
+        return 1 if self.guide else 2
+
+    def grid(self, request: Request) -> tuple[int, int, int]:
+        """Tokens (t, h, w) of a request. Raises ValueError, which names the nearest sizes that work."""
+        T, H, W = request.size_THW
+        factor = self.codec.config.time_factor
+        if self.config.makes_images and T > 1:
+            raise ValueError(f"frames={T}: this model makes images; use --frames 1")
+        for name, n in (("height", H), ("width", W)):
+            if n < self.cell or n % self.cell:
+                low = max(n // self.cell, 1) * self.cell
+                raise ValueError(f"{name}={n} must be a multiple of {self.cell}; use {low} or {low + self.cell}")
+        if set(request.spacing) != {1.0} and {"spatial", "temporal"} & set(self.config.attention_pattern):
+            raise ValueError("this model has spatial and temporal attention and cannot make sizes beyond training")
+        if not request.first:
+            t, _, _ = self.codec.config.latent_size((T, self.cell, self.cell))
+            return t, H // self.cell, W // self.cell
+        if T < factor or T % factor:
+            kind, low = "a loop" if request.loop else "a middle stretch", max(T // factor, 1) * factor
+            raise ValueError(f"frames={T} of {kind} must be a multiple of {factor}; use {low} or {low + factor}")
+        return T // factor, H // self.cell, W // self.cell
+
+    def sample_at_native_size(self, requests: Sequence[Request], **options) -> list[np.ndarray]:
+        """Sample requests in one pass of the model, without upscaling.
+
+        Args:
+            requests: what to make. No request may be longer, taller or wider than `known_size`.
+            **options: those of `sample`.
+
+        Returns:
+            uint8 frames (T, H, W, 3) of each request.
+
+        Raises:
+            ValueError: if a request exceeds `known_size`. `VideoPipeline.generate` makes such sizes by upscaling.
+        """
+        for request in requests:
+            if self.known_size and any(n > most for n, most in zip(request.size_THW, self.known_size)):
+                asked, known = ("x".join(map(str, size)) for size in (request.size_THW, self.known_size))
+                raise ValueError(
+                    f"{asked} (frames x height x width) is more than the {known} that the model was trained on: use "
+                    f"pipeline.generate, which samples at a trained size and upscales"
+                )
+        latents = self.sample(requests, **options)
+        return self.decode(latents, [r.loop for r in requests], progress=options.get("progress", True))
+
+    def sample(
+        self,
+        requests: Sequence[Request],
+        *,
+        steps: int = 20,
+        guidance: float | GuidanceConfig = 3.0,
+        sampler: str | SamplerConfig = "heun",
+        tokens_at_once: int = 8192,
+        progress: bool = True,
+        watch: Watch | None = None,
+    ) -> list[np.ndarray]:
+        """Latents (t, h, w, c) of each request, in order.
+
+        Args:
+            requests: what to make. They are packed into rows.
+            steps: sampler steps; ignored if `sampler` is a `SamplerConfig`. A request with strength s takes the share s
+                of them.
+            guidance: the guidance scale (1: none), or the whole configuration.
+            sampler: a name of diffusion/sampler.py, or the whole configuration.
+            tokens_at_once: rows run together up to this number of tokens.
+            progress: whether to show a progress bar.
+            watch: called after each step with the share of steps done and a function that returns the current estimate
+                of the clean latents, by number of request.
+
+        Raises:
+            ValueError: for a size that the model cannot make, or a negative prompt together with a guide model.
+        """
+        if isinstance(sampler, str):
+            sampler = SamplerConfig(sampler, steps)
+        if not isinstance(guidance, GuidanceConfig):
+            guidance = GuidanceConfig(float(guidance))
+        if self.guide and any(r.negative for r in requests):
+            raise ValueError("a negative prompt replaces the empty prompt, which autoguidance does not use: drop one")
+        grids = [self.grid(r) for r in requests]
+        captions = features(self.captions, requests, self.copies, self.config.caption_tokens)
+        models = [(c, params_on_mesh(p, functools.partial(abstract_params, c))) for c, p in self._models]
+        work = [
+            (fewer, packed)
+            for fewer, members in _by_steps(requests, sampler)
+            for packed in self._packed(requests, grids, members, tokens_at_once)
+        ]
+        latents: dict[int, np.ndarray] = {}
+        ticks = sum(1 if s.name == "dopri5" else s.steps for s, _ in work)
+        ticked = itertools.count(1)
+        with tqdm(total=ticks, desc="sampling", unit="step", disable=not progress) as bar:
+
+            def on_step(_, look):
+                bar.update()
+                if watch:
+                    watch(next(ticked) / ticks, look)
+
+            for fewer, packed in work:
+                latents |= sample(packed, captions, models, self.times, self.objective, guidance, fewer, on_step)
+        return [latents[i] for i in range(len(requests))]
+
+    def _packed(self, requests, grids, members: Sequence[int], tokens_at_once: int) -> list[PackedRequests]:
+        """The requests with these numbers in rows, and rows in batches of one shape."""
+        row_cuts, token_cuts = cuts()
+        row_tokens = self.copies * max(int(np.prod(grids[i])) for i in members)
+        row_tokens += -row_tokens % token_cuts
+        rows = [[members[i] for i in row] for row in fill_rows([grids[i] for i in members], row_tokens, self.copies)]
+        at_once = max(1, tokens_at_once // row_tokens)
+        batch_rows = min(at_once, len(rows))
+        batch_rows += -batch_rows % row_cuts
+        batches = [rows[i : i + at_once] for i in range(0, len(rows), at_once)]
+        padded = [batch + [batch[-1]] * (batch_rows - len(batch)) for batch in batches]  # one shape, one compilation
+        return [PackedRequests(requests, grids, batch, self.copies, row_tokens, self.config) for batch in padded]
+
+    @property
+    def _models(self) -> list[tuple[DiTConfig, dict]]:
+        return [(self.config, self.params)] + ([self.guide] if self.guide else [])
+
+    def encode(self, clips: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Latents (t, h, w, c) of uint8 clips (1 + 4k, H, W, 3). Clips of one size go through the codec together."""
+        encode = lambda same_size, _: self.codec.encode(np.stack(same_size))[0]
+        return _by_size(encode, clips, [c.shape for c in clips])
+
+    def decode(
+        self, latents: Sequence[np.ndarray], loops: Sequence[bool] | None = None, *, progress: bool = False
+    ) -> list[np.ndarray]:
+        """uint8 frames (T, H, W, 3) of latents (t, h, w, c).
+
+        Args:
+            latents: as `encode` and `sample` return them.
+            loops: which of them are loops. A loop has T = 4 t frames, another clip T = 1 + 4 (t - 1). A loop starts
+                inside its first latent frame: there steps are most even, so that a player's restart does not coincide
+                with a boundary of latent frames.
+            progress: whether to show a progress bar.
+        """
+        shift = self.codec.config.time_factor // 2
+        loops = loops or [False] * len(latents)
+        keys = [(z.shape, loop) for z, loop in zip(latents, loops)]
+        with tqdm(total=len(latents), desc="decoding", unit="clip", disable=not progress) as bar:
+
+            def decode(same_size, key):
+                z, loop = np.stack(same_size), key[1]
+                frames = np.roll(self.codec.decode_loop(z), -shift, axis=1) if loop else self.codec.decode(z)
+                bar.update(len(same_size))
+                return frames
+
+            return _by_size(decode, latents, keys)
+
+
+def _by_steps(requests: Sequence[Request], sampler: SamplerConfig) -> list[tuple[SamplerConfig, list[int]]]:
+    """Requests grouped by their number of steps: a request with strength s takes the share s of the steps."""
+    members: dict[int, list[int]] = {}
+    for i, request in enumerate(requests):
+        strength = request.given.strength if request.given else 1.0
+        members.setdefault(math.ceil(strength * sampler.steps), []).append(i)
+    return [(dataclasses.replace(sampler, steps=steps), numbers) for steps, numbers in members.items()]
+
+
+def _by_size(apply: Callable, arrays: Sequence[np.ndarray], keys: Sequence) -> list[np.ndarray]:
+    """apply(arrays, key) for arrays of one key together, at most `CODEC_BATCH` at a time; results in order."""
+    groups: dict = {}
+    for i, key in enumerate(keys):
+        groups.setdefault(key, []).append(i)
+    results: list = [None] * len(arrays)
+    for key, members in groups.items():
+        for batch in (members[k : k + CODEC_BATCH] for k in range(0, len(members), CODEC_BATCH)):
+            for i, result in zip(batch, apply([arrays[i] for i in batch], key)):
+                results[i] = result
+    return results
