@@ -20,7 +20,7 @@ import numpy as np
 
 from minisora_jax.data.epochs import parse_mixture
 from minisora_jax.io import record_writer
-from minisora_jax.io.concat_index import Ends
+from minisora_jax.io.concat_index import ConcatIndex
 from minisora_jax.io.records import Shards, pack_record
 from minisora_jax.io.retry import DataError
 from minisora_jax.parallel.processes import barrier, is_main, several
@@ -148,13 +148,13 @@ class Mixture:
         self.counts = tuple(len(cache) for cache in caches)
         self.sizes = first.sizes if len(caches) == 1 else np.concatenate([cache.sizes for cache in caches])
         self.empty_text_LE, self.text, self.codec_hash = first.empty_text_LE, first.text, first.codec_hash
-        self._ends = Ends(self.counts)
+        self._index = ConcatIndex(self.counts)
 
     def __len__(self) -> int:
-        return len(self._ends)
+        return len(self._index)
 
     def __getitem__(self, i: int) -> LatentClip:
-        cache, at = self._ends.place(i)
+        cache, at = self._index.locate(i)
         return self.caches[cache][at]
 
 

@@ -1,4 +1,4 @@
-"""Files that are either whole or absent: written under a temporary name in the same folder, then renamed."""
+"""Atomic writes: a file is written under a temporary name in the same folder, then renamed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
-    """A UTF-8 file, whole or absent."""
+    """Write a UTF-8 file atomically."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
@@ -20,8 +20,8 @@ def write_text(path: str | os.PathLike, text: str) -> None:
 def replacing(path: str | os.PathLike) -> Iterator[Path]:
     """Yield a temporary path of the same suffix; rename it to `path` on success, delete it on any error.
 
-    The data reaches the disk before the name does, so a crash leaves the old file or the new one, never a part. Several
-    processes, on several hosts, may write the same file: the last one stays.
+    The data is synced to the disk before the rename, so a crash leaves the old file or the new one, never a part.
+    Several processes on several hosts may write the same file; the last one wins.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -37,7 +37,7 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def replacing_folder(path: str | os.PathLike) -> Iterator[Path]:
-    """`replacing` for a folder of files, which takes the place of one of that name."""
+    """`replacing` for a folder of files; an existing folder of that name is replaced."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     temporary.mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""Sequences laid end to end, and looked up as one."""
+"""Look up an index in several sequences that are read as one."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import itertools
 from collections.abc import Iterable
 
 
-class Ends:
-    """Where each of several sequences ends when they are laid end to end."""
+class ConcatIndex:
+    """The index of concatenated sequences, from their lengths."""
 
     def __init__(self, lengths: Iterable[int]):
         self._ends = [0, *itertools.accumulate(map(int, lengths))]
@@ -16,9 +16,9 @@ class Ends:
     def __len__(self) -> int:
         return self._ends[-1]
 
-    def place(self, i: int) -> tuple[int, int]:
-        """(which sequence, place within it) of the i-th of all. IndexError where there is none."""
+    def locate(self, i: int) -> tuple[int, int]:
+        """(number of the sequence, index within it) of item i of all; IndexError out of range."""
         if not 0 <= i < self._ends[-1]:
-            raise IndexError(f"index {i} of {self._ends[-1]}")
-        which = bisect.bisect_right(self._ends, i) - 1
-        return which, i - self._ends[which]
+            raise IndexError(f"index {i} is out of range for {self._ends[-1]} items")
+        member = bisect.bisect_right(self._ends, i) - 1
+        return member, i - self._ends[member]

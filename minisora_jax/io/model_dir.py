@@ -1,6 +1,6 @@
 """Exported models: a directory with `model.safetensors` (names joined by "/") and `config.json`.
 
-The hash of both names the model in latent caches and in the metadata of what it generates.
+Latent caches and the records of generated files name a model by the hash of both files.
 """
 
 from __future__ import annotations
@@ -26,11 +26,14 @@ def export_model(
 ) -> str:
     """Write params and config to `directory`, each file atomically, and return the model's hash.
 
-    Leaves are arrays, on the host or on devices, or `LazyArray`s; they are fetched and written one after another, so
-    that memory holds one, of lazy ones one part. `dtype` None keeps the leaves'. `progress` names a bar.
+    With several processes all must call it. The main process writes; the others send their parts and return "". No
+    process waits for the file: call `barrier` for that.
 
-    Of arrays that several processes hold, all must call it: the main process writes, the others give their parts, and
-    get "" for a hash. Nobody waits for the file: `barrier` does.
+    Args:
+        params: a tree of arrays on the host or on devices, or of `LazyArray`s. Leaves are written one after another, so
+            host memory holds one leaf at a time, or one part of a lazy leaf.
+        dtype: the type on disk; None keeps each leaf's type.
+        progress: the label of a progress bar; "" for no bar.
     """
     directory = Path(directory)
     tensors = {k: _lazy(v, dtype) for k, v in traverse_util.flatten_dict(params, sep="/").items()}
@@ -50,43 +53,52 @@ def _lazy(leaf: Any, dtype: str | None) -> LazyArray:
 
 
 def load_model(directory: str | Path, dtype: str | None = "float32") -> tuple[Any, dict]:
-    """(NumPy params, config) of an exported model; FileNotFoundError names what is missing. `dtype` None: as stored."""
+    """(NumPy params, config) of an exported model. `dtype` None keeps the stored types.
+
+    Raises:
+        FileNotFoundError: the message names the missing file.
+    """
     stored, config = open_model(directory)
     return jax.tree.map(lambda x: np.array(x[...], dtype or x.dtype), stored), config
 
 
 def open_model(directory: str | Path) -> tuple[Any, dict]:
-    """`load_model` whose leaves stay on disk, as stored: `leaf[index]` reads them."""
+    """(params, config) like `load_model`, but the leaves stay on disk with their stored types: `leaf[index]` reads."""
     config = load_config(directory)
     stored: dict[str, StoredTensor] = read_tensors(Path(directory) / "model.safetensors")
     return traverse_util.unflatten_dict(stored, sep="/"), config
 
 
 def load_params_onto(directory: str | Path, abstract: Any) -> Any:
-    """The params of an exported model in `abstract`'s types and layouts: each device gets its part from the disk.
+    """The params of an exported model on devices, with the types and shardings of `abstract`.
 
-    Raises ValueError as `check_shapes` does, before anything is read.
+    Each device's part is read from the disk on its own.
+
+    Raises:
+        ValueError: see `check_shapes`; raised before any tensor is read.
     """
     stored, _ = open_model(directory)
     check_shapes(stored, abstract, directory)
 
-    def place(x: StoredTensor, target: jax.ShapeDtypeStruct) -> jax.Array:
-        part = lambda index: x[index].astype(target.dtype)
-        return jax.make_array_from_callback(x.shape, target.sharding, part)
+    def to_devices(x: StoredTensor, target: jax.ShapeDtypeStruct) -> jax.Array:
+        read_part = lambda index: x[index].astype(target.dtype)
+        return jax.make_array_from_callback(x.shape, target.sharding, read_part)
 
-    return jax.tree.map(place, stored, abstract)
+    return jax.tree.map(to_devices, stored, abstract)
 
 
 def check_shapes(stored: Any, abstract: Any, directory: str | Path) -> None:
-    """ValueError for a parameter that is missing, left over or of another shape than is wanted here."""
-    have, want = (traverse_util.flatten_dict(tree, sep="/") for tree in (stored, abstract))
-    for name in sorted(have.keys() | want.keys()):
-        theirs, ours = (str(tree[name].shape) if name in tree else "nothing" for tree in (have, want))
-        if theirs != ours:
-            raise ValueError(f"{directory} does not fit: for {name} it has {theirs}, the config wants {ours}")
+    """Raise ValueError if the stored parameters differ from `abstract` in names or shapes."""
+    actual: dict[str, Any] = traverse_util.flatten_dict(stored, sep="/")
+    expected: dict[str, Any] = traverse_util.flatten_dict(abstract, sep="/")
+    for name in sorted(actual.keys() | expected.keys()):
+        shape, wanted = (str(tree[name].shape) if name in tree else "nothing" for tree in (actual, expected))
+        if shape != wanted:
+            raise ValueError(f"{directory} does not fit: for {name} it has {shape}, the config wants {wanted}")
 
 
 def load_config(directory: str | Path) -> dict:
+    """The config of an exported model, as JSON gives it; FileNotFoundError where the directory holds none."""
     directory = Path(directory)
     for name in ("model.safetensors", "config.json"):
         if not (directory / name).exists():
@@ -98,7 +110,7 @@ def load_config(directory: str | Path) -> dict:
 
 
 def config_fields(saved: dict) -> dict:
-    """The fields of a frozen config from JSON, which has lists for tuples; under the names that they have today."""
+    """The fields of a frozen config from JSON: lists become tuples, and old names become the current ones."""
     return {k: tuple(v) if isinstance(v, list) else v for k, v in with_current_names(saved).items()}
 
 

@@ -1,10 +1,10 @@
-"""Data sets on object storage, read through a folder on this machine: "gs://bucket/latents" where a path could stand.
+"""Local copies of data sets on object storage: "gs://bucket/latents" works wherever a path does.
 
-ArrayRecord files are read at random places, thousands of times an epoch, by a reader that wants local files. So the
-small files of a data set are fetched when it is opened, and each shard when its first record is asked for: whole,
-checked against the manifest's sha256, and under its name only when it is complete. What was fetched stays, for the next
-run too. A host fetches the shards that its own rows come from, which after an epoch is all of them: the folder needs
-room for that, and MINISORA_CACHE says where it lies (by default ~/.cache/minisora).
+The ArrayRecord reader needs local files and reads them at random places, thousands of times an epoch. So the small
+files of a data set are fetched when it is opened. A shard is fetched when its first record is read: whole, checked
+against the manifest's sha256, and renamed to its final name when it is complete. Fetched files stay for later runs. A
+host fetches the shards that its own rows come from. After an epoch these are all shards, so the cache folder needs
+room for the whole data set. MINISORA_CACHE sets the folder (default: ~/.cache/minisora).
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ log = logging.getLogger("minisora")
 
 
 class Mirror:
-    """The local folder of a data set at `url`. Another manifest there is another folder here.
+    """The local copy of the data set at `url`. Each version of its manifest gets a folder of its own.
 
-    `directory` has manifest.json and the tables once this returns. DataError if there is no manifest.
+    After construction, `directory` has manifest.json and the tables. Raises DataError if there is no valid manifest.
     """
 
     def __init__(self, url: str):
@@ -49,12 +49,12 @@ class Mirror:
             temporary.write_bytes(manifest)
 
     def fetch(self, name: str, sha256: str) -> Path:
-        """A file of the data set, here. DataError if what comes has another sha256."""
+        """The local path of a file of the data set, which is downloaded if need be; DataError for another sha256."""
         path = self.directory / name
         if path.exists():
             return path
         with _alone(path):
-            if not path.exists():  # nobody else was quicker
+            if not path.exists():  # no other process has fetched it meanwhile
                 self._download(path, name, sha256)
         return path
 
@@ -63,22 +63,22 @@ class Mirror:
         digest = hashlib.sha256()
         log.info("fetching %s/%s", self.url, name)
         with replacing(path) as temporary:
-            with fs.open(remote, "rb", block_size=CHUNK) as theirs, open(temporary, "wb") as ours:
-                while chunk := theirs.read(CHUNK):
+            with fs.open(remote, "rb", block_size=CHUNK) as download, open(temporary, "wb") as local:
+                while chunk := download.read(CHUNK):
                     digest.update(chunk)
-                    ours.write(chunk)
+                    local.write(chunk)
             if digest.hexdigest() != sha256:
                 raise DataError(f"{self.url}/{name} is damaged: expected sha256 {sha256}, found {digest.hexdigest()}")
 
 
 def cache_folder() -> Path:
-    """Where data sets of object storage are kept on this machine."""
+    """The folder of this machine that keeps local copies of remote data sets."""
     return Path(os.environ.get("MINISORA_CACHE") or "~/.cache/minisora").expanduser().absolute()
 
 
 @contextlib.contextmanager
 def _alone(path: Path) -> Iterator[None]:
-    """One process of this machine at a time fetches a file."""
+    """Hold a lock, so that one process of this machine at a time fetches a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path.with_name(f".{path.name}.lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

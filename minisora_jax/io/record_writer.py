@@ -1,4 +1,4 @@
-"""Writing a data set of records (io/records.py): in parts, resumable, the same bytes whoever writes which."""
+"""Write a data set of records (io/records.py) in parts. Writing is resumable and independent of who writes a part."""
 
 from __future__ import annotations
 
@@ -26,11 +26,14 @@ def write_parts(
     parts: Sequence[int],
     write_part: Callable[[int, ShardWriter], Any],
 ) -> None:
-    """Write these parts of a data set, but for those that are done: of several processes, each its own.
+    """Write those of `parts` that are not done yet. Each of several processes calls it with its own parts.
 
-    opening: of `opening_of`.   write_part(n, writer): adds the records of part n, and gives facts for `finish_parts`.
-    Both are functions of the settings alone, so whoever writes which part, after whatever interruption, the same bytes
-    come out. A part's JSON is written last: a part that has one is done.
+    `opening` and `write_part` must depend on the settings only. Then the bytes are the same after any interruption and
+    for any division of the parts among processes. A part's JSON file is written last, so a part that has one is done.
+
+    Args:
+        opening: the head of the manifest, see `opening_of`.
+        write_part: write_part(n, writer) adds the records of part n and returns its metadata for `finish_parts`.
     """
     folder = Path(out_dir) / PARTS
     folder.mkdir(parents=True, exist_ok=True)
@@ -38,8 +41,8 @@ def write_parts(
         note = folder / f"{part:06d}.json"
         if note.exists():
             continue
-        for litter in folder.glob(f".{part:06d}-*.tmp*"):
-            litter.unlink()
+        for leftover in folder.glob(f".{part:06d}-*.tmp*"):
+            leftover.unlink()
         with ShardWriter(folder / f"{part:06d}", opening) as writer:
             metadata = write_part(part, writer)
         write_text(note, json.dumps({"shards": writer.shards, "facts": metadata}))
@@ -53,9 +56,15 @@ def finish_parts(
     tables: dict[str, np.ndarray] | None = None,
     closing: Callable[[list[Any]], dict[str, Any]] = lambda metadata: {},
 ) -> dict[str, Any]:
-    """The manifest of a data set all of whose parts are done, which puts them together.
+    """Join the finished parts into one data set, and return its manifest.
 
-    tables: arrays kept beside the records, as NAME.npy.   closing(the parts' facts): more entries of the manifest.
+    Args:
+        parts: the number of parts, all of which must be done.
+        tables: arrays to store beside the records, as NAME.npy.
+        closing: closing(metadata of every part) returns further entries of the manifest.
+
+    Raises:
+        DataError: no part has a record.
     """
     folder = Path(out_dir) / PARTS
     notes = [read_json(folder / f"{part:06d}.json") for part in range(parts)]
@@ -63,20 +72,20 @@ def finish_parts(
     if not shards:
         shutil.rmtree(folder)
         (Path(out_dir) / "progress.jsonl").unlink(missing_ok=True)
-        raise DataError(f"{out_dir}: there was no record to write")
+        raise DataError(f"{out_dir}: there is no record to write")
     manifest = finish(Path(out_dir), opening, shards, tables or {}, closing([note["facts"] for note in notes]))
     shutil.rmtree(folder)
     return manifest
 
 
 def opening_of(kind: str, settings: dict[str, Any], shard_bytes: int, options: str) -> dict[str, Any]:
-    """The head of a manifest: what a run must have in common with the one that it goes on from."""
-    settings = json.loads(json.dumps(settings))  # as it will be read back: tuples are lists
+    """The head of a manifest: a resumed run must have the same one."""
+    settings = json.loads(json.dumps(settings))  # as JSON gives it back: tuples become lists
     return {"kind": kind, "format": FORMAT, "settings": settings, "shard_bytes": shard_bytes, "options": options}
 
 
 def finished(out_dir: Path, opening: dict[str, Any]) -> dict[str, Any] | None:
-    """The manifest, if the data set is finished; DataError if it is another one."""
+    """The manifest of a finished data set, None for an unfinished one; DataError if its head differs from `opening`."""
     out_dir.mkdir(parents=True, exist_ok=True)
     if not (out_dir / "manifest.json").exists():
         return None
@@ -88,7 +97,7 @@ def finished(out_dir: Path, opening: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def begin(out_dir: Path, opening: dict[str, Any]) -> None:
-    """Note in progress.jsonl what is being written; DataError if an unfinished run wrote something else."""
+    """Write `opening` to progress.jsonl; DataError if an unfinished run left a different one."""
     progress = out_dir / "progress.jsonl"
     if progress.exists() and (lines := progress.read_text(encoding="utf-8").split("\n")[:-1]):
         _check_same(out_dir, opening, json.loads(lines[0]))
@@ -97,8 +106,11 @@ def begin(out_dir: Path, opening: dict[str, Any]) -> None:
 
 
 class ShardWriter:
-    """Records into STEM-0.array_record, STEM-1.array_record, ...: a file is whole or absent, and ends with the record
-    that reaches `shard_bytes`. `shards` lists those finished, all of them once the context is left."""
+    """A context that writes records to STEM-0.array_record, STEM-1.array_record, ..., each file atomically.
+
+    A file ends with the record that reaches `shard_bytes`. `shards` lists the finished files; after the context it
+    lists all of them.
+    """
 
     def __init__(self, stem: Path, opening: dict[str, Any]):
         self.stem = stem
@@ -108,7 +120,7 @@ class ShardWriter:
         self._sizes: list[list[int]] = []
 
     def add(self, record: bytes, size: tuple[int, ...]) -> None:
-        """Write a record; `size` is its row of sizes.npy."""
+        """Write a record. `size` is its row of sizes.npy."""
         if not self._sizes:
             self._path = self.stem.with_name(f"{self.stem.name}-{len(self.shards)}.array_record")
             temporary = self._file.enter_context(replacing(self._path))
@@ -137,19 +149,25 @@ class ShardWriter:
 
 
 def finish(out_dir: Path, opening: dict, shards: list, tables: dict, closing: dict) -> dict[str, Any]:
-    """Final names, tables, and the manifest last. Safe to run again from any point.
+    """Rename the shards, write the tables and, last, the manifest. It can run again after any interruption.
 
-    shards: {"file", "bytes", "sha256", "sizes"} each, the file by its path within `out_dir`; `tables` as of
-    `finish_parts`; `closing`: more entries of the manifest."""
-    for litter in out_dir.glob(".*.tmp*"):  # of a process that was killed
-        litter.unlink()
+    Args:
+        shards: {"file", "bytes", "sha256", "sizes"} each; "file" is a path within `out_dir`.
+        tables: see `finish_parts`.
+        closing: further entries of the manifest.
+
+    Returns:
+        The manifest.
+    """
+    for leftover in out_dir.glob(".*.tmp*"):  # of a process that was killed
+        leftover.unlink()
     rows, entries = [], []
     for i, shard in enumerate(shards):
         name = f"{opening['kind']}-{i:05d}-of-{len(shards):05d}.array_record"
         if (out_dir / shard["file"]).exists():
             os.replace(out_dir / shard["file"], out_dir / name)
         elif not (out_dir / name).exists():
-            raise DataError(f"{out_dir / shard['file']} is missing. Delete {out_dir} and write it again")
+            raise DataError(f"{out_dir / shard['file']} is missing. Delete {out_dir} and run the command again")
         rows += shard["sizes"]
         entries.append(
             {"file": name, "records": len(shard["sizes"]), "bytes": shard["bytes"], "sha256": shard["sha256"]}
@@ -166,12 +184,12 @@ def finish(out_dir: Path, opening: dict, shards: list, tables: dict, closing: di
     return manifest
 
 
-def _check_same(out_dir: Path, wanted: dict, found: dict) -> None:
+def _check_same(out_dir: Path, opening: dict, stored: dict) -> None:
     flat = lambda d: {**{k: d.get(k) for k in ("kind", "format", "shard_bytes", "options")}, **d.get("settings", {})}
-    a, b = flat(wanted), flat(found)
-    for key in [*a, *b]:
-        if a.get(key) != b.get(key):
+    ours, theirs = flat(opening), flat(stored)
+    for key in [*ours, *theirs]:
+        if ours.get(key) != theirs.get(key):
             raise DataError(
-                f"{out_dir} already holds a data set with {key}={b.get(key)!r}; this one has {key}={a.get(key)!r}. "
-                "Write to another folder, or delete that one"
+                f"{out_dir} already holds a data set with {key}={theirs.get(key)!r}; this one has "
+                f"{key}={ours.get(key)!r}. Write to another folder, or delete {out_dir}"
             )

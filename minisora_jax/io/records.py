@@ -1,14 +1,14 @@
-"""Sharded, checked, resumable storage of arrays of any shape: what prepared clips and cached latents share.
+"""Sharded, checked, resumable storage of arrays of any shape, used by prepared clips and cached latents.
 
     DIR/clips-00000-of-00002.array_record   records in order, in files of about `shard_bytes`
         clips-00001-of-00002.array_record
-        sizes.npy                           one row of integers a record: plans need no record to be read
+        sizes.npy                           one row of integers a record, so packing plans read no records
         manifest.json                       written last: a folder without it is not finished
-        progress.jsonl, parts/              only while writing: what is written, and the parts finished so far
+        progress.jsonl, parts/              only while writing: the settings, and the finished parts
 
-A record is `MSR1`, the crc32 of what follows, the length of a JSON header, the header (names, dtypes and shapes of
-the arrays, and the caller's facts), and the arrays' bytes. Every failure to read is a DataError that names the file,
-what was expected and what was found; nothing is ever filled in.
+A record is `MSR1`, the crc32 of the rest, the length of a JSON header, the header (names, dtypes and shapes of the
+arrays, and the caller's metadata under "facts"), and the arrays' bytes. Every failure to read is a DataError that names
+the file, the expected value and the actual one. Missing data is never filled in.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader
 from tqdm import tqdm
 
-from minisora_jax.io.concat_index import Ends
+from minisora_jax.io.concat_index import ConcatIndex
 from minisora_jax.io.filesystem import is_url
-from minisora_jax.io.retry import DataError, patiently, require_readable
+from minisora_jax.io.retry import DataError, require_readable, with_retries
 
 FORMAT = 1
 MAGIC = b"MSR1"
@@ -40,7 +40,7 @@ RANDOM_ACCESS = "readahead_buffer_size:0,max_parallelism:0"
 
 
 def pack_record(arrays: dict[str, np.ndarray], metadata: dict[str, Any]) -> bytes:
-    """Arrays and JSON facts as bytes; `unpack_record` gives both back exactly."""
+    """Arrays and JSON metadata as bytes. `unpack_record` restores both exactly."""
     arrays = {name: np.ascontiguousarray(a) for name, a in arrays.items()}
     layout = [[name, a.dtype.str, list(a.shape)] for name, a in arrays.items()]
     header = json.dumps({"arrays": layout, "facts": metadata}, ensure_ascii=False, sort_keys=True).encode("utf-8")
@@ -49,12 +49,12 @@ def pack_record(arrays: dict[str, np.ndarray], metadata: dict[str, Any]) -> byte
 
 
 def unpack_record(record: bytes, where: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """(arrays, facts) of a record. `where` is how an error calls it."""
+    """(arrays, metadata) of a record; DataError for a damaged one, which the message calls `where`."""
     if record[:4] != MAGIC or len(record) < 12:
         raise DataError(f"{where} is corrupt: expected {MAGIC!r} at its start, found {record[:4]!r}")
     expected, length = struct.unpack_from("<II", record, 4)
-    if expected != (found := zlib.crc32(memoryview(record)[8:])):
-        raise DataError(f"{where} is corrupt: expected crc32 {expected:08x}, found {found:08x}")
+    if expected != (actual := zlib.crc32(memoryview(record)[8:])):
+        raise DataError(f"{where} is corrupt: expected crc32 {expected:08x}, found {actual:08x}")
     header, at, arrays = json.loads(record[12 : 12 + length].decode("utf-8")), 12 + length, {}
     for name, dtype, shape in header["arrays"]:
         arrays[name] = array = np.frombuffer(record, dtype, math.prod(shape), at).reshape(shape)
@@ -66,10 +66,15 @@ def unpack_record(record: bytes, where: str) -> tuple[dict[str, np.ndarray], dic
 
 
 class Shards:
-    """Random access to a finished data set; threads may share it, and it pickles (files open on demand).
+    """Random access to a finished data set. Threads may share it. It pickles: files open on demand.
 
-    directory: a path, or the URL of object storage, which io/object_store.py then fetches shard by shard.
-    expect: settings that must match the manifest's; None means any.
+    Args:
+        directory: a path, or a URL of object storage; io/object_store.py then fetches shard by shard.
+        kind: the kind of data set that the manifest must state, such as "clips" or "latents".
+        expect: settings that must equal the manifest's; None matches any value.
+
+    Raises:
+        DataError: the data set is missing, unfinished, damaged, or has other settings.
     """
 
     def __init__(self, directory: str | os.PathLike, kind: str, expect: dict[str, Any]):
@@ -80,8 +85,8 @@ class Shards:
             self.mirror = Mirror(os.fspath(directory))
             self.directory = self.mirror.directory
         self.manifest = self._load_manifest()
-        for key, wanted in expect.items():
-            self._check(key, wanted, self.manifest["settings"].get(key))
+        for key, expected in expect.items():
+            self._check(key, expected, self.manifest["settings"].get(key))
         self._paths = [str(self.directory / shard["file"]) for shard in self.manifest["shards"]]
         for shard, path in zip(self.manifest["shards"], map(Path, self._paths)):
             if self.mirror and not path.exists():
@@ -93,11 +98,11 @@ class Shards:
             if path.stat().st_size != shard["bytes"]:
                 raise DataError(f"{path} is damaged: expected {shard['bytes']} bytes, found {path.stat().st_size}")
         self.sizes = self.table("sizes")
-        self._ends = Ends(shard["records"] for shard in self.manifest["shards"])
-        if not len(self.sizes) == self.manifest["records"] == len(self._ends):
+        self._index = ConcatIndex(shard["records"] for shard in self.manifest["shards"])
+        if not len(self.sizes) == self.manifest["records"] == len(self._index):
             raise DataError(
                 f"{self.directory}: expected {self.manifest['records']} records, found {len(self.sizes)} sizes and "
-                f"{len(self._ends)} records in shards"
+                f"{len(self._index)} records in shards"
             )
         self._open: dict[int, ArrayRecordReader] = {}
         self._lock = threading.Lock()
@@ -106,8 +111,8 @@ class Shards:
         return self.manifest["records"]
 
     def read(self, i: int) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-        """(arrays, facts) of record i, its checksum verified. The arrays are read-only."""
-        shard, at = self._ends.place(i)
+        """(read-only arrays, metadata) of record i, its checksum verified."""
+        shard, at = self._index.locate(i)
         where = f"record {at} of {self._paths[shard]}"
 
         def attempt():
@@ -115,19 +120,19 @@ class Shards:
                 return (self._open.get(shard) or self._reader(shard)).read([at])
             except DataError:
                 raise
-            except Exception as error:  # the library raises bare RuntimeErrors of its own, whatever went wrong
+            except Exception as error:  # the library raises a bare RuntimeError for every failure
                 with self._lock:
                     self._open.pop(shard, None)
                 require_readable(self._paths[shard])
                 raise DataError(f"{where} is corrupt: {error}") from error
 
-        found = patiently(attempt, where)
-        if len(found) != 1:
-            raise DataError(f"{where} is corrupt: expected 1 record, found {len(found)}")
-        return unpack_record(found[0], where)
+        records = with_retries(attempt, where)
+        if len(records) != 1:
+            raise DataError(f"{where} is corrupt: expected 1 record, found {len(records)}")
+        return unpack_record(records[0], where)
 
     def table(self, name: str) -> np.ndarray:
-        """An array kept beside the records, its checksum verified."""
+        """The array NAME.npy beside the records, its checksum verified."""
         entry = self.manifest["tables"].get(name)
         path = self.directory / (entry["file"] if entry else f"{name}.npy")
         if entry is None or not path.is_file():
@@ -136,7 +141,7 @@ class Shards:
         return np.load(path, allow_pickle=False, mmap_mode="r" if name == "sizes" else None)
 
     def verify(self, progress: bool = False) -> None:
-        """Read every byte of every shard against its sha256. DataError at the first that differs."""
+        """Check the sha256 of every shard, which reads every byte; DataError at the first difference."""
         for shard in tqdm(self.manifest["shards"], desc="verifying", unit="shard", disable=not progress):
             if self.mirror:
                 self.mirror.fetch(shard["file"], shard["sha256"])
@@ -149,20 +154,20 @@ class Shards:
         if not path.exists():
             raise DataError(f"{path} is missing: expected a finished data set of {self.kind}, found no manifest")
         manifest = read_json(path)
-        for key, wanted in {"kind": self.kind, "format": FORMAT}.items():
-            self._check(key, wanted, manifest.get(key))
+        for key, expected in {"kind": self.kind, "format": FORMAT}.items():
+            self._check(key, expected, manifest.get(key))
         return manifest
 
-    def _check(self, key: str, wanted: Any, found: Any) -> None:
-        if wanted is not None and wanted != found:
+    def _check(self, key: str, expected: Any, actual: Any) -> None:
+        if expected is not None and expected != actual:
             raise DataError(
-                f"{self.directory}/manifest.json: {key} should be {wanted!r} and is {found!r}. Write {self.directory} "
-                "again for what is in use now, or use what it was written for"
+                f"{self.directory}/manifest.json: {key} should be {expected!r} and is {actual!r}. Write "
+                f"{self.directory} again with {key}={expected!r}, or use {actual!r}"
             )
 
-    def _check_sha256(self, path: Path, wanted: str) -> None:
-        if (found := sha256(path)) != wanted:
-            raise DataError(f"{path} is damaged: expected sha256 {wanted}, found {found}")
+    def _check_sha256(self, path: Path, expected: str) -> None:
+        if (actual := sha256(path)) != expected:
+            raise DataError(f"{path} is damaged: expected sha256 {expected}, found {actual}")
 
     def _reader(self, shard: int) -> ArrayRecordReader:
         if self.mirror:
@@ -170,10 +175,10 @@ class Shards:
         with self._lock:
             if shard not in self._open:
                 path, expected = self._paths[shard], self.manifest["shards"][shard]["records"]
-                os.stat(path)  # OSError; the library opens what is not there as empty
+                os.stat(path)  # OSError for a missing file, which the library opens as an empty one
                 reader = ArrayRecordReader(path, RANDOM_ACCESS)
-                if (found := reader.num_records()) != expected:
-                    raise DataError(f"{path} is damaged: expected {expected} records, found {found}")
+                if (actual := reader.num_records()) != expected:
+                    raise DataError(f"{path} is damaged: expected {expected} records, found {actual}")
                 self._open[shard] = reader
             return self._open[shard]
 
@@ -185,11 +190,13 @@ class Shards:
 
 
 def sha256(path: Path) -> str:
+    """The SHA-256 of a file, in hex."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_json(path: Path) -> dict[str, Any]:
+    """The value of a JSON file; DataError for a damaged one."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""Videos at another size, each frame by itself."""
+"""Resize a video frame by frame."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from PIL import Image
 
 
 def resized(frames_THWC: np.ndarray, size_HW: tuple[int, int]) -> np.ndarray:
-    """uint8 frames at another height and width, bicubic, their aspect not kept."""
+    """uint8 frames (T, H, W, 3) at another height and width in pixels, bicubic; the aspect ratio is not kept."""
     H, W = size_HW
     if frames_THWC.shape[1:3] == (H, W):
         return frames_THWC

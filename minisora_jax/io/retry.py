@@ -1,4 +1,4 @@
-"""Storage that is slow or away for a moment, and records that are damaged for good: two things, told apart."""
+"""Transient storage errors are retried with backoff; damaged records are permanent errors."""
 
 from __future__ import annotations
 
@@ -12,19 +12,23 @@ from pathlib import Path
 log = logging.getLogger("minisora")
 
 DELAYS = (0.5, 2.0, 8.0)  # seconds before each further attempt
-SLOW = 10.0  # seconds of a read that are worth a word
+SLOW = 10.0  # seconds; a read that takes longer is logged
 
 
 class DataError(RuntimeError):
-    """A data set on disk that is not what it should be, and will not be at another attempt."""
+    """A data set on disk is missing, damaged or of another kind. Another attempt does not help."""
 
 
 class StorageError(RuntimeError):
-    """A file that could not be read at all, after several attempts."""
+    """A file could not be read in several attempts."""
 
 
-def patiently[Read](read: Callable[[], Read], what: str) -> Read:
-    """read(), tried again after each of `DELAYS` where it raises OSError; then StorageError, which names `what`."""
+def with_retries[Read](read: Callable[[], Read], what: str) -> Read:
+    """The result of read(), which is tried again after each of `DELAYS` when it raises OSError.
+
+    Raises:
+        StorageError: all attempts failed. The message names `what`.
+    """
     for attempt, delay in enumerate((*DELAYS, None), 1):
         begin = time.monotonic()
         try:
@@ -42,16 +46,18 @@ def patiently[Read](read: Callable[[], Read], what: str) -> Read:
 
 
 def require_readable(path: str | Path) -> None:
-    """OSError where the storage does not give the whole file: then it, and not the data, is at fault."""
+    """Read a whole file; OSError means that the storage is at fault, not the data."""
     with open(path, "rb") as file:
         while file.read(2**24):
             pass
 
 
 class Damaged:
-    """Clips left out of training since their records are damaged: said once each, counted, and named in a file.
+    """The log of clips that training skips because their records are damaged. `count` counts every skip.
 
-    strict: the first is raised instead.
+    Args:
+        path: a JSON-lines file that gets each error once; None for no file.
+        strict: raise the first error.
     """
 
     def __init__(self, path: Path | None = None, *, strict: bool = False):
@@ -60,6 +66,7 @@ class Damaged:
         self._lock = threading.Lock()
 
     def add(self, error: Exception) -> None:
+        """Count a skipped clip, and log its error if it is new."""
         if self.strict:
             raise error
         with self._lock:
@@ -67,7 +74,7 @@ class Damaged:
             if str(error) in self._seen:
                 return
             self._seen.add(str(error))
-            log.warning("left out: %s", error)
+            log.warning("skipped a clip: %s", error)
             if self.path:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 with self.path.open("a", encoding="utf-8") as file:

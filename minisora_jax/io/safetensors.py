@@ -1,9 +1,9 @@
-"""Safetensors files, read and written a piece at a time: what holds a model larger than memory.
+"""Read and write safetensors files piece by piece, so a model may be larger than memory.
 
     8 bytes, little-endian: n | n bytes of JSON: {name: {"dtype", "shape", "data_offsets"}} | raw bytes, C order
 
-Names, shapes and types are at the front, so a file is written in one pass once they are known, and any part of any
-tensor is read by its place. What is written is, byte for byte, what the safetensors library would write.
+Names, shapes and types are at the front. So a file is written in one pass, and any part of any tensor can be read on
+its own. The output equals the safetensors library's, byte for byte.
 """
 
 from __future__ import annotations
@@ -14,14 +14,16 @@ import math
 import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
+import numpy.typing as npt
 from tqdm import tqdm
 
 from minisora_jax.io.atomic import replacing
 
-# In the order that the library writes them, the last one first.
+# The library writes tensors sorted by type, in the reverse of this order.
 DTYPES = {
     "BOOL": np.dtype(np.bool_),
     "U8": np.dtype(np.uint8),
@@ -44,20 +46,22 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 @dataclasses.dataclass(frozen=True)
 class LazyArray:
-    """An array whose shape and type are known before any of it is read or computed."""
+    """An array whose shape and type are known before any part of it is read or computed."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
-    parts: Callable[[], Iterable[np.ndarray]]  # whose bytes, cast to dtype, follow each other in the array's
+    parts: Callable[[], Iterable[np.ndarray]]  # consecutive parts in C order; they are cast to dtype
 
     @property
     def nbytes(self) -> int:
         return math.prod(self.shape) * np.dtype(self.dtype).itemsize
 
-    def astype(self, dtype) -> LazyArray:
+    def astype(self, dtype: npt.DTypeLike) -> LazyArray:
+        """The same array with another type."""
         return dataclasses.replace(self, dtype=np.dtype(dtype))
 
     def whole(self) -> np.ndarray:
+        """The whole array in memory."""
         array, at = np.empty(math.prod(self.shape), self.dtype), 0
         for part in self.parts():
             array[at : at + part.size] = np.ravel(part)
@@ -67,15 +71,15 @@ class LazyArray:
 
 @dataclasses.dataclass(frozen=True)
 class StoredTensor:
-    """A tensor in a file. `tensor[index]` maps and reads what is asked for, and nothing of it stays in memory."""
+    """A tensor in a file. `tensor[index]` maps the file and reads the indexed part; no memory stays in use."""
 
     path: Path
     offset: int  # of its first byte in the file
     shape: tuple[int, ...]
     dtype: np.dtype
 
-    def __getitem__(self, index) -> np.ndarray:
-        if isinstance(index, int):  # of a stack of layers, map the one
+    def __getitem__(self, index: Any) -> np.ndarray:
+        if isinstance(index, int):  # map one layer of a stack only
             inner = StoredTensor(self.path, self._start_of(index), self.shape[1:], self.dtype)
             return inner[...]
         if not math.prod(self.shape):
@@ -84,19 +88,19 @@ class StoredTensor:
 
     def _start_of(self, i: int) -> int:
         if not -self.shape[0] <= i < self.shape[0]:
-            raise IndexError(f"{i} of {self.shape[0]}")
+            raise IndexError(f"index {i} is out of range for a first axis of {self.shape[0]}")
         return self.offset + i % self.shape[0] * math.prod(self.shape[1:]) * self.dtype.itemsize
 
 
 def read_tensors(path: str | Path) -> dict[str, StoredTensor]:
-    """The tensors of a safetensors file by name; ValueError where it is not a whole one."""
+    """The tensors of a safetensors file by name; ValueError for a damaged or truncated file."""
     path = Path(path)
     size = os.path.getsize(path)
     try:
         with open(path, "rb") as file:
             length = int.from_bytes(file.read(8), "little")
             if not 2 <= length <= size - 8:
-                raise ValueError(f"its header would be {length} bytes of {size}")
+                raise ValueError(f"it has {size} bytes and states a header of {length} bytes")
             header = json.loads(file.read(length))
         header.pop("__metadata__", None)
         tensors, end = {}, 0
@@ -107,22 +111,26 @@ def read_tensors(path: str | Path) -> dict[str, StoredTensor]:
                 raise ValueError(f"{name} of shape {tensor.shape} has {stop - begin} bytes")
             tensors[name], end = tensor, max(end, stop)
         if 8 + length + end != size:
-            raise ValueError(f"it has {size} bytes, its header tells of {8 + length + end}")
+            raise ValueError(f"it has {size} bytes, its header states {8 + length + end}")
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
     return tensors
 
 
 def order_of(tensors: Mapping[str, LazyArray]) -> list[str]:
-    """The names in the order in which `write_tensors` takes their parts."""
+    """The names in the order in which `write_tensors` reads their parts."""
     types = list(_NAMES)
     return sorted(tensors, key=lambda name: (-types.index(np.dtype(tensors[name].dtype)), name))
 
 
 def write_tensors(path: str | Path, tensors: Mapping[str, LazyArray], progress: str = "") -> None:
-    """Write a safetensors file, whole or not at all, one part of one tensor after another.
+    """Write a safetensors file atomically, one part of one tensor after another.
 
-    `progress` names the bar; none without it. Raises ValueError where parts do not make up their tensor.
+    Args:
+        progress: the label of a progress bar; "" for no bar.
+
+    Raises:
+        ValueError: the parts of a tensor do not add up to its size.
     """
     names, header, at = order_of(tensors), {}, 0
     for name in names:
@@ -142,6 +150,6 @@ def write_tensors(path: str | Path, tensors: Mapping[str, LazyArray], progress: 
                 file.write(data)
                 written += data.size
                 bar.update(data.size)
-                del part, data  # before the next is read
+                del part, data  # free the memory before the next part is read
             if written != tensor.nbytes:
                 raise ValueError(f"{name} of shape {tensor.shape} is {tensor.nbytes} bytes, its parts are {written}")

@@ -1,10 +1,10 @@
-"""Video and image files to uint8 RGB frames (T, H, W, 3); video_writer.py has the way back.
+"""Read video and image files as uint8 RGB frames (T, H, W, 3); video_writer.py writes them.
 
-Decoding is PyAV's, at native size: no resize, no change of frame rate (a file of variable rate is read frame by
-frame and given its average rate). Quarter turns asked for by the file are applied, colour matrices are honoured,
-grey becomes RGB, and transparency is composited onto black. Still images are Pillow's.
+PyAV decodes videos at native size and frame rate; a file of variable rate keeps its frames and gets its average rate.
+Rotation tags in quarter turns are applied and colour matrices are honoured. Grey becomes RGB, and transparency is
+composited onto black. Pillow reads still images.
 
-What is read is a path, or the bytes of a file: then its first bytes tell an image from a video, in place of a suffix.
+A file is a path, or the bytes of a file. Of a path the suffix tells an image from a video, of bytes the first bytes do.
 """
 
 from __future__ import annotations
@@ -19,16 +19,21 @@ from pathlib import Path
 
 import av
 import numpy as np
+from av.container import InputContainer
+from av.error import FFmpegError
+from av.video.stream import VideoStream
 from PIL import Image, ImageOps
+
+VideoFile = str | os.PathLike | bytes  # a path, or the bytes of a file
 
 VIDEO_SUFFIXES = (".mp4", ".avi", ".webm", ".mov", ".mkv", ".gif")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-STILL_FPS = 8.0  # said of an image, which has no rate; the procedural clips say the same
-REORDER = 16  # frames that a codec may shift at most between decoding and display: key frames are found by the former
+STILL_FPS = 8.0  # frames per second assigned to an image; the procedural clips have the same rate
+REORDER = 16  # a seek goes back by this many frames, since codecs decode frames in another order than they show them
 
 
 class VideoError(ValueError):
-    """A file that gives no frames. `reason` is one of a few fixed phrases; the message adds the numbers."""
+    """A file without readable frames. `reason` is one of a few fixed phrases; the message adds the numbers."""
 
     def __init__(self, reason: str, detail: str):
         super().__init__(f"{reason}: {detail}")
@@ -37,7 +42,7 @@ class VideoError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class VideoInfo:
-    """What a file's header says. `frames` is 0 where the header does not say (webm, mkv, gif)."""
+    """The header of a file. `frames` is 0 where the header has no count (webm, mkv, gif); sizes are in pixels."""
 
     frames: int
     height: int
@@ -48,9 +53,12 @@ class VideoInfo:
 # ---- Reading
 
 
-def probe(file: str | os.PathLike | bytes) -> VideoInfo:
-    """Read the header only. VideoError: 'unreadable file', 'empty file', 'not a video', 'not an image', 'truncated',
-    'audio only'. Height and width are as stored, before any quarter turn."""
+def probe(file: VideoFile) -> VideoInfo:
+    """The header of a file. Height and width are as stored, before any quarter turn.
+
+    Raises:
+        VideoError: 'unreadable file', 'empty file', 'not a video', 'not an image', 'truncated' or 'audio only'.
+    """
     if is_image(file):
         with _open_image(file) as image:
             return VideoInfo(1, image.height, image.width, STILL_FPS)
@@ -59,13 +67,12 @@ def probe(file: str | os.PathLike | bytes) -> VideoInfo:
         return VideoInfo(stream.frames, stream.height, stream.width, _fps(stream))
 
 
-def read_clip_frames(
-    file: str | os.PathLike | bytes, *, start: int = 0, max_frames: int | None = None
-) -> tuple[np.ndarray, float]:
+def read_clip_frames(file: VideoFile, *, start: int = 0, max_frames: int | None = None) -> tuple[np.ndarray, float]:
     """Frames start, start + 1, ... of a file, at most `max_frames`: (uint8 (T, H, W, 3), frames per second).
 
-    Raises VideoError for what `probe` names, and for 'zero frames' (none from `start` on), 'truncated' and 'corrupt
-    frames' (the decoder refuses one of those asked for).
+    Raises:
+        VideoError: the reasons of `probe`, 'zero frames' (there is no frame from `start` on), 'truncated', or 'corrupt
+            frames' (the decoder refuses a requested frame).
     """
     if start < 0 or (max_frames is not None and max_frames < 1):
         raise ValueError(f"start={start} must be at least 0 and max_frames={max_frames} at least 1")
@@ -74,12 +81,14 @@ def read_clip_frames(
 
 
 @contextlib.contextmanager
-def open_frames(file: str | os.PathLike | bytes, *, start: int = 0) -> Iterator[tuple[Iterator[np.ndarray], float]]:
-    """(frames start, start + 1, ... one by one, each uint8 (H, W, 3); frames per second): a file of any length in the
-    memory of a frame. VideoError as of `read_clip_frames`, where the damage lies; 'zero frames' for none at all."""
+def open_frames(file: VideoFile, *, start: int = 0) -> Iterator[tuple[Iterator[np.ndarray], float]]:
+    """(iterator over frames start, start + 1, ..., each uint8 (H, W, 3); frames per second).
+
+    Memory holds one frame at a time. The iterator raises VideoError like `read_clip_frames` when it reaches the damage.
+    """
     if is_image(file):
         if start:
-            raise VideoError("zero frames", f"{_called(file)} is one image, and start={start}")
+            raise VideoError("zero frames", f"{_label(file)} is one image, and start={start}")
         yield iter([_read_image(file)]), STILL_FPS
         return
     with _open_video(file) as container:
@@ -89,69 +98,72 @@ def open_frames(file: str | os.PathLike | bytes, *, start: int = 0) -> Iterator[
         yield _rgb_frames(file, container, stream, start, fps), fps
 
 
-def _rgb_frames(file, container, stream, start: int, fps: float) -> Iterator[np.ndarray]:
+def _rgb_frames(
+    file: VideoFile, container: InputContainer, stream: VideoStream, start: int, fps: float
+) -> Iterator[np.ndarray]:
     count, size, end = 0, None, 0.0
     try:
         for frame in _decode_from(container, stream, start):
             if frame.is_corrupt:
-                raise VideoError("corrupt frames", f"{_called(file)} is damaged at frame {start + count}")
+                raise VideoError("corrupt frames", f"{_label(file)} is damaged at frame {start + count}")
             pixels = _to_rgb(frame)
             if size not in (None, pixels.shape):
                 sizes = sorted([size[:2], pixels.shape[:2]])
-                raise VideoError("corrupt frames", f"{_called(file)} changes its frame size midway: {sizes}")
+                raise VideoError("corrupt frames", f"{_label(file)} changes its frame size midway: {sizes}")
             size, end, count = pixels.shape, (frame.time or 0.0) + 1 / fps, count + 1
             yield pixels
-    except (av.FFmpegError, OSError) as error:
-        raise VideoError("corrupt frames", f"{_called(file)} fails after frame {start + count}: {error}") from error
+    except (FFmpegError, OSError) as error:
+        raise VideoError("corrupt frames", f"{_label(file)} fails after frame {start + count}: {error}") from error
     if not count:
-        header = f"its header says {stream.frames}"
-        raise VideoError("zero frames", f"{_called(file)} has no frame from {start} on; {header}")
+        header = f"its header states {stream.frames}"
+        raise VideoError("zero frames", f"{_label(file)} has no frame from {start} on; {header}")
     _check_reached_end(file, container, stream, start + count, end)
 
 
-def is_image(file: str | os.PathLike | bytes) -> bool:
-    """A still image rather than a video, as its name (of a path) or its first bytes say."""
+def is_image(file: VideoFile) -> bool:
+    """Whether a file is a still image, by the suffix of a path or by the first bytes."""
     if isinstance(file, bytes):
         return file.startswith((b"\x89PNG", b"\xff\xd8\xff", b"BM")) or file[8:12] == b"WEBP"
     return Path(file).suffix.lower() in IMAGE_SUFFIXES
 
 
-def _called(file) -> str:
-    """How errors call a file."""
+def _label(file: VideoFile) -> str:
+    """The name of a file in error messages."""
     return f"the file of {len(file)} bytes" if isinstance(file, bytes) else str(file)
 
 
-def _open_video(file) -> av.container.InputContainer:
+def _open_video(file: VideoFile) -> InputContainer:
     head = _head(file)
     try:
         container = av.open(io.BytesIO(file) if isinstance(file, bytes) else os.fspath(file))
-    except (av.FFmpegError, OSError) as error:
+    except (FFmpegError, OSError) as error:
         if _looks_like_video(head):
-            raise VideoError("truncated", f"{_called(file)} begins as a video and then stops: {error}") from error
-        raise VideoError("not a video", f"{_called(file)} begins with {head!r}: {error}") from error
+            raise VideoError("truncated", f"{_label(file)} begins as a video and then stops: {error}") from error
+        raise VideoError("not a video", f"{_label(file)} begins with {head!r}: {error}") from error
     try:
         if not container.streams.video:
             kinds = ", ".join(s.type for s in container.streams) or "none"
-            # A text file can pass for a subtitle, so "audio only" is said of sound alone.
+            # FFmpeg opens a text file as a subtitle, so "audio only" needs an audio stream.
             reason = "audio only" if container.streams.audio else "not a video"
-            raise VideoError(reason, f"{_called(file)} has streams: {kinds}")
+            raise VideoError(reason, f"{_label(file)} has streams: {kinds}")
         stream = container.streams.video[0]
         size = len(file) if isinstance(file, bytes) else os.path.getsize(file)
         height, width = (0, 0) if stream.codec_context is None else (stream.height, stream.width)
         if not (height and width):
-            raise VideoError("not a video", f"{_called(file)} holds a stream of size {height}x{width}")
+            raise VideoError("not a video", f"{_label(file)} has a video stream of size {height}x{width}")
         end = max((e.pos + e.size for e in stream.index_entries), default=0)
         if head.startswith(b"RIFF"):
             end = int.from_bytes(head[4:8], "little") + 8
         if end > size:
-            raise VideoError("truncated", f"{_called(file)} has {size} bytes, and its header or index says {end}")
+            raise VideoError("truncated", f"{_label(file)} has {size} bytes, and its header or index states {end}")
     except VideoError:
         container.close()
         raise
     return container
 
 
-def _head(file) -> bytes:
+def _head(file: VideoFile) -> bytes:
+    """The first 16 bytes; VideoError for an unreadable or empty file."""
     if isinstance(file, bytes):
         head = file[:16]
     else:
@@ -161,19 +173,19 @@ def _head(file) -> bytes:
         except OSError as error:
             raise VideoError("unreadable file", f"{file}: {error.strerror}") from error
     if not head:
-        raise VideoError("empty file", f"{_called(file)} has 0 bytes")
+        raise VideoError("empty file", f"{_label(file)} has 0 bytes")
     return head
 
 
 def _looks_like_video(head: bytes) -> bool:
-    """By the containers' own marks: mp4 and mov, avi, webm and mkv, gif."""
+    """Whether the first bytes are the signature of a container: mp4 and mov, avi, webm and mkv, gif."""
     return head[4:8] in (b"ftyp", b"moov", b"mdat", b"wide", b"free") or head.startswith(
         (b"RIFF", b"\x1a\x45\xdf\xa3", b"GIF8")
     )
 
 
-def _decode_from(container, stream, start: int) -> Iterator[av.VideoFrame]:
-    """Decoded frames from number `start` on. Where the index shows a constant rate, seek to the key frame before it."""
+def _decode_from(container: InputContainer, stream: VideoStream, start: int) -> Iterator[av.VideoFrame]:
+    """Decoded frames from number `start` on. If the index shows a constant rate, seek to the key frame before it."""
     stamps = np.array([e.timestamp for e in stream.index_entries], np.int64)
     steps = np.diff(stamps)
     if not start or len(stamps) != stream.frames or steps.size == 0 or steps.max() - steps.min() > 1:
@@ -187,22 +199,25 @@ def _decode_from(container, stream, start: int) -> Iterator[av.VideoFrame]:
             yield frame
 
 
-def _check_reached_end(file, container, stream, count: int, end: float) -> None:
-    """Did `count` frames, the last ending at `end` seconds, exhaust the file? The index answered for an mp4."""
+def _check_reached_end(file: VideoFile, container: InputContainer, stream: VideoStream, count: int, end: float) -> None:
+    """VideoError if the file should go on after `count` frames, which end at `end` seconds.
+
+    The size check against the index covers mp4; this covers webm, mkv and gif.
+    """
     kind = container.format.name
     if "matroska" in kind and "DURATION" in stream.metadata:
         hours, minutes, seconds = stream.metadata["DURATION"].split(":")
         declared = 3600 * int(hours) + 60 * int(minutes) + float(seconds)
         if end < 0.9 * declared - 2 / _fps(stream):  # headers round up
-            raise VideoError("truncated", f"{_called(file)} ends at {end:.3f} s, and its header says {declared:.3f} s")
+            raise VideoError("truncated", f"{_label(file)} ends at {end:.3f} s, and its header states {declared:.3f} s")
     if kind == "gif":
         data = file if isinstance(file, bytes) else Path(file).read_bytes()
         if not data.rstrip(b"\0").endswith(b";"):
-            raise VideoError("truncated", f"{_called(file)} gives {count} frames and then lacks a gif's end mark")
+            raise VideoError("truncated", f"{_label(file)} has {count} frames and lacks a gif's end mark")
 
 
-def _fps(stream) -> float:
-    """The header's average rate; of an AVI, which counts the places it leaves empty, that of the frames there are."""
+def _fps(stream: VideoStream) -> float:
+    """The header's average rate. An AVI counts empty slots as frames, so its rate comes from the stored frames."""
     rate = stream.average_rate or stream.guessed_rate
     if not rate or rate <= 0:
         raise VideoError("not a video", f"{stream.container.name} states no frame rate")
@@ -225,23 +240,23 @@ def _over_black(rgba: np.ndarray) -> np.ndarray:
     return ((rgba[..., :3] * alpha + 127) // 255).astype(np.uint8)
 
 
-def _open_image(file) -> Image.Image:
+def _open_image(file: VideoFile) -> Image.Image:
     head = _head(file)
     try:
         return Image.open(io.BytesIO(file) if isinstance(file, bytes) else file)
     except Image.DecompressionBombError as error:
-        raise VideoError("too large", f"{_called(file)}: {error}") from error
+        raise VideoError("too large", f"{_label(file)}: {error}") from error
     except (OSError, SyntaxError, ValueError) as error:
-        raise VideoError("not an image", f"{_called(file)} begins with {head!r}") from error
+        raise VideoError("not an image", f"{_label(file)} begins with {head!r}") from error
 
 
-def _read_image(file) -> np.ndarray:
+def _read_image(file: VideoFile) -> np.ndarray:
     with _open_image(file) as image:
         try:
             image.load()
         except (OSError, SyntaxError, ValueError) as error:
             reason = "truncated" if "truncated" in str(error) else "corrupt frames"
-            raise VideoError(reason, f"{_called(file)}: {error}") from error
+            raise VideoError(reason, f"{_label(file)}: {error}") from error
         upright = ImageOps.exif_transpose(image)
         if upright.mode.startswith("I;16"):  # 16-bit grey: Pillow's own conversion would clip it at 255
             return np.repeat((np.asarray(upright) >> 8).astype(np.uint8)[..., None], 3, axis=-1)
@@ -249,7 +264,7 @@ def _read_image(file) -> np.ndarray:
 
 
 def read_note(path: str | os.PathLike) -> str:
-    """What `write_video` kept in a file as its note; "" for none. VideoError for what is no video or image."""
+    """The note that `write_video` stored in a file; "" for none. VideoError for a file that is no video or image."""
     path = Path(path)
     if path.suffix.lower() in (".png", ".gif"):
         with _open_image(path) as image:

@@ -1,4 +1,4 @@
-"""Frames to video files: all at once, or as they come."""
+"""Write frames to video and image files, all at once or piece by piece."""
 
 from __future__ import annotations
 
@@ -9,38 +9,48 @@ from pathlib import Path
 
 import av
 import numpy as np
+from av.filter import Graph
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from minisora_jax.io.atomic import replacing, replacing_folder
 
 WRITTEN = (".mp4", ".webm", ".gif", ".png")
-BT709 = 1  # FFmpeg's number of the colour matrix that we write
-X264 = {"crf": "14", "x264-params": "mbtree=0"}  # with it, small videos came out in one of several ways
+BT709 = 1  # FFmpeg's number of the colour matrix in use
+X264 = {"crf": "14", "x264-params": "mbtree=0"}  # mbtree makes the bytes of small videos vary from run to run
 VP9 = {"crf": "16", "b": "0", "cpu-used": "4"}
 
 
 def write_video(
     path: str | os.PathLike, frames_THWC: np.ndarray, fps: float, *, upscale: int = 1, note: str = ""
 ) -> None:
-    """Write uint8 (T, H, W, 3) as the suffix says: .mp4 (H.264), .webm (VP9), .gif, .png for a single frame; without a
-    suffix a folder of numbered .png.
+    """Write frames to a video file, atomically.
 
-    `upscale` repeats each pixel that many times a side, for clips too small to look at. An odd side of an mp4 or webm
-    gains a copy of its last row or column, since their chroma is stored at half size. `note` is kept in the file, for
-    `read_note`. The file appears whole.
+    An odd side of an mp4 or webm gains a copy of its last row or column, since chroma is stored at half size.
+
+    Args:
+        path: the suffix is the format: .mp4 (H.264), .webm (VP9), .gif, or .png for a single frame. No suffix: a folder
+            of numbered .png files.
+        frames_THWC: uint8 (T, H, W, 3).
+        fps: frames per second.
+        upscale: each pixel becomes upscale x upscale pixels, for clips that are too small to look at.
+        note: text that is stored in the file; `read_note` reads it.
+
+    Raises:
+        ValueError: an unknown suffix, a bad value, or several frames for a .png.
     """
     frames_THWC = np.asarray(frames_THWC)
     if Path(path).suffix.lower() == ".png" and len(frames_THWC) > 1:
-        raise ValueError(f"{path} would hold {len(frames_THWC)} frames; a .png holds one: use .mp4, or contact_sheet")
+        raise ValueError(f"{path} gets {len(frames_THWC)} frames; a .png holds one: use .mp4, or contact_sheet")
     with VideoWriter(path, fps, upscale=upscale, note=note) as writer:
         writer.write(frames_THWC)
 
 
 class VideoWriter:
-    """`write_video`, some frames at a time: a context in whose end the file appears, or on an error does not.
+    """A context that writes frames piece by piece; the arguments are those of `write_video`.
 
-    An mp4 or webm of any length takes the memory of a frame; a gif, which has one palette, that of all its frames.
+    The file appears when the context ends without an error. An mp4 or webm needs the memory of one frame. A gif has one
+    palette for all frames, so it needs the memory of all frames.
     """
 
     def __init__(self, path: str | os.PathLike, fps: float, *, upscale: int = 1, note: str = ""):
@@ -65,6 +75,7 @@ class VideoWriter:
         return self
 
     def write(self, frames_THWC: np.ndarray) -> None:
+        """Append uint8 frames (T, H, W, 3)."""
         x = np.asarray(frames_THWC)
         if x.dtype != np.uint8 or x.ndim != 4 or x.shape[-1] != 3 or not x.size:
             raise ValueError(f"frames are {x.dtype} {x.shape}; write_video takes uint8 (T, H, W, 3)")
@@ -99,7 +110,7 @@ class VideoWriter:
         if self._container is None:
             mp4 = self.suffix == ".mp4"
             codec, options = ("libx264", X264) if mp4 else ("libvpx-vp9", VP9)
-            flags = {"movflags": "+faststart"} if mp4 else {"fflags": "+bitexact"}  # else a random number goes in
+            flags = {"movflags": "+faststart"} if mp4 else {"fflags": "+bitexact"}  # bitexact: no random id in a webm
             self._container = av.open(os.fspath(self._temporary), "w", options=flags)
             self._container.metadata["comment"] = self.note
             rate = Fraction(self.fps).limit_denominator(1001)
@@ -121,12 +132,12 @@ def _save_png(path: Path, frame_HWC: np.ndarray, note: str) -> None:
 
 
 def _write_gif(path: Path, frames_THWC, fps: float, upscale: int, note: str) -> None:
-    """One palette for the clip, made by FFmpeg's palettegen from all of it. A gif counts time in 1/100 s."""
+    """Write a gif with one palette, which FFmpeg's palettegen makes from all frames. A gif counts time in 1/100 s."""
     height, width = (n * upscale for n in frames_THWC.shape[1:3])
     with av.open(os.fspath(path), "w", options={"final_delay": str(round(100 / fps))}) as container:
         stream = container.add_stream("gif", rate=100)
         stream.height, stream.width, stream.pix_fmt = height, width, "pal8"
-        graph = av.filter.Graph()
+        graph = Graph()
         source = graph.add_buffer(width=width, height=height, format="rgb24", time_base=Fraction(1, 100))
         split, palette = graph.add("split"), graph.add("palettegen", "reserve_transparent=0")
         use, sink = graph.add("paletteuse", "dither=none"), graph.add("buffersink")
@@ -137,9 +148,9 @@ def _write_gif(path: Path, frames_THWC, fps: float, upscale: int, note: str) -> 
         use.link_to(sink)
         graph.configure()
         for t, frame in enumerate(frames_THWC):
-            picture = av.VideoFrame.from_ndarray(_enlarge(frame, upscale), format="rgb24")
-            picture.pts, picture.time_base = round(t * 100 / fps), Fraction(1, 100)
-            source.push(picture)
+            rgb = av.VideoFrame.from_ndarray(_enlarge(frame, upscale), format="rgb24")
+            rgb.pts, rgb.time_base = round(t * 100 / fps), Fraction(1, 100)
+            source.push(rgb)
         source.push(None)
         for _ in frames_THWC:
             container.mux(stream.encode(sink.pull()))
@@ -147,9 +158,9 @@ def _write_gif(path: Path, frames_THWC, fps: float, upscale: int, note: str) -> 
     if note:
         data = note.encode("utf-8")
         blocks = b"".join(bytes([len(data[i : i + 255])]) + data[i : i + 255] for i in range(0, len(data), 255))
-        whole = path.read_bytes()
-        at = 13 + (3 * 2 ** ((whole[10] & 7) + 1) if whole[10] & 128 else 0)  # after the header and its palette
-        path.write_bytes(whole[:at] + b"\x21\xfe" + blocks + b"\0" + whole[at:])
+        gif = path.read_bytes()
+        at = 13 + (3 * 2 ** ((gif[10] & 7) + 1) if gif[10] & 128 else 0)  # after the header and its palette
+        path.write_bytes(gif[:at] + b"\x21\xfe" + blocks + b"\0" + gif[at:])
 
 
 def _enlarge(frame_HWC: np.ndarray, upscale: int) -> np.ndarray:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 
-from minisora_jax.io.concat_index import Ends
+from minisora_jax.io.concat_index import ConcatIndex
 from minisora_jax.sources.base import Media, SkipReport, Source
 
 
@@ -17,7 +17,7 @@ class Together:
 
     def __init__(self, spellings: list[str], sources: list[Source], *, strict: bool = False):
         self.sources, self.labels = sources, _labels(spellings)
-        self.ends = Ends(map(len, sources))
+        self.concat_index = ConcatIndex(map(len, sources))
         self.report = SkipReport(strict)
         for label, source in zip(self.labels, sources):
             self.report.skipped += [row | {"name": f"{label}/{row['name']}"} for row in source.report.skipped]
@@ -25,10 +25,10 @@ class Together:
         self.identity = f"together:{hashlib.sha256(metadata.encode('utf-8')).hexdigest()}"
 
     def __len__(self) -> int:
-        return len(self.ends)
+        return len(self.concat_index)
 
     def __getitem__(self, i: int) -> Media:
-        number, at = self.ends.place(i)
+        number, at = self.concat_index.locate(i)
         media = self.sources[number][at]
         return Media(f"{self.labels[number]}/{media.name}", media.caption, media.data, media.fps)
 

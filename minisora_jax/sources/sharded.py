@@ -16,7 +16,7 @@ from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import PurePosixPath
 
-from minisora_jax.io.concat_index import Ends
+from minisora_jax.io.concat_index import ConcatIndex
 from minisora_jax.io.filesystem import File
 from minisora_jax.sources.base import Media, SkipReport
 
@@ -44,7 +44,7 @@ class Sharded(abc.ABC):
             for row in rows:
                 self.report.add(row["name"], row["reason"], row["detail"])
         self.digests = [digest for _, digest, _ in scans]
-        self.ends = Ends(count for _, _, count in scans)
+        self.concat_index = ConcatIndex(count for _, _, count in scans)
         metadata = json.dumps([*zip(self.prefixes, self.digests)])
         self.identity = f"{self.kind}:{hashlib.sha256(metadata.encode('utf-8')).hexdigest()}"
         self._forget()
@@ -59,10 +59,10 @@ class Sharded(abc.ABC):
         """A clip, its data a VideoError where it is damaged; OSError where the storage fails."""
 
     def __len__(self) -> int:
-        return len(self.ends)
+        return len(self.concat_index)
 
     def __getitem__(self, i: int) -> Media:
-        shard, at = self.ends.place(i)
+        shard, at = self.concat_index.locate(i)
         return self.read(self.files[shard], self._entries(shard)[at])
 
     def _scanned(self, shard: int) -> tuple[list[dict[str, str]], str, int]:

@@ -28,7 +28,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from minisora_jax.io.concat_index import Ends
+from minisora_jax.io.concat_index import ConcatIndex
 from minisora_jax.io.filesystem import find
 from minisora_jax.io.video import VideoError
 from minisora_jax.sources.base import BadClip, Media, SkipReport, clean_caption, reopened
@@ -147,15 +147,15 @@ class TFRecords:
 
     def __init__(self, instructions: list, features, decoders):
         self.instructions, self.features, self.decoders = instructions, features, decoders
-        self.ends = Ends(instruction.take for instruction in instructions)
+        self.concat_index = ConcatIndex(instruction.take for instruction in instructions)
         self.places: dict[int, np.ndarray] = {}  # of each file (n, 2): where a record begins, and its bytes
         self.lock = threading.Lock()
 
     def __len__(self) -> int:
-        return len(self.ends)
+        return len(self.concat_index)
 
     def __getitem__(self, i: int) -> dict:
-        number, at = self.ends.place(i)
+        number, at = self.concat_index.locate(i)
         instruction = self.instructions[number]
         file = find(instruction.filename)[0]
         with self.lock:
