@@ -3,16 +3,28 @@
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
+
+
+class BuildWithConfigs(build_py):
+    """Puts configs/ into the package, so that `--config=NAME` works after a plain installation."""
+
+    def run(self):
+        super().run()
+        if not self.editable_mode:
+            self.copy_tree("configs", f"{self.build_lib}/minisora_jax/bundled/configs")
+
 
 setup(
     name="minisora_jax",
-    version="0.1.0",
+    version="0.2.0",
     description="An open Sora in JAX: patch-n-pack video diffusion from a laptop CPU to TPU pods",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["minisora_jax", "minisora_jax.*"]),
-    package_data={"minisora_jax": ["bundled/**/*"]},
+    package_data={"minisora_jax": ["bundled/**/*", "py.typed"]},
+    cmdclass={"build_py": BuildWithConfigs},
     install_requires=[
         "jax>=0.11.1",
         "flax>=0.12.12",
@@ -28,7 +40,6 @@ setup(
         "pillow>=11",
         "dm-pix>=0.4.4",
         "matplotlib>=3.9",
-        "safetensors>=0.5",
         "tensorboardX>=2.6",
         "tqdm>=4.66",
         "fsspec>=2025.3",

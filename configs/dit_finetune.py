@@ -5,7 +5,7 @@
     minisora import wan2.1-t2v-1.3b Wan2.1-T2V-1.3B-Diffusers/transformer --out=models/wan
     minisora prepare my_clips/ data/clips
     minisora encode data/clips data/latents --codec=models/wan-vae --text-encoder=models/umt5
-    minisora train --config=configs/dit_finetune.py:data=data/latents --init=models/wan --codec=models/wan-vae \\
+    minisora train --config=dit_finetune:data=data/latents --init=models/wan --codec=models/wan-vae \\
         --workdir=runs/wan
     minisora generate "what your captions say" --model=runs/wan/export --codec=models/wan-vae --size 480x832 --frames 81
     minisora export runs/wan/export exported/transformer
@@ -17,13 +17,13 @@ Expected: not yet run on the published weights by us. The same commands on small
 
 from ml_collections import ConfigDict
 
-from configs.common import parse_arg
+from minisora_jax.config import parse_arg
 
 
 def get_config(arg=None):
     arg = parse_arg(arg, data="", steps=2000, rows=8, lr=1e-5)
     if not arg["data"]:
-        raise ValueError("name the latent cache: --config=configs/dit_finetune.py:data=DIR,...")
+        raise ValueError("name the latent cache: --config=dit_finetune:data=DIR,...")
     return ConfigDict(
         dict(
             data=dict(path=arg["data"]),

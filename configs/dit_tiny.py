@@ -1,7 +1,7 @@
 """The bundled model: a text-to-video transformer over the procedural shapes, from a latent cache of the bundled codec.
 
     minisora encode shapes:train:20000 data/shapes-latents
-    minisora train --config=configs/dit_tiny.py:data=data/shapes-latents --workdir=runs/model
+    minisora train --config=dit_tiny:data=data/shapes-latents --workdir=runs/model
     minisora eval model --model=runs/model/export
 
 Hardware: 2 CPU cores. What it reached is in minisora_jax/bundled/README.md.
@@ -9,13 +9,13 @@ Hardware: 2 CPU cores. What it reached is in minisora_jax/bundled/README.md.
 
 from ml_collections import ConfigDict
 
-from configs.common import parse_arg
+from minisora_jax.config import parse_arg
 
 
 def get_config(arg=None):
     arg = parse_arg(arg, data="", steps=5000, rows=8, prompts=True, lr=3e-3)
     if not arg["data"]:
-        raise ValueError("name the latent cache: --config=configs/dit_tiny.py:data=DIR (`minisora encode` writes one)")
+        raise ValueError("name the latent cache: --config=dit_tiny:data=DIR (`minisora encode` writes one)")
     prompts = [
         dict(prompt="a large red circle moves left slowly on a black background", size_THW=(17, 48, 48)),
         dict(prompt="a small cyan square bounces off the walls on a grey background", size_THW=(17, 48, 64)),

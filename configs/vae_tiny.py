@@ -1,14 +1,14 @@
 """The bundled codec: 2.9 M parameters, 4x8x8 compression into 16 channels, on the procedural shapes.
 
-    minisora train-vae --config=configs/vae_tiny.py --workdir=runs/codec
+    minisora train-vae --config=vae_tiny --workdir=runs/codec
 
-Hardware: 2 CPU cores, about 20 minutes. On your own clips: --config=configs/vae_tiny.py:data=data/clips,steps=3000
+Hardware: 2 CPU cores, about 20 minutes. On your own clips: --config=vae_tiny:data=data/clips,steps=3000
 (a directory that `minisora prepare` wrote; clips at least 32x32).
 """
 
 from ml_collections import ConfigDict
 
-from configs.common import parse_arg
+from minisora_jax.config import parse_arg
 
 
 def get_config(arg=None):

@@ -2,7 +2,7 @@
 """Run a command as several JAX processes on this host, each with some fake CPU devices: a pod to try things on.
 
 examples:
-  python launch/local_cpu.py -n 4 -- minisora train --config=configs/dit_tiny.py:data=data/latents --workdir=runs/four
+  python launch/local_cpu.py -n 4 -- minisora train --config=dit_tiny:data=data/latents --workdir=runs/four
   python launch/local_cpu.py -n 2 --devices 2 -- python my_script.py
 
 The processes find each other by JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, which `minisora train`

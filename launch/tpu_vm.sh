@@ -25,7 +25,7 @@ settings, from the environment:
 example:
   export NAME=mine ZONE=us-west4-a TYPE=v5litepod-16 RUNTIME=v2-alpha-tpuv5-lite KIND=--spot
   launch/tpu_vm.sh create && launch/tpu_vm.sh install
-  launch/tpu_vm.sh run minisora train --config=configs/dit_tiny.py:data=/mnt/share/latents --workdir=/mnt/share/run
+  launch/tpu_vm.sh run minisora train --config=dit_tiny:data=/mnt/share/latents --workdir=/mnt/share/run
   launch/tpu_vm.sh delete
 
 --workdir and data must lie where every host sees them: a Filestore mount, or a bucket mounted with Cloud Storage FUSE.

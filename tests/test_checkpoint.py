@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from minisora_jax.weights.checkpoint import Checkpoint, CheckpointError
+from minisora_jax.weights.checkpoint import Checkpoint, WeightsFileError
 
 FIXTURES = Path(__file__).parent / "parity/fixtures"
 
@@ -33,18 +33,18 @@ def test_a_file_that_would_run_code_is_refused(tmp_path):
     path = tmp_path / "model.pth"
     with zipfile.ZipFile(path, "w") as file:
         file.writestr("model/data.pkl", pickle.dumps({"weight": Harm()}))
-    with pytest.raises(CheckpointError, match="asks for posix.system: only tensors by name are read"):
+    with pytest.raises(WeightsFileError, match="asks for posix.system: only tensors by name are read"):
         Checkpoint(path)
 
 
 def test_other_files_are_refused(tmp_path):
     path = tmp_path / "model.pth"
     path.write_bytes((FIXTURES / "nested.pth").read_bytes()[:-200])
-    with pytest.raises(CheckpointError, match="cut short"):
+    with pytest.raises(WeightsFileError, match="cut short"):
         Checkpoint(path)
-    with pytest.raises(CheckpointError, match="has no checkpoint"):
+    with pytest.raises(WeightsFileError, match="has no checkpoint"):
         Checkpoint(tmp_path / "..")
     with zipfile.ZipFile(path, "w") as file:
         file.writestr("model/data.pkl", pickle.dumps({"epoch": 3}))
-    with pytest.raises(CheckpointError, match="holds no tensors by name: its keys are .'epoch'."):
+    with pytest.raises(WeightsFileError, match="holds no tensors by name: its keys are .'epoch'."):
         Checkpoint(path)

@@ -57,7 +57,7 @@ print(len(list(pkgutil.walk_packages(minisora_jax.__path__))) > 8, dict(xla_brid
         (["generate", "x", "--model", "/nowhere"], "/nowhere is not an exported model: model.safetensors is missing"),
         (["generate", "x", "--text-encoder", "m"], "--text-encoder=m: the model reads bytes, not features"),
         (["encode", "nowhere", "out"], "run `minisora prepare CLIPS_FOLDER nowhere` first"),
-        (["train", "--workdir", "w"], "no --config=FILE given; for example --config=configs/dit_tiny.py"),
+        (["train", "--workdir", "w"], "no --config=NAME given; for example --config=dit_tiny"),
         (["train", "--workdir", "w", "--init", "/nowhere"], "/nowhere is not an exported model"),
         (["import", "umt5-small", "/x", "--out", "o", "--tokenizer", "/y"], "--tokenizer=/y has no tokenizer: no tok"),
         (["train-vae", "--workdir", "w", "--config=configs/vae_tiny.py:x=1"], "config argument 'x=1': give data="),

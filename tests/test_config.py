@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from configs.common import parse_arg
+from minisora_jax.config import parse_arg
 from minisora_jax.config import build, read_config
 from minisora_jax.train.codec_task import CodecTask
 from minisora_jax.train.diffusion_task import DiffusionTask
@@ -38,7 +38,7 @@ def test_every_config_builds_and_flags_reach_it():
 @pytest.mark.parametrize(
     "flags, message",
     [
-        ([], "no --config=FILE given; for example --config=configs/x.py"),
+        ([], "no --config=NAME given; for example --config=x"),
         (["--config=configs/none.py"], "no config file configs/none.py"),
         (["--config=configs/vae_tiny.py:stepz=3"], "'stepz=3': give data=..., held_out=..., steps=..."),
         (["--config=configs/vae_tiny.py", "--config.run.stepz=3"], "stepz"),
@@ -49,7 +49,7 @@ def test_every_config_builds_and_flags_reach_it():
 )
 def test_wrong_flags_are_named(flags, message):
     with pytest.raises((ValueError, FileNotFoundError)) as error:
-        read_config(flags, CodecTask, "configs/x.py")
+        read_config(flags, CodecTask, "x")
     assert message in str(error.value)
 
 

@@ -79,15 +79,15 @@ def test_a_true_bounce_keeps_its_speed():
     assert len(found) > 10 and np.median(found) < 0.05
 
 
-def test_verbs_are_measured_from_the_command_line(tmp_path, capsys):
-    argv = ["eval", "verbs", "--only", "loop", "extend-forward", "--count", "2", "--steps", "2", "--out", str(tmp_path)]
+def test_tasks_are_measured_from_the_command_line(tmp_path, capsys):
+    argv = ["eval", "tasks", "--only", "loop", "extend-forward", "--count", "2", "--steps", "2", "--out", str(tmp_path)]
     assert main(argv) == 0
-    scores = json.loads((tmp_path / "verbs.json").read_text())
+    scores = json.loads((tmp_path / "tasks.json").read_text())
     assert scores["loop"]["seam_median"] >= 0 and scores["extend-forward"]["seam_psnr"] > 25
     page = (tmp_path / "report.html").read_text()
     assert page.count("<img") >= 3 and "extend-forward: motion" in page and "<script" not in page
     assert (tmp_path / "loop.png").exists()
-    assert main(["eval", "verbs", "--only", "fly", "--out", str(tmp_path)]) == 2
-    assert "the verbs are text-to-video" in capsys.readouterr().err
+    assert main(["eval", "tasks", "--only", "fly", "--out", str(tmp_path)]) == 2
+    assert "the tasks are text-to-video" in capsys.readouterr().err
     assert main(["eval", "frechet", "--out", str(tmp_path)]) == 2
     assert "name what sees" in capsys.readouterr().err

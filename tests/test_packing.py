@@ -142,7 +142,7 @@ def test_a_curriculum_begins_with_images():
         stages.append((stage, PackPlan(tokens, text, PackConfig(24, 96, 16, 2), 0, 2, epochs)))
     plan = StagedPlan(stages)
     longest = [max(tokens[i] for row in plan.rows(n) for i in row) for n in range(20)]
-    assert max(longest[:4]) == 1 and max(longest[4:8]) == 3 and max(longest[8:]) == 20 == plan.longest
+    assert max(longest[:4]) == 1 and max(longest[4:8]) == 3 and max(longest[8:]) == 20 == plan.max_segment_len
     assert len({plan.epoch(n) // 1000 for n in (0, 4, 8)}) == 3
 
 
@@ -152,7 +152,7 @@ def test_a_clip_that_no_stage_takes_may_be_too_long_for_a_row():
     [stage] = curriculum("20:1x2x2", steps=20)
     plan = lambda members: PackPlan(tokens, text, PackConfig(24, 96, 16, 2), 0, 2, Epochs((61,), 0, members=members))
     small = plan((within(sizes, stage),))
-    assert small.longest == 1 and all(i < 60 for n in range(20) for row in small.rows(n) for i in row)
+    assert small.max_segment_len == 1 and all(i < 60 for n in range(20) for row in small.rows(n) for i in row)
     with pytest.raises(ValueError, match="1 clips do not fit a row; clip 60 has 144 video"):
         plan(())
 

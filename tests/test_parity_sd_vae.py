@@ -99,7 +99,7 @@ def test_a_video_is_coded_frame_by_frame(params):
     assert codec.decode(mean).shape == frames.shape
 
 
-@pytest.mark.parametrize("name_map", sd_vae.NAME_MAPS)
+@pytest.mark.parametrize("layout", sd_vae.NAME_MAPS)
 def test_every_layout_gives_the_same_model(params, layout, tmp_path):
     save_file(published_tensors(layout), tmp_path / "vae.safetensors")
     file = Checkpoint(tmp_path / "vae.safetensors")

@@ -121,7 +121,7 @@ def test_gradients_are_the_references(case, parity):
 
 
 @pytest.mark.parametrize("family", FULL)
-@pytest.mark.parametrize("name_map", wan_vae.NAME_MAPS)
+@pytest.mark.parametrize("layout", wan_vae.NAME_MAPS)
 def test_every_published_tensor_has_its_place(family, layout):
     fixture, key = (family, "published") if layout == "diffusers" else ("wan_original", "published")
     published = facts(fixture, key) if layout == "diffusers" else facts(fixture, key)[family]

@@ -135,7 +135,8 @@ def test_tiles_of_any_side(seed, block, T):
         grads = blockwise.backward(*map(jnp.asarray, arrays), o, lse, jnp.asarray(weight), 0.5)
     finally:
         blockwise.BLOCK = before
-    check((o, grads), dense(*arrays, weight), 2e-5)
+    # Of one key d_k is 0, and what is left is the rounding of terms that cancel.
+    check((o, grads), dense(*arrays, weight), 4e-5 if T == 1 else 2e-5)
     ours, theirs = lse, KERNELS["reference"].forward(*map(jnp.asarray, arrays), 0.5)[1]
     np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
     assert ((np.asarray(lse) == np.float32(EMPTY)) == (np.asarray(theirs) == np.float32(EMPTY))).all()

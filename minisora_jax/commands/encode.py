@@ -42,45 +42,25 @@ def add_arguments(parser):
 
 
 def run(args, _):
-    from tqdm import tqdm
+    import json
+    from pathlib import Path
 
-    from minisora_jax.bundled import CODEC
-    from minisora_jax.data.encode import encode_clips
-    from minisora_jax.data.latents import my_parts, write_latents
-    from minisora_jax.io.retry import DataError
-    from minisora_jax.models.captions import BYTES, encoder_captions
-    from minisora_jax.models.codec import Codec
+    from minisora_jax.api.encoding import encode
     from minisora_jax.parallel.processes import is_main
-    from minisora_jax.sources.clips import open_clips
 
-    codec = Codec.load(args.codec or CODEC)
-    captions = encoder_captions(args.text_encoder) if args.text_encoder else BYTES
-    clips = open_clips(args.data, long_captions=args.long_captions)
-
-    if args.clips_per_part < 1:
-        raise ValueError(f"--clips-per-part={args.clips_per_part} must be at least 1")
-    mine = my_parts(len(clips), args.clips_per_part)
-    with mesh_in_use(args.mesh), tqdm(desc="encoding", unit="clip", total=sum(map(len, mine.values()))) as bar:
-
-        def latents(numbers):
-            for clip in encode_clips(codec, captions, clips, numbers):
-                if args.strict and isinstance(clip, DataError):
-                    raise clip
-                bar.update()
-                yield clip
-
-        manifest = write_latents(
+    with mesh_in_use(args.mesh):
+        encode(
+            args.data,
             args.out,
-            latents,
-            count=len(clips),
-            codec_hash=codec.latents,
-            text=captions.record,
-            empty_text_LE=captions.encode([""])[0],
-            source=getattr(clips, "identity", args.data),
-            shard_bytes=args.shard_mb * 2**20,
+            codec=args.codec,
+            text_encoder=args.text_encoder,
+            long_captions=args.long_captions,
+            strict=args.strict,
+            shard_mb=args.shard_mb,
             clips_per_part=args.clips_per_part,
         )
     if is_main():
+        manifest = json.loads((Path(args.out) / "manifest.json").read_text(encoding="utf-8"))
         left_out = f", {len(manifest['left_out'])} left out" if manifest["left_out"] else ""
         shards = f"{manifest['records']} clips in {len(manifest['shards'])} shards"
-        print(f"{shards} of latents of codec {codec.latents}{left_out}: {args.out}")
+        print(f"{shards} of latents of codec {manifest['settings']['codec_hash']}{left_out}: {args.out}")

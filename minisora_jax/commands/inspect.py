@@ -5,7 +5,7 @@ examples:
   minisora inspect data/latents --verify            # a latent cache, each shard against its hash
   minisora inspect runs/model                       # a run: steps, loss, where its time went
   minisora inspect runs/model/export                # a model: parameters by module, its config
-  minisora inspect --config=configs/dit_tiny.py:data=data/latents     # rows of clips: fill, balance, a picture
+  minisora inspect --config=dit_tiny:data=data/latents     # rows of clips: fill, balance, a picture
 
 The picture goes to --out (default inspect.png).
 """
@@ -85,7 +85,7 @@ def _packing(config_flags: list[str], codec_path: str | None, out: Path) -> None
     from minisora_jax.models.codec import Codec
     from minisora_jax.train.diffusion_task import DiffusionTask, pack_plan, padded_sizes
 
-    config = read_config(config_flags, DiffusionTask, "configs/dit_tiny.py:data=data/latents")
+    config = read_config(config_flags, DiffusionTask, "dit_tiny:data=data/latents")
     task = build(DiffusionTask, {k: v for k, v in config.items() if k != "prompts"})
     latents = open_latents(task.data.path)
     plan, sizes = pack_plan(task, latents), padded_sizes(task, latents)

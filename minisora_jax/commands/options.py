@@ -143,6 +143,28 @@ def mesh_in_use(text: str | None) -> contextlib.AbstractContextManager:
     return jax.set_mesh(make_mesh(MeshConfig.parse(text), jax.local_devices()))
 
 
+def add_config(parser: argparse.ArgumentParser, verb: str, rest: str) -> None:
+    """--list-config, and a usage line that shows how a config is named and changed."""
+    parser.usage = f"minisora {verb} --config=NAME[:arg=value,...] [--config.key=value ...] {rest}"
+    parser.add_argument("--list-config", action="store_true", help="print every key of the config, and exit")
+
+
+def print_settings(cls: type) -> None:
+    """Every setting of a config: key, type, default and meaning; and the shipped configs."""
+    import textwrap
+
+    from minisora_jax.config import names, settings
+
+    rows = list(settings(cls))
+    wide = max(len(row.key) for row in rows)
+    for row in rows:
+        print(f"--config.{row.key:<{wide}}  {row.type} = {row.default!r}")
+        print(textwrap.fill(row.meaning, 110, initial_indent=" " * 6, subsequent_indent=" " * 6))
+    print("\nshipped configs, for --config=NAME:")
+    for name, about in names().items():
+        print(f"  {name:<14}{about}")
+
+
 def renamed(parser: Any, old: str, new: str, **options: Any) -> None:
     """`old` as a hidden spelling of the option `new`, for one release."""
     parser.add_argument(

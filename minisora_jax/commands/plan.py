@@ -5,7 +5,7 @@ examples:
   minisora plan --topology v5e:16x16 --preset wan2.1-t2v-14b --clip 60s@1080p --search 1
   minisora plan --topology v6e:4x4 --preset wan2.1-t2v-1.3b --clip 5s@480p --rows 16 --mesh fsdp=16 --sample
   minisora plan --topology h100:64 --preset wan2.1-t2v-1.3b --clip 200k --search 5
-  minisora plan --topology v5p:2x2x1 --config=configs/dit_tiny.py:data=data/latents --clip 8k --largest
+  minisora plan --topology v5p:2x2x1 --config=dit_tiny:data=data/latents --clip 8k --largest
 
 --clip is SECONDS@HEIGHTp, SECONDS@WIDTHxHEIGHT or a number of tokens (8k, 16.8M). The real train step (or, with
 --sample, a guided step of Heun's sampler) is compiled by the TPU's own compiler: memory, and which collectives run

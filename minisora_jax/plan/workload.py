@@ -25,7 +25,7 @@ def task_of(preset: str | None, config_flags: list[str], remat: str | None, atte
         task = DiffusionTask(dit=TRANSFORMERS[preset].config)
         remat = remat or "full"
     else:
-        config = read_config(config_flags, DiffusionTask, "configs/dit_tiny.py:data=data/latents")
+        config = read_config(config_flags, DiffusionTask, "dit_tiny:data=data/latents")
         task = build(DiffusionTask, {k: v for k, v in config.items() if k != "prompts"})
     dit = dataclasses.replace(task.dit, remat=remat or task.dit.remat, attention=attention, dtype="bfloat16")
     return dataclasses.replace(task, dit=dit)

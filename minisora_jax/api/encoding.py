@@ -1,0 +1,88 @@
+"""A data set through the codec and the text encoder into a latent cache, as one call."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+
+from tqdm import tqdm
+
+from minisora_jax.bundled import CODEC
+from minisora_jax.data.encode import encode_clips
+from minisora_jax.data.latents import my_parts, write_latents
+from minisora_jax.io.retry import DataError
+from minisora_jax.models.captions import BYTES, encoder_captions
+from minisora_jax.models.codec import Codec
+from minisora_jax.sources.clips import open_clips
+
+
+def encode(
+    data: str | Path,
+    out: str | Path,
+    *,
+    codec: str | Path | None = None,
+    text_encoder: str | Path | None = None,
+    long_captions: float = 0.95,
+    strict: bool = False,
+    shard_mb: int = 256,
+    clips_per_part: int = 1024,
+    progress: bool = True,
+) -> Path:
+    """Encode a data set into a latent cache, which `ms.train` reads.
+
+    An interrupted call goes on after the last finished part when it is made again. Several processes each write their
+    share; the bytes are the same.
+
+    Args:
+        data: a directory that `ms.prepare` wrote, or "shapes[:SPLIT[:COUNT]]" for the procedural clips.
+        out: the directory of the cache.
+        codec: the directory of a codec; None for the bundled one.
+        text_encoder: the directory of a text encoder that `minisora import` wrote; None keeps captions as bytes.
+        long_captions: share of clips that get their long caption, where a captioner wrote one (DALL-E 3 used 0.95).
+        strict: raise at the first damaged clip instead of leaving it out.
+        shard_mb: size of a shard in MiB.
+        clips_per_part: clips that are encoded again at most after an interruption.
+        progress: whether to show a progress bar.
+
+    Returns:
+        The directory of the cache, for `ms.open_latents`. Its manifest.json names the clips that were left out.
+
+    Raises:
+        FileNotFoundError: if there is no such data set or model.
+        ValueError: if `out` holds a cache of another codec or data set.
+
+    Example:
+        >>> import tempfile
+        >>> import minisora_jax as ms
+        >>> latents = ms.open_latents(ms.encode("shapes:train:4", tempfile.mkdtemp() + "/latents", progress=False))
+        >>> len(latents), latents[0].mean_thwc.shape[-1]
+        (4, 16)
+    """
+    if clips_per_part < 1:
+        raise ValueError(f"clips_per_part={clips_per_part} must be at least 1")
+    loaded = Codec.load(codec or CODEC)
+    captions = encoder_captions(text_encoder) if text_encoder else BYTES
+    clips = open_clips(str(data), long_captions=long_captions)
+    mine = my_parts(len(clips), clips_per_part)
+    count = sum(map(len, mine.values()))
+    with contextlib.closing(tqdm(desc="encoding", unit="clip", total=count, disable=not progress)) as bar:
+
+        def latents(numbers):
+            for clip in encode_clips(loaded, captions, clips, numbers):
+                if strict and isinstance(clip, DataError):
+                    raise clip
+                bar.update()
+                yield clip
+
+        write_latents(
+            out,
+            latents,
+            count=len(clips),
+            codec_hash=loaded.latents,
+            text=captions.record,
+            empty_text_LE=captions.encode([""])[0],
+            source=getattr(clips, "identity", str(data)),
+            shard_bytes=shard_mb * 2**20,
+            clips_per_part=clips_per_part,
+        )
+    return Path(out)

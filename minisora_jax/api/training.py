@@ -1,0 +1,121 @@
+"""Training from Python: a config, a work directory, and the exported model in the end."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from minisora_jax.bundled import CODEC
+from minisora_jax.config import build, complete, load
+from minisora_jax.data.latents import open_latents
+from minisora_jax.generate import Request, VideoPipeline
+from minisora_jax.io.contact_sheet import contact_sheet
+from minisora_jax.models.captions import captions_of
+from minisora_jax.models.codec import Codec
+from minisora_jax.sources.clips import hold_out, open_clips
+from minisora_jax.train import codec_task
+from minisora_jax.train.codec_task import CodecTask
+from minisora_jax.train.diffusion_task import DiffusionTask, settings_of, train_diffusion
+
+
+def train(
+    config: str | Mapping[str, Any],
+    workdir: str | Path,
+    *,
+    codec: str | Path | None = None,
+    init: str | Path | None = None,
+) -> Path:
+    """Train the diffusion transformer on a latent cache.
+
+    Progress, rate and time left are shown; metrics go to WORKDIR/metrics.jsonl and TensorBoard. A run that was
+    interrupted goes on from its last checkpoint, bit for bit, when it is called again.
+
+    Args:
+        config: a config of `ms.configs`, such as "dit_tiny:data=data/latents", or what `ms.configs.load` returned.
+        workdir: checkpoints, metrics and samples go there.
+        codec: the directory of the latents' codec; None for the bundled one.
+        init: the directory of a model to start from. Its shape and objective hold where the config is silent.
+
+    Returns:
+        The directory of the exported model, WORKDIR/export, for `VideoPipeline.load`.
+
+    Raises:
+        ValueError: for a setting that does not exist or does not fit the latents, and for a work directory that was
+            begun with another config.
+        FileNotFoundError: if there is no such config, cache or model.
+
+    Example:
+        >>> import tempfile
+        >>> import minisora_jax as ms
+        >>> work = tempfile.mkdtemp()
+        >>> latents = ms.encode("shapes:train:40", f"{work}/latents", progress=False)
+        >>> config = ms.configs.load("dit_tiny", data=latents, steps=2, rows=1, prompts=False)
+        >>> config.dit.width, config.dit.depth, config.dit.heads = 64, 1, 1
+        >>> export = ms.train(config, f"{work}/model")
+        >>> ms.VideoPipeline.load(export).known_size[0]
+        17
+    """
+    entries = _entries(config)
+    settled = settings_of(init) if init else None
+    whole = complete(entries, DiffusionTask, settled)
+    prompts = whole.pop("prompts", ())
+    task = build(DiffusionTask, whole)
+    loaded = Codec.load(codec or CODEC)
+    latents = open_latents(task.data.path, codec_hash=loaded.latents)
+    sample = None
+    if prompts:
+        sample = _sampler(task, loaded, captions_of(task.dit, latents.text, None, None), prompts, Path(workdir))
+    export = {"codec": loaded.latents, "text": latents.text}
+    run_config = whole | {"init": str(init or "")}
+    return train_diffusion(task, Path(workdir), latents, run_config, export, sample, init)
+
+
+def train_codec(config: str | Mapping[str, Any], workdir: str | Path) -> Codec:
+    """Train the video codec on a data set and export it to WORKDIR/export.
+
+    Args:
+        config: a config of `ms.configs`, such as "vae_tiny:data=data/clips", or what `ms.configs.load` returned.
+        workdir: checkpoints, metrics and reconstructions go there.
+
+    Returns:
+        The trained codec.
+
+    Raises:
+        ValueError: for a setting that does not exist, and for a work directory that was begun with another config.
+        FileNotFoundError: if there is no such config or data set.
+
+    Example:
+        >>> import tempfile
+        >>> import minisora_jax as ms
+        >>> config = ms.configs.load("vae_tiny", data="shapes:train:40", held_out="shapes:heldout:4", steps=1)
+        >>> config.vae.base, config.batch, config.crop_THW, config.run.sample_every = 4, 1, (5, 32, 32), 0
+        >>> ms.train_codec(config, tempfile.mkdtemp()).config.time_factor
+        4
+    """
+    whole = complete(_entries(config), CodecTask)
+    task = build(CodecTask, whole)
+    clips = open_clips(task.data.path)
+    clips, held_out = (clips, open_clips(task.data.held_out)) if task.data.held_out else hold_out(clips)
+    return codec_task.train_codec(task, Path(workdir), clips, held_out, whole)
+
+
+def _entries(config: str | Mapping[str, Any]) -> dict[str, Any]:
+    if isinstance(config, str):
+        return load(config).to_dict()
+    return config.to_dict() if hasattr(config, "to_dict") else dict(config)
+
+
+def _sampler(task: DiffusionTask, codec: Codec, captions, prompts: Sequence[Mapping[str, Any]], workdir: Path):
+    """sample(step, params, metrics): each prompt as a TensorBoard video, and all of them on one contact sheet."""
+    requests = [Request(p["prompt"], tuple(p["size_THW"]), seed=i) for i, p in enumerate(prompts)]
+
+    def sample(step: int, params, metrics) -> None:
+        pipeline = VideoPipeline(codec, task.dit, task.times, params, objective=task.objective, captions=captions)
+        videos = pipeline.generate(requests, progress=False)
+        for i, (request, frames) in enumerate(zip(requests, videos)):
+            metrics.video(step, f"sample{i}", frames, request.fps)
+        sheet = workdir / "samples" / f"step_{step:07d}.png"
+        contact_sheet(sheet, [(frames, r.prompt) for r, frames in zip(requests, videos)])
+
+    return sample
