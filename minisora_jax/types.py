@@ -1,13 +1,19 @@
-"""The types every part of minisora_jax speaks, and the dimension key of their arrays.
+"""The dimension key of all arrays, and the types that every part of minisora_jax shares.
 
-An array whose rank is known carries its axes as a suffix (`tokens_BSP`):
+An array whose rank is known carries its axes as a suffix: `tokens_BSP`. One letter is one axis in the whole package:
 
-    B  packed rows            T H W C  frames, height, width, channels of pixels
-    S  tokens per row         t h w c  the same of latents
-    G  clip slots per row     P  patch vector (patch_t * patch_h * patch_w * c)
-    L  text tokens per row    E  text feature width      D  model width
-    N  attention heads        K  head width              F  mlp width
-    I  image tokens per row
+    B  packed rows, or clips of one size       T H W C  frames, height, width, channels of pixels, and of the
+    S  tokens of a row (attention's queries)            codec's layers between pixels and latents
+    M  keys and values of attention            t h w c  frames, height, width, channels of latents
+    G  clip slots of a row                     P  patch vector: patch_t * patch_h * patch_w * c
+    L  text tokens of a row                    E  width of text or image features
+    I  image tokens of a row                   D  model width
+    N  attention heads                         K  head width
+    F  mlp width                               k  K / 2, the pairs of channels that a rotation turns
+    R  B * T, frames folded into rows          V  entries of a lookup table
+    A  microbatches of gradient accumulation   x  an axis that the docstring names
+
+A digit is an axis of that length: `position_BS3` holds (t, y, x) on a clip's grid of patches.
 
 This module imports nothing of minisora_jax, and importing it touches no device.
 """
@@ -15,7 +21,7 @@ This module imports nothing of minisora_jax, and importing it touches no device.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -28,53 +34,62 @@ class Clip:
 
     frames_THWC: np.ndarray  # uint8 RGB, T = 1 + 4 k
     caption: str
-    fps: float
-    name: str  # where it came from: a path, or "shapes/train/17"
+    fps: float  # frames per second
+    name: str  # the clip's origin: a path, or "shapes/train/17"
 
     @property
     def size_THW(self) -> tuple[int, int, int]:
-        return self.frames_THWC.shape[:3]
+        """(frames, height, width) in pixels."""
+        T, H, W, _ = self.frames_THWC.shape
+        return T, H, W
+
+
+class ClipSequence(Protocol):
+    """Clips by number, such as a prepared data set or the procedural clips. It takes no slices."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, i: int, /) -> Clip: ...
 
 
 @dataclasses.dataclass(frozen=True)
 class LatentClip:
-    """One clip after the codec: the posterior's moments, and its caption's features."""
+    """One clip after the codec: the moments of its posterior, and the features of its caption."""
 
     mean_thwc: np.ndarray  # float32, normalised to about unit variance by the codec's statistics
     std_thwc: np.ndarray  # float32, the posterior's standard deviation on the same scale
-    text_LE: np.ndarray  # caption features; for the byte "encoder" E = 1 and the entries are ByT5 ids
+    text_LE: np.ndarray  # caption features, or ByT5 ids where the model reads bytes (E = 1)
     caption: str
-    fps: float
+    fps: float  # frames per second of the pixels
     name: str
 
 
 @struct.dataclass
 class PackedBatch:
-    """Several clips of any size in each row of S tokens: the one batch type of training, evaluation and sampling.
+    """The one batch type of training, evaluation and sampling: rows of S tokens, each packed with clips of any size.
 
-    Segment ids run 1, 2, ... along a row and are contiguous; 0 is padding. Text tokens carry the id of
-    the clip they describe, so every mask follows from the ids and none is ever stored. Slot g of the
-    per-slot tables belongs to segment g + 1.
+    Segment ids count 1, 2, ... along a row and are contiguous; 0 is padding. Text tokens carry the id of the clip that
+    they describe. Every attention mask follows from the ids, so no mask is stored. Slot g of the tables over G
+    describes segment g + 1.
     """
 
-    tokens_BSP: jax.Array  # float32 clean latents (zeros where nothing is known, when sampling)
+    tokens_BSP: jax.Array  # float32 clean latents; when sampling, zeros where no latents are given
     segment_BS: jax.Array  # int32
-    position_BS3: jax.Array  # int32 (t, y, x) on the clip's own patch grid
-    cond_mask_BS: jax.Array  # bool: clean conditioning tokens, held at time 0 and outside the loss
+    position_BS3: jax.Array  # int32 (t, y, x) on the clip's own grid of patches
+    cond_mask_BS: jax.Array  # bool: True for tokens that are given clean; they stay at time 0 and outside the loss
     text_BLE: jax.Array  # text features (float32), or ByT5 ids (int32, E = 1)
     text_segment_BL: jax.Array  # int32
     fps_BG: jax.Array  # float32 frames per second of the clip in slot g; 0 where the slot is empty
-    size_BG3: jax.Array  # int32 (t, h, w) of the clip's patch grid; 0 where the slot is empty
+    size_BG3: jax.Array  # int32 (t, y, x) size of the clip's grid of patches; 0 where the slot is empty
     image_BIE: jax.Array | None = None  # an image encoder's tokens, for models that attend to them
     image_segment_BI: jax.Array | None = None  # int32
-    max_segment_len: int = struct.field(
-        pytree_node=False, default=0
-    )  # a promise: no clip has more tokens; 0: not known
+    # An upper bound on the tokens of every segment; 0: unknown. It is not checked.
+    max_segment_len: int = struct.field(pytree_node=False, default=0)
 
 
 @struct.dataclass
 class TrainState:
-    """Everything a training run carries from step to step, arrays only. The data state is `step` itself."""
+    """All arrays that a training run carries from step to step. The data state is `step` itself."""
 
     step: jax.Array  # int32 ()
     params: Any

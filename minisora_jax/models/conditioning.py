@@ -1,6 +1,6 @@
-"""What a clip is generated from, beside its noise: its caption or class, its size, an image.
+"""Conditions of a clip beside its noise: a caption or class, the clip's size, an image.
 
-The modules here are the published families' (see models/dit.py); which of them a model has, its config says.
+The config says which of these modules a model has (models/dit_config.py).
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
+from minisora_jax.models.dit_config import DiTConfig
 from minisora_jax.models.layers import Einsum, LayerNorm, per_slot_mean, sharded
 from minisora_jax.models.rope import sinusoids
 from minisora_jax.models.text import TextRefiner
@@ -17,8 +18,13 @@ from minisora_jax.parallel.mesh import lookup, shard
 from minisora_jax.types import PackedBatch
 
 
-def caption_tokens(cfg, batch: PackedBatch) -> tuple[tuple[jax.Array, jax.Array] | None, jax.Array | None]:
-    """((tokens_BLD, segment_BL) for cross-attention or None, mean of each slot's tokens (B, G, E) or None)."""
+def caption_tokens(cfg: DiTConfig, batch: PackedBatch) -> tuple[tuple[jax.Array, jax.Array] | None, jax.Array | None]:
+    """The caption's tokens, and their mean for each clip.
+
+    Returns:
+        caption: (tokens_BLD, segment_BL) for cross-attention; None with caption="label".
+        pooled_BGE: Mean of each slot's tokens; None with caption="projected".
+    """
     text_BLE, segment_BL, slots = batch.text_BLE, batch.text_segment_BL, batch.fps_BG.shape[1]
     if cfg.caption == "label":
         return None, per_slot_mean(Labels(cfg.classes, cfg.width, name="labels")(text_BLE), segment_BL, slots)
@@ -32,39 +38,41 @@ def caption_tokens(cfg, batch: PackedBatch) -> tuple[tuple[jax.Array, jax.Array]
 
 
 class Labels(nn.Module):
-    """Class ids (B, L, 1) -> (B, L, D): a clip's caption is one token, its class (DiT)."""
+    """Class ids (B, L, 1) -> (B, L, D): the caption of a clip is one token, its class (DiT)."""
 
     classes: int
     width: int
 
     @nn.compact
-    def __call__(self, ids_BL1):
+    def __call__(self, ids_BL1: jax.Array) -> jax.Array:
         table = self.param("embedding", sharded(nn.initializers.normal(0.02), 0), (self.classes, self.width))
         return lookup(shard(table, P(None, None)), ids_BL1[..., 0])
 
 
 class Projection(nn.Module):
-    """Caption features to the model's width by two layers, each token by itself (PixArt, Wan)."""
+    """Caption features (B, L, E) -> (B, L, D) by two layers, each token by itself (PixArt, Wan)."""
 
     width: int
     dtype: str
 
     @nn.compact
-    def __call__(self, text_BLE):
+    def __call__(self, text_BLE: jax.Array) -> jax.Array:
         E, D = text_BLE.shape[-1], self.width
         h = nn.gelu(Einsum("ble,ed->bld", (E, D), name="up")(text_BLE.astype(self.dtype)), approximate=True)
         return Einsum("bld,de->ble", (D, D), name="down")(h)
 
 
 class ImageTokens(nn.Module):
-    """An image encoder's tokens to the model's width: (tokens_BID, segment_BI) (Wan's image-to-video)."""
+    """An image encoder's tokens (B, I, E) -> (tokens_BID, segment_BI), for Wan's image-to-video."""
 
     width: int
     features: int
     dtype: str
 
     @nn.compact
-    def __call__(self, batch: PackedBatch):
+    def __call__(self, batch: PackedBatch) -> tuple[jax.Array, jax.Array]:
+        if batch.image_BIE is None or batch.image_segment_BI is None:
+            raise ValueError(f"the model attends to image tokens of width {self.features}, and the batch has none")
         E, D = self.features, self.width
         x = LayerNorm(epsilon=1e-5, name="norm_in")(batch.image_BIE.astype(self.dtype))
         x = nn.gelu(Einsum("bie,ed->bid", (E, E), name="up")(x), approximate=False)
@@ -73,12 +81,15 @@ class ImageTokens(nn.Module):
 
 
 class ClipCondition(nn.Module):
-    """What joins the noise level for a whole clip, by slot (B, G, D); None where the model has nothing of the kind."""
+    """The vector of each clip (B, G, D) that is added to the time embedding; None where the family has none.
 
-    config: object
+    A class embedding (DiT), micro-conditioning (SDXL: arXiv:2307.01952), or height, width and aspect (PixArt).
+    """
+
+    config: DiTConfig
 
     @nn.compact
-    def __call__(self, batch: PackedBatch, pooled_BGE: jax.Array | None):
+    def __call__(self, batch: PackedBatch, pooled_BGE: jax.Array | None) -> jax.Array | None:
         cfg = self.config
         D = cfg.width
         if cfg.caption == "label":
@@ -87,7 +98,8 @@ class ClipCondition(nn.Module):
             micro_BG4 = jnp.concatenate([batch.size_BG3.astype(jnp.float32), batch.fps_BG[..., None]], axis=-1)
             micro_BGx = sinusoids(micro_BG4, 64, max_period=1000.0).reshape(*batch.fps_BG.shape, 4 * 64)
             pooled = Einsum("bge,ed->bgd", (cfg.text_width, D), name="pooled_text")(pooled_BGE)
-            return pooled + Einsum("bge,ed->bgd", (4 * 64, D), name="facts")(micro_BGx)  # its name in saved weights
+            # "facts" is the layer's name in saved weights.
+            return pooled + Einsum("bge,ed->bgd", (4 * 64, D), name="facts")(micro_BGx)
         if cfg.size_pixels:
             pixels_BG2 = cfg.size_pixels * batch.size_BG3[..., 1:].astype(jnp.float32)
             aspect_BG1 = pixels_BG2[..., :1] / jnp.maximum(pixels_BG2[..., 1:], 1.0)
@@ -97,11 +109,11 @@ class ClipCondition(nn.Module):
 
 
 class SizeEmbedding(nn.Module):
-    """Numbers (B, G, n) -> (B, G, n, width): PixArt's embedding of a picture's sides and aspect."""
+    """Numbers (B, G, x) -> (B, G, x, width): PixArt's embedding of a clip's sides and aspect."""
 
     width: int
 
     @nn.compact
-    def __call__(self, value_BGn):
-        h = Einsum("bgne,ed->bgnd", (256, self.width), name="up")(sinusoids(value_BGn, 256))
+    def __call__(self, value_BGx: jax.Array) -> jax.Array:
+        h = Einsum("bgne,ed->bgnd", (256, self.width), name="up")(sinusoids(value_BGx, 256))
         return Einsum("bgnd,de->bgne", (self.width, self.width), name="down")(nn.silu(h))

@@ -2,19 +2,17 @@
 
     tokens at their noise level, (t, y, x) positions, captions  ->  prediction for each token
 
-Blocks are DiT's (Peebles & Xie 2022, arXiv:2212.09748): self-attention, cross-attention to the caption, MLP, the first
-and last modulated by adaLN. The noise level is one number per token, so known frames are tokens at time 0 (Diffusion
-Forcing: Chen et al. 2024, arXiv:2407.01392). Everything is masked by segment ids: a clip's output does not depend
-on what else is in its row.
+Blocks are DiT's (Peebles & Xie 2022, arXiv:2212.09748): self-attention, cross-attention to the caption, MLP. adaLN
+modulates the first and the last. The time is one number per token, so given frames are tokens at time 0 (Diffusion
+Forcing: Chen et al. 2024, arXiv:2407.01392). Segment ids mask every attention, so a clip's output does not depend on
+the other clips of its row.
 
-One config covers the published families, whose weights load (weights/presets.py): DiT, SiT (Ma et al. 2024,
-arXiv:2401.08740), PixArt-alpha (Chen et al. 2023, arXiv:2310.00426), Latte (Ma et al. 2024, arXiv:2401.03048) and
-Wan 2.1 (Wan Team 2025, arXiv:2503.20314). The defaults are this project's own model.
+One config covers the published families, whose weights load (weights/presets.py): DiT, SiT, PixArt-alpha, Latte and
+Wan 2.1. models/dit_config.py has the table of their switches.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import flax.linen as nn
@@ -23,93 +21,14 @@ import jax.numpy as jnp
 from flax import struct
 
 from minisora_jax.models.conditioning import ClipCondition, ImageTokens, caption_tokens
-from minisora_jax.models.layers import MLP, Attention, Einsum, LayerNorm, per_token
+from minisora_jax.models.dit_config import DiTConfig
+from minisora_jax.models.layers import MLP, Attention, Einsum, LayerNorm, per_token, scan_layers
 from minisora_jax.models.rope import fixed_positions, rope_angles, sinusoids
-from minisora_jax.parallel.kernels import KERNELS
 from minisora_jax.parallel.ring import SAVED
 from minisora_jax.types import PackedBatch
 
-
-@dataclasses.dataclass(frozen=True)
-class DiTConfig:
-    latent_channels: int = 16
-    out_channels: int | None = None  # None: latent_channels; DiT and PixArt predict a mean and a variance, twice that
-    patch: tuple[int, int, int] = (1, 2, 2)  # latents per token along t, y, x
-    width: int = 384
-    depth: int = 12  # repeats of `groups`
-    heads: int = 6
-    mlp_ratio: float = 4.0
-    text_features: int = 1  # width of the caption features; 1: byte ids, or with caption="label" a class
-    text_width: int = 256  # of the refined caption's tokens
-    text_depth: int = 2  # layers of the refiner
-    dtype: str = "bfloat16"  # of the computation; parameters are float32
-    remat: str = "none"  # what a block's backward computes again: "none", all but "matmuls" or "attention", or "full"
-    attention: str = "auto"  # the kernel (parallel/kernels); "auto": the best on this backend
-    # ---- What sets the published families apart
-    time_input: str = "1000 t"  # what the model is told of the noise level; SiT is told "1 - t"
-    attention_pattern: tuple[str, ...] = (
-        "joint",
-    )  # who attends to whom, a block each: whole clip; "spatial", "temporal" (Latte)
-    modulation: str = "shared"  # adaLN from one layer and a table a block; "single": the head's too (PixArt); "block"
-    qk_norm: str = "head"  # RMS norm of queries and keys over each "head", over "all" of them (Wan), or "none"
-    rope: bool = True  # rotary positions
-    positions: str = "learned"  # added to the tokens: a "learned" projection of sinusoids, "fixed" sinusoids, or "none"
-    base_grid: int = 16  # tokens along a side that fixed positions were trained at; other grids are stretched onto it
-    caption: str = "refined"  # by a small transformer; "projected" by two layers; a "label" without cross-attention
-    caption_tokens: int = 0  # captions are padded with zeros to so many tokens, which are attended to (Wan); 0: not
-    cross_norm: bool = True  # LayerNorm before cross-attention
-    micro_conditioning: bool = True  # the clip's size, frame rate and mean caption join the noise level
-    classes: int = 0  # of a label's table, the one that stands for none included
-    size_pixels: int = 0  # pixels a token is wide, for PixArt's embedding of height, width and aspect; 0: none
-    image_features: int = 0  # width of an image encoder's tokens, which Wan's image-to-video attends to; 0: none
-
-    def __post_init__(self):
-        for name, allowed in _CHOICES.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}={getattr(self, name)!r} must be one of {', '.join(map(repr, allowed))}")
-        if self.width % self.heads or (self.width // self.heads) % 2:
-            raise ValueError(f"width={self.width} over heads={self.heads} must give an even whole head width")
-        if self.caption == "refined" and self.text_width % 64:
-            raise ValueError(f"text_width={self.text_width} must be a multiple of 64, the text heads' width")
-        if self.caption != "refined" and self.micro_conditioning:
-            raise ValueError(
-                f"micro_conditioning=True needs the mean of a refined caption: caption={self.caption!r} has none"
-            )
-        if (self.caption == "label") != (self.classes > 0):
-            raise ValueError(f"classes={self.classes} with caption={self.caption!r}: a label needs them, and only it")
-        if len(self.patch) != 3 or self.patch[0] != 1:
-            raise ValueError(f"patch={self.patch} must be (1, y, x): latent frames come as 1 + k, so one at a time")
-        if not self.attention_pattern or set(self.attention_pattern) - {"joint", "spatial", "temporal"}:
-            raise ValueError(
-                f"attention_pattern={self.attention_pattern} must be made of 'joint', 'spatial' and 'temporal'"
-            )
-
-    @property
-    def makes_images(self) -> bool:
-        """Whether it has no notion of time: what its tokens are told of their place is (y, x)."""
-        return self.positions == "fixed" and "temporal" not in self.attention_pattern
-
-    @property
-    def token_width(self) -> int:
-        return self.patch[0] * self.patch[1] * self.patch[2] * self.latent_channels
-
-    @property
-    def out_width(self) -> int:
-        return self.token_width // self.latent_channels * (self.out_channels or self.latent_channels)
-
-
-_CHOICES = {
-    "remat": ("none", "matmuls", "attention", "full"),
-    "attention": ("auto", *KERNELS),
-    "time_input": ("1000 t", "1 - t"),
-    "modulation": ("shared", "single", "block"),
-    "qk_norm": ("head", "all", "none"),
-    "positions": ("learned", "fixed", "none"),
-    "caption": ("refined", "projected", "label"),
-}
-
-
-_KEPT = {
+# What a block keeps for its backward pass, by `DiTConfig.remat`.
+_SAVE_POLICIES = {
     "matmuls": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "attention": jax.checkpoint_policies.save_only_these_names(SAVED),
     "full": None,
@@ -118,97 +37,103 @@ _KEPT = {
 
 @struct.dataclass
 class BlockInputs:
-    """What all blocks share, and none changes."""
+    """The inputs that all blocks share."""
 
-    modulation_BSx: jax.Array  # 6 D wide, or the condition itself where each block has a layer for it
-    segments: dict[str, jax.Array]  # by group: who attends to whom
+    modulation_BSx: jax.Array  # (B, S, 6 D); with modulation="block" the condition itself, (B, S, D)
+    segments: dict[str, jax.Array]  # ids (B, S) by kind of attention, see `attention_segments`
     angles_BSk: jax.Array | None  # rotary positions
-    frame_BSD: jax.Array | None  # fixed positions in time, which join before the first temporal block (Latte)
-    caption: tuple[jax.Array, jax.Array] | None  # tokens, segment ids
-    image: tuple[jax.Array, jax.Array] | None
-    max_segment_len: int = struct.field(pytree_node=False, default=0)  # tokens of the longest clip; 0: not known
+    frame_BSD: jax.Array | None  # fixed time positions, added before the first temporal block (Latte)
+    caption: tuple[jax.Array, jax.Array] | None  # (tokens_BLD, segment_BL)
+    image: tuple[jax.Array, jax.Array] | None  # (tokens_BID, segment_BI)
+    max_segment_len: int = struct.field(pytree_node=False, default=0)  # see PackedBatch
 
 
 class Block(nn.Module):
+    """One transformer block: x + attention, + cross-attention to the caption, + MLP."""
+
     config: DiTConfig
-    group: str
+    kind: str  # who attends to whom: "joint", "spatial" or "temporal"
 
     @nn.compact
-    def __call__(self, x, inputs: BlockInputs):
+    def __call__(self, x_BSD: jax.Array, inputs: BlockInputs) -> jax.Array:
         cfg = self.config
-        D = cfg.width
-        if cfg.modulation == "block":
-            modulation = Einsum("bsd,de->bse", (D, 6 * D), scale=0.0, name="modulation")(inputs.modulation_BSx)
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self._modulation(inputs.modulation_BSx)
+
+        h = LayerNorm(learned=False)(x_BSD) * (1 + scale_a) + shift_a
+        attention = Attention(cfg.heads, cfg.qk_norm, impl=cfg.attention, name="self_attention")
+        x_BSD = x_BSD + gate_a * attention(
+            h, inputs.segments[self.kind], inputs.angles_BSk, max_segment_len=inputs.max_segment_len
+        )
+        if inputs.caption and self.kind != "temporal":
+            h = LayerNorm(name="cross_norm")(x_BSD) if cfg.cross_norm else x_BSD
+            cross = Attention(cfg.heads, cfg.qk_norm, out_scale=0.0, impl=cfg.attention, name="cross_attention")
+            x_BSD = x_BSD + cross(h, inputs.segments["joint"], None, inputs.caption, inputs.image)
+        h = LayerNorm(learned=False)(x_BSD) * (1 + scale_m) + shift_m
+        return x_BSD + gate_m * MLP(cfg.mlp_ratio, name="mlp")(h)
+
+    def _modulation(self, modulation_BSx: jax.Array) -> list[jax.Array]:
+        """Shift, scale and gate (B, S, D) of attention, then of the MLP."""
+        D = self.config.width
+        if self.config.modulation == "block":
+            modulation_BSx = Einsum("bsd,de->bse", (D, 6 * D), scale=0.0, name="modulation")(modulation_BSx)
         else:
             table = self.param("modulation", nn.initializers.zeros, (6 * D,))
-            modulation = inputs.modulation_BSx + table.astype(x.dtype)
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = jnp.split(modulation, 6, axis=-1)
-        h = LayerNorm(learned=False)(x) * (1 + scale_a) + shift_a
-        attention = Attention(cfg.heads, cfg.qk_norm, impl=cfg.attention, name="self_attention")
-        x = x + gate_a * attention(
-            h, inputs.segments[self.group], inputs.angles_BSk, max_segment_len=inputs.max_segment_len
-        )
-        if inputs.caption and self.group != "temporal":
-            h = LayerNorm(name="cross_norm")(x) if cfg.cross_norm else x
-            cross = Attention(cfg.heads, cfg.qk_norm, out_scale=0.0, impl=cfg.attention, name="cross_attention")
-            x = x + cross(h, inputs.segments["joint"], None, inputs.caption, inputs.image)
-        h = LayerNorm(learned=False)(x) * (1 + scale_m) + shift_m
-        return x + gate_m * MLP(cfg.mlp_ratio, name="mlp")(h)
+            modulation_BSx = modulation_BSx + table.astype(modulation_BSx.dtype)
+        return jnp.split(modulation_BSx, 6, axis=-1)
 
 
 class Blocks(nn.Module):
-    """One block a group; what is scanned over depth."""
+    """One repeat of the attention pattern, which is scanned over depth."""
 
     config: DiTConfig
 
     @nn.compact
-    def __call__(self, x, inputs: BlockInputs, layer):
-        for group in self.config.attention_pattern:
-            if group == "temporal" and inputs.frame_BSD is not None:
-                x = x + jnp.where(layer == 0, inputs.frame_BSD, 0)
-            x = Block(self.config, group, name=group)(x, inputs)
-        return x, None
+    def __call__(self, x_BSD: jax.Array, inputs: BlockInputs, layer: jax.Array) -> tuple[jax.Array, None]:
+        for kind in self.config.attention_pattern:
+            if kind == "temporal" and inputs.frame_BSD is not None:
+                x_BSD = x_BSD + jnp.where(layer == 0, inputs.frame_BSD, 0)
+            x_BSD = Block(self.config, kind, name=kind)(x_BSD, inputs)
+        return x_BSD, None
 
 
 class DiT(nn.Module):
+    """The diffusion transformer.
+
+    Attributes:
+        config: Shape and family, see `DiTConfig`.
+    """
+
     config: DiTConfig
 
     @nn.compact
     def __call__(self, x_BSP: jax.Array, time_BS: jax.Array, batch: PackedBatch) -> jax.Array:
-        """Prediction (B, S, out_width) float32 for tokens x at times in [0, 1] (0 clean, 1 noise).
+        """Predict velocity, noise, clean latents or v for each token, as the model was trained.
 
-        Of `batch` it reads the ids, positions, captions and per-slot tables, never its tokens.
+        Args:
+            x_BSP: Noisy tokens.
+            time_BS: Time of each token, from 0 (clean) to 1 (noise).
+            batch: Ids, positions, captions and tables over slots. Its tokens are not read.
+
+        Returns:
+            The prediction (B, S, config.out_width), float32.
         """
         cfg = self.config
-        D, dtype, segment_BS = cfg.width, jnp.dtype(cfg.dtype), batch.segment_BS
+        D, dtype = cfg.width, jnp.dtype(cfg.dtype)
 
-        # ---- Conditioning: the noise level, by token, and what holds for the whole clip, by slot
-        caption, pooled_BGD = caption_tokens(cfg, batch)
-        level_BS = 1.0 - time_BS if cfg.time_input == "1 - t" else 1000.0 * time_BS
-        level_BSx = sinusoids(level_BS, 256).astype(dtype)
-        level_BSD = Einsum("bse,ed->bsd", (256, D), name="time1")(level_BSx)
-        condition_BSD = Einsum("bsd,de->bse", (D, D), name="time2")(nn.silu(level_BSD))
-        clip_BGD = ClipCondition(cfg, name="clip")(batch, pooled_BGD)
-        if clip_BGD is not None:
-            condition_BSD = condition_BSD + per_token(clip_BGD, segment_BS).astype(dtype)
-        modulation = nn.silu(condition_BSD)
+        # ---- Conditioning: the caption's tokens, and one vector per token for time and clip
+        caption, pooled_BGE = caption_tokens(cfg, batch)
+        condition_BSD = self._condition(time_BS, pooled_BGE, batch)
+        modulation_BSx = nn.silu(condition_BSD)
         if cfg.modulation != "block":
-            modulation = Einsum("bsd,de->bse", (D, 6 * D), scale=0.0, name="modulation")(modulation)
+            modulation_BSx = Einsum("bsd,de->bse", (D, 6 * D), scale=0.0, name="modulation")(modulation_BSx)
 
         # ---- Tokens
-        x = Einsum("bsp,pd->bsd", (cfg.token_width, D), name="patch_in")(x_BSP.astype(dtype))
-        frame_BSD = None
-        if cfg.positions == "learned":
-            position = sinusoids(batch.position_BS3, 64, max_period=1000.0).reshape(*segment_BS.shape, 3 * 64)
-            x = x + Einsum("bse,ed->bsd", (3 * 64, D), name="position_in")(position.astype(dtype))
-        elif cfg.positions == "fixed":
-            size_BS3 = per_token(batch.size_BG3.astype(jnp.float32), segment_BS)
-            within_BSD, frame_BSD = fixed_positions(batch.position_BS3, size_BS3, D, cfg.base_grid)
-            x, frame_BSD = x + within_BSD.astype(dtype), frame_BSD.astype(dtype)
+        x_BSD = Einsum("bsp,pd->bsd", (cfg.token_width, D), name="patch_in")(x_BSP.astype(dtype))
+        x_BSD, frame_BSD = self._add_positions(x_BSD, batch)
 
         # ---- Blocks
         inputs = BlockInputs(
-            modulation_BSx=modulation,
+            modulation_BSx=modulation_BSx,
             segments=attention_segments(cfg.attention_pattern, batch),
             angles_BSk=rope_angles(batch.position_BS3, D // cfg.heads) if cfg.rope else None,
             frame_BSD=frame_BSD if "temporal" in cfg.attention_pattern else None,
@@ -218,25 +143,85 @@ class DiT(nn.Module):
         )
         blocks: Any = Blocks
         if cfg.remat != "none":
-            blocks = nn.remat(Blocks, policy=_KEPT[cfg.remat], prevent_cse=False)
-        stack = nn.scan(
-            blocks,
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=(nn.broadcast, 0),
-            length=cfg.depth,
-        )
-        x, _ = stack(cfg, name="blocks")(x, inputs, jnp.arange(cfg.depth))
+            blocks = nn.remat(Blocks, policy=_SAVE_POLICIES[cfg.remat], prevent_cse=False)
+        stack = scan_layers(blocks, cfg.depth, in_axes=(nn.broadcast, 0))
+        x_BSD, _ = stack(cfg, name="blocks")(x_BSD, inputs, jnp.arange(cfg.depth))
 
         # ---- Head
-        if cfg.modulation == "single":
-            table = self.param("modulation_out", nn.initializers.zeros, (2, D)).astype(dtype)
-            shift, scale = condition_BSD + table[0], condition_BSD + table[1]
-        else:
-            layer = Einsum("bsd,de->bse", (D, 2 * D), scale=0.0, name="modulation_out")
-            shift, scale = jnp.split(layer(nn.silu(condition_BSD)), 2, axis=-1)
-        x = LayerNorm(learned=False)(x) * (1 + scale) + shift
-        return Einsum("bsd,dp->bsp", (D, cfg.out_width), scale=0.0, name="patch_out")(x.astype(jnp.float32))
+        shift, scale = self._head_modulation(condition_BSD)
+        x_BSD = LayerNorm(learned=False)(x_BSD) * (1 + scale) + shift
+        return Einsum("bsd,dp->bsp", (D, cfg.out_width), scale=0.0, name="patch_out")(x_BSD.astype(jnp.float32))
+
+    def _condition(self, time_BS: jax.Array, pooled_BGE: jax.Array | None, batch: PackedBatch) -> jax.Array:
+        """The conditioning vector of each token (B, S, D): its time, plus the vector of its clip if there is one."""
+        cfg = self.config
+        D, dtype = cfg.width, jnp.dtype(cfg.dtype)
+        time_input_BS = 1.0 - time_BS if cfg.time_input == "1 - t" else 1000.0 * time_BS
+        sinusoids_BSx = sinusoids(time_input_BS, 256).astype(dtype)
+        h_BSD = Einsum("bse,ed->bsd", (256, D), name="time1")(sinusoids_BSx)
+        condition_BSD = Einsum("bsd,de->bse", (D, D), name="time2")(nn.silu(h_BSD))
+        clip_BGD = ClipCondition(cfg, name="clip")(batch, pooled_BGE)
+        if clip_BGD is not None:
+            condition_BSD = condition_BSD + per_token(clip_BGD, batch.segment_BS).astype(dtype)
+        return condition_BSD
+
+    def _add_positions(self, x_BSD: jax.Array, batch: PackedBatch) -> tuple[jax.Array, jax.Array | None]:
+        """(tokens with their positions added, fixed time positions (B, S, D) that are still to be added or None)."""
+        cfg = self.config
+        if cfg.positions == "learned":
+            sinusoids_BS3x = sinusoids(batch.position_BS3, 64, max_period=1000.0)
+            sinusoids_BSx = sinusoids_BS3x.reshape(*batch.segment_BS.shape, 3 * 64)
+            project = Einsum("bse,ed->bsd", (3 * 64, cfg.width), name="position_in")
+            return x_BSD + project(sinusoids_BSx.astype(x_BSD.dtype)), None
+        if cfg.positions == "fixed":
+            size_BS3 = per_token(batch.size_BG3.astype(jnp.float32), batch.segment_BS)
+            within_BSD, frame_BSD = fixed_positions(batch.position_BS3, size_BS3, cfg.width, cfg.base_grid)
+            return x_BSD + within_BSD.astype(x_BSD.dtype), frame_BSD.astype(x_BSD.dtype)
+        return x_BSD, None
+
+    def _head_modulation(self, condition_BSD: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Shift and scale (B, S, D) of the last layer norm."""
+        D = self.config.width
+        if self.config.modulation == "single":
+            table = self.param("modulation_out", nn.initializers.zeros, (2, D)).astype(condition_BSD.dtype)
+            return condition_BSD + table[0], condition_BSD + table[1]
+        layer = Einsum("bsd,de->bse", (D, 2 * D), scale=0.0, name="modulation_out")
+        shift_BSD, scale_BSD = jnp.split(layer(nn.silu(condition_BSD)), 2, axis=-1)
+        return shift_BSD, scale_BSD
+
+
+def attention_segments(attention_pattern: tuple[str, ...], batch: PackedBatch) -> dict[str, jax.Array]:
+    """Ids (B, S) for "joint" and each other kind in the pattern: a token attends to the tokens of the same id.
+
+    Padding has id 0. "joint" ids are the segments. "spatial" ids are one per latent frame of a segment. "temporal" ids
+    are one per place (y, x) of a segment. A segment may have up to 65,536 frames, and as many places.
+    """
+    segment_BS = batch.segment_BS
+    t_BS, y_BS, x_BS = (batch.position_BS3[..., i] for i in range(3))
+    ids = {"joint": segment_BS}
+    if "spatial" in attention_pattern:
+        ids["spatial"] = jnp.where(segment_BS > 0, segment_BS * 65_536 + t_BS, 0)
+    if "temporal" in attention_pattern:
+        columns_BS = per_token(batch.size_BG3[..., 2:].astype(jnp.float32), segment_BS)[..., 0].astype(jnp.int32)
+        ids["temporal"] = jnp.where(segment_BS > 0, segment_BS * 65_536 + y_BS * columns_BS + x_BS, 0)
+    return ids
+
+
+def drop_variance(config: DiTConfig, y_BSP: jax.Array) -> jax.Array:
+    """The prediction without the variance that DiT, PixArt and Latte output beside it (arXiv:2102.09672).
+
+    Args:
+        config: The model's config. Without a variance, y is returned as it is.
+        y_BSP: The model's output (B, S, out_width).
+
+    Returns:
+        The prediction (B, S, P).
+    """
+    c = config.latent_channels
+    if config.out_channels != 2 * c:
+        return y_BSP
+    latents = config.patch[1] * config.patch[2]
+    return jnp.concatenate([y_BSP[..., 2 * c * i : 2 * c * i + c] for i in range(latents)], axis=-1)
 
 
 def abstract_batch(
@@ -245,10 +230,20 @@ def abstract_batch(
     tokens: int = 1,
     text_tokens: int = 4,
     image_tokens: int = 1,
-    sharding=None,
+    sharding: jax.sharding.Sharding | None = None,
     slots: int = 1,
 ) -> PackedBatch:
-    """A batch of `slots` clips a row as `jax.ShapeDtypeStruct`s, laid out as `sharding`: nothing is allocated."""
+    """A batch of `jax.ShapeDtypeStruct`s, which allocate nothing.
+
+    Args:
+        config: The model that reads the batch.
+        rows: B.
+        tokens: S.
+        text_tokens: L.
+        image_tokens: I, for a model with `image_features`.
+        sharding: The sharding of every array.
+        slots: G.
+    """
     floats = lambda *shape: jax.ShapeDtypeStruct((rows, *shape), jnp.float32, sharding=sharding)
     ids = lambda *shape: jax.ShapeDtypeStruct((rows, *shape), jnp.int32, sharding=sharding)
     return PackedBatch(
@@ -266,33 +261,8 @@ def abstract_batch(
 
 
 def abstract_params(config: DiTConfig) -> Any:
-    """The parameter tree as `jax.ShapeDtypeStruct`s, float32: nothing is computed or allocated."""
+    """The parameter tree {"params": ...} as `jax.ShapeDtypeStruct`s, float32. Nothing is computed or allocated."""
     batch = abstract_batch(config)
     time_BS = jax.ShapeDtypeStruct((1, 1), jnp.float32)
     init = lambda time_BS, batch: DiT(config).init(jax.random.key(0), batch.tokens_BSP, time_BS, batch)
     return jax.eval_shape(init, time_BS, batch)
-
-
-def drop_variance(config: DiTConfig, y_BSP: jax.Array) -> jax.Array:
-    """The prediction itself, where a model predicts a variance beside it (DiT, PixArt, Latte); else y."""
-    c = config.latent_channels
-    if config.out_channels != 2 * c:
-        return y_BSP
-    pixels = config.patch[1] * config.patch[2]
-    return jnp.concatenate([y_BSP[..., 2 * c * i : 2 * c * i + c] for i in range(pixels)], axis=-1)
-
-
-def attention_segments(attention_pattern: tuple[str, ...], batch: PackedBatch) -> dict[str, jax.Array]:
-    """For each group and "joint", an id (B, S) for each token: it attends to those that share it; 0 for padding.
-
-    "spatial": the tokens of its frame. "temporal": those of its place in all frames. Up to 65,536 of either a clip.
-    """
-    segment_BS = batch.segment_BS
-    t_BS, y_BS, x_BS = (batch.position_BS3[..., i] for i in range(3))
-    ids = {"joint": segment_BS}
-    if "spatial" in attention_pattern:
-        ids["spatial"] = jnp.where(segment_BS > 0, segment_BS * 65_536 + t_BS, 0)
-    if "temporal" in attention_pattern:
-        across_BS = per_token(batch.size_BG3[..., 2:].astype(jnp.float32), segment_BS)[..., 0].astype(jnp.int32)
-        ids["temporal"] = jnp.where(segment_BS > 0, segment_BS * 65_536 + y_BS * across_BS + x_BS, 0)
-    return ids

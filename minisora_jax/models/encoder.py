@@ -1,4 +1,4 @@
-"""A published text encoder on disk: what `minisora import` writes, as models/codec.py is for codecs."""
+"""A published text encoder on disk, as `minisora import` writes it."""
 
 from __future__ import annotations
 
@@ -15,18 +15,27 @@ MODULES = {T5Config: T5Encoder, CLIPConfig: CLIPEncoder}
 
 @dataclasses.dataclass(frozen=True)
 class TextEncoder:
-    """`module.apply(params, ids_BL, segment_BL)` gives the features; see models/t5.py and models/clip.py."""
+    """A text encoder with its weights.
+
+    `module.apply(params, ids_BL, segment_BL)` returns the features; see models/t5.py and models/clip.py.
+    """
 
     config: T5Config | CLIPConfig
-    params: dict  # {"params": ...}, in the precision they are stored in
-    hash: str = ""
+    params: dict  # {"params": ...}, in the precision of the files
+    hash: str = ""  # of the exported files
 
     @property
     def module(self) -> T5Encoder | CLIPEncoder:
+        """The Flax module of this config."""
         return MODULES[type(self.config)](self.config)
 
     @classmethod
     def load(cls, directory: str | Path) -> TextEncoder:
+        """The text encoder that `minisora import` wrote to `directory`.
+
+        Raises:
+            ValueError: The directory holds another kind of model.
+        """
         params, config = load_model(directory, dtype=None)
         kind = config.get("kind")
         if kind not in CONFIGS:
@@ -34,7 +43,17 @@ class TextEncoder:
         return cls(CONFIGS[kind](**config_fields(config[kind])), params, model_hash(directory))
 
     def export(self, directory: str | Path, record: dict, dtype: str | None = None, progress: str = "") -> str:
-        """Write the encoder for `load`; `record` says where it is from. Returns its hash."""
+        """Write the encoder to `directory`, so that `load` reads it.
+
+        Args:
+            directory: The directory to write.
+            record: The encoder's origin, stored in its config.
+            dtype: dtype of the stored weights; None: as they are.
+            progress: Label of the progress bar; "": no bar.
+
+        Returns:
+            The hash of the written files.
+        """
         kind = next(k for k, config in CONFIGS.items() if isinstance(self.config, config))
         config = {"kind": kind, kind: dataclasses.asdict(self.config), "training": record}
         return export_model(directory, self.params, config, dtype=dtype, progress=progress)

@@ -1,12 +1,14 @@
-"""The few layers everything is built of. A parameter's shape, initialiser and sharding stand in one statement."""
+"""Layers that all models share. One statement gives a parameter's shape, initialiser and sharding."""
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.typing import Initializer
 from jax.sharding import PartitionSpec as P
 
 from minisora_jax.models.rope import rotate
@@ -14,18 +16,36 @@ from minisora_jax.parallel.attention import attend
 from minisora_jax.parallel.mesh import parameter_spec, shard
 
 
-def sharded(init, axis: int, tensor: int | None = None):
-    """An initialiser whose result is cut up along `axis` (parallel/mesh.py), and along `tensor` over that mesh axis."""
+def sharded(init: Initializer, axis: int, tensor: int | None = None) -> Initializer:
+    """An initialiser whose result is sharded along `axis`, and along `tensor` over the tensor axis of the mesh.
+
+    See `parallel.mesh.parameter_spec`.
+    """
     return lambda key, shape, dtype=jnp.float32: shard(init(key, shape, dtype), parameter_spec(shape, axis, tensor))
 
 
-class Einsum(nn.Module):
-    """einsum(equation, x, w) + b. Weights are gathered just before use and computed in x's dtype.
+def scan_layers(block: type[nn.Module], depth: int, in_axes: Any) -> Any:
+    """`block` scanned over `depth` layers. Each parameter gets a leading axis of layers.
 
-    `inputs` counts the leading axes of `shape` that are contracted; the others are the output's. `scale`
-    multiplies the initial standard deviation 1 / sqrt(fan in); 0 starts the layer at zero. `tensor` is the axis of
-    `shape` that stays cut over the mesh's tensor axis (Shoeybi et al. 2019, arXiv:1909.08053): of the output, whose
-    parts then stay where they are, or of the input, whose products are summed over the devices.
+    Args:
+        block: A module whose call takes and returns (carry, ...).
+        depth: Number of layers.
+        in_axes: For each further input, `nn.broadcast` or the axis that is scanned over.
+    """
+    return nn.scan(block, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=in_axes, length=depth)
+
+
+class Einsum(nn.Module):
+    """einsum(equation, x, w) + b, computed in x's dtype. Sharded weights are gathered just before use.
+
+    Attributes:
+        equation: einsum equation of x and the kernel.
+        shape: Shape of the kernel.
+        inputs: Leading axes of `shape` that are contracted. The other axes are the output's.
+        scale: Factor on the initial standard deviation 1 / sqrt(fan in). 0 initialises the layer to zero.
+        bias: Whether a bias is added.
+        tensor: Axis of `shape` that stays sharded over the mesh's tensor axis (Shoeybi et al. 2019, arXiv:1909.08053).
+            Outputs along an output axis stay sharded. Products along an input axis are summed over the devices.
     """
 
     equation: str
@@ -36,7 +56,7 @@ class Einsum(nn.Module):
     tensor: int | None = None
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x: jax.Array) -> jax.Array:
         std = self.scale / math.sqrt(math.prod(self.shape[: self.inputs]))
         axis = 0 if self.tensor != 0 else len(self.shape) - 1
         w = self.param("kernel", sharded(nn.initializers.normal(std), axis, self.tensor), self.shape)
@@ -51,27 +71,31 @@ class Einsum(nn.Module):
 
 
 class Norm(nn.Module):
-    """x / rms(x) over the last `axes` axes, in float32 (Zhang & Sennrich 2019, arXiv:1910.07467)."""
+    """x / rms(x) * scale over the last `axes` axes, in float32 (Zhang & Sennrich 2019, arXiv:1910.07467)."""
 
     axes: int = 1
-    epsilon: float = 1e-6
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x: jax.Array) -> jax.Array:
         x32 = x.astype(jnp.float32)
         over = tuple(range(-self.axes, 0))
-        y = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=over, keepdims=True) + self.epsilon)
+        y = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=over, keepdims=True) + 1e-6)
         return (y * self.param("scale", nn.initializers.ones, x.shape[-self.axes :])).astype(x.dtype)
 
 
 class LayerNorm(nn.Module):
-    """(x - mean) / std over the last axis, in float32 (Ba et al. 2016, arXiv:1607.06450)."""
+    """(x - mean) / std over the last axis, in float32 (Ba et al. 2016, arXiv:1607.06450).
+
+    Attributes:
+        learned: Whether a learned scale and bias follow.
+        epsilon: Added to the variance.
+    """
 
     learned: bool = True
     epsilon: float = 1e-6
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x: jax.Array) -> jax.Array:
         x32 = x.astype(jnp.float32)
         x32 = x32 - jnp.mean(x32, axis=-1, keepdims=True)
         y = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.epsilon)
@@ -82,20 +106,43 @@ class LayerNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head attention of x to itself, or to the tokens of `caption` and `image`, within segments.
+    """Multi-head attention of x to itself, or to the tokens of a caption and an image, within segments.
 
-    q and k pass an RMS norm (QK-norm: Dehghani et al. 2023, arXiv:2302.05442), then the rotation. Contexts are
-    (tokens_BLE, segment_BL); the results for caption and image are summed, as in IP-Adapter (Ye et al. 2023,
-    arXiv:2308.06721).
+    Queries and keys pass an RMS norm (QK-norm: Dehghani et al. 2023, arXiv:2302.05442), then the rotation. The results
+    for caption and image are summed, as in IP-Adapter (Ye et al. 2023, arXiv:2308.06721).
+
+    Attributes:
+        heads: N.
+        qk_norm: RMS norm over each "head", over "all" heads together, or "none".
+        out_scale: Factor on the initial standard deviation of the output layer.
+        impl: The kernel, see parallel/kernels.
     """
 
     heads: int
-    qk_norm: str = "head"  # over each head, over "all" of them, or "none"
+    qk_norm: str = "head"
     out_scale: float = 1.0
-    impl: str = "auto"  # the kernel (parallel/kernels)
+    impl: str = "auto"
 
     @nn.compact
-    def __call__(self, x_BSD, segment_BS, angles_BSk=None, caption=None, image=None, max_segment_len: int = 0):
+    def __call__(
+        self,
+        x_BSD: jax.Array,
+        segment_BS: jax.Array,
+        angles_BSk: jax.Array | None = None,
+        caption: tuple[jax.Array, jax.Array] | None = None,
+        image: tuple[jax.Array, jax.Array] | None = None,
+        max_segment_len: int = 0,
+    ) -> jax.Array:
+        """The attention's output (B, S, D).
+
+        Args:
+            x_BSD: Tokens that ask.
+            segment_BS: Their segment ids.
+            angles_BSk: Rotation of queries and keys, or None. For self-attention only.
+            caption: (tokens_BLE, segment_BL) to attend to in place of x.
+            image: (tokens_BIE, segment_BI) to attend to as well.
+            max_segment_len: See `PackedBatch.max_segment_len`.
+        """
         D = x_BSD.shape[-1]
         N, K = self.heads, D // self.heads
         project = lambda name, x: Einsum("bsd,dnk->bsnk", (x.shape[-1], N, K), tensor=1, name=name)(x)
@@ -115,27 +162,26 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """gelu(x W1) W2."""
+    """gelu(x W1) W2, of width F = ratio * D in between."""
 
     ratio: float = 4.0
-    out_scale: float = 1.0
 
     @nn.compact
-    def __call__(self, x_BSD):
+    def __call__(self, x_BSD: jax.Array) -> jax.Array:
         D, F = x_BSD.shape[-1], round(x_BSD.shape[-1] * self.ratio)
         h = nn.gelu(Einsum("bsd,df->bsf", (D, F), tensor=1, name="up")(x_BSD), approximate=True)
-        return Einsum("bsf,fd->bsd", (F, D), scale=self.out_scale, tensor=0, name="down")(h)
+        return Einsum("bsf,fd->bsd", (F, D), tensor=0, name="down")(h)
 
 
 def per_token(table_BGx: jax.Array, segment_BS: jax.Array) -> jax.Array:
-    """Row segment - 1 of a per-slot table for each token, zeros for padding. (B, G, x), (B, S) -> (B, S, x)."""
+    """Entry segment - 1 of a table over slots for each token, zeros for padding. (B, G, x), (B, S) -> (B, S, x)."""
     slots = jnp.arange(1, table_BGx.shape[1] + 1)
     one_hot_BSG = (segment_BS[:, :, None] == slots).astype(table_BGx.dtype)
     return jnp.einsum("bsg,bgx->bsx", one_hot_BSG, table_BGx, precision="highest")
 
 
 def per_slot_mean(x_BSx: jax.Array, segment_BS: jax.Array, slots: int) -> jax.Array:
-    """Mean over each segment's tokens. (B, S, x), (B, S) -> (B, G, x), zeros for empty slots."""
+    """Mean over the tokens of each segment, zeros for empty slots. (B, S, x), (B, S) -> (B, G, x)."""
     one_hot_BSG = (segment_BS[:, :, None] == jnp.arange(1, slots + 1)).astype(x_BSx.dtype)
     count_BG = jnp.sum(one_hot_BSG, axis=1)
     total = jnp.einsum("bsg,bsx->bgx", one_hot_BSG, x_BSx, precision="highest")
@@ -143,7 +189,7 @@ def per_slot_mean(x_BSx: jax.Array, segment_BS: jax.Array, slots: int) -> jax.Ar
 
 
 def places_in_run(ids_BS: jax.Array) -> jax.Array:
-    """How many places each token is behind the first of its run of equal ids along the row; int32 (B, S)."""
+    """Place of each token within its run of equal ids, counted from 0; int32 (B, S)."""
     index_BS = jnp.zeros_like(ids_BS) + jnp.arange(ids_BS.shape[1], dtype=ids_BS.dtype)
     begins_BS = ids_BS != jnp.pad(ids_BS, ((0, 0), (1, 0)), constant_values=-1)[:, :-1]
     return index_BS - jax.lax.cummax(jnp.where(begins_BS, index_BS, 0), axis=1)

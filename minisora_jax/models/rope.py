@@ -1,7 +1,7 @@
 """Positions of tokens on a (t, y, x) grid: rotary embedding in three axes, and sinusoids.
 
 Rotary embedding (Su et al. 2021, arXiv:2104.09864) turns pairs of a head's channels by angles proportional to
-a coordinate; the head is divided among the axes as in Wan 2.1: 2 * (K // 6) channels each for y and x, the rest for t.
+a coordinate. The head is divided among the axes as in Wan 2.1: y and x get 2 * (K // 6) channels each, t the rest.
 """
 
 from __future__ import annotations
@@ -9,26 +9,28 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+ROPE_BASE = 10_000.0  # the longest wavelength of a rotation, in units of 2 pi positions
+
 
 def axis_widths(head_width: int, axes: int) -> tuple[int, ...]:
-    """Channels of a head given to each coordinate axis; they sum to `head_width`."""
+    """Channels of a head for each of `axes` coordinates (1 or 3). They sum to `head_width`."""
     if axes == 1:
         return (head_width,)
     space = 2 * (head_width // 6)
     return (head_width - 2 * space, space, space)
 
 
-def rope_angles(position_BSA: jax.Array, head_width: int, theta: float = 10_000.0) -> jax.Array:
-    """Integer coordinates (..., A axes) -> float32 rotation angles (..., head_width / 2)."""
+def rope_angles(position_BSx: jax.Array, head_width: int) -> jax.Array:
+    """Rotation angles (B, S, head_width / 2), float32, of integer coordinates (B, S, 1 or 3)."""
     angles = []
-    for axis, width in enumerate(axis_widths(head_width, position_BSA.shape[-1])):
-        frequency = theta ** (-jnp.arange(0, width, 2, dtype=jnp.float32) / width)
-        angles.append(position_BSA[..., axis, None].astype(jnp.float32) * frequency)
+    for axis, width in enumerate(axis_widths(head_width, position_BSx.shape[-1])):
+        frequency = ROPE_BASE ** (-jnp.arange(0, width, 2, dtype=jnp.float32) / width)
+        angles.append(position_BSx[..., axis, None].astype(jnp.float32) * frequency)
     return jnp.concatenate(angles, axis=-1)
 
 
 def rotate(x_BSNK: jax.Array, angles_BSk: jax.Array) -> jax.Array:
-    """Rotate each adjacent pair of channels (2i, 2i + 1) by angle i, the same for every head."""
+    """x with each pair of channels (2i, 2i + 1) rotated by angle i, in every head alike."""
     cos, sin = jnp.cos(angles_BSk)[:, :, None, :, None], jnp.sin(angles_BSk)[:, :, None, :, None]
     x = x_BSNK.astype(jnp.float32).reshape(*x_BSNK.shape[:-1], -1, 2)
     a, b = x[..., :1], x[..., 1:]
@@ -45,14 +47,26 @@ def sinusoids(value: jax.Array, width: int, max_period: float = 10_000.0) -> jax
 def fixed_positions(
     position_BS3: jax.Array, size_BS3: jax.Array, width: int, base_grid: int
 ) -> tuple[jax.Array, jax.Array]:
-    """Sinusoids of each token's place in its frame and of its frame, both (B, S, width) float32.
+    """Fixed sinusoids of each token's place within its frame, and of its frame.
 
-    Half of the channels for x, then half for y, sines before cosines, as in DiT; the grid of a frame is stretched onto
-    `base_grid` x `base_grid`, as in PixArt. The frame's number is not stretched, and an image has none, as in Latte.
+    The first half of the channels is for x and the second for y, sines before cosines, as in DiT. A frame's grid is
+    stretched to `base_grid` x `base_grid`, as in PixArt. The frame number is not stretched, and images have zeros in
+    its place, as in Latte.
+
+    Args:
+        position_BS3: (t, y, x) of each token.
+        size_BS3: Size of the grid of each token's clip along (t, y, x).
+        width: D.
+        base_grid: Tokens along a side of the grid that the model was trained at.
+
+    Returns:
+        (within_BSD, frame_BSD), float32.
     """
     t, y, x = (position_BS3[..., i].astype(jnp.float32) for i in range(3))
     stretch = lambda index, n: index * base_grid / jnp.maximum(n, 1.0)
     y, x = stretch(y, size_BS3[..., 1]), stretch(x, size_BS3[..., 2])
-    swap = lambda emb: jnp.concatenate(jnp.split(emb, 2, axis=-1)[::-1], axis=-1)
-    within = jnp.concatenate([swap(sinusoids(x, width // 2)), swap(sinusoids(y, width // 2))], axis=-1)
-    return within, jnp.where(size_BS3[..., :1] > 1, swap(sinusoids(t, width)), 0.0)
+    sines_first = lambda emb: jnp.concatenate(jnp.split(emb, 2, axis=-1)[::-1], axis=-1)
+    within_BSD = jnp.concatenate(
+        [sines_first(sinusoids(x, width // 2)), sines_first(sinusoids(y, width // 2))], axis=-1
+    )
+    return within_BSD, jnp.where(size_BS3[..., :1] > 1, sines_first(sinusoids(t, width)), 0.0)

@@ -1,8 +1,8 @@
-"""Splash attention on TPUs: tokamax's Pallas kernels, which leave out tiles without a common segment.
+"""Splash attention on TPUs: tokamax's Pallas kernels, which skip tiles without a common segment.
 
-tokamax is in the extra `[tpu]`. Rows run one after another, for a schedule of tiles is made for each by itself. Head
-widths are padded to whole lanes of 128, lengths to whole tiles. On another backend it runs only inside
-`jax.experimental.pallas.tpu.force_tpu_interpret_mode`, or compiled for a TPU that is described (plan/).
+tokamax is in the extra `[tpu]`. Rows run one after another, because each row has its own schedule of tiles. Head widths
+are padded to multiples of 128 lanes, and lengths to whole tiles. Without a TPU the kernel runs only inside
+`jax.experimental.pallas.tpu.force_tpu_interpret_mode`. It can also be compiled for a described TPU topology (plan/).
 """
 
 from __future__ import annotations
@@ -16,13 +16,21 @@ import jax.numpy as jnp
 from minisora_jax.parallel.kernels.reference import EMPTY
 
 LANES = 128
-TILE = 1024  # tokens along each side of a tile at most
-MOST_TILES = 40_000  # of one call: their list takes 16 bytes each of the 1 MiB of scalar memory
+TILE = 1024  # the most tokens along a side of a tile
+MOST_TILES = 40_000  # of one call: the list of tiles takes 16 bytes per tile of 1 MiB of scalar memory
 
 
-def forward(q_BSNK, k_BTNK, v_BTNK, q_segment_BS, kv_segment_BT, scale):
-    S, K = q_BSNK.shape[1], v_BTNK.shape[3]
-    parts, keys = _parts(S, k_BTNK.shape[1]), (*_padded(k_BTNK, v_BTNK), _ids(kv_segment_BT, -2))
+def forward(
+    q_BSNK: jax.Array,
+    k_BMNK: jax.Array,
+    v_BMNK: jax.Array,
+    q_segment_BS: jax.Array,
+    kv_segment_BM: jax.Array,
+    scale: float,
+) -> tuple[jax.Array, jax.Array]:
+    """(o, lse), see `kernels.Kernel`."""
+    S, K = q_BSNK.shape[1], v_BMNK.shape[3]
+    parts, keys = _parts(S, k_BMNK.shape[1]), (*_padded(k_BMNK, v_BMNK), _ids(kv_segment_BM, -2))
     attention, _, ids = _operators(_whole(S) // parts, keys[0].shape[2])
 
     def row(arrays):
@@ -36,15 +44,26 @@ def forward(q_BSNK, k_BTNK, v_BTNK, q_segment_BS, kv_segment_BT, scale):
 
     queries = (*_padded(q_BSNK * scale), _ids(q_segment_BS, -1))
     out_BNSK, lse_BNS = jax.lax.map(row, (*queries, *keys))
-    # Where there was nothing to see, the kernel's lse is -2e38 and its output anything.
+    # Where a query has no key, the kernel's lse is -2e38 and its output is undefined.
     empty_BNS = (lse_BNS[..., :S] < EMPTY) | (q_segment_BS == 0)[:, None, :]
     o_BSNK = jnp.where(empty_BNS[..., None], 0, out_BNSK[:, :, :S, :K]).swapaxes(1, 2)
     return o_BSNK, jnp.where(empty_BNS, EMPTY, lse_BNS[..., :S])
 
 
-def backward(q_BSNK, k_BTNK, v_BTNK, q_segment_BS, kv_segment_BT, o_BSNK, lse_BNS, d_o_BSNK, scale):
-    (S, K), T = q_BSNK.shape[1::2], k_BTNK.shape[1]
-    parts, keys = _parts(S, T), (*_padded(k_BTNK, v_BTNK), _ids(kv_segment_BT, -2))
+def backward(
+    q_BSNK: jax.Array,
+    k_BMNK: jax.Array,
+    v_BMNK: jax.Array,
+    q_segment_BS: jax.Array,
+    kv_segment_BM: jax.Array,
+    o_BSNK: jax.Array,
+    lse_BNS: jax.Array,
+    d_o_BSNK: jax.Array,
+    scale: float,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(d_q, d_k, d_v), see `kernels.Kernel`."""
+    (S, K), M = q_BSNK.shape[1::2], k_BMNK.shape[1]
+    parts, keys = _parts(S, M), (*_padded(k_BMNK, v_BMNK), _ids(kv_segment_BM, -2))
     _, gradients, ids = _operators(_whole(S) // parts, keys[0].shape[2])
 
     def row(arrays):
@@ -62,24 +81,24 @@ def backward(q_BSNK, k_BTNK, v_BTNK, q_segment_BS, kv_segment_BT, o_BSNK, lse_BN
     lse_BNS = jnp.pad(lse_BNS, ((0, 0), (0, 0), (0, _whole(S) - S)))
     queries = (*_padded(q_BSNK * scale, o_BSNK, d_o_BSNK), lse_BNS, _ids(q_segment_BS, -1))
     d_q, d_k, d_v = jax.lax.map(row, (*queries, *keys))
-    d_q, d_k, d_v = (d[:, :, :n, :K].swapaxes(1, 2) for d, n in ((d_q, S), (d_k, T), (d_v, T)))
-    return scale * d_q, d_k.astype(k_BTNK.dtype), d_v.astype(v_BTNK.dtype)
+    d_q, d_k, d_v = (d[:, :, :n, :K].swapaxes(1, 2) for d, n in ((d_q, S), (d_k, M), (d_v, M)))
+    return scale * d_q, d_k.astype(k_BMNK.dtype), d_v.astype(v_BMNK.dtype)
 
 
-def _parts(S: int, T: int) -> int:
-    """Into how many parts the queries are cut: a kernel's list of tiles must fit the scalar memory."""
-    tiles, queries = (_whole(S) // _tile(S)) * (_whole(T) // _tile(T)), _whole(S) // _tile(S)
+def _parts(S: int, M: int) -> int:
+    """Number of parts that the queries are divided into, so that each call has at most MOST_TILES tiles."""
+    tiles, queries = (_whole(S) // _tile(S)) * (_whole(M) // _tile(M)), _whole(S) // _tile(S)
     return next(n for n in range(1, queries + 1) if queries % n == 0 and tiles <= n * MOST_TILES)
 
 
 def _over_parts(part, arrays_NS, parts):
-    """part(arrays) of each part of the queries, axis 1 of (N, S, ...), and the results put together."""
+    """part(arrays) for each part of the queries, which are axis 1 of (N, S, ...). The results are concatenated."""
     _, out = _scan_parts(lambda _, arrays: (None, part(arrays)), None, arrays_NS, parts)
     return out
 
 
 def _scan_parts(part, carry, arrays_NS, parts):
-    """As jax.lax.scan, over parts of axis 1 of arrays (N, S, ...); the last has N = 1 and comes as (S,)."""
+    """`jax.lax.scan` over parts of axis 1 of arrays (N, S, ...). The last array has N = 1 and is passed as (S,)."""
     if parts == 1:
         return part(carry, (*arrays_NS[:-1], arrays_NS[-1][0]))
     cut = lambda x: jnp.moveaxis(x.reshape(x.shape[0], parts, -1, *x.shape[2:]), 1, 0)
@@ -91,18 +110,18 @@ def _scan_parts(part, carry, arrays_NS, parts):
 
 
 @functools.cache
-def _operators(S: int, T: int):
-    """(attention, its gradients, the type of a pair of ids) for tiles that fit S queries and T keys."""
+def _operators(S: int, M: int):
+    """(attention, its gradient, the type of a pair of ids) with tiles for S queries and M keys."""
     try:
         from tokamax.ops.experimental.tpu import SplashAttention, SplashAttentionConfig
     except ImportError as error:
         raise ImportError("attention='splash' needs tokamax: pip install 'minisora_jax[tpu]'") from error
-    # The public namespace has neither the gradient's configuration nor the type of ids (tokamax 0.0.17).
+    # tokamax 0.0.17 exports neither the gradient's configuration nor the type of ids.
     from tokamax._src.ops.experimental.tpu.splash_attention.base import SegmentIds
     from tokamax._src.ops.experimental.tpu.splash_attention.pallas_mosaic_tpu import QKVLayout
     from tokamax._src.ops.experimental.tpu.splash_attention.pallas_mosaic_tpu_vjp import Config as GradientConfig
 
-    q, kv = _tile(S), _tile(T)
+    q, kv = _tile(S), _tile(M)
     rows = QKVLayout.HEAD_DIM_MINOR
     layout = {"q_layout": rows, "k_layout": rows, "v_layout": rows}
     config = SplashAttentionConfig(
@@ -114,7 +133,7 @@ def _operators(S: int, T: int):
 
 
 def _tile(length: int) -> int:
-    """The side of a tile that pads `length` least, the largest of those."""
+    """The side of a tile that needs the least padding of `length`. Of several, the largest."""
     sides = range(LANES, TILE + 1, LANES)
     least = min(-length % side for side in sides[len(sides) // 2 :])
     return LANES * -(-length // LANES) if length <= TILE else max(s for s in sides if -length % s <= least)
@@ -129,7 +148,7 @@ def _whole(length: int) -> int:
 
 
 def _padded(*arrays_BSNK):
-    """(B, S, N, K) -> (B, N, S', K'), whole tiles and lanes."""
+    """(B, S, N, K) -> (B, N, S', K'), padded to whole tiles and lanes."""
 
     def pad(x):
         K, S = x.shape[3], x.shape[1]
@@ -138,7 +157,7 @@ def _padded(*arrays_BSNK):
     return tuple(pad(x) for x in arrays_BSNK)
 
 
-def _ids(segment_BS, nothing: int):
-    """Whole tiles of ids, padding as `nothing`: another number for queries than for keys, so that they never match."""
+def _ids(segment_BS, padding_id: int):
+    """Ids padded to whole tiles, with `padding_id` as padding. Queries and keys use different ones, so none match."""
     ids = jnp.pad(segment_BS, ((0, 0), (0, _whole(segment_BS.shape[1]) - segment_BS.shape[1])))
-    return jnp.where(ids > 0, ids, nothing)
+    return jnp.where(ids > 0, ids, padding_id)

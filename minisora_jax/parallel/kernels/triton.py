@@ -1,10 +1,11 @@
-"""Flash attention for GPUs, by Pallas and Triton: FlashAttention-2 (Dao 2023, arXiv:2307.08691) with segment ids.
+"""Flash attention for GPUs in Pallas and Triton: FlashAttention-2 (Dao 2023, arXiv:2307.08691) with segment ids.
 
-One program computes a tile of queries of one head (backward, also a tile of keys) and goes over the tiles of the other
-side that may share a segment with it; what is left out is neither loaded nor computed. Nothing of size S x T is held.
+One program computes one tile of queries of one head (for the gradient of keys and values, one tile of keys). It visits
+the tiles of the other side that may share a segment with it. It neither loads nor computes the others. No array of size
+S x M is stored.
 
-On other backends than GPUs it runs in Pallas's interpreter: slowly, for tests. On an H100 it agrees with float64 in value
-and gradient, and the tilings below were the fastest of those that bench/gpu.py tries (docs/benchmarks.md).
+On other backends it runs in Pallas's interpreter, slowly, for tests. On an H100 its values and gradients agree with
+float64. The tilings below are the fastest that bench/gpu.py tries (docs/benchmarks.md).
 """
 
 from __future__ import annotations
@@ -20,17 +21,17 @@ from jax.experimental.pallas import triton as plt
 from minisora_jax.parallel.kernels.blockwise import extent, meet
 from minisora_jax.parallel.kernels.reference import EMPTY
 
-SMALLEST = 16  # the least side of a matrix that tensor cores multiply
+SMALLEST = 16  # the smallest side of a matrix that tensor cores multiply
 
 
 @dataclasses.dataclass(frozen=True)
 class Tiling:
-    """How a kernel is cut into programs; the sides are powers of two."""
+    """The size of a kernel's programs. `side` and `step` are powers of two."""
 
-    side: int  # tokens that a program holds
+    side: int  # tokens that a program computes
     step: int  # tokens of the other side that it loads at a time
     warps: int
-    stages: int  # loads under way at once
+    stages: int  # loads in flight at once
 
 
 FORWARD = Tiling(side=128, step=32, warps=4, stages=3)
@@ -38,9 +39,17 @@ QUERY_GRADIENT = Tiling(side=128, step=32, warps=4, stages=3)
 KEY_GRADIENT = Tiling(side=64, step=64, warps=4, stages=2)
 
 
-def forward(q_BSNK, k_BTNK, v_BTNK, q_segment_BS, kv_segment_BT, scale):
-    (B, S, N, K), q_ids, kv_ids = q_BSNK.shape, _padded(q_segment_BS), _padded(kv_segment_BT)
-    q, k, v = (_padded(x) for x in (q_BSNK, k_BTNK, v_BTNK))
+def forward(
+    q_BSNK: jax.Array,
+    k_BMNK: jax.Array,
+    v_BMNK: jax.Array,
+    q_segment_BS: jax.Array,
+    kv_segment_BM: jax.Array,
+    scale: float,
+) -> tuple[jax.Array, jax.Array]:
+    """(o, lse), see `kernels.Kernel`."""
+    (B, S, N, K), q_ids, kv_ids = q_BSNK.shape, _padded(q_segment_BS), _padded(kv_segment_BM)
+    q, k, v = (_padded(x) for x in (q_BSNK, k_BMNK, v_BMNK))
     o, lse = _call(
         _forward_tile,
         _fitted(FORWARD, q),
@@ -55,11 +64,22 @@ def forward(q_BSNK, k_BTNK, v_BTNK, q_segment_BS, kv_segment_BT, scale):
     return o[:, :S, :, :K], lse[..., :S]
 
 
-def backward(q_BSNK, k_BTNK, v_BTNK, q_segment_BS, kv_segment_BT, o_BSNK, lse_BNS, d_o_BSNK, scale):
-    (_, S, _, K), T = q_BSNK.shape, k_BTNK.shape[1]
-    q_ids, kv_ids = _padded(q_segment_BS), _padded(kv_segment_BT)
+def backward(
+    q_BSNK: jax.Array,
+    k_BMNK: jax.Array,
+    v_BMNK: jax.Array,
+    q_segment_BS: jax.Array,
+    kv_segment_BM: jax.Array,
+    o_BSNK: jax.Array,
+    lse_BNS: jax.Array,
+    d_o_BSNK: jax.Array,
+    scale: float,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(d_q, d_k, d_v), see `kernels.Kernel`."""
+    (_, S, _, K), M = q_BSNK.shape, k_BMNK.shape[1]
+    q_ids, kv_ids = _padded(q_segment_BS), _padded(kv_segment_BM)
     mean_BNS = jnp.einsum("bsnk,bsnk->bns", d_o_BSNK, o_BSNK, preferred_element_type=jnp.float32)
-    q, k, v, d_o = (_padded(x) for x in (q_BSNK, k_BTNK, v_BTNK, d_o_BSNK))
+    q, k, v, d_o = (_padded(x) for x in (q_BSNK, k_BMNK, v_BMNK, d_o_BSNK))
     lse, mean = (jnp.pad(x, ((0, 0), (0, 0), (0, q.shape[1] - S))) for x in (lse_BNS, mean_BNS))
     (d_q,) = _call(
         _query_gradient_tile,
@@ -83,10 +103,11 @@ def backward(q_BSNK, k_BTNK, v_BTNK, q_segment_BS, kv_segment_BT, o_BSNK, lse_BN
         (jax.ShapeDtypeStruct(k.shape, k.dtype), jax.ShapeDtypeStruct(v.shape, v.dtype)),
         (_tile_of, _tile_of),
     )
-    return d_q[:, :S, :, :K], d_k[:, :T, :, :K], d_v[:, :T, :, :K]
+    return d_q[:, :S, :, :K], d_k[:, :M, :, :K], d_v[:, :M, :, :K]
 
 
-# ---- Tiles. A `_ref` is a tile of one (row, head), or all of it. `near` is the range of the other side's tiles.
+# ---- Programs. A `_ref` is one tile of a (row, head), or all of its tokens.
+# `near` is the range (first, last + 1) of the other side's tiles to visit; `step` is their length.
 
 
 def _forward_tile(near, step, ids_ref, other_ids_ref, q_ref, k_ref, v_ref, o_ref, lse_ref, *, scale):
@@ -104,11 +125,11 @@ def _forward_tile(near, step, ids_ref, other_ids_ref, q_ref, k_ref, v_ref, o_ref
         return o * fade[:, None] + _dot(weights.astype(v.dtype), v), higher, total * fade + jnp.sum(weights, axis=1)
 
     start = (jnp.zeros((side, v_ref.shape[1]), jnp.float32), jnp.full((side,), EMPTY), jnp.zeros((side,), jnp.float32))
-    o, top, total = jax.lax.fori_loop(*near, update, start)
-    some = total > 0
-    total = jnp.where(some, total, 1.0)
+    o, top, total = jax.lax.fori_loop(near[0], near[1], update, start)
+    has_keys = total > 0
+    total = jnp.where(has_keys, total, 1.0)
     o_ref[...] = (o / total[:, None]).astype(o_ref.dtype)
-    lse_ref[...] = jnp.where(some, top + jnp.log(total), EMPTY)
+    lse_ref[...] = jnp.where(has_keys, top + jnp.log(total), EMPTY)
 
 
 def _query_gradient_tile(
@@ -121,7 +142,7 @@ def _query_gradient_tile(
         _, d_logits = _weights(q, ids, d_o, lse, mean, k, v, kv_ids, scale)
         return d_q + _dot(d_logits, k)
 
-    d_q = jax.lax.fori_loop(*near, update, jnp.zeros(q.shape, jnp.float32))
+    d_q = jax.lax.fori_loop(near[0], near[1], update, jnp.zeros(q.shape, jnp.float32))
     d_q_ref[...] = d_q.astype(d_q_ref.dtype)
 
 
@@ -136,12 +157,12 @@ def _key_gradient_tile(near, step, ids_ref, other_ids_ref, k_ref, v_ref, *others
         return carry[0] + _dot(d_logits.T, q), carry[1] + _dot(weights.astype(d_o.dtype).T, d_o)
 
     zero = (jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32))
-    d_k, d_v = jax.lax.fori_loop(*near, update, zero)
+    d_k, d_v = jax.lax.fori_loop(near[0], near[1], update, zero)
     d_k_ref[...], d_v_ref[...] = d_k.astype(d_k_ref.dtype), d_v.astype(d_v_ref.dtype)
 
 
 def _weights(q, ids, d_o, lse, mean, k, v, kv_ids, scale):
-    """(softmax weights of a tile, gradients of its logits before the scale)."""
+    """(softmax weights of a pair of tiles, gradient of q k^T), both (queries, keys)."""
     weights = jnp.where(_seen(ids, kv_ids), jnp.exp(scale * _dot(q, k.T) - lse[:, None]), 0.0)
     return weights, (scale * weights * (_dot(d_o, v.T) - mean[:, None])).astype(q.dtype)
 
@@ -155,33 +176,36 @@ def _load(ref, j, step):
 
 
 def _dot(a, b):
-    """float32 products of float32 (not TF32), float32 sums of anything."""
+    """a b with sums in float32. Products of float32 are float32 too, and not TF32."""
     return plt.dot(a, b, precision="highest" if a.dtype == jnp.float32 else None).astype(jnp.float32)
 
 
 # ---- The grid: one program for each (tile, row, head)
 
 
-def _call(tile, tiling, scale, ids, other_ids, arrays, specs, out_shape, out_specs):
-    """The tile's function over all tiles of `ids`. Specs are functions of an array's shape and a tile's side."""
-    (B, S), N, T = ids.shape, arrays[0].shape[2], other_ids.shape[1]
-    side, step = min(tiling.side, S), min(tiling.step, T)
+def _call(program, tiling, scale, ids, other_ids, arrays, specs, out_shape, out_specs):
+    """The outputs of `program`, run for every tile of `ids` and every head.
+
+    Specs are functions from an array's shape and a tile's side to its block. `arrays[0]` has the heads on axis 2.
+    """
+    (B, length), N = ids.shape, arrays[0].shape[2]
+    side, step = min(tiling.side, length), min(tiling.step, other_ids.shape[1])
     near = _near(ids.reshape(B, -1, side), other_ids.reshape(B, -1, step))
     specs = (_near_of, _near_of, _ids_of, _all_ids, *specs)
 
     def kernel(first_ref, after_ref, *refs):
-        tile((first_ref[...], after_ref[...]), step, *refs, scale=scale)
+        program((first_ref[...], after_ref[...]), step, *refs, scale=scale)
 
     def run(interpret: bool, *arrays):
         return pl.pallas_call(
             kernel,
-            grid=(S // side, B, N),
+            grid=(length // side, B, N),
             in_specs=[spec(x.shape, side) for spec, x in zip(specs, arrays)],
             out_specs=[spec(x.shape, side) for spec, x in zip(out_specs, out_shape)],
             out_shape=list(out_shape),
             compiler_params=plt.CompilerParams(num_warps=tiling.warps, num_stages=tiling.stages),
             interpret=interpret,
-            name=tile.__name__.strip("_"),
+            name=program.__name__.strip("_"),
         )(*arrays)
 
     interpreted, lowered = functools.partial(run, True), functools.partial(run, False)
@@ -190,12 +214,12 @@ def _call(tile, tiling, scale, ids, other_ids, arrays, specs, out_shape, out_spe
 
 
 def _near(ids, other_ids):
-    """(first, after the last) of the other side's tiles that may share a segment with each tile, (B, tiles) each.
+    """For each tile, (first, last + 1) of the other side's tiles that may share a segment with it, (B, tiles) each.
 
-    ids (B, tiles, side). Clips lie together in a row, so that what is between the two is near as well.
+    ids are (B, tiles, side). Every tile in between counts as near, because a clip's tokens are contiguous in a row.
     """
-    here, there = (jax.tree.map(lambda x: x[..., None], extent(x)) for x in (ids, other_ids))
-    near = meet(jax.tree.map(lambda x: x[:, :, None], here), jax.tree.map(lambda x: x[:, None], there))
+    extents, other_extents = (jax.tree.map(lambda x: x[..., None], extent(x)) for x in (ids, other_ids))
+    near = meet(jax.tree.map(lambda x: x[:, :, None], extents), jax.tree.map(lambda x: x[:, None], other_extents))
     first, after = jnp.argmax(near, axis=2), near.shape[2] - jnp.argmax(near[..., ::-1], axis=2)
     return first.astype(jnp.int32), jnp.where(jnp.any(near, axis=2), after, first).astype(jnp.int32)
 
@@ -229,14 +253,14 @@ def _all_lse(shape, side):
 
 
 def _fitted(tiling: Tiling, x) -> Tiling:
-    """With half the sides for float32, which takes twice the memory of an SM."""
+    """The tiling, with half the sides for float32, which takes twice the memory of an SM."""
     if x.dtype.itemsize < 4:
         return tiling
     return dataclasses.replace(tiling, side=max(tiling.side // 2, SMALLEST), step=max(tiling.step // 2, SMALLEST))
 
 
 def _padded(x):
-    """Ids (B, S), or (B, S, N, K): S up to whole tiles and K up to a power of two, filled with zeros."""
+    """Ids (B, S) or arrays (B, S, N, K) padded with zeros: S to whole tiles, K to a power of two."""
     tile = max(max(t.side, t.step) for t in (FORWARD, QUERY_GRADIENT, KEY_GRADIENT))
     S = x.shape[1]
     whole = max(pl.next_power_of_2(S), SMALLEST) if S <= tile else S + -S % tile

@@ -1,0 +1,118 @@
+"""The shape of the diffusion transformer, and the switches that make it DiT, SiT, PixArt-alpha, Latte or Wan 2.1.
+
+Each row gives the settings that differ from `DiTConfig`'s defaults. weights/dit.py has the exact sizes.
+
+    family         paper               settings
+    this project                       the defaults
+    DiT            arXiv:2212.09748    modulation="block", caption="label", positions="fixed"            (a)
+    SiT            arXiv:2401.08740    as DiT, and time_input="1 - t"                                    (a)
+    PixArt-alpha   arXiv:2310.00426    modulation="single", caption="projected", positions="fixed"       (a)
+                                       the 1024 pixel model: size_pixels=16
+    Latte          arXiv:2401.03048    as PixArt, and attention_pattern=("spatial", "temporal")          (a)
+    Wan 2.1        arXiv:2503.20314    modulation="single", caption="projected", positions="none",
+                                       caption_tokens=512, qk_norm="all", micro_conditioning=False
+                                       image-to-video: image_features=1280
+
+    (a) also rope=False, qk_norm="none", cross_norm=False, micro_conditioning=False, out_channels=2 * latent_channels
+
+`modulation` says which layers compute the shift, scale and gate of adaLN:
+
+    value     in a block                                     in the head            families
+    shared    one layer for all blocks + a table per block   a layer of its own     this project
+    single    one layer for all blocks + a table per block   a table only           PixArt-alpha, Latte, Wan 2.1
+    block     one layer per block, no table                  a layer of its own     DiT, SiT
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from minisora_jax.parallel.kernels import KERNELS
+
+_CHOICES = {
+    "remat": ("none", "matmuls", "attention", "full"),
+    "attention": ("auto", *KERNELS),
+    "time_input": ("1000 t", "1 - t"),
+    "modulation": ("shared", "single", "block"),
+    "qk_norm": ("head", "all", "none"),
+    "positions": ("learned", "fixed", "none"),
+    "caption": ("refined", "projected", "label"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class DiTConfig:
+    """Shape and switches of a `DiT`. The defaults are this project's own model.
+
+    Raises:
+        ValueError: A switch has an unknown value, or two settings contradict each other.
+    """
+
+    latent_channels: int = 16
+    out_channels: int | None = None  # None: latent_channels; 2 * latent_channels: a mean and a variance (DiT, PixArt)
+    patch: tuple[int, int, int] = (1, 2, 2)  # latents of a token along t, y, x
+    width: int = 384
+    depth: int = 12  # repeats of `attention_pattern`
+    heads: int = 6
+    mlp_ratio: float = 4.0
+    text_features: int = 1  # width of the caption features; 1: byte ids, or with caption="label" a class
+    text_width: int = 256  # width of the refined caption's tokens
+    text_depth: int = 2  # layers of the refiner
+    dtype: str = "bfloat16"  # of the computation; parameters are float32
+    remat: str = "none"  # what the backward pass recomputes: "none", all but "matmuls", all but "attention", "full"
+    attention: str = "auto"  # the kernel, see parallel/kernels; "auto": the fastest on this backend
+    # ---- Switches between the published families
+    time_input: str = "1000 t"  # the number that the model receives for time t; SiT receives "1 - t"
+    attention_pattern: tuple[str, ...] = ("joint",)  # one block each: over the clip, or "spatial", "temporal" (Latte)
+    modulation: str = "shared"  # the layers of adaLN: "shared", "single" or "block", see the table above
+    qk_norm: str = "head"  # RMS norm of queries and keys over each "head", over "all" heads (Wan), or "none"
+    rope: bool = True  # rotary positions
+    positions: str = "learned"  # added to the tokens: a "learned" projection of sinusoids, "fixed" sinusoids, "none"
+    base_grid: int = 16  # tokens along a side that fixed positions were trained at; other grids are stretched to it
+    caption: str = "refined"  # by a small transformer; "projected" by two layers; a "label" without cross-attention
+    caption_tokens: int = 0  # pad captions with zeros to this many tokens, and attend to the padding (Wan); 0: no
+    cross_norm: bool = True  # LayerNorm before cross-attention
+    micro_conditioning: bool = True  # size, frame rate and mean caption join the time (SDXL: arXiv:2307.01952)
+    classes: int = 0  # rows of the label table, including the row for "no class"
+    size_pixels: int = 0  # pixels along a token's side, for PixArt's embedding of height, width and aspect; 0: none
+    image_features: int = 0  # width of image encoder tokens that the model attends to (Wan image-to-video); 0: none
+
+    def __post_init__(self) -> None:
+        for name, allowed in _CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}={getattr(self, name)!r} must be one of {', '.join(map(repr, allowed))}")
+        if self.width % self.heads or (self.width // self.heads) % 2:
+            raise ValueError(f"width={self.width} must be heads={self.heads} times an even head width")
+        if self.caption == "refined" and self.text_width % 64:
+            raise ValueError(f"text_width={self.text_width} must be a multiple of 64, the head width of the refiner")
+        if self.caption != "refined" and self.micro_conditioning:
+            raise ValueError(
+                f"micro_conditioning=True reads the mean of a refined caption, and caption={self.caption!r}: "
+                f"set micro_conditioning=False or caption='refined'"
+            )
+        if (self.caption == "label") != (self.classes > 0):
+            raise ValueError(
+                f"classes={self.classes} with caption={self.caption!r}: classes must be above 0 for caption='label' "
+                f"and 0 for all others"
+            )
+        if len(self.patch) != 3 or self.patch[0] != 1:
+            raise ValueError(f"patch={self.patch} must be (1, y, x): a token holds one latent frame")
+        if not self.attention_pattern or set(self.attention_pattern) - {"joint", "spatial", "temporal"}:
+            raise ValueError(
+                f"attention_pattern={self.attention_pattern} must be made of 'joint', 'spatial' and 'temporal'"
+            )
+
+    @property
+    def makes_images(self) -> bool:
+        """Whether the model makes single frames only: its tokens receive (y, x) and no time position."""
+        return self.positions == "fixed" and "temporal" not in self.attention_pattern
+
+    @property
+    def token_width(self) -> int:
+        """P: latents of a token."""
+        return self.patch[0] * self.patch[1] * self.patch[2] * self.latent_channels
+
+    @property
+    def out_width(self) -> int:
+        """Numbers that the model outputs for a token."""
+        return self.token_width // self.latent_channels * (self.out_channels or self.latent_channels)
