@@ -22,7 +22,7 @@ from minisora_jax.curation.endpoint import Endpoint
 from minisora_jax.curation.prepare import prepare
 from minisora_jax.io.retry import DataError
 from minisora_jax.io.video_writer import write_video
-from minisora_jax.sources.clips import Records, choose, open_clips
+from minisora_jax.sources.clips import Records, choose_caption, open_clips
 
 COLOURS = {"red": (200, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 200)}
 
@@ -238,17 +238,19 @@ def test_a_refused_clip_is_named_in_the_report(folder, tmp_path):
 def test_the_choice_of_captions_is_a_function_of_the_name_and_follows_the_share():
     names = [f"clip{i}.mp4" for i in range(4000)]
     both = {"short": "short", "long": "long"}
-    picked = [choose("original", both, name) for name in names]
-    assert picked == [choose("original", both, name) for name in names]
+    picked = [choose_caption("original", both, name) for name in names]
+    assert picked == [choose_caption("original", both, name) for name in names]
     shares = {kind: picked.count(kind) / len(names) for kind in ("long", "short", "original")}
     assert shares["long"] == pytest.approx(0.95, abs=0.015)
     assert shares["short"] == pytest.approx(0.025, abs=0.01) and shares["original"] == pytest.approx(0.025, abs=0.01)
-    assert {choose("", both, name, 0.5) for name in names} == {"short", "long"}
-    assert {choose("original", {}, name) for name in names} == {"original"}
-    longer = [name for name in names if choose("o", both, name, 0.9) == "long"]
-    assert all(choose("o", both, name, 0.95) == "long" for name in longer), "a larger share keeps the choices made"
+    assert {choose_caption("", both, name, 0.5) for name in names} == {"short", "long"}
+    assert {choose_caption("original", {}, name) for name in names} == {"original"}
+    longer = [name for name in names if choose_caption("o", both, name, 0.9) == "long"]
+    assert all(choose_caption("o", both, name, 0.95) == "long" for name in longer), (
+        "a larger share keeps the choices made"
+    )
     with pytest.raises(ValueError, match="is 1.5 and must be 0 to 1"):
-        choose("o", both, "a", 1.5)
+        choose_caption("o", both, "a", 1.5)
 
 
 def test_a_prompt_is_expanded_by_the_same_models(capsys, tmp_path):

@@ -332,9 +332,7 @@ def test_a_cut_tar_keeps_what_is_whole(files, samples, tmp_path):
     source = open_source(path)
     assert list(media_of(source)) == ["a.mp4", "b.gif"] and skipped(source) == {str(path): "damaged tar"}
     detail = source.report.skipped[0]["detail"]
-    assert (
-        f"up to byte {places['c.png'][0] - 512}, and {len(whole) - places['c.png'][0] + 512} bytes are left" in detail
-    )
+    assert f"up to byte {places['c.png'][0] - 512}; {len(whole) - places['c.png'][0] + 512} bytes are left" in detail
 
 
 @pytest.mark.parametrize(
@@ -476,9 +474,9 @@ def test_a_row_group_is_read_as_a_stream(tmp_path):
 @pytest.mark.parametrize(
     "columns, spec, message",
     [
-        ({"n": [1]}, "", "has no columns that may be its media; say which it is by '?media=COLUMN'"),
+        ({"n": [1]}, "", "has no columns that may be its media; name it by '?media=COLUMN'"),
         ({"one": [b"1"], "two": [b"2"], "text": ["t"]}, "", "has 2 columns that may be its media: one, two"),
-        ({"clip": [b"1"], "x": ["t"], "y": ["t"]}, "", "has 2 columns that may be its caption: x, y; say which"),
+        ({"clip": [b"1"], "x": ["t"], "y": ["t"]}, "", "has 2 columns that may be its caption: x, y; name it"),
         ({"clip": [b"1"], "x": ["t"]}, "?caption=z", "has no column 'z' for .*its columns are clip, x"),
         ({"clip": [b"1"], "x": ["t"]}, "?color=z", "color is no option of a source; those are media, caption"),
     ],

@@ -106,11 +106,13 @@ def test_episodes_are_clips_and_their_instructions_captions(rlds, tmp_path):
 
 
 def test_what_leaves_a_choice_is_asked_for(rlds, tmp_path):
-    with pytest.raises(ValueError, match=r"does not say how many frames a second it has: add '\?fps=10'"):
+    with pytest.raises(ValueError, match=r"has no feature with the frames per second: add '\?fps=10'"):
         open_source(f"tfds:{rlds}:train")
     with pytest.raises(ValueError, match="has the splits train, val, not 'test'"):
         open_source(f"tfds:{rlds}:test?fps=5")
-    with pytest.raises(ValueError, match="has no clips in 'steps/action'; those may be in .*steps/observation/image"):
+    with pytest.raises(
+        ValueError, match="has no clips in 'steps/action'; it may have them in .*steps/observation/image"
+    ):
         open_source(f"tfds:{rlds}:train?fps=5&media=steps/action")
     with pytest.raises(ValueError, match="fps=fast must be a number above 0"):
         open_source(f"tfds:{rlds}:train?fps=fast")
@@ -122,7 +124,7 @@ def test_what_leaves_a_choice_is_asked_for(rlds, tmp_path):
     step = {"left": png(noise(1, 8, 8)[0]), "right": png(noise(1, 8, 8)[0]), "text": "a"}
     written("Two", {"steps": cameras}, lambda: [{"steps": [step]}], tmp_path)
     with pytest.raises(
-        ValueError, match=r"which feature is the clip\? Say it by '\?media=PATH': steps/left, steps/right"
+        ValueError, match=r"which feature is the clip\? Name it by '\?media=PATH': steps/left, steps/right"
     ):
         open_source(f"tfds:two:train?fps=5&data_dir={tmp_path}")
 
@@ -182,7 +184,7 @@ def test_frames_as_a_tensor_and_single_images(tmp_path):
     features = {"image": F.Image(shape=(None, None, 3)), "alt": F.Text(), "source": F.Text()}
     written("Photos", features, lambda: [{"image": png(noise(1)[0]), "alt": "a photo", "source": "x"}], tmp_path)
     with pytest.raises(
-        ValueError, match=r"which feature is the caption\? Say it by '\?caption=PATH'; text is in alt, source"
+        ValueError, match=r"which feature is the caption\? Name it by '\?caption=PATH'; text is in alt, source"
     ):
         open_source(f"tfds:photos:train?data_dir={tmp_path}")
     media = open_source(f"tfds:photos:train?data_dir={tmp_path}&caption=alt")[0]
@@ -214,7 +216,7 @@ def test_video_clips_holds_any_source_and_gives_the_same_prepared_bytes(folder, 
     prepare(f"tfds:video_clips:train?data_dir={tmp_path}", tmp_path / "two")
     shards = lambda out: {path.name: path.read_bytes() for path in (tmp_path / out).glob("*.array_record")}
     assert shards("one") == shards("two") != {}
-    with pytest.raises(FileExistsError, match="is there already: delete it"):
+    with pytest.raises(FileExistsError, match="exists: delete it"):
         build(open_source(folder), tmp_path)
 
 
@@ -291,5 +293,5 @@ def test_a_damaged_record_is_a_drop(folder, tmp_path):
 
 
 def test_the_builder_says_what_it_is_built_from(tmp_path):
-    with pytest.raises(ValueError, match="says what to build it from"):
+    with pytest.raises(ValueError, match="nothing to build from"):
         VideoClips(data_dir=str(tmp_path)).download_and_prepare()

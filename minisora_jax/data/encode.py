@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import numpy as np
 
 from minisora_jax.io.retry import DataError
 from minisora_jax.models.captions import Captions
 from minisora_jax.models.codec import Codec
-from minisora_jax.types import Clip, LatentClip
+from minisora_jax.types import Clip, ClipSequence, LatentClip
 
 WINDOW = 256  # clips looked at together at most, so that those of one size share a pass
 WINDOW_BYTES = 2**30  # of their frames, at about which a window ends
@@ -17,7 +17,7 @@ PIXELS_AT_ONCE = 2**19  # H * W of a pass's clips together
 
 
 def encode_clips(
-    codec: Codec, captions: Captions, clips: Sequence[Clip], numbers: range
+    codec: Codec, captions: Captions, clips: ClipSequence, numbers: range
 ) -> Iterator[LatentClip | DataError]:
     """The latents of the clips of these numbers, in order; the error in the place of one that cannot be read.
 
@@ -45,7 +45,7 @@ def encode_clips(
                 yield LatentClip(*moments[i], next(texts), clip.caption, clip.fps, clip.name)
 
 
-def _windows(clips: Sequence[Clip], numbers: range) -> Iterator[list[Clip | DataError]]:
+def _windows(clips: ClipSequence, numbers: range) -> Iterator[list[Clip | DataError]]:
     """All clips in order. Where a window ends is a function of the clips, and so are the passes and their bytes."""
     window, held = [], 0
     for i in numbers:
@@ -59,7 +59,7 @@ def _windows(clips: Sequence[Clip], numbers: range) -> Iterator[list[Clip | Data
         yield window
 
 
-def _read(clips: Sequence[Clip], i: int) -> Clip | DataError:
+def _read(clips: ClipSequence, i: int) -> Clip | DataError:
     try:
         return clips[i]
     except DataError as error:

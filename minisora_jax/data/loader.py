@@ -7,7 +7,7 @@ that the uninterrupted run would have seen.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 
 import grain
 import jax
@@ -21,7 +21,7 @@ from minisora_jax.data.rows import pack_segments, training_segment
 from minisora_jax.io.resize import resized
 from minisora_jax.io.retry import Damaged, DataError
 from minisora_jax.parallel.mesh import host_rows
-from minisora_jax.types import Clip, PackedBatch
+from minisora_jax.types import ClipSequence, PackedBatch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +55,7 @@ def in_order(make: Callable[[int], object], steps: range, *, threads: int = 4, a
 
 
 def crop_batches(
-    clips: Sequence[Clip],
+    clips: ClipSequence,
     steps: range,
     *,
     crop_THW: tuple[int, int, int],

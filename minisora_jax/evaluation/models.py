@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 
 import numpy as np
 from tqdm import tqdm
@@ -14,12 +13,12 @@ from minisora_jax.models.codec import Codec
 from minisora_jax.toy.checker import check_all
 from minisora_jax.toy.shapes import FPS, Shapes
 from minisora_jax.train.codec_task import reconstruct
-from minisora_jax.types import Clip
+from minisora_jax.types import ClipSequence
 
 Rows = list[tuple[np.ndarray, str]]  # (frames_THWC, label), for a contact sheet
 
 
-def evaluate_codec(codec: Codec, clips: Sequence[Clip], lpips: str | None = None) -> tuple[dict, Rows]:
+def evaluate_codec(codec: Codec, clips: ClipSequence, lpips: str | None = None) -> tuple[dict, Rows]:
     """{"psnr", "ssim", ...} of reconstructions of the posterior mean, and rows of originals and reconstructions.
 
     lpips: FILE.py:FUNCTION, a distance of two clips uint8 (T, H, W, 3), whose weights are its own affair.

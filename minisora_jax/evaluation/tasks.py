@@ -26,7 +26,7 @@ from minisora_jax.generate.request import Request
 from minisora_jax.generate.runner import Task, run_tasks
 from minisora_jax.toy.checker import check_all, observe
 from minisora_jax.toy.shapes import FPS, Shapes, parse_caption
-from minisora_jax.types import Clip
+from minisora_jax.types import Clip, ClipSequence
 
 SIZE = (17, 48, 48)
 OFFSET = 20_000  # of the held-out clips measured on: no others are drawn from there
@@ -52,7 +52,7 @@ def in_sight(motion: str) -> bool:
     return not motion.startswith("hide")
 
 
-def requests(of: Sequence[Clip], size_THW=None) -> list[Request]:
+def requests(of: ClipSequence, size_THW=None) -> list[Request]:
     return [Request(c.caption, size_THW or c.size_THW, seed=i, fps=FPS) for i, c in enumerate(of)]
 
 
@@ -287,7 +287,7 @@ def twice_as_large(pipeline: VideoPipeline, count: int, options: dict) -> Measur
     return _judged(made, [c.caption for c in truth])
 
 
-def _pairs(truth: Sequence[Clip]) -> list[tuple[Request, Clip]]:
+def _pairs(truth: ClipSequence) -> list[tuple[Request, Clip]]:
     return list(zip(requests(truth), truth))
 
 

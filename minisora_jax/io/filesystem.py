@@ -65,6 +65,12 @@ def filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
         raise ValueError(f"{url}: {error}; gs://, s3:// and https:// are known") from error
 
 
+def read_url(url: str) -> bytes:
+    """The bytes of a file; FileNotFoundError if it is missing."""
+    fs, path = filesystem(url)
+    return cast(bytes, fs.cat_file(path))
+
+
 def find(spec: str | os.PathLike) -> list[File]:
     """The files that a name stands for, each once and in order.
 

@@ -70,8 +70,14 @@ class FontStack:
 
 
 def _has_glyph(font: FreeTypeFont, char: str) -> bool:
-    masks = [font.getmask(c) for c in (char, MISSING)]
-    return len({(mask.size, bytes(mask)) for mask in masks}) == 2
+    """Whether a character looks different from a missing one."""
+
+    def pixels(c: str) -> tuple[tuple[int, int], list[int]]:
+        mask = font.getmask(c)
+        width, height = mask.size
+        return (width, height), [mask.getpixel((x, y)) for y in range(height) for x in range(width)]
+
+    return pixels(char) != pixels(MISSING)
 
 
 def _font_files() -> Iterator[Path]:

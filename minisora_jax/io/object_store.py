@@ -16,9 +16,10 @@ import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO, cast
 
 from minisora_jax.io.atomic import replacing
-from minisora_jax.io.filesystem import filesystem, json_or_none
+from minisora_jax.io.filesystem import filesystem, json_or_none, read_url
 from minisora_jax.io.retry import DataError
 
 CHUNK = 2**24  # bytes fetched at a time
@@ -33,9 +34,8 @@ class Mirror:
 
     def __init__(self, url: str):
         self.url = url.rstrip("/")
-        fs, path = filesystem(f"{self.url}/manifest.json")
         try:
-            manifest = fs.cat_file(path)
+            manifest = read_url(f"{self.url}/manifest.json")
         except FileNotFoundError as error:
             raise DataError(f"{self.url}/manifest.json is missing: expected a finished data set") from error
         name = f"{self.url.rpartition('/')[2]}-{hashlib.sha256(manifest).hexdigest()[:16]}"
@@ -63,7 +63,8 @@ class Mirror:
         digest = hashlib.sha256()
         log.info("fetching %s/%s", self.url, name)
         with replacing(path) as temporary:
-            with fs.open(remote, "rb", block_size=CHUNK) as download, open(temporary, "wb") as local:
+            download = cast(BinaryIO, fs.open(remote, "rb", block_size=CHUNK))
+            with download, open(temporary, "wb") as local:
                 while chunk := download.read(CHUNK):
                     digest.update(chunk)
                     local.write(chunk)

@@ -135,7 +135,7 @@ def _label(file: VideoFile) -> str:
 def _open_video(file: VideoFile) -> InputContainer:
     head = _head(file)
     try:
-        container = av.open(io.BytesIO(file) if isinstance(file, bytes) else os.fspath(file))
+        container = av.open(io.BytesIO(file) if isinstance(file, bytes) else os.fspath(file), "r")
     except (FFmpegError, OSError) as error:
         if _looks_like_video(head):
             raise VideoError("truncated", f"{_label(file)} begins as a video and then stops: {error}") from error

@@ -153,7 +153,9 @@ def _write_gif(path: Path, frames_THWC, fps: float, upscale: int, note: str) -> 
             source.push(rgb)
         source.push(None)
         for _ in frames_THWC:
-            container.mux(stream.encode(sink.pull()))
+            paletted = sink.pull()
+            assert isinstance(paletted, av.VideoFrame)
+            container.mux(stream.encode(paletted))
         container.mux(stream.encode())
     if note:
         data = note.encode("utf-8")

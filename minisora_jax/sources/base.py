@@ -1,4 +1,4 @@
-"""Where clips come from: a source is a sequence of `Media`, files not decoded yet, each with its caption.
+"""Sources of clips: a source is a sequence of `Media`, which are undecoded files with their captions.
 
     clips/
       cat.mp4  cat.txt            a folder: a caption beside its clip,
@@ -9,8 +9,8 @@
     shapes:train:5000             the procedural clips of toy/shapes.py
     clips.tar, gs://..., ...      docs/sources.md lists them all
 
-`spelling.open_source` tells by the spelling which it is. What a source leaves out is counted by reason and
-named in a `SkipReport`; it never stops a run (unless `strict`). Nothing is decoded here: `prepare` does that.
+`spec.open_source` opens a source by its name. A source skips files that cannot become clips. A `SkipReport` names them
+and counts them by reason; they stop a run only if `strict`. `prepare` decodes the clips; this module does not.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ from minisora_jax.io.atomic import write_text
 from minisora_jax.io.filesystem import json_or_none
 from minisora_jax.io.video import IMAGE_SUFFIXES, STILL_FPS, VIDEO_SUFFIXES, VideoError, VideoInfo, probe
 
-PREPROCESSING_VERSION = 1  # of the pixels a file turns into; caches remember it
-TABLES = ("captions.jsonl", "captions.csv")  # at the top
-METADATA = ("metadata.jsonl", "metadata.csv")  # in any folder, about the files in it
-CAPTION_KEYS = ("caption", "text", "prompt", "description")  # of a table or a .json; the first that is there
-NAMES_SHOWN = 5  # of each reason, in a summary
+PREPROCESSING_VERSION = 1  # changes when the same file gives other pixels; caches store it
+TABLES = ("captions.jsonl", "captions.csv")  # caption tables at the top of a folder
+METADATA = ("metadata.jsonl", "metadata.csv")  # caption tables in any folder, about the files in it
+CAPTION_KEYS = ("caption", "text", "prompt", "description")  # keys of a table or a .json; the first present one counts
+NAMES_SHOWN = 5  # names that a summary lists for each reason
 
 
 class BadClip(ValueError):
-    """A file that cannot become a clip. `reason` is a fixed phrase to count by, `detail` has the numbers."""
+    """A file cannot become a clip. `reason` is a fixed phrase for counting, `detail` has the numbers."""
 
     def __init__(self, name: str, reason: str, detail: str = ""):
         super().__init__(f"{name}: {reason}" + (f" ({detail})" if detail else ""))
@@ -53,19 +53,19 @@ class BadClip(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Media:
-    """A clip's file, not decoded yet, and its caption ("" for none)."""
+    """An undecoded clip and its caption ("" for none)."""
 
     name: str  # unique within its source; a path within a folder has forward slashes
     caption: str
-    data: Path | bytes | np.ndarray | VideoError  # a file, its bytes, uint8 RGB frames (T, H, W, 3); why it has none
-    fps: float | None = None  # frames per second where the source knows better than the file; frames need it if T > 1
+    data: Path | bytes | np.ndarray | VideoError  # a file, its bytes, uint8 RGB frames (T, H, W, 3), or the failure
+    fps: float | None = None  # frames per second; None: the file states it. Frames need it if T > 1
 
 
 class Source(Protocol):
-    """A sequence of Media. It pickles into little, however long it is: a worker gets (source, range of indices)."""
+    """A sequence of Media. It pickles into few bytes, so a worker gets (source, range of indices)."""
 
-    identity: str  # a fingerprint of what it holds: another one, other contents
-    report: SkipReport  # what its own scan left out
+    identity: str  # a fingerprint of the contents
+    report: SkipReport  # the files that the source's own scan skipped
 
     def __len__(self) -> int: ...
 
@@ -73,16 +73,16 @@ class Source(Protocol):
 
 
 class SkipReport:
-    """What was kept and what was not, and why. `skipped` has one {"name", "stage", "reason", "detail"} each."""
+    """The count of kept clips, and the list `skipped` of {"name", "stage", "reason", "detail"}."""
 
     def __init__(self, strict: bool = False):
         self.kept = 0
         self.skipped: list[dict[str, str]] = []
-        self.shortened = 0  # kept, of files that are longer than max_frames
+        self.shortened = 0  # kept clips that were cut to max_frames
         self.strict = strict
 
     def add(self, name: str, reason: str, detail: str = "", stage: str = "scan") -> None:
-        """Record what was left out, and at which stage; BadClip if strict."""
+        """Add a skipped file, with the stage that skipped it; BadClip if strict."""
         if self.strict:
             raise BadClip(name, reason, detail)
         self.skipped.append({"name": name, "stage": stage, "reason": reason, "detail": detail})
@@ -93,7 +93,7 @@ class SkipReport:
         return dict(collections.Counter(row["reason"] for row in self.skipped).most_common())
 
     def summary(self) -> str:
-        """'9 clips kept, 3 skipped: 2 no caption (a.mp4, b.mp4); 1 truncated (c.mp4)'."""
+        """One line, such as '9 clips kept, 3 skipped: 2 no caption (a.mp4, b.mp4); 1 truncated (c.mp4)'."""
         reasons = []
         for reason, count in self.counts.items():
             names = [row["name"] for row in self.skipped if row["reason"] == reason]
@@ -104,7 +104,7 @@ class SkipReport:
         return text + (f". {self.shortened} cut to their first frames" if self.shortened else "")
 
     def write(self, path: str | os.PathLike) -> None:
-        """One skipped file a line, as JSON."""
+        """Write the skipped files as JSON lines."""
         write_text(path, "".join(json.dumps(row) + "\n" for row in self.skipped))
 
 
@@ -112,7 +112,11 @@ class SkipReport:
 
 
 class ProceduralShapes:
-    """toy/shapes.py as a source, drawn on demand. `spec`: "shapes[:SPLIT[:COUNT]]", by default train and 1024."""
+    """The clips of toy/shapes.py as a source, drawn on demand.
+
+    Args:
+        spec: "shapes[:SPLIT[:COUNT]]"; the defaults are train and 1024.
+    """
 
     def __init__(self, spec: str = "shapes"):
         from minisora_jax.toy.shapes import Shapes
@@ -132,9 +136,17 @@ class ProceduralShapes:
 
 
 class Folder:
-    """The videos and images of a folder and its subfolders, in order of name. Their bytes are not looked at.
+    """The videos and images of a folder and its subfolders, sorted by name. Opening does not read them.
 
-    A pickled Folder is its path: whoever unpickles it lists it again, once a process, and insists on the same contents.
+    A pickled Folder is its path. Each process that unpickles it lists the folder again and checks that the contents are
+    the same.
+
+    Args:
+        need_caption: skip clips without a caption.
+        strict: raise BadClip instead of skipping.
+
+    Raises:
+        FileNotFoundError: the path is no folder.
     """
 
     def __init__(self, path: str | os.PathLike, *, need_caption: bool = True, strict: bool = False):
@@ -163,7 +175,11 @@ class Folder:
 
 @functools.lru_cache(maxsize=8)
 def reopened(kind: type, where: tuple, need_caption: bool, identity: str) -> Source:
-    """kind(*where), once a process, of a source that pickles as its place; RuntimeError if it holds something else."""
+    """Unpickle a source that is stored as its place: kind(*where), once a process.
+
+    Raises:
+        RuntimeError: the contents have changed, so the identity differs.
+    """
     source = kind(*where, need_caption=need_caption)
     if source.identity != identity:
         raise RuntimeError(f"{where[0]} has changed since this run began: expected {identity}, found {source.identity}")
@@ -177,10 +193,14 @@ def _scan(folder: Path, need_caption: bool, report: SkipReport) -> list[tuple[st
 def scan_names(
     files: list[str], read: Callable[[str], bytes], need_caption: bool, report: SkipReport, *, samples: bool = False
 ) -> list[tuple[str, str]]:
-    """(name, caption) of the files that are clips by their names and have a caption; the others go to the report.
+    """(name, caption) of the files that are clips by their suffix and have a caption. Other files go to the report.
 
-    files: all names, with forward slashes.   read: the bytes of one, asked of captions and tables only.
-    samples: a name up to its first dot is a sample's (webdataset): a.mp4 and a.front.mp4 may share a.txt.
+    Args:
+        files: all names, with forward slashes.
+        read: reads the bytes of a file; called for captions and tables only.
+        need_caption: skip clips without a caption.
+        samples: files with the same name up to the first dot are one sample (webdataset), so a.mp4 and a.front.mp4
+            may share a.txt.
     """
     entries, known = [], set(files)
     captions = _read_tables(files, read, report)
@@ -210,7 +230,7 @@ def scan_names(
 
 
 def _files(folder: Path) -> list[str]:
-    """Names of all files under a folder, sorted; hidden ones apart. A folder called x.mp4 counts as a (bad) file."""
+    """The names of all visible files under a folder, sorted. A folder called x.mp4 counts as a (bad) file."""
     names = []
     for top, folders, files in os.walk(folder):
         odd = [d for d in folders if Path(d).suffix.lower() in VIDEO_SUFFIXES + IMAGE_SUFFIXES]
@@ -220,7 +240,7 @@ def _files(folder: Path) -> list[str]:
 
 
 def _beside(name: str, samples: bool) -> list[str]:
-    """The files that may hold a clip's caption, the likeliest first; none for what is no clip."""
+    """The files that may hold a clip's caption, the likeliest first; [] for a file that is no clip."""
     path = Path(name)
     if path.suffix.lower() not in VIDEO_SUFFIXES + IMAGE_SUFFIXES:
         return []
@@ -231,7 +251,7 @@ def _beside(name: str, samples: bool) -> list[str]:
 
 
 def _caption(name: str, beside: list[str], read: Callable, captions: dict[str, str], needed: bool) -> str:
-    """A clip's caption, its white space single spaces: of a .txt beside it, a table, or a .json beside it."""
+    """A clip's caption with normalised spaces, from a .txt beside it, a table, or a .json beside it, in this order."""
     texts = [other for other in beside if other.endswith(".txt")]
     text = None
     if texts:
@@ -248,7 +268,11 @@ def _caption(name: str, beside: list[str], read: Callable, captions: dict[str, s
 
 
 def clean_caption(name: str, text: str, needed: bool) -> str:
-    """White space as single spaces; BadClip for bytes that were not UTF-8, which arrive here as surrogates."""
+    """The caption with runs of white space as single spaces.
+
+    Raises:
+        BadClip: it contains surrogates, which stand for bytes that are not UTF-8, or it is empty and `needed`.
+    """
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -260,13 +284,13 @@ def clean_caption(name: str, text: str, needed: bool) -> str:
 
 
 def caption_of(row: object) -> str | None:
-    """The caption among the facts of a table's row or a .json file."""
+    """The caption in a table's row or a .json file; None if there is none."""
     metadata = row if isinstance(row, dict) else {}
     return next((metadata[key] for key in CAPTION_KEYS if isinstance(metadata.get(key), str)), None)
 
 
 def _read_tables(files: list[str], read: Callable[[str], bytes], report: SkipReport) -> dict[str, str]:
-    """File name -> caption from the tables of a folder. Rows that say neither are reported, by line."""
+    """File name -> caption, from the tables of a folder. Rows without either are reported with their number."""
     captions = {}
     for table in (name for name in files if name in TABLES or Path(name).name in METADATA):
         text = read(table).decode("utf-8-sig", "surrogateescape")
@@ -282,20 +306,20 @@ def _read_tables(files: list[str], read: Callable[[str], bytes], report: SkipRep
     return captions
 
 
-def _jsonl_rows(text: str) -> Iterator[dict | None]:
+def _jsonl_rows(text: str) -> Iterator[object]:
     for line in filter(str.strip, text.split("\n")):
         yield json_or_none(line)
 
 
-def _csv_rows(text: str) -> Iterator[dict | None]:
+def _csv_rows(text: str) -> Iterator[object]:
     try:
         yield from csv.DictReader(io.StringIO(text, newline=""))
-    except csv.Error:  # a field of more than 128 KiB; where the next row begins nobody knows
+    except csv.Error:  # a field of more than 128 KiB; the start of the next row is unknown
         yield None
 
 
 def header(media: Media) -> VideoInfo:
-    """Size and rate without decoding; VideoError for what is no video or image, or could not be read."""
+    """The size and frame rate of a clip, without decoding; VideoError if it is no readable video or image."""
     if isinstance(media.data, VideoError):
         raise media.data
     if not isinstance(media.data, np.ndarray):
@@ -304,5 +328,5 @@ def header(media: Media) -> VideoInfo:
     if media.data.dtype != np.uint8 or len(shape) != 4 or shape[-1] != 3 or 0 in shape:
         raise VideoError("not a video", f"frames are {media.data.dtype} {shape}, and should be uint8 (T, H, W, 3)")
     if shape[0] > 1 and not fps:
-        raise VideoError("no frame rate", f"{shape[0]} frames came without their number a second")
+        raise VideoError("no frame rate", f"{shape[0]} frames have no frames per second: give the source an fps")
     return VideoInfo(*shape[:3], fps or STILL_FPS)

@@ -1,10 +1,9 @@
-"""Clips that `minisora prepare` wrote, read again: the sequence that codecs are trained on and latents are made of."""
+"""Read the clips that `minisora prepare` writes. Codecs are trained on them, and latents are made from them."""
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
 
 import numpy as np
 
@@ -13,15 +12,22 @@ from minisora_jax.io.records import Shards, sha256
 from minisora_jax.io.retry import DataError
 from minisora_jax.sources.base import PREPROCESSING_VERSION
 from minisora_jax.toy.shapes import Shapes
-from minisora_jax.types import Clip
+from minisora_jax.types import Clip, ClipSequence
 
-LONG_CAPTIONS = 0.95  # share of samples, of DALL-E 3
+LONG_CAPTIONS = 0.95  # share of samples with a long caption, as in DALL-E 3
 
 
 class Records:
-    """A prepared data set as a sequence of clips. `sizes` (n, 4): T, H, W, and the longest caption's length in bytes.
+    """A prepared data set as a sequence of clips.
 
-    long_captions: share of the clips of a data set with new captions that are given their long one (`choose`)."""
+    `sizes` is (n, 4): frames, height and width in pixels, and the length of the longest caption in bytes.
+
+    Args:
+        long_captions: the share of clips that get their long caption, if a captioner wrote captions (`choose_caption`).
+
+    Raises:
+        DataError: see io/records.py.
+    """
 
     def __init__(self, directory: str | os.PathLike, *, long_captions: float = LONG_CAPTIONS):
         self.shards = Shards(directory, "clips", {"preprocessing_version": PREPROCESSING_VERSION})
@@ -33,19 +39,24 @@ class Records:
 
     @property
     def identity(self) -> str:
-        """Of the manifest, which has the sha256 of everything else, and of the choice of captions."""
+        """The sha256 of the manifest, which has the sha256 of all other files, and the choice of captions."""
         manifest = sha256(self.shards.directory / "manifest.json")
         recaptioned = self.shards.manifest["settings"].get("captioner")
         return f"{manifest}+{self.long_captions:g} long captions" if recaptioned else manifest
 
     def __getitem__(self, i: int) -> Clip:
         arrays, metadata = self.shards.read(i)
-        caption = choose(metadata["caption"], metadata.get("captions", {}), metadata["name"], self.long_captions)
+        captions = metadata.get("captions", {})
+        caption = choose_caption(metadata["caption"], captions, metadata["name"], self.long_captions)
         return Clip(arrays["frames"], caption, metadata["fps"], metadata["name"])
 
 
-def open_clips(spec: str, *, long_captions: float = LONG_CAPTIONS) -> Sequence[Clip]:
-    """Clips by name: "shapes", "shapes:heldout" or "shapes:train:5000", or a directory that `prepare` wrote."""
+def open_clips(spec: str, *, long_captions: float = LONG_CAPTIONS) -> ClipSequence:
+    """The clips of "shapes", "shapes:heldout", "shapes:train:5000", or of a directory that `prepare` wrote.
+
+    Raises:
+        FileNotFoundError: the directory is not a prepared data set.
+    """
     if spec.split(":")[0] == "shapes":
         return Shapes.from_spec(spec, 100_000)
     if not is_url(spec) and not os.path.exists(os.path.join(spec, "manifest.json")):
@@ -53,10 +64,10 @@ def open_clips(spec: str, *, long_captions: float = LONG_CAPTIONS) -> Sequence[C
     return Records(spec, long_captions=long_captions)
 
 
-class Part(Sequence):
-    """clips[start:stop] without reading any."""
+class Part:
+    """clips[start:stop], which reads no clip until it is indexed."""
 
-    def __init__(self, clips: Sequence[Clip], start: int, stop: int):
+    def __init__(self, clips: ClipSequence, start: int, stop: int):
         self.clips, self.range = clips, range(start, stop)
 
     def __len__(self) -> int:
@@ -66,19 +77,30 @@ class Part(Sequence):
         return self.clips[self.range[i]]
 
 
-def hold_out(clips: Sequence[Clip], share: float = 1 / 16) -> tuple[Sequence[Clip], Sequence[Clip]]:
-    """(for training, held out): the last clips of a data set, at least one, are kept for evaluation."""
+def hold_out(clips: ClipSequence, share: float = 1 / 16) -> tuple[ClipSequence, ClipSequence]:
+    """(clips for training, clips for evaluation): the last `share` of the clips, at least one, is for evaluation.
+
+    Raises:
+        DataError: there are fewer than 2 clips.
+    """
     if len(clips) < 2:
-        raise DataError(f"{len(clips)} clips: at least 2 are needed to train on some and hold some out")
+        raise DataError(f"the data set has {len(clips)} clips; training with held-out clips needs at least 2")
     cut = len(clips) - max(1, round(share * len(clips)))
     return Part(clips, 0, cut), Part(clips, cut, len(clips))
 
 
-def choose(original: str, captions: dict[str, str], name: str, long_share: float = LONG_CAPTIONS) -> str:
-    """The caption that a clip of that name is trained on: the long one with probability `long_share`, else the original
-    or the short one, each of which is as likely if there are both. A function of the name: the same in every epoch.
+def choose_caption(original: str, captions: dict[str, str], name: str, long_share: float = LONG_CAPTIONS) -> str:
+    """The caption for training: the long one with probability `long_share`, else the original or the short one.
 
-    original: "" for none.   captions: {"short": ..., "long": ...}, or {} where no captioner was at work."""
+    The original and the short caption are equally likely. The choice depends on the clip's name only, so it is the same
+    in every epoch.
+
+    Args:
+        original: the source's caption; "" for none.
+        captions: {"short": ..., "long": ...} of a captioner; {} for none.
+        name: the clip's name.
+        long_share: between 0 and 1.
+    """
     if not 0 <= long_share <= 1:
         raise ValueError(f"the share of long captions is {long_share} and must be 0 to 1")
     if not captions:

@@ -1,4 +1,4 @@
-"""Several sources as one: "clips/ + films/*.tar + gs://bucket/more"."""
+"""Several sources, one after the other: "clips/ + films/*.tar + gs://bucket/more"."""
 
 from __future__ import annotations
 
@@ -9,14 +9,19 @@ from minisora_jax.io.concat_index import ConcatIndex
 from minisora_jax.sources.base import Media, SkipReport, Source
 
 
-class Together:
-    """Sources end to end. A clip's name begins with its source's, the last part of the spelling, as in films/cat.mp4.
+class ConcatSource:
+    """Concatenated sources. A clip's name begins with its source's label, as in films/cat.mp4.
 
-    Weights are not for here: a data set is prepared once, and mixtures of several are weighted in training.
+    There are no weights here: training weights mixtures of prepared data sets.
+
+    Args:
+        specs: the name of each source, see sources/spec.py. Its last part becomes the label.
+        sources: the opened sources, one for each spec.
+        strict: raise BadClip instead of skipping.
     """
 
-    def __init__(self, spellings: list[str], sources: list[Source], *, strict: bool = False):
-        self.sources, self.labels = sources, _labels(spellings)
+    def __init__(self, specs: list[str], sources: list[Source], *, strict: bool = False):
+        self.sources, self.labels = sources, _labels(specs)
         self.concat_index = ConcatIndex(map(len, sources))
         self.report = SkipReport(strict)
         for label, source in zip(self.labels, sources):
@@ -36,11 +41,11 @@ class Together:
         return self.__dict__ | {"report": SkipReport(self.report.strict)}
 
 
-def _labels(spellings: list[str]) -> list[str]:
-    """A short name of each, no two the same."""
+def _labels(specs: list[str]) -> list[str]:
+    """A short unique label for each source."""
     labels: list[str] = []
-    for spelling in spellings:
-        last = spelling.split("?")[0].rstrip("/").rpartition("/")[2]
+    for spec in specs:
+        last = spec.split("?")[0].rstrip("/").rpartition("/")[2]
         label = re.sub(r"[^\w.-]+", "-", last).strip("-.") or "source"
         number, unique = 2, label
         while unique in labels:

@@ -1,32 +1,42 @@
-"""Parquet files of clips, as Hugging Face's `datasets` writes them: a row a clip, the file's bytes in a column.
+"""Parquet files of clips, as Hugging Face's `datasets` writes them: one clip a row, the file's bytes in a column.
 
     data/train-00000-of-00009.parquet       video: struct<bytes, path> (or image, or plain binary)    caption: string
 
-Which columns these are is told by `datasets`' own note in the file, or by their types and names; where that leaves a
-choice, "?media=COLUMN&caption=COLUMN" after the files makes it. Only names and captions are read at first. A row group
-is then read as a stream: rows in order take the memory of a page, which is at most a row group (100 MB by `datasets`).
+The metadata of `datasets` in the file names these columns; otherwise their types and names do. If several columns fit,
+"?media=COLUMN&caption=COLUMN" after the files chooses. Opening reads names and captions only. A row group is then
+streamed: reading rows in order takes the memory of a page, which is at most a row group (100 MB with `datasets`).
 """
 
 from __future__ import annotations
 
 import json
 import threading
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from minisora_jax.io.filesystem import File
 from minisora_jax.io.video import VideoError
 from minisora_jax.sources.base import CAPTION_KEYS, BadClip, Media, SkipReport, clean_caption
 from minisora_jax.sources.sharded import Entry, Sharded
 
+if TYPE_CHECKING:
+    import pyarrow as pa
+
 BUFFER = 2**20  # bytes read ahead of a column
 
 
 class Parquets(Sharded):
-    """entry: (name, caption, row group, row in it).   media, caption: columns; "" finds out."""
+    """The clips of parquet files. An entry is (name, caption, row group, row in it).
+
+    Args:
+        media: the column of files; "" finds it by metadata, type or name.
+        caption: the column of captions; "" finds it.
+    """
 
     kind = "parquet"
 
     def __init__(
-        self, files: list[File], *, media: str = "", caption: str = "", need_caption: bool = True, strict=False
+        self, files: list[File], *, media: str = "", caption: str = "", need_caption: bool = True, strict: bool = False
     ):
         _pyarrow()
         self.media, self.caption = media, caption
@@ -43,18 +53,20 @@ class Parquets(Sharded):
             except (pa.ArrowException, OSError) as error:
                 report.add("", "unreadable file", f"{file.url}: {error}")
                 return []
-            wanted, first = [c for c in (caption, path and f"{media}.path") if c], 0
+            columns, first = [c for c in (caption, path and f"{media}.path") if c], 0
             for group in range(table.num_row_groups):
                 rows = table.metadata.row_group(group).num_rows
+                captions = paths = [None] * rows
                 try:
-                    found = table.read_row_group(group, columns=wanted) if wanted else None
-                    captions = found[caption].to_pylist() if caption else [None] * rows
-                    paths = [p and p["path"] for p in found[media].to_pylist()] if path else [None] * rows
+                    if columns:
+                        texts = table.read_row_group(group, columns=columns)
+                        captions = texts[caption].to_pylist() if caption else captions
+                        paths = [p and p["path"] for p in texts[media].to_pylist()] if path else paths
                 except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
                     report.add("", "corrupt row group", f"rows {first} to {first + rows - 1} of {file.url}: {error}")
                     captions = paths = []
-                for row, (text, called) in enumerate(zip(captions, paths)):
-                    name = _name(called, first + row, taken)
+                for row, (text, stored_path) in enumerate(zip(captions, paths)):
+                    name = _name(stored_path, first + row, taken)
                     try:
                         if text is None and self.need_caption:
                             raise BadClip(name, "no caption", f"row {first + row} of {file.url}, column {caption!r}")
@@ -64,8 +76,12 @@ class Parquets(Sharded):
                 first += rows
         return entries
 
-    def columns(self, file: File, schema) -> tuple[str, str, bool]:
-        """(the column of files, of captions ("" for none needed), and whether the former has paths)."""
+    def columns(self, file: File, schema: pa.Schema) -> tuple[str, str, bool]:
+        """(the column of files, the column of captions or "" for none, whether the column of files has paths).
+
+        Raises:
+            ValueError: no column or several columns fit, or a given name is no column.
+        """
         media = self.media or _only("media", file, _media_columns(schema), schema.names)
         _known("media", media, file, schema.names)
         caption = self.caption or _caption_column(file, schema, self.need_caption)
@@ -92,34 +108,39 @@ class Parquets(Sharded):
         return Media(name, caption, data)
 
     def _stream(self, file: File, group: int, row: int) -> bytes | None:
-        """A row's bytes: the next of the open row group if it comes later, else from the group's start."""
-        if self._at is None or self._at[:2] != (file.url, group) or self._at[2] > row:
+        """The bytes of a row. Reads on in the open row group if the row is ahead, else from the group's start."""
+        at, rows = self._at, self._rows
+        if at is None or rows is None or at[:2] != (file.url, group) or at[2] > row:
             table = _pyarrow().ParquetFile(file.open(), buffer_size=BUFFER, pre_buffer=False)
             media, _, _ = self.columns(file, table.schema_arrow)
             leaf = f"{media}.bytes" if _fields(table.schema_arrow.field(media).type) else media
-            self._rows = table.iter_batches(1, row_groups=[group], columns=[leaf], use_threads=False)
-            self._at = (file.url, group, 0)
-        for at in range(self._at[2], row + 1):
-            batch = next(self._rows)
-            self._at = (file.url, group, at + 1)
-        value = batch.column(0)[0].as_py()
+            self._rows = rows = table.iter_batches(1, row_groups=[group], columns=[leaf], use_threads=False)
+            self._at = at = (file.url, group, 0)
+        value = None
+        for n in range(at[2], row + 1):
+            value = next(rows).column(0)[0]
+            self._at = (file.url, group, n + 1)
+        value = value.as_py() if value is not None else None
         return value.get("bytes") if isinstance(value, dict) else value
 
     def _forget(self) -> None:
         super()._forget()
-        self._reading, self._at, self._rows = threading.Lock(), None, None
+        self._reading = threading.Lock()
+        self._at: tuple[str, int, int] | None = None  # (file, row group, next row) of the open stream
+        self._rows: Iterator[pa.RecordBatch] | None = None
 
 
 def splits(names: list[str]) -> list[str]:
-    """The splits of a Hugging Face directory: 'train' of data/train-00000-of-00009.parquet or of train/0.parquet."""
+    """The splits in the file names of a Hugging Face directory, such as 'train' of data/train-00000-of-00009.parquet
+    or of train/0.parquet."""
     known = ("train", "test", "validation", "val", "valid", "dev", "eval")
     words = [name.replace("/", "-").replace("_", "-").replace(".", "-").split("-") for name in names]
     return sorted({word for split in words for word in split if word in known})
 
 
-def _name(called: str | None, row: int, taken: set[str]) -> str:
-    """The row's path, with its number if that is missing, odd or taken: datasets keep base names only."""
-    name = called.replace("\\", "/").rpartition("/")[2] if called else ""
+def _name(path: str | None, row: int, taken: set[str]) -> str:
+    """The base name of a row's path, or its number. A taken name gets the number as a suffix."""
+    name = path.replace("\\", "/").rpartition("/")[2] if path else ""
     if not name:
         name = f"{row:08d}"
     elif name in taken:
@@ -128,18 +149,18 @@ def _name(called: str | None, row: int, taken: set[str]) -> str:
     return name
 
 
-def _media_columns(schema) -> list[str]:
+def _media_columns(schema: pa.Schema) -> list[str]:
     import pyarrow.types as types
 
     note = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
     features = note.get("info", {}).get("features", {})
-    said = [name for name in schema.names if features.get(name, {}).get("_type") in ("Video", "Image")]
+    declared = [name for name in schema.names if features.get(name, {}).get("_type") in ("Video", "Image")]
     structs = [field.name for field in schema if "bytes" in _fields(field.type)]
     binary = [f.name for f in schema if types.is_binary(f.type) or types.is_large_binary(f.type)]
-    return said or structs or binary
+    return declared or structs or binary
 
 
-def _caption_column(file: File, schema, needed: bool) -> str:
+def _caption_column(file: File, schema: pa.Schema, needed: bool) -> str:
     import pyarrow.types as types
 
     texts = [field.name for field in schema if types.is_string(field.type) or types.is_large_string(field.type)]
@@ -148,12 +169,14 @@ def _caption_column(file: File, schema, needed: bool) -> str:
     return _only("caption", file, texts, schema.names) if needed else ""
 
 
-def _only(what: str, file: File, found: list[str], names: list[str]) -> str:
-    if len(found) == 1:
-        return found[0]
+def _only(what: str, file: File, columns: list[str], names: list[str]) -> str:
+    """The one column that fits; ValueError for none or several."""
+    if len(columns) == 1:
+        return columns[0]
+    fitting = f"{len(columns)} columns that may be its {what}: {', '.join(columns)}"
     raise ValueError(
-        f"{file.url} has {len(found) or 'no'} columns that may be its {what}{': ' if found else ''}{', '.join(found)}; "
-        f"say which it is by '?{what}=COLUMN' after the files. Its columns are {', '.join(names)}"
+        f"{file.url} has {fitting if columns else f'no columns that may be its {what}'}; "
+        f"name it by '?{what}=COLUMN' after the files. Its columns are {', '.join(names)}"
     )
 
 
@@ -162,10 +185,11 @@ def _known(what: str, column: str, file: File, names: list[str]) -> None:
         raise ValueError(f"{file.url} has no column {column!r} for '?{what}='; its columns are {', '.join(names)}")
 
 
-def _fields(kind) -> list[str]:
-    import pyarrow.types as types
+def _fields(kind: pa.DataType) -> list[str]:
+    """The fields of a struct type; [] for other types."""
+    import pyarrow as pa
 
-    return [kind.field(i).name for i in range(kind.num_fields)] if types.is_struct(kind) else []
+    return [kind.field(i).name for i in range(kind.num_fields)] if isinstance(kind, pa.StructType) else []
 
 
 def _pyarrow():

@@ -1,4 +1,4 @@
-"""A data set that `prepare` wrote, as a source again: to join several, to crop to other cells, to filter once more."""
+"""A prepared data set as a source: to join several, to crop to another cell, or to filter again."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from minisora_jax.sources.clips import Records
 
 
 class Prepared:
-    """The clips of a prepared data set, frames as they are in it. The table of sizes tells which have no caption."""
+    """The clips of a prepared data set with their stored frames. The table of sizes shows which have no caption."""
 
     def __init__(self, directory: str | os.PathLike, *, need_caption: bool = True, strict: bool = False):
         self.directory = os.fspath(directory) if is_url(directory) else os.path.abspath(directory)
         self.need_caption, self.report, self.records = need_caption, SkipReport(strict), Records(self.directory)
         kept = self.records.sizes[:, 3] > 0 if need_caption else np.ones(len(self.records), bool)
         for i in np.flatnonzero(~kept):
-            self.report.add(f"record {i}", "no caption", f"of {directory}")
+            self.report.add(f"record {i}", "no caption", f"in {directory}")
         self.numbers = np.flatnonzero(kept)
         self.identity = f"prepared:{self.records.identity}{'' if need_caption else ' without captions'}"
 

@@ -1,9 +1,10 @@
-"""A folder of clips on object storage, "gs://bucket/clips": captions beside the clips or in a table, as elsewhere."""
+"""A folder of clips on object storage, such as "gs://bucket/clips", with the same captions as a local folder."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+from typing import Any
 
 from minisora_jax.io.filesystem import File, filesystem, listing
 from minisora_jax.sources.base import METADATA, TABLES, Media, SkipReport, reopened, scan_names
@@ -12,10 +13,10 @@ CAPTIONS = (".txt", ".json")
 
 
 class RemoteFolder:
-    """The videos and images of a remote folder, in order of name. One listing, and one read of each caption.
+    """The videos and images of a remote folder, sorted by name. It costs one listing, and one read of each caption.
 
-    A pickled RemoteFolder is its URL: whoever unpickles it lists it again, once a process, and insists on the same
-    contents. With very many clips, tars or one table of captions are quicker to begin with than a file a caption.
+    A pickled RemoteFolder is its URL. Each process that unpickles it lists the folder again and checks that the
+    contents are the same. With very many clips, tars or one caption table open faster than a caption file a clip.
     """
 
     def __init__(self, url: str, *, need_caption: bool = True, strict: bool = False):
@@ -45,11 +46,12 @@ def _is_table(name: str) -> bool:
 
 
 def _read_all(files: dict[str, File]) -> dict[str, bytes]:
-    """The bytes of small files, many at a time where the storage can."""
+    """The bytes of small files, read in parallel where the storage supports it."""
     if not files:
         return {}
     fs, _ = filesystem(next(iter(files.values())).url)
-    paths = {fs._strip_protocol(file.url): name for name, file in files.items()}
-    found = fs.cat(list(paths), on_error="raise")
-    found = found if isinstance(found, dict) else {next(iter(paths)): found}  # a lone file comes bare
-    return {name: found[path] for path, name in paths.items()}
+    paths = {str(fs._strip_protocol(file.url)): name for name, file in files.items()}
+    contents: Any = fs.cat(list(paths), on_error="raise")  # a dict, or the bare bytes of a single file
+    if not isinstance(contents, dict):
+        contents = {next(iter(paths)): contents}
+    return {name: contents[path] for path, name in paths.items()}

@@ -1,8 +1,8 @@
-"""Sources of several large files (tar, parquet), of which each is indexed by itself.
+"""Sources of several large files (tar, parquet), each with an index of its own.
 
-The first look at a source indexes every file, counts, and forgets: what stays, and what is pickled, is a count and a
-digest a file. Whoever reads a clip indexes that clip's file again and keeps the last few; if a file has changed in
-between, its digest says so. So memory is bounded by a file's index, and no worker goes through files that are not its.
+Opening a source indexes every file once. Only a count and a digest of each file stay in memory and are pickled. Reading
+a clip indexes its file again and keeps the last few indices; the digest shows whether a file has changed meanwhile. So
+memory is bounded by the index of a file, and a worker indexes only the files of its own clips.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from minisora_jax.io.concat_index import ConcatIndex
 from minisora_jax.io.filesystem import File
 from minisora_jax.sources.base import Media, SkipReport
 
-KEPT = 3  # indices a process holds
-THREADS = 8  # that index, each a file: most of the time they wait for storage
+KEPT = 3  # indices that a process keeps
+THREADS = 8  # files that are indexed at a time; most of the time is waiting for storage
 
-Entry = tuple  # (name, caption, and what a kind of file needs to find the clip)
+Entry = tuple  # (name, caption, ...); a subclass adds the place of the clip in its file
 
 
 class Sharded(abc.ABC):
-    """The clips of `files` in order. A kind of file says how to `index` one and how to `read` an entry of it.
+    """The clips of `files` in order. A subclass implements `index` of a file and `read` of an entry.
 
-    Names are unique: of several files, each one's clips are called by the file too, as in train-000/cat.mp4.
+    Names are unique: with several files, a clip's name begins with its file's, as in train-000/cat.mp4.
     """
 
     kind: str
@@ -51,12 +51,16 @@ class Sharded(abc.ABC):
 
     @abc.abstractmethod
     def index(self, file: File, report: SkipReport) -> list[Entry]:
-        """The clips of a file, names unique within it. What is left out goes to the report; ImportError and ValueError
-        for what is wrong with the whole source."""
+        """The entries of a file, with names that are unique within it. Skipped clips are added to the report.
+
+        Raises:
+            ImportError: a package is missing.
+            ValueError: an option or the format is wrong for the whole source.
+        """
 
     @abc.abstractmethod
     def read(self, file: File, entry: Entry) -> Media:
-        """A clip, its data a VideoError where it is damaged; OSError where the storage fails."""
+        """A clip. The data of a damaged clip is a VideoError. Raises OSError where the storage fails."""
 
     def __len__(self) -> int:
         return len(self.concat_index)
@@ -96,6 +100,7 @@ class Sharded(abc.ABC):
             return self._indices[shard]
 
     def _forget(self) -> None:
+        """Drop the cached indices."""
         self._indices: OrderedDict[int, list[Entry]] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -104,12 +109,15 @@ class Sharded(abc.ABC):
         return state | {"report": SkipReport(self.report.strict)}
 
     def __setstate__(self, state):
-        self.__dict__.update(state)
+        vars(self).update(state)
         self._forget()
 
 
 def prefixes(urls: list[str]) -> list[str]:
-    """'train-000/' of each file: its path below what all share, without the suffix. A lone file needs none."""
+    """The prefix of each file's clips, such as 'train-000/': its path below the common folder, without the suffix.
+
+    A single file has the prefix "".
+    """
     if len(urls) < 2:
         return [""] * len(urls)
     top = os.path.commonpath([os.path.dirname(url) for url in urls])

@@ -4,16 +4,17 @@
     tfds:bridge/config:2.0.0:train[:10%]?data_dir=/data&fps=5&media=steps/observation/image_0
     tfds:/data/bridge/2.0.0:train?fps=5                the directory itself
 
-Of each example one feature is the clip, and one its caption; `choose` tells them by types and names, "?media=" and
-"?caption=" by their paths:
+One feature of an example is the clip, and another its caption. `find_features` finds them by types and names;
+"?media=PATH" and "?caption=PATH" choose them:
 
     Text (a file's bytes)              VideoClips of sources/tfds_builder.py, and sets like it
     Video, Sequence(Image), Tensor     frames
     Dataset of steps with an Image     RLDS: an episode is a clip, its language instruction the caption
     Image                              a clip of one frame
 
-Images stay encoded until ours decodes them. `Video` cannot be made without TensorFlow, but its records are those of
-Sequence(Image), and so it is read. Sets of ArrayRecord go through TFDS's data source, TFRecord through our index.
+Images stay encoded until this package's own decoder reads them. TFDS's `Video` feature needs TensorFlow. Its records
+equal those of Sequence(Image), so they are read as such. ArrayRecord files go through TFDS's data source, and TFRecord
+files through the index below.
 """
 
 from __future__ import annotations
@@ -24,40 +25,65 @@ import os
 import re
 import struct
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any, Protocol
 
 import numpy as np
 
 from minisora_jax.io.concat_index import ConcatIndex
-from minisora_jax.io.filesystem import find
+from minisora_jax.io.filesystem import File, find
 from minisora_jax.io.video import VideoError
 from minisora_jax.sources.base import BadClip, Media, SkipReport, clean_caption, reopened
-from minisora_jax.sources.tfds_features import builder_of, choose, import_tfds, texts_of, undecoded, value_of
+from minisora_jax.sources.tfds_features import builder_of, find_features, import_tfds, texts_of, undecoded, value_of
 
 VERSION = re.compile(r"\d+\.\d+\.\d+")
 
 
 class Tfds:
-    """A split of a TFDS data set. Captions are inside the records, so a clip that has none is known when it is read.
+    """A split of a TFDS data set. Captions are in the records, so a missing caption shows only when a clip is read.
 
-    media, caption: paths of features, such as "steps/observation/image"; "" finds out.   fps: of frames whose data set
-    does not say it.   ValueError where the features leave a choice, or there is no rate.
+    Args:
+        directory: the folder of one version of the data set.
+        media: the path of the clip's feature, such as "steps/observation/image"; "" finds it.
+        caption: the path of the caption's feature; "" finds it.
+        fps: frames per second, for data sets that do not store it; "" for those that do.
+
+    Raises:
+        ValueError: several features fit, the split is unknown, or there is no frame rate.
     """
 
-    def __init__(self, directory: str, split: str, media="", caption="", fps="", *, need_caption=True, strict=False):
+    def __init__(
+        self,
+        directory: str,
+        split: str,
+        media: str = "",
+        caption: str = "",
+        fps: str = "",
+        *,
+        need_caption: bool = True,
+        strict: bool = False,
+    ):
         self.report, self.need_caption = SkipReport(strict), need_caption
-        self.arguments = {"directory": directory, "split": split, "media": media, "caption": caption, "fps": fps}
-        self.arguments["need_caption"] = need_caption
+        self.arguments: dict[str, str | bool] = {
+            "directory": directory,
+            "split": split,
+            "media": media,
+            "caption": caption,
+            "fps": fps,
+            "need_caption": need_caption,
+        }
         self.split = split
         builder = builder_of(directory)
         try:
             instructions = builder.info.splits[split].file_instructions
         except (KeyError, ValueError) as error:
             raise ValueError(f"{directory} has the splits {', '.join(builder.info.splits)}, not {split!r}") from error
-        self.clip, self.caption, self.rate = choose(builder.info.features, directory, media, caption, need_caption)
+        features = builder.info.features
+        self.clip, self.caption, self.rate = find_features(features, directory, media, caption, need_caption)
         self.fps = _rate(fps) if fps else None
         if self.clip.kind in ("frames", "tensor", "steps") and not (self.rate or self.fps):
-            raise ValueError(f"{directory} does not say how many frames a second it has: add '?fps=10', for example")
+            raise ValueError(f"{directory} has no feature with the frames per second: add '?fps=10', for example")
         self.examples = _examples(builder, split, instructions, directory)
         shards = [find(instruction.filename)[0] for instruction in instructions]
         metadata = [[file.url.rpartition("/")[2], file.size, file.version] for file in shards]
@@ -71,9 +97,9 @@ class Tfds:
         name = f"{self.split}-{i:08d}"
         try:
             example = self.examples[i]
-        except (IndexError, OSError):  # not the record's fault
+        except (IndexError, OSError):  # the index or the storage is at fault, not the record
             raise
-        except Exception as error:  # protobuf's, ArrayRecord's, TFDS's own, whatever is broken
+        except Exception as error:  # a damaged record raises errors of protobuf, ArrayRecord or TFDS
             return Media(name, "", VideoError("corrupt record", f"example {i}: {type(error).__name__}: {error}"))
         if self.clip.named:
             name = example["name"].decode("utf-8", "backslashreplace")
@@ -97,8 +123,25 @@ class Tfds:
         return reopened, (Tfds, tuple(where), need_caption, self.identity)
 
 
-def open_tfds(spec: str, *, data_dir="", media="", caption="", fps="", need_caption=True, strict=False) -> Tfds:
-    """tfds:NAME[/CONFIG][:VERSION]:SPLIT, or tfds:DIRECTORY:SPLIT."""
+def open_tfds(
+    spec: str,
+    *,
+    data_dir: str = "",
+    media: str = "",
+    caption: str = "",
+    fps: str = "",
+    need_caption: bool = True,
+    strict: bool = False,
+) -> Tfds:
+    """The source of tfds:NAME[/CONFIG][:VERSION]:SPLIT or tfds:DIRECTORY:SPLIT; `Tfds` explains the arguments.
+
+    Args:
+        data_dir: the folder of data sets; "" for TFDS's own, ~/tensorflow_datasets.
+
+    Raises:
+        ValueError: the name has another form.
+        FileNotFoundError: there is no such data set or version.
+    """
     match = re.fullmatch(r"tfds:(.+?)(?::(\d+\.\d+\.\d+))?:(\w[^:]*(?:\[[^\]]*\])?)", spec)
     if not match:
         raise ValueError(
@@ -109,29 +152,37 @@ def open_tfds(spec: str, *, data_dir="", media="", caption="", fps="", need_capt
     return Tfds(directory, split, media, caption, fps, need_caption=need_caption, strict=strict)
 
 
-def _directory(tfds, name: str, version: str | None, data_dir: str) -> str:
-    """Where the data set lies: DATA_DIR/NAME/CONFIG/VERSION, of the newest version unless one is asked for."""
+def _directory(tfds: ModuleType, name: str, version: str | None, data_dir: str) -> str:
+    """The folder of a data set: DATA_DIR/NAME/CONFIG/VERSION; the newest version if `version` is None."""
     from etils import epath
 
-    here = epath.Path(name).expanduser()
-    if (here / "dataset_info.json").exists():
-        return os.fspath(here)
+    directory = epath.Path(name).expanduser()
+    if (directory / "dataset_info.json").exists():
+        return os.fspath(directory)
     top = epath.Path(data_dir or tfds.core.constants.DATA_DIR).expanduser() / name
-    found = [p.name for p in top.iterdir() if p.is_dir()] if top.is_dir() else []
-    versions = sorted((p for p in found if VERSION.fullmatch(p)), key=lambda v: [*map(int, v.split("."))])
+    names = [p.name for p in top.iterdir() if p.is_dir()] if top.is_dir() else []
+    versions = sorted((p for p in names if VERSION.fullmatch(p)), key=lambda v: [*map(int, v.split("."))])
     if versions and (version is None or version in versions):
         return os.fspath(top / (version or versions[-1]))
-    there = f"it has {', '.join(sorted(found))}" if found else "nothing is there"
+    content = f"it has {', '.join(sorted(names))}" if names else "it is empty or missing"
     raise FileNotFoundError(
-        f"there is no data set {name}{f' of version {version}' if version else ''} in {top}: {there}. "
-        "Say where by '?data_dir=DIR'; a configuration is part of the name, as in NAME/CONFIG"
+        f"there is no data set {name}{f' of version {version}' if version else ''} in {top}: {content}. "
+        "Name the folder of data sets by '?data_dir=DIR'. A configuration is part of the name, as in NAME/CONFIG"
     )
 
 
 # ---- Examples
 
 
-def _examples(builder, split: str, instructions: list, where: str) -> Sequence[dict]:
+class Examples(Protocol):
+    """The examples of a split, in order."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, i: int, /) -> dict: ...
+
+
+def _examples(builder: Any, split: str, instructions: list, where: str) -> Examples:
     decoders = undecoded(builder.info.features)
     kind = builder.info.file_format.value
     if kind == "array_record":
@@ -142,13 +193,16 @@ def _examples(builder, split: str, instructions: list, where: str) -> Sequence[d
 
 
 class TFRecords:
-    """The records of TFRecord files: length, its checksum, bytes, their checksum. Places are found file by file, at the
-    first need. The checksums are left alone: images, and the protocol buffer around them, have their own structure."""
+    """The examples of TFRecord files. A record is: length, checksum of the length, bytes, checksum of the bytes.
 
-    def __init__(self, instructions: list, features, decoders):
+    A file is indexed when its first example is read. Checksums are not verified, since damage also breaks the images or
+    the protocol buffer around them.
+    """
+
+    def __init__(self, instructions: list, features: Any, decoders: dict):
         self.instructions, self.features, self.decoders = instructions, features, decoders
         self.concat_index = ConcatIndex(instruction.take for instruction in instructions)
-        self.places: dict[int, np.ndarray] = {}  # of each file (n, 2): where a record begins, and its bytes
+        self.places: dict[int, np.ndarray] = {}  # file number -> (n, 2): first byte and length of each record
         self.lock = threading.Lock()
 
     def __len__(self) -> int:
@@ -164,13 +218,14 @@ class TFRecords:
         places, at = self.places[number], at + instruction.skip
         if at >= len(places):
             raise ValueError(
-                f"{file.url} has {len(places)} whole records of {instruction.examples_in_shard}: it is cut"
+                f"{file.url} has {len(places)} whole records of {instruction.examples_in_shard}: it is truncated"
             )
         start, size = map(int, places[at])
         return self.features.deserialize_example_np(file.read(start, start + size), decoders=self.decoders)
 
 
-def _records(file) -> Iterator[tuple[int, int]]:
+def _records(file: File) -> Iterator[tuple[int, int]]:
+    """(first byte, length) of each whole record of a TFRecord file."""
     with file.open() as opened:
         at = 0
         while len(head := opened.read(12)) == 12:

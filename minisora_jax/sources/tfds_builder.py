@@ -1,10 +1,11 @@
-"""Any source as a TensorFlow Datasets set, `video_clips`, written and read without TensorFlow.
+"""Write any source as a TensorFlow Datasets data set, `video_clips`. Neither writing nor reading needs TensorFlow.
 
     python -m minisora_jax.sources.tfds_builder my_clips/ /data/tfds --split train
     tfds.data_source("video_clips", split="train", data_dir="/data/tfds")[0]
     {"clip": bytes of an mp4 (or another video or image file), "caption": bytes, "fps": float64, "name": bytes}
 
-A clip's file is stored as it is, and frames that never were a file as lossless FFV1; `fps` is 0 where the file knows.
+A clip's file is stored unchanged. Frames without a file are stored as lossless FFV1. `fps` is 0 where the file states
+its own rate.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import av
 import numpy as np
 from PIL import Image
 
-from minisora_jax.io.video import VideoError
+from minisora_jax.io.video import STILL_FPS, VideoError
 from minisora_jax.sources.base import Media, SkipReport, Source, header
 from minisora_jax.sources.spec import open_source
 
@@ -31,10 +32,14 @@ except ImportError as error:
 
 
 class VideoClips(tfds.core.GeneratorBasedBuilder):
-    """sources: {split: Source}; not needed to read what is there. What it leaves out is in `reports`, by split."""
+    """The builder. `reports` has the skipped clips of each split.
+
+    Args:
+        sources: {split: source} to write; None for reading only.
+    """
 
     VERSION = tfds.core.Version("1.0.0")
-    __module__ = "minisora_jax.sources.tfds_builder"  # also where this file is run as a program
+    __module__ = "minisora_jax.sources.tfds_builder"  # the same name when this file runs as a program
 
     def __init__(self, *, sources: dict[str, Source] | None = None, file_format: str = "array_record", **options):
         self.sources, self.reports = sources or {}, {}
@@ -47,12 +52,12 @@ class VideoClips(tfds.core.GeneratorBasedBuilder):
             builder=self,
             description="Video clips as files, with captions.",
             features=tfds.features.FeaturesDict(features),
-            disable_shuffling=True,  # in the order of the source; who reads at random shuffles by number
+            disable_shuffling=True,  # keeps the order of the source; readers shuffle by index
         )
 
     def _split_generators(self, dl_manager):
         if not self.sources:
-            raise ValueError("VideoClips(sources={'train': open_source(...)}) says what to build it from")
+            raise ValueError("there is nothing to build from: pass VideoClips(sources={'train': open_source(...)})")
         return {split: self._generate_examples(split) for split in self.sources}
 
     def _generate_examples(self, split: str) -> Iterator[tuple[int, dict]]:
@@ -71,26 +76,32 @@ class VideoClips(tfds.core.GeneratorBasedBuilder):
 
 
 def build(source: Source, data_dir: str | os.PathLike, split: str = "train") -> SkipReport:
-    """Write a source as DATA_DIR/video_clips/1.0.0, and say what was left out. FileExistsError if it is there."""
+    """Write a source as DATA_DIR/video_clips/1.0.0, and return the report of skipped clips.
+
+    Raises:
+        FileExistsError: the data set exists.
+    """
     builder = VideoClips(sources={split: source}, data_dir=os.fspath(data_dir))
     if os.path.exists(builder.data_dir):
-        raise FileExistsError(f"{builder.data_dir} is there already: delete it, or write to another DATA_DIR")
+        raise FileExistsError(f"{builder.data_dir} exists: delete it, or write to another DATA_DIR")
     builder.download_and_prepare()
     return builder.reports[split]
 
 
 def as_file(media: Media) -> bytes:
-    """The bytes of a clip's file; of frames a lossless one: FFV1 in Matroska, or PNG for a single frame."""
+    """The bytes of a clip's file; for frames a lossless file: FFV1 in Matroska, or PNG for a single frame."""
     if isinstance(media.data, Path):
         return media.data.read_bytes()
     if isinstance(media.data, bytes):
         return media.data
+    if isinstance(media.data, VideoError):
+        raise media.data
     file = io.BytesIO()
     if len(media.data) == 1:
         Image.fromarray(media.data[0]).save(file, "PNG")
         return file.getvalue()
     with av.open(file, "w", format="matroska") as container:
-        stream = container.add_stream("ffv1", rate=Fraction(media.fps).limit_denominator(1001))
+        stream = container.add_stream("ffv1", rate=Fraction(media.fps or STILL_FPS).limit_denominator(1001))
         _, stream.height, stream.width, _ = media.data.shape
         stream.pix_fmt = "bgr0"
         for frame in media.data:
@@ -100,9 +111,10 @@ def as_file(media: Media) -> bytes:
 
 
 def main() -> None:
+    """Run the command line of this module."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", help="a folder of clips, or another source of docs/sources.md")
-    parser.add_argument("data_dir", help="where TFDS keeps its data sets")
+    parser.add_argument("data_dir", help="the folder of TFDS data sets")
     parser.add_argument("--split", default="train")
     parser.add_argument("--no-captions", action="store_true", help="keep clips without captions")
     args = parser.parse_args()

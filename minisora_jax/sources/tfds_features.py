@@ -1,9 +1,10 @@
-"""Which feature of a TFDS data set is the clip, which its caption, and how a clip is taken out of an example."""
+"""Find the features of a TFDS data set that hold the clip, its caption and its rate, and read them from examples."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -15,13 +16,14 @@ CAPTIONS = (  # names of features, the likeliest first
     *("caption", "text", "prompt", "description"),
 )
 RATES = ("fps", "frame_rate", "frames_per_second")
-FILES = ("clip", "video", "mp4", "bytes")  # names of strings that are a file
-OURS = {("clip",), ("caption",), ("fps",), ("name",)}  # of VideoClips, whose names are unique
+FILES = ("clip", "video", "mp4", "bytes")  # names of string features that hold a file
+OURS = {("clip",), ("caption",), ("fps",), ("name",)}  # the features of VideoClips, whose names are unique
 
-Path = tuple[str, ...]  # of a feature: ("steps", "observation", "image")
+Path = tuple[str, ...]  # the path of a feature: ("steps", "observation", "image")
 
 
-def import_tfds():
+def import_tfds() -> ModuleType:
+    """tensorflow_datasets; ImportError with the command that installs it."""
     try:
         import tensorflow_datasets
     except ImportError as error:
@@ -29,8 +31,8 @@ def import_tfds():
     return tensorflow_datasets
 
 
-def builder_of(directory: str):
-    """TFDS's builder of a directory, with `Video` taken for the Sequence(Image) that it is stored as."""
+def builder_of(directory: str) -> Any:
+    """TFDS's read-only builder of a directory. Features of type `Video` become Sequence(Image), as they are stored."""
     import_tfds()
     from etils import epath
     from google.protobuf import json_format
@@ -38,7 +40,7 @@ def builder_of(directory: str):
 
     info = dataset_info.read_proto_from_builder_dir(directory)
     content = json.loads((epath.Path(directory) / "features.json").read_text())
-    if "pythonClassName" in content:  # TFDS below 4.4 wrote "type", and leaves nothing to do
+    if "pythonClassName" in content:  # TFDS below 4.4 writes "type", and needs no change
         json_format.ParseDict(_without_video(content), info.features)
     return read_only_builder.ReadOnlyBuilder(builder_dir=directory, info_proto=info)
 
@@ -59,16 +61,22 @@ def _without_video(node: Any) -> Any:
     return {key: _without_video(value) for key, value in node.items()}
 
 
-# ---- What is what
+# ---- Finding features
 
 
 class Feature:
-    """The clip of an example. kind: "file", "frames", "tensor", "steps" or "image".   named: examples have names."""
+    """The feature that holds the clip.
+
+    Args:
+        kind: "file", "frames", "tensor", "steps" or "image".
+        named: the examples have unique names.
+    """
 
     def __init__(self, path: Path, kind: str, named: bool):
         self.path, self.kind, self.named = path, kind, named
 
     def read(self, example: dict) -> bytes | np.ndarray:
+        """The clip of an example: the bytes of a file, or uint8 frames (T, H, W, 3)."""
         if self.kind == "steps":
             return _decoded([value_of(step, self.path[1:]) for step in example[self.path[0]]])
         value = value_of(example, self.path)
@@ -77,39 +85,53 @@ class Feature:
         return np.asarray(value) if self.kind == "tensor" else value
 
 
-def choose(features, where: str, media: str, caption: str, need_caption: bool) -> tuple[Feature, Path, Path]:
-    """(the clip, the path of its caption, of its frame rate); () for none."""
+def find_features(
+    features: Any, where: str, media: str, caption: str, need_caption: bool
+) -> tuple[Feature, Path, Path]:
+    """(the clip's feature, the path of its caption, the path of its frame rate); a missing path is ().
+
+    Args:
+        features: the data set's FeaturesDict.
+        where: the name of the data set in errors.
+        media: the path of the clip's feature; "" finds it.
+        caption: the path of the caption's feature; "" finds it.
+
+    Raises:
+        ValueError: no feature fits, or several do.
+    """
     leaves = dict(_leaves(features))
     kinds = {path: kind for path, leaf in leaves.items() if (kind := _kind(path, leaf, features))}
     clip = tuple(media.split("/")) if media else _best(kinds, where)
     if clip not in kinds:
-        raise ValueError(f"{where} has no clips in {media!r}; those may be in {_listed(kinds) or 'no feature of it'}")
+        raise ValueError(f"{where} has no clips in {media!r}; it may have them in {_listed(kinds) or 'no feature'}")
     texts = [path for path, leaf in leaves.items() if _is_text(leaf) and path != clip]
     if caption and tuple(caption.split("/")) not in texts:
-        raise ValueError(f"{where} has no text in {caption!r}; that is in {_listed(texts) or 'no feature of it'}")
+        raise ValueError(f"{where} has no text in {caption!r}; it has text in {_listed(texts) or 'no feature'}")
     named = sorted((path for path in texts if path[-1] in CAPTIONS), key=lambda path: CAPTIONS.index(path[-1]))
     if not caption and not named and need_caption:
-        known = _listed(texts) or "no feature of it"
-        raise ValueError(f"{where}: which feature is the caption? Say it by '?caption=PATH'; text is in {known}")
-    words = tuple(caption.split("/")) if caption else (named or [()])[0]
+        known = _listed(texts) or "no feature"
+        raise ValueError(f"{where}: which feature is the caption? Name it by '?caption=PATH'; text is in {known}")
+    caption_path: Path = tuple(caption.split("/")) if caption else (named or [()])[0]
     rates = [path for path in leaves if path[-1] in RATES and not _in_steps(path, features)]
-    return Feature(clip, kinds[clip], set(leaves) == OURS), words, (rates or [()])[0]
+    return Feature(clip, kinds[clip], set(leaves) == OURS), caption_path, (rates or [()])[0]
 
 
 def _best(kinds: dict[Path, str], where: str) -> Path:
+    """The likeliest feature of the clip."""
     for kind in ("steps", "frames", "tensor", "file", "image"):
-        found = [path for path, k in kinds.items() if k == kind]
-        plain = [path for path in found if path[-1] in ("image", "video", "clip")]
-        if len(found) == 1 or len(plain) == 1:
-            return (found if len(found) == 1 else plain)[0]
-        if found:
-            raise ValueError(f"{where}: which feature is the clip? Say it by '?media=PATH': {_listed(found)}")
+        paths = [path for path, k in kinds.items() if k == kind]
+        plain = [path for path in paths if path[-1] in ("image", "video", "clip")]
+        if len(paths) == 1 or len(plain) == 1:
+            return (paths if len(paths) == 1 else plain)[0]
+        if paths:
+            raise ValueError(f"{where}: which feature is the clip? Name it by '?media=PATH': {_listed(paths)}")
     raise ValueError(
-        f"{where} has no feature that is a clip: no Image, Video, frames, nor string called {', '.join(FILES)}"
+        f"{where} has no feature that is a clip: no Image, Video or frames, and no string called {', '.join(FILES)}"
     )
 
 
-def _kind(path: Path, leaf, features) -> str:
+def _kind(path: Path, leaf: Any, features: Any) -> str:
+    """The kind of clip that a feature holds; "" for none."""
     import tensorflow_datasets as tfds
 
     if _in_steps(path, features):
@@ -124,26 +146,26 @@ def _kind(path: Path, leaf, features) -> str:
     return "tensor" if len(shape) == 4 and shape[-1] == 3 and leaf.np_dtype == np.uint8 else ""
 
 
-def _is_rgb(image) -> bool:
+def _is_rgb(image: Any) -> bool:
     return image.np_dtype == np.uint8 and image.shape[-1] in (1, 3, 4)
 
 
-def _is_text(leaf) -> bool:
+def _is_text(leaf: Any) -> bool:
     return getattr(leaf, "shape", None) == () and getattr(leaf, "np_dtype", None) == np.object_
 
 
-def _in_steps(path: Path, features) -> bool:
+def _in_steps(path: Path, features: Any) -> bool:
     import tensorflow_datasets as tfds
 
     return isinstance(features[path[0]], tfds.features.Dataset)
 
 
-def _leaves(features, path: Path = ()) -> Iterator[tuple[Path, Any]]:
-    """(path, feature) of all but dictionaries; into the steps of an episode, but not into other sequences."""
+def _leaves(features: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
+    """(path, feature) of every leaf: inside dictionaries and episode steps, but not inside other sequences."""
     import tensorflow_datasets as tfds
 
     if isinstance(features, tfds.features.FeaturesDict):
-        for name, feature in sorted(features.items()):  # they are read in no order
+        for name, feature in sorted(features.items()):  # TFDS does not keep their order
             yield from _leaves(feature, (*path, name))
     elif isinstance(features, tfds.features.Dataset) and len(path) == 1:
         yield from _leaves(features.feature, path)
@@ -151,12 +173,12 @@ def _leaves(features, path: Path = ()) -> Iterator[tuple[Path, Any]]:
         yield path, features
 
 
-def _listed(paths) -> str:
+def _listed(paths: Iterable[Path]) -> str:
     return ", ".join("/".join(path) for path in paths)
 
 
-def undecoded(features) -> dict:
-    """TFDS's `SkipDecoding` at every image; of sequences it does not say by itself how."""
+def undecoded(features: Any) -> dict:
+    """TFDS's decoders that leave every image encoded, in sequences too."""
     import tensorflow_datasets as tfds
 
     class Skip(tfds.decode.SkipDecoding):
@@ -173,17 +195,18 @@ def undecoded(features) -> dict:
     return tree
 
 
-# ---- Out of an example
+# ---- Reading an example
 
 
 def value_of(example: Any, path: Path) -> Any:
+    """The value of a feature."""
     for part in path:
         example = example[part]
     return example
 
 
 def texts_of(example: dict, path: Path) -> Iterator[bytes]:
-    """The texts of a feature: one, or one a step."""
+    """The texts of a feature: one text, or one for each step."""
     if isinstance(example[path[0]], Sequence) and not isinstance(example[path[0]], bytes):
         for step in example[path[0]]:
             yield value_of(step, path[1:])
@@ -194,8 +217,8 @@ def texts_of(example: dict, path: Path) -> Iterator[bytes]:
 def _decoded(images: list[bytes]) -> np.ndarray:
     """Encoded images as frames, uint8 (T, H, W, 3)."""
     if not images:
-        raise VideoError("zero frames", "the example has none")
+        raise VideoError("zero frames", "the example has no frames")
     frames = [read_clip_frames(image)[0][0] for image in images]
-    if sizes := sorted({frame.shape[:2] for frame in frames})[1:]:
-        raise VideoError("corrupt frames", f"its frames have several sizes: {frames[0].shape[:2]}, {sizes}")
+    if len(sizes := sorted({frame.shape[:2] for frame in frames})) > 1:
+        raise VideoError("corrupt frames", f"the example's frames have several sizes: {sizes}")
     return np.stack(frames)

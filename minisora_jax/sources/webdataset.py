@@ -1,15 +1,16 @@
-"""Tar files of clips, as webdataset writes them: a folder in a file, whose members are found by their headers.
+"""Tar files of clips, as webdataset writes them. Members are found by their headers.
 
     train-000.tar:  0001.mp4  0001.txt  0001.json   0002.jpg  0002.json   ...
 
-A member is a clip by its suffix; its caption is a .txt or the "caption" of a .json of the same sample, wherever in the
-tar it stands, or a row of a table, as in a folder. Only headers and captions are read here; a clip's bytes are read by
-their place when it is asked for. Of a damaged tar the clips before the damage are kept, and the rest is reported.
+The suffix makes a member a clip. Its caption is a .txt or the "caption" of a .json of the same sample, anywhere in the
+tar, or a row of a table, as in a folder. Indexing reads headers and captions only; a clip's bytes are read on demand.
+Of a damaged tar, the clips before the damage are kept and the rest is reported.
 """
 
 from __future__ import annotations
 
 import tarfile
+from typing import BinaryIO
 
 from minisora_jax.io.filesystem import File, is_hidden
 from minisora_jax.io.video import VideoError
@@ -17,11 +18,11 @@ from minisora_jax.sources.base import Media, SkipReport, scan_names
 from minisora_jax.sources.sharded import Entry, Sharded
 
 COMPRESSED = {b"\x1f\x8b": "gunzip", b"BZ": "bunzip2", b"\xfd7": "unxz", b"(\xb5": "unzstd"}
-MAX_CAPTION = 2**24  # bytes; a longer caption file is no caption
+MAX_CAPTION = 2**24  # bytes; a longer file is not read as a caption
 
 
 class Tars(Sharded):
-    """entry: (name, caption, place of its first byte, bytes)."""
+    """The clips of tar files. An entry is (name, caption, offset of the first byte, length in bytes)."""
 
     kind = "tar"
 
@@ -47,23 +48,21 @@ class Tars(Sharded):
         return Media(name, caption, data)
 
 
-def members(opened, file: File, report: SkipReport) -> dict[str, tuple[int, int]]:
-    """{name: (place of its first byte, bytes)} of the plain files of a tar, in their order."""
+def members(opened: BinaryIO, file: File, report: SkipReport) -> dict[str, tuple[int, int]]:
+    """{name: (offset of the first byte, length in bytes)} of the plain files of a tar, in its order."""
     head = opened.read(2)
     opened.seek(0)
     if tool := COMPRESSED.get(head):
-        report.add(
-            "", "compressed tar", f"nothing in it can be read without all before: run {tool} on {file.url} first"
-        )
+        report.add("", "compressed tar", f"it has no random access: run {tool} on {file.url} first")
         return {}
     places: dict[str, tuple[int, int]] = {}
-    end = 0  # of what has been gone through
+    end = 0  # the bytes before it are read
     try:
         tar = tarfile.open(fileobj=opened, mode="r:", errors="surrogateescape")
         while (member := tar.next()) is not None:
-            tar.members = []  # tarfile would keep them all
+            setattr(tar, "members", [])  # noqa: B010 -- frees the list that tarfile keeps; its type stubs lack it
             if member.size < 0 or member.offset < end or tar.offset <= member.offset:
-                raise tarfile.ReadError(f"a member of {member.size} bytes")
+                raise tarfile.ReadError(f"a member states {member.size} bytes")
             start, end = member.offset_data, tar.offset
             name = member.name.removeprefix("./")
             if member.isdir() or is_hidden(name):
@@ -79,7 +78,7 @@ def members(opened, file: File, report: SkipReport) -> dict[str, tuple[int, int]
             if not _is_text(name):
                 report.add(_text(name), "name not UTF-8")
             elif member.issparse():
-                report.add(name, "sparse member", "its bytes do not lie together")
+                report.add(name, "sparse member", "its bytes are not contiguous: store it as a plain file")
             elif name in places:
                 report.add(name, "duplicate name", f"at {places[name][0]} and at {start} in {file.url}")
             else:
@@ -90,13 +89,13 @@ def members(opened, file: File, report: SkipReport) -> dict[str, tuple[int, int]
     opened.seek(end)
     mark = opened.read(512)
     if len(mark) < 512 or mark.strip(b"\0"):
-        said = "no header is there" if mark else "it ends without an end mark, so members may be missing"
-        report.add("", "damaged tar", _rest(file, end, said))
+        reason = "there is no header" if mark else "the end mark is missing, so members may be missing"
+        report.add("", "damaged tar", _rest(file, end, reason))
     return places
 
 
-def _rest(file: File, at: int, said: str) -> str:
-    return f"{file.url} can be read up to byte {at}, and {max(0, file.size - at)} bytes are left: {said}"
+def _rest(file: File, at: int, reason: str) -> str:
+    return f"{file.url} is readable up to byte {at}; {max(0, file.size - at)} bytes are left: {reason}"
 
 
 def _is_text(name: str) -> bool:
@@ -104,5 +103,5 @@ def _is_text(name: str) -> bool:
 
 
 def _text(name: str) -> str:
-    """A name that can be printed and stored."""
+    """The name with undecodable bytes as escapes, for printing and storing."""
     return name.encode("utf-8", "backslashreplace").decode("utf-8")

@@ -9,7 +9,7 @@ crop teaches it images.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import dm_pix as pix
@@ -26,7 +26,7 @@ from minisora_jax.parallel.mesh import PICTURES, like, make_mesh, shard
 from minisora_jax.parallel.processes import barrier, gathered, is_main
 from minisora_jax.train.loop import RunConfig, train
 from minisora_jax.train.metrics import Metrics
-from minisora_jax.types import Clip
+from minisora_jax.types import Clip, ClipSequence
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,9 +67,7 @@ def loss_terms(task: CodecTask, params, frames_BTHWC, key):
     return {name: (v, jnp.ones_like(v)) for name, v in terms.items()}
 
 
-def train_codec(
-    task: CodecTask, workdir: Path, clips: Sequence[Clip], held_out: Sequence[Clip], run_config: dict
-) -> Codec:
+def train_codec(task: CodecTask, workdir: Path, clips: ClipSequence, held_out: ClipSequence, run_config: dict) -> Codec:
     """Train on `clips`, log reconstructions of `held_out`, and export to WORKDIR/export. Returns the codec."""
     require_whole_units(make_mesh(task.run.mesh), task.vae.latent_size(task.crop_THW)[1], "a crop")
     start = Codec.load(task.start) if task.start else None
@@ -117,14 +115,14 @@ def train_codec(
     return Codec.load(workdir / "export")
 
 
-def latent_statistics(codec: Codec, clips: Sequence[Clip], count: int = 256) -> dict[str, np.ndarray]:
+def latent_statistics(codec: Codec, clips: ClipSequence, count: int = 256) -> dict[str, np.ndarray]:
     """Per-channel mean and standard deviation of the latents of the first `count` clips."""
     means = [codec.encode(clips[i].frames_THWC[None])[0] for i in range(min(count, len(clips)))]
     flat = np.concatenate([m.reshape(-1, m.shape[-1]) for m in means])
     return {"latent_mean": flat.mean(0), "latent_std": np.maximum(flat.std(0), 1e-6)}
 
 
-def reconstruct(codec: Codec, clips: Sequence[Clip]) -> tuple[dict[str, float], list[tuple[Clip, np.ndarray]]]:
+def reconstruct(codec: Codec, clips: ClipSequence) -> tuple[dict[str, float], list[tuple[Clip, np.ndarray]]]:
     """({"psnr", "ssim"} averaged over clips, [(clip, its reconstruction uint8 THWC)])."""
     scores, pairs = [], []
     for clip in clips:
