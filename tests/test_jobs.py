@@ -15,8 +15,9 @@ from minisora_jax.generate.runner import run_tasks
 from minisora_jax.io.video import read_clip_frames, read_note
 from minisora_jax.io.video_writer import VideoWriter, write_video
 from minisora_jax.jobs.batch import run_batch, run_jobs
-from minisora_jax.jobs.job import Job, start
+from minisora_jax.jobs.job import Job
 from minisora_jax.jobs.output import read_record
+from minisora_jax.jobs.starting import start
 from minisora_jax.toy.shapes import Shapes
 
 FAST = ["--steps", "2", "--frames", "5", "--size", "32x32", "--upscale", "1"]
@@ -101,7 +102,7 @@ def test_a_picture_may_begin_a_long_video(pipeline, media):
 def test_a_given_video_too_large_for_the_model_is_warned_of(pipeline, media, caplog):
     job = Job(prompt=RED, video=str(media / "clip.mp4"), extend="forward", size=(96, 128))
     start(pipeline, job)
-    assert "96x128 is more than the 64x64 that training knew" in caplog.text
+    assert "96x128 is more than the 64x64 of training" in caplog.text
     caplog.clear()
     start(pipeline, dataclasses.replace(job, size=None))
     assert not caplog.text
@@ -178,7 +179,7 @@ def test_on_the_command_line_made_and_made_again(tmp_path, capsys):
     assert main([*extended, "--out", str(tmp_path), "--seed", "1", "--upscale", "1", "--format", "gif"]) == 0
     assert made[0].read_bytes() == before
     assert main(["generate", "--reproduce", str(tmp_path / "contact-sheet.png")]) == 2
-    assert "tells nothing of how it was made" in capsys.readouterr().err
+    assert "has no record of how it was made" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("suffix", [".mp4", ".webm", ".gif", ".png", ""])

@@ -10,7 +10,6 @@ from minisora_jax.evaluation.frames import psnr, seam
 from minisora_jax.generate import Given, Request, VideoPipeline, tasks
 from minisora_jax.generate.frame_ops import EASE, FAITHFUL, FEATHER, eased, evened, largest_step, steps
 from minisora_jax.generate.runner import Decode, Encode, Frames, run_tasks
-from minisora_jax.generate.upscaling import sizes_up_to
 from minisora_jax.generate.windows import WINDOW_SEED
 from minisora_jax.io.resize import resized
 from minisora_jax.toy.shapes import FPS, Shapes
@@ -115,9 +114,9 @@ def test_a_clip_encoded_piece_by_piece_is_the_clip(pipeline, clip):
 
 def test_sizes_grow_in_time_first_and_twofold_at_most(pipeline):
     assert pipeline.known_size == (9, 64, 64)
-    assert sizes_up_to(pipeline, (5, 48, 64)) == [(5, 48, 64)]
-    assert sizes_up_to(pipeline, (17, 128, 96)) == [(9, 64, 48), (17, 64, 48), (17, 128, 96)]
-    grown = sizes_up_to(pipeline, (1, 2048, 1152))
+    assert pipeline.sizes_up_to((5, 48, 64)) == [(5, 48, 64)]
+    assert pipeline.sizes_up_to((17, 128, 96)) == [(9, 64, 48), (17, 64, 48), (17, 128, 96)]
+    grown = pipeline.sizes_up_to((1, 2048, 1152))
     assert grown[0] == (1, 64, 32) and grown[-1] == (1, 2048, 1152) and len(grown) == 6
     assert all(b <= 2 * a + pipeline.cell for one, two in zip(grown, grown[1:]) for a, b in zip(one, two))
 

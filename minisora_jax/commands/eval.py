@@ -105,7 +105,7 @@ def _frechet(args, out: Path) -> dict:
         other = open_clips(args.against)
         ours = [other[i].frames_THWC for i in range(min(len(other), args.count))]
     else:
-        asked = [Request(c.caption, c.size_THW, seed=i, fps=c.fps) for i, c in enumerate(theirs)]
-        ours = options.pipeline_of(args).generate(asked, **options.sampling_options(args))
-    found = frechet(ours, [c.frames_THWC for c in theirs], extractor)
-    return {"frechet": round(found, 5), "extractor": extractor.name, "videos": [len(ours), len(theirs)]}
+        requests = [Request(c.caption, c.size_THW, seed=i, fps=c.fps) for i, c in enumerate(theirs)]
+        ours = options.pipeline_of(args).generate(requests, **options.sampling_options(args))
+    distance = frechet(ours, [c.frames_THWC for c in theirs], extractor)
+    return {"frechet": round(distance, 5), "extractor": extractor.name, "videos": [len(ours), len(theirs)]}

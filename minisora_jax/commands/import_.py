@@ -116,16 +116,16 @@ def import_text_encoder(name: str, path: str, out: str, dtype: str | None) -> tu
     return "text encoder", TextEncoder(config, params).export(out, {"imported": name}, dtype, "importing")
 
 
-def tokenizer_files(asked: str | None, path: str) -> list[Path]:
-    """The tokenizer's files: in the directory `asked` for, or in one where published encoders have them, if any has."""
+def tokenizer_files(given: str | None, path: str) -> list[Path]:
+    """The tokenizer's files: in the directory `given`, or in one where published encoders have them, if any has."""
     weights = Path(path) if Path(path).is_dir() else Path(path).parent
     # text_encoder_2/ of a pipeline has its own tokenizer_2/.
     beside = weights.parent / weights.name.replace("text_encoder", "tokenizer")
-    for directory in [Path(asked)] if asked else [weights, beside]:
+    for directory in [Path(given)] if given else [weights, beside]:
         if any((directory / name).is_file() for name in ("tokenizer.json", "spiece.model", "vocab.json")):
             return [directory / name for name in TOKENIZER_FILES if (directory / name).is_file()]
-    if asked:
-        raise FileNotFoundError(f"--tokenizer={asked} has no tokenizer: no tokenizer.json, spiece.model or vocab.json")
+    if given:
+        raise FileNotFoundError(f"--tokenizer={given} has no tokenizer: no tokenizer.json, spiece.model or vocab.json")
     return []
 
 

@@ -104,8 +104,8 @@ def run(args, _):
     from minisora_jax.curation.filters import CURATED, Filters
     from minisora_jax.curation.prepare import prepare
 
-    asked = {name: getattr(args, name) for name in (*LIMITS, "min_aesthetic", "aesthetic")}
-    asked = {name: value for name, value in asked.items() if value is not None}
+    limits = {name: getattr(args, name) for name in (*LIMITS, "min_aesthetic", "aesthetic")}
+    limits = {name: value for name, value in limits.items() if value is not None}
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     report = prepare(
         args.source,
@@ -117,7 +117,7 @@ def run(args, _):
         need_caption=not args.no_captions,
         strict=args.strict,
         shots=bool(args.shots or args.curate),
-        filters=dataclasses.replace(CURATED if args.curate else Filters(), **asked),
+        filters=dataclasses.replace(CURATED if args.curate else Filters(), **limits),
         captioner=args.captioner,
         held_out=args.held_out,
         shard_bytes=args.shard_mb * 2**20,

@@ -5,8 +5,8 @@ examples:
   minisora ui --model=runs/model/export --codec=runs/codec/export --port 8000
   minisora ui --host 0.0.0.0                    # for everybody who can reach this machine: there is no password
 
-Jobs wait in one line; those that go together are made together. What was made lies in --out, each with its record,
-which `minisora generate --reproduce` takes; the newest 200 are kept.
+Jobs wait in one queue; jobs with the same sampling options are packed together. Results go to --out, each with its
+record, which `minisora generate --reproduce` reads; the newest 200 are kept.
 """
 
 from __future__ import annotations

@@ -1,23 +1,25 @@
-"""Pictures and videos as verbs need them: stretched, masked, passing into each other."""
+"""Operations on frames that tasks need: stretching, masks, seams, steps between frames."""
 
 from __future__ import annotations
 
 import numpy as np
 
-FEATHER = 2  # pixels over which made and kept parts of a picture pass into each other
-EASE = 4  # frames of a given video over which it passes into what the codec makes of it, and that into what is made
-FAITHFUL = 31.0  # dB: as near as these frames stay to what was given
-STILL = 0.5  # levels: the step of a video in which nothing moves, so that ratios of still ones mean something
+FEATHER = 2  # pixels over which new and kept parts of a picture blend
+EASE = 4  # frames at a seam over which a given video blends into its reconstruction by the codec
+FAITHFUL = 31.0  # dB: lowest PSNR of these frames against the given ones
+STILL = 0.5  # levels of 255: the least median step, so that ratios of still videos mean something
 
 
 def stretched(frames_THWC: np.ndarray, length: int) -> np.ndarray:
-    """A video at another length, each frame between those next to it in time."""
+    """A video at another length; each frame is a blend of its neighbours in time."""
     return _blended(frames_THWC, np.linspace(0, len(frames_THWC) - 1, length))
 
 
 def eased(given_THWC: np.ndarray, coded_THWC: np.ndarray, *, at_end: bool) -> np.ndarray:
-    """A given video that passes, at its end or its beginning, into what the codec makes of it: a codec's softer edges
-    come over `EASE` frames, as far as `FAITHFUL` lets them, and not from one frame to the next."""
+    """A given video that blends into its reconstruction at its end or beginning.
+
+    The codec's softer edges come over `EASE` frames, as far as `FAITHFUL` allows, and not from one frame to the next.
+    """
     n = min(EASE, len(given_THWC), len(coded_THWC))
     share = (np.arange(1, n + 1, dtype=np.float32) / (n + 1))[:, None, None, None]
     where, of = (slice(len(given_THWC) - n, None), slice(len(coded_THWC) - n, None)) if at_end else (slice(n), slice(n))
@@ -41,7 +43,7 @@ def first_frames(frames_THWC: np.ndarray, latent_frames: int, factor: int) -> np
 
 
 def filled(frames_THWC: np.ndarray, mask_THW: np.ndarray) -> np.ndarray:
-    """What is masked in the median colour of what is not: the codec's latents beside it must not tell of it."""
+    """The frames with the masked part in the median colour of the rest, so that latents beside it do not encode it."""
     kept = frames_THWC[~mask_THW]
     colour = np.median(kept, axis=0) if len(kept) else np.array([128, 128, 128])
     return np.where(mask_THW[..., None], np.round(colour).astype(np.uint8), frames_THWC)
@@ -65,12 +67,12 @@ def steps(frames_THWC: np.ndarray) -> np.ndarray:
 
 def largest_step(frames_THWC: np.ndarray, at: slice = slice(None)) -> float:
     """The largest step (of those in `at`), in median steps of the whole video."""
-    found = steps(frames_THWC)
-    return float(found[at].max() / max(np.median(found), STILL))
+    sizes = steps(frames_THWC)
+    return float(sizes[at].max() / max(np.median(sizes), STILL))
 
 
 def evened(frames_THWC: np.ndarray) -> np.ndarray:
-    """As many frames along the same way, from the first to the last, but at equal steps: what jumped dissolves."""
+    """As many frames from the first to the last at equal steps along the same path: a jump becomes a dissolve."""
     way = np.concatenate([[0.0], np.cumsum(np.maximum(steps(frames_THWC), 1e-6), dtype=np.float64)])
     return _blended(frames_THWC, np.interp(np.linspace(0.0, way[-1], len(way)), way, np.arange(len(way))))
 

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import itertools
 import math
+import re
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -90,6 +91,44 @@ class NativePipeline:
             kind, low = "a loop" if request.loop else "a middle stretch", max(T // factor, 1) * factor
             raise ValueError(f"frames={T} of {kind} must be a multiple of {factor}; use {low} or {low + factor}")
         return T // factor, H // self.cell, W // self.cell
+
+    def sizes_up_to(self, size_THW: tuple[int, int, int], *, loop: bool = False) -> list[tuple[int, int, int]]:
+        """Sizes (frames, height, width) from a trained one up to `size_THW`, each at most twice the one before.
+
+        Frames are added first, then pixels. A loop keeps its frames. Without a recorded `known_size`, only `size_THW`.
+        """
+        T, H, W = size_THW
+        sizes = [(T, H, W)]
+        while self.known_size:
+            t_most, h_most, w_most = self.known_size
+            T, H, W = sizes[0]
+            shrink = min(2.0, max(H / h_most, W / w_most))
+            if shrink > 1:
+                shrunk = [max(self.cell, round(n / shrink / self.cell) * self.cell) for n in (H, W)]
+                smaller = (T, shrunk[0], shrunk[1])
+            elif T > t_most and not loop:
+                factor = self.codec.config.time_factor
+                smaller = (1 + factor * -(-(T - 1) // (2 * factor)), H, W)
+            else:
+                break
+            if smaller == sizes[0]:
+                break
+            sizes.insert(0, smaller)
+        return sizes
+
+    def unknown_words(self, prompt: str) -> list[str]:
+        """Words of a prompt that no training caption contains; [] if the vocabulary is not recorded.
+
+        Example:
+            >>> import minisora_jax as ms
+            >>> ms.VideoPipeline.load().unknown_words("a red cat moves left")
+            ['cat']
+        """
+        if self.vocabulary is None:
+            return []
+        text = re.sub(r"\[\s*[\d.]+\s*s\s*\]", " ", prompt.lower())
+        words = re.findall(r"[^\W_]+(?:[-'][^\W_]+)*", text)
+        return list(dict.fromkeys(word for word in words if word not in self.vocabulary))
 
     def sample_at_native_size(self, requests: Sequence[Request], **options) -> list[np.ndarray]:
         """Sample requests in one pass of the model, without upscaling.

@@ -107,16 +107,6 @@ class VideoPipeline(NativePipeline):
         started = [tasks.text_to_video(self, x) if isinstance(x, Request) else x for x in requests]
         return run_tasks(self, started, **sampling)
 
-    def unknown_words(self, prompt: str) -> list[str]:
-        """Words of a prompt that no training caption contains; [] if the vocabulary is not recorded.
-
-        Example:
-            >>> import minisora_jax as ms
-            >>> ms.VideoPipeline.load().unknown_words("a red cat moves left")
-            ['cat']
-        """
-        return tasks.unknown_words(prompt, self.vocabulary)
-
     def text_to_video(self, prompt: str, **options) -> np.ndarray:
         """A video from words; with `frames=1` an image of shape (1, H, W, 3).
 

@@ -1,9 +1,9 @@
-"""From requests to latents: requests packed into rows, one step of the sampler after another.
+"""From requests to latents: requests are packed into rows, and the sampler steps through time.
 
-A request's noise, at the start and at every step of a stochastic sampler, comes from its own seed, so its video does
-not depend on what it is generated with. Known tokens are at time 0 and stay. Of a loop the latents stand on a circle,
-which is cut for the model at another place at each step (latent shift: Bi et al. 2025, arXiv:2502.20307): their places
-in time are turned, so that no place of it is the end.
+The noise of a request, at the start and at every step of a stochastic sampler, comes from its own seed, so that its
+video does not depend on the batch. Known tokens are at time 0 and stay. The latents of a loop lie on a circle. At each
+step the circle is cut for the model at another latent frame, by shifting the time positions, so that no frame is always
+the end (latent shift: Bi et al. 2025, arXiv:2502.20307).
 """
 
 from __future__ import annotations
@@ -29,37 +29,38 @@ from minisora_jax.models.dit import DiT, DiTConfig, drop_variance
 from minisora_jax.parallel.mesh import TOKENS, put_batch
 from minisora_jax.types import PackedBatch
 
-CUTS = 2  # places at which a circle is cut at each step, whose ways are averaged
-GOLDEN = 0.6180339887  # turns of a circle, one a step, that come closest to every place soonest
+CUTS = 2  # cuts of a circle at each step; their results are averaged
+GOLDEN = 0.6180339887  # turn of the cut from step to step: its multiples cover the circle evenly
 
 
 @dataclasses.dataclass(frozen=True)
 class PackedRequests:
-    """Requests in rows. A request's twins, of which there are `copies`, lie one after another."""
+    """Requests in rows. The `copies` segments (twins) of a request lie one after another."""
 
     requests: Sequence[Request]
     grids: Sequence[tuple[int, int, int]]
     rows: list[list[int]]  # requests by number
-    copies: int  # segments of a request: with and without its caption, or the one that both models of autoguidance see
+    copies: int  # segments of a request: with and without its caption, or one for both models of autoguidance
     length: int  # tokens of a row
     config: DiTConfig
 
     @functools.cached_property
     def places(self) -> list[tuple[int, int, int]]:
-        """(request, row, its first token) of everything laid out."""
-        found = []
+        """(number of the request, row, its first token) of each request in the rows."""
+        places = []
         for b, row in enumerate(self.rows):
             at = 0
             for i in row:
-                found.append((i, b, at))
+                places.append((i, b, at))
                 at += self.copies * self.tokens(i)
-        return found
+        return places
 
     def tokens(self, i: int) -> int:
+        """Tokens of one segment of request i."""
         return int(np.prod(self.grids[i]))
 
     def batch(self, captions: Sequence[Sequence[np.ndarray]]) -> PackedBatch:
-        """captions: of each request the features of each of its copies."""
+        """The batch of the rows. captions: for each request the caption features of each of its copies."""
         text = max(sum(len(c) for i in row for c in captions[i]) for row in self.rows)
         slots = self.copies * max(len(row) for row in self.rows)
         pack = PackConfig(tokens=self.length, text_tokens=-(-text // 64) * 64, slots=slots, rows=len(self.rows))
@@ -72,8 +73,8 @@ class PackedRequests:
             patches = patchify(np.asarray(given.latents_thwc, np.float32), self.config.patch)
             if patches.shape[:3] != self.grids[i] or given.cond_mask_thw.shape != self.grids[i]:
                 raise ValueError(
-                    f"what is given has {patches.shape[:3]} tokens, {given.cond_mask_thw.shape} of them marked known or "
-                    f"not, and the video asked for {self.grids[i]}"
+                    f"the given latents have {patches.shape[:3]} tokens and the conditioning mask "
+                    f"{given.cond_mask_thw.shape}; the request has {self.grids[i]}"
                 )
             cond_mask = given.cond_mask_thw.reshape(-1)
             kept = cond_mask | (given.strength < 1)
@@ -84,14 +85,14 @@ class PackedRequests:
         ]
 
     def per_token(self, value) -> np.ndarray:
-        """value(i) of each token's own request, (B, S) float32; 0 for padding."""
+        """value(i) for each token of request i, (B, S) float32; 0 for padding."""
         filled = np.zeros((len(self.rows), self.length), np.float32)
         for i, b, at in self.places:
             filled[b, at : at + self.copies * self.tokens(i)] = value(i)
         return filled
 
     def twins(self) -> tuple[np.ndarray, np.ndarray]:
-        """For each token the index in its row of its twin with the caption, and of that without; int32 (B, S)."""
+        """For each token the index, in its row, of its twin with the caption and of its twin without; int32 (B, S)."""
         index = np.tile(np.arange(self.length, dtype=np.int32), (len(self.rows), 1))
         with_caption_BS, without_BS = index.copy(), index.copy()
         for i, b, at in self.places:
@@ -101,7 +102,7 @@ class PackedRequests:
         return with_caption_BS, without_BS
 
     def noise(self, step: int) -> np.ndarray:
-        """Standard normal (B, S, P) for a sampler step (0: the start), by each request's seed, equal for its twins."""
+        """Standard normal (B, S, P) for a sampler step (0: the start), by each request's seed; equal for its twins."""
         noise = np.zeros((len(self.rows), self.length, self.config.token_width), np.float32)
         for i, b, at in self.places:
             seed = (self.requests[i].seed, step) if step else self.requests[i].seed
@@ -111,11 +112,11 @@ class PackedRequests:
 
     def latents(self, x_BSP: np.ndarray) -> dict[int, np.ndarray]:
         """latents_thwc of each request."""
-        found = {}
+        latents: dict[int, np.ndarray] = {}
         for i, b, at in self.places:
             patches = x_BSP[b, at : at + self.tokens(i)].reshape(*self.grids[i], -1)
-            found.setdefault(i, unpatchify(patches, self.config.patch))
-        return found
+            latents.setdefault(i, unpatchify(patches, self.config.patch))
+        return latents
 
 
 def sample(
@@ -128,7 +129,7 @@ def sample(
     sampler: SamplerConfig,
     on_step,
 ) -> dict[int, np.ndarray]:
-    """latents_thwc of each request laid out. After each step `on_step(k, look)`; look(): latents as they seem."""
+    """latents_thwc by number of request. After each step, on_step(k, look); look() estimates the clean latents."""
     path, latest = objective.along, latest_time(objective.along, objective.prediction)
     batch = put_batch(packed.batch(captions))
     tokens = lambda values: put_batch(values, TOKENS)
@@ -144,7 +145,7 @@ def sample(
 
     if sampler.name == "dopri5":
         if any(circle):
-            raise ValueError("a loop is cut at another place at each step, and dopri5 has no steps: use --sampler heun")
+            raise ValueError("a loop is cut elsewhere at each step, and dopri5 has no fixed steps: use --sampler heun")
         first = jnp.minimum(token_times(times, start_BS, batch), latest)
         x = _begin(path, batch, tokens(packed.noise(0)), first, start_BS)
         x = _integrate(static, times, latest, sampler.tolerance, x, start_BS, inputs(batch)).block_until_ready()
@@ -158,13 +159,13 @@ def sample(
         fresh = tokens(packed.noise(k + 1)) if sampler.noise else None
         turns = [None] if circle_BS is None else [(k * GOLDEN + n / CUTS) % 1.0 for n in range(CUTS)]
         before, (now, then) = x, (times_BS[k], times_BS[k + 1])
-        ways = []
+        results = []
         for turn in turns:
             seen = batch if turn is None else _turned(batch, circle_BS, turn)
-            ways.append(
+            results.append(
                 sampling_step(static, sampler.name, before, now, then, past, fresh, sampler.noise, inputs(seen))
             )
-        x, past = ways[0] if len(ways) == 1 else jax.tree.map(lambda *each: sum(each) / len(each), *ways)
+        x, past = results[0] if len(results) == 1 else jax.tree.map(lambda *each: sum(each) / len(each), *results)
         x.block_until_ready()
         so_far = functools.partial(_clean_estimate, path, before, x, now, then)
         on_step(k + 1, lambda estimate=so_far: packed.latents(np.asarray(estimate())))
@@ -172,7 +173,7 @@ def sample(
 
 
 def _begin(path: NoisePath, batch: PackedBatch, noise_BSP, time_BS, start_BS) -> jax.Array:
-    """Noise, as wide as data with it would be; where something is known or kept in part, that with its noise."""
+    """Noise at the spread of noisy data; latents that are known or have strength below 1, with noise of their time."""
     given_BS1 = (batch.cond_mask_BS | (start_BS < 1))[..., None]
     mixed_BSP = path.mix(batch.tokens_BSP, noise_BSP, time_BS[..., None])
     return jnp.where(given_BS1, mixed_BSP, noise_BSP * path.spread(time_BS)[..., None])
@@ -180,7 +181,7 @@ def _begin(path: NoisePath, batch: PackedBatch, noise_BSP, time_BS, start_BS) ->
 
 @jax.jit
 def _turned(batch: PackedBatch, circle_BS: jax.Array, share) -> PackedBatch:
-    """The batch with the places in time of what stands on a circle turned by that share of it; they begin at 1."""
+    """The batch with the time positions of loops shifted by that share of their circle; positions start at 1."""
     t_BS = batch.position_BS3[..., 0]
     by_BS = jnp.round(share * circle_BS).astype(jnp.int32)
     turned_BS = 1 + (t_BS - 1 + by_BS) % jnp.maximum(circle_BS, 1)
@@ -190,14 +191,14 @@ def _turned(batch: PackedBatch, circle_BS: jax.Array, share) -> PackedBatch:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _clean_estimate(path: NoisePath, before_BSP, x_BSP, now_BS, then_BS):
-    """The data from two states of one trajectory, as if it and its noise had not changed between them (DDIM's view)."""
+    """The clean data from two states of one trajectory, if data and noise stay the same between them (as in DDIM)."""
     a, s, a2, s2 = (f(t)[..., None] for t in (now_BS, then_BS) for f in (path.alpha, path.sigma))
     det = a2 * s - a * s2
     return jnp.where(jnp.abs(det) > 1e-6, (s * x_BSP - s2 * before_BSP) / jnp.where(det == 0, 1.0, det), x_BSP)
 
 
 def fill_rows(grids: Sequence[tuple[int, int, int]], length: int, copies: int) -> list[list[int]]:
-    """First-fit decreasing of requests, each taking `copies` times its tokens."""
+    """Rows of request numbers by first-fit decreasing; each request takes `copies` times its tokens."""
     rows, room = [], []
     for i in sorted(range(len(grids)), key=lambda i: -int(np.prod(grids[i]))):
         need = copies * int(np.prod(grids[i]))
@@ -213,15 +214,15 @@ def fill_rows(grids: Sequence[tuple[int, int, int]], length: int, copies: int) -
 
 
 def features(captions, requests: Sequence[Request], copies: int, padded_to: int) -> list[list[np.ndarray]]:
-    """Of each request the caption features of each of its copies: its prompt, and what it should not be."""
-    words = [[r.prompt, r.negative][:copies] for r in requests]
-    each = list(dict.fromkeys(w for some in words for w in some))
-    found = {w: padded_text(text_LE, padded_to) for w, text_LE in zip(each, captions.encode(each), strict=True)}
-    return [[found[w] for w in some] for some in words]
+    """For each request the caption features of its copies: of its prompt and of its negative prompt."""
+    pairs = [[r.prompt, r.negative][:copies] for r in requests]
+    texts = list(dict.fromkeys(text for pair in pairs for text in pair))
+    encoded = {text: padded_text(x_LE, padded_to) for text, x_LE in zip(texts, captions.encode(texts), strict=True)}
+    return [[encoded[text] for text in pair] for pair in pairs]
 
 
 def _denoiser(static, inputs) -> Denoiser:
-    """The guided model. static: (configs, objective, (rescale, schedule)); configs has a worse model second, if any."""
+    """The guided model. static: (configs, objective, (rescale, schedule)); a guide model's config comes second."""
     configs, objective, (share, schedule) = static
     params, batch, with_caption_BS, without_BS, scale, interval = inputs
     path = objective.along

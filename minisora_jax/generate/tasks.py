@@ -28,7 +28,7 @@ from minisora_jax.generate.frame_ops import eased, evened, feathered, filled, fi
 from minisora_jax.generate.native import NativePipeline
 from minisora_jax.generate.request import Given, Request
 from minisora_jax.generate.runner import Decode, Encode, Frames, Task
-from minisora_jax.generate.upscaling import at_known_size, regenerated, sizes_up_to, upscaled, upscaled_stream
+from minisora_jax.generate.upscaling import regenerated, upscaled, upscaled_stream
 from minisora_jax.generate.windows import continued, frames_of, led_to, window_request, windowed, with_known
 from minisora_jax.io.resize import resized
 
@@ -39,28 +39,24 @@ SEAMLESS, TRIES = 2.0, 3  # a transition is made up to TRIES times, until its la
 def text_to_video(pipeline: NativePipeline, request: Request) -> Task:
     """Text to video, to an image, or to a loop. Sizes beyond training are upscaled from a trained size."""
     pipeline.grid(request)
-
-    def native(request: Request) -> Task:
-        return (yield Decode((yield request), request.loop))
-
-    yield Frames((yield from at_known_size(pipeline, request, native)))
+    native, *larger = _requests_up_to(pipeline, request)
+    frames = yield Decode((yield native), request.loop)
+    yield Frames((yield from upscaled(pipeline, frames, larger)))
 
 
 def upscale(pipeline: NativePipeline, request: Request, video_THWC: np.ndarray) -> Task:
     """A video at the request's size, which is longer, taller or wider."""
     pipeline.grid(request)
-    yield Frames((yield from upscaled(pipeline, request, video_THWC, request.size_THW)))
+    yield Frames((yield from upscaled(pipeline, video_THWC, [request])))
 
 
 def image_to_video(pipeline: NativePipeline, request: Request, image_HWC: np.ndarray) -> Task:
     """A video whose first frame is the image as the codec reproduces it."""
     _require_size(request, image_HWC, "the image")
-
-    def native(request: Request) -> Task:
-        first = yield Encode(resized(image_HWC[None], request.size_THW[1:]))
-        return (yield Decode((yield from with_known(pipeline, request, {0: first}))))
-
-    yield Frames((yield from at_known_size(pipeline, request, native)))
+    native, *larger = _requests_up_to(pipeline, request)
+    first = yield Encode(resized(image_HWC[None], native.size_THW[1:]))
+    frames = yield Decode((yield from with_known(pipeline, native, {0: first})))
+    yield Frames((yield from upscaled(pipeline, frames, larger)))
 
 
 def interpolate(pipeline: NativePipeline, request: Request, first_HWC: np.ndarray, last_HWC: np.ndarray) -> Task:
@@ -69,15 +65,12 @@ def interpolate(pipeline: NativePipeline, request: Request, first_HWC: np.ndarra
     _require_size(request, last_HWC, "the last image")
     if pipeline.grid(request)[0] < 3:
         raise ValueError(f"frames={request.size_THW[0]} leave nothing between two images: use 9 or more")
-
-    def native(request: Request) -> Task:
-        t, size_HW = pipeline.grid(request)[0], request.size_THW[1:]
-        first = yield Encode(resized(first_HWC[None], size_HW))
-        still = yield Encode(np.repeat(resized(last_HWC[None], size_HW), frames_of(pipeline, 3), axis=0))
-        latents = yield from with_known(pipeline, request, {0: first, t - 1: still[-1:]})
-        return (yield Decode(latents))
-
-    yield Frames((yield from at_known_size(pipeline, request, native)))
+    native, *larger = _requests_up_to(pipeline, request)
+    t, size_HW = pipeline.grid(native)[0], native.size_THW[1:]
+    first = yield Encode(resized(first_HWC[None], size_HW))
+    still = yield Encode(np.repeat(resized(last_HWC[None], size_HW), frames_of(pipeline, 3), axis=0))
+    frames = yield Decode((yield from with_known(pipeline, native, {0: first, t - 1: still[-1:]})))
+    yield Frames((yield from upscaled(pipeline, frames, larger)))
 
 
 def video_to_video(pipeline: NativePipeline, request: Request, video_THWC: np.ndarray, strength: float) -> Task:
@@ -206,10 +199,10 @@ def long_video(
     first_HWC: the first frame. The decoder continues from window to window, so that windows have no seams.
     """
     prompt_at = lambda frame: next((text for start, text in reversed(prompts) if frame >= start), request.prompt)
-    smallest, *larger = sizes_up_to(pipeline, (1, *request.size_THW[1:]))
-    video = windowed(pipeline, dataclasses.replace(request, size_THW=smallest), frames, prompt_at, first_HWC)
-    for _, H, W in larger:
-        video = upscaled_stream(pipeline, video, (H, W))
+    native, *larger = _requests_up_to(pipeline, dataclasses.replace(request, size_THW=(1, *request.size_THW[1:])))
+    video = windowed(pipeline, native, frames, prompt_at, first_HWC)
+    for bigger in larger:
+        video = upscaled_stream(pipeline, video, bigger.size_THW[1:])
     yield from video
 
 
@@ -225,16 +218,13 @@ def storyboard(prompt: str, fps: float) -> list[tuple[int, str]]:
     return [(round(s * fps), words) for s, words in zip(starts, pieces[::2])]
 
 
-def unknown_words(prompt: str, vocabulary: frozenset[str] | None) -> list[str]:
-    """Words of a prompt that are not in the vocabulary, each once, in order; [] for vocabulary None."""
-    if vocabulary is None:
-        return []
-    text = re.sub(r"\[\s*[\d.]+\s*s\s*\]", " ", prompt.lower())
-    words = re.findall(r"[^\W_]+(?:[-'][^\W_]+)*", text)
-    return list(dict.fromkeys(word for word in words if word not in vocabulary))
+# ---- Sizes
 
 
-# ---- Checks
+def _requests_up_to(pipeline: NativePipeline, request: Request) -> list[Request]:
+    """The request at a trained size, then at each larger size up to its own."""
+    sizes = pipeline.sizes_up_to(request.size_THW, loop=request.loop)
+    return [dataclasses.replace(request, size_THW=size) for size in sizes]
 
 
 def _require_size(request: Request, pixels: np.ndarray, what: str) -> None:

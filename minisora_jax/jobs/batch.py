@@ -15,12 +15,14 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+from minisora_jax.generate.native import Watch
 from minisora_jax.generate.pipeline import VideoPipeline
-from minisora_jax.generate.runner import run_tasks
+from minisora_jax.generate.runner import Task, run_tasks
 from minisora_jax.io.filesystem import json_or_none
 from minisora_jax.io.records import sha256
-from minisora_jax.jobs.job import Job, exists, name_of, start
+from minisora_jax.jobs.job import Job
 from minisora_jax.jobs.output import Output, batch_of, beside, record_of, sampling_of
+from minisora_jax.jobs.starting import start
 
 log = logging.getLogger("minisora")
 
@@ -37,52 +39,65 @@ def run_jobs(
     upscale: int = 1,
     progress: bool = True,
     strict: bool = True,
-    watch=None,
+    watch: Watch | None = None,
 ) -> list[dict | Exception]:
-    """The record of each job, done in one group. Where not `strict`, a job that cannot be done is its exception.
+    """Make jobs together and write their files.
 
-    watch(share done, look) is that of `perform`, by number of job.
+    Args:
+        pipeline: the model and codec.
+        jobs: what to make.
+        paths: a file for each job; its suffix chooses the format.
+        model: the part of the records that names the model.
+        sampling: the options of `NativePipeline.sample`.
+        upscale: how many times each pixel is repeated in the files.
+        progress: whether to show a progress bar.
+        strict: raise if a job cannot be done, instead of returning its exception.
+        watch: as in `NativePipeline.sample`, with latents by number of job.
+
+    Returns:
+        For each job its record, or the exception that says why it could not be done.
     """
-    found: list[dict | Exception] = [RuntimeError("not done")] * len(jobs)
-    started, outputs = [], {}
+    results: list[dict | Exception] = [RuntimeError("not done")] * len(jobs)
+    started: list[tuple[int, Task, float]] = []
+    outputs: dict[int, Output] = {}
     for i, job in enumerate(jobs):
         try:
-            exists(job)
+            _require_inputs(job)
             started.append((i, *start(pipeline, job)))
         except (ValueError, OSError) as error:
             if strict:
                 raise
-            found[i] = error
-    batch_size = [jobs[i] for i, _, _ in started]
+            results[i] = error
+    startable = [jobs[i] for i, _, _ in started]
     by_job = lambda look: lambda: {started[k][0]: latents for k, latents in look().items()}
-    seen = watch and (lambda share, look: watch(share, by_job(look)))
+    watch_jobs = None if watch is None else (lambda share, look: watch(share, by_job(look)))
 
     def write(number: int, frames) -> None:
         i, _, fps = started[number]
         if i not in outputs:
-            outputs[i] = Output(paths[i], fps, record_of(batch_size, number, model, sampling), upscale)
+            outputs[i] = Output(paths[i], fps, record_of(startable, number, model, sampling), upscale)
         outputs[i].write(frames)
 
     def failed(number: int, error: ValueError) -> None:
         i = started[number][0]
-        found[i] = error
+        results[i] = error
         if output := outputs.pop(i, None):
             output.abandon()
 
-    doing = {"write": write, "watch": seen, "failed": None if strict else failed, "progress": progress}
+    callbacks = {"write": write, "watch": watch_jobs, "failed": None if strict else failed}
     try:
-        run_tasks(pipeline, [task for _, task, _ in started], **doing, **sampling)
+        run_tasks(pipeline, [task for _, task, _ in started], progress=progress, **callbacks, **sampling)
     except BaseException:
         for output in outputs.values():
             output.abandon()
         raise
     for i, output in outputs.items():
-        found[i] = output.close()
-    return found
+        results[i] = output.close()
+    return results
 
 
 def read_jobs(path: Path) -> list[Job]:
-    """The jobs of a batch file; ValueError names the line that is none."""
+    """The jobs of a batch file. Raises ValueError, which names the line that is no job."""
     jobs = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         if not line.strip():
@@ -97,7 +112,11 @@ def read_jobs(path: Path) -> list[Job]:
 
 
 def run_batch(pipeline: VideoPipeline, jobs: Sequence[Job], out: Path, suffix: str, batch_size: int, **options) -> dict:
-    """{"made": n, "failed": n, "before": n}: how many jobs were done, could not be, or were done by an earlier run."""
+    """Make jobs in batches of `batch_size`, with a manifest; a run that was stopped goes on.
+
+    Returns:
+        {"made": n, "failed": n, "before": n}: jobs that were made, could not be, or were made by an earlier run.
+    """
     out.mkdir(parents=True, exist_ok=True)
     done = _done(out, jobs)
     counts = {"made": 0, "failed": 0, "before": 0}
@@ -106,7 +125,7 @@ def run_batch(pipeline: VideoPipeline, jobs: Sequence[Job], out: Path, suffix: s
         if all(n in done for n in numbers):
             counts["before"] += len(numbers)
             continue
-        paths = [out / f"{n:05d}-{name_of(jobs[n])}{suffix_of(jobs[n], suffix)}" for n in numbers]
+        paths = [out / f"{n:05d}-{_name_of(jobs[n])}{suffix_of(jobs[n], suffix)}" for n in numbers]
         results = run_jobs(pipeline, [jobs[n] for n in numbers], paths, strict=False, **options)
         with (out / MANIFEST).open("a", encoding="utf-8") as manifest:
             for n, path, result in zip(numbers, paths, results):
@@ -140,16 +159,25 @@ def _done(out: Path, jobs: Sequence[Job]) -> set[int]:
     return done
 
 
-def reproduce(pipeline: VideoPipeline, record: dict, path: Path, **doing) -> dict:
-    """The record of `path`, made again from `record` with all that was made with it, on which rounding depends.
+def reproduce(pipeline: VideoPipeline, record: dict, path: Path, **options) -> dict:
+    """Make a file again from its record, with all jobs of its batch, on which rounding depends. Only `path` is kept.
 
-    ValueError where the model or a file that it was made of is another. What was made beside it is not kept. `doing` is
-    what of `run_jobs` no record says: upscale, progress, watch.
+    Args:
+        pipeline: the model that the record names.
+        record: as `read_record` returns it.
+        path: the file to write.
+        **options: upscale, progress and watch of `run_jobs`, which no record holds.
+
+    Returns:
+        The new record.
+
+    Raises:
+        ValueError: if the model or an input file is not the recorded one.
     """
-    said, index = record["model"], record["index"]
-    for name, found in (("hash", pipeline.hash), ("codec_hash", pipeline.codec.hash)):
-        if said[name] != found:
-            raise ValueError(f"it was made with a model of {name} {said[name]}, and this one has {found}")
+    model, index = record["model"], record["index"]
+    for name, digest in (("hash", pipeline.hash), ("codec_hash", pipeline.codec.hash)):
+        if model[name] != digest:
+            raise ValueError(f"it was made with a model of {name} {model[name]}, and this one has {digest}")
     for file, digest in record["inputs"].items():
         if sha256(Path(file)) != digest:
             raise ValueError(f"{file} has changed since")
@@ -157,15 +185,15 @@ def reproduce(pipeline: VideoPipeline, record: dict, path: Path, **doing) -> dic
     kind = ".mp4" if path.suffix == ".png" else path.suffix
     paths = [path.with_name(f".beside-{i}-{path.stem}{suffix_of(job, kind)}") for i, job in enumerate(jobs)]
     paths[index] = path
-    doing |= {"model": said, "sampling": sampling_of(record)}
+    options |= {"model": model, "sampling": sampling_of(record)}
     try:
-        made = run_jobs(pipeline, jobs, paths, strict=False, **doing)  # what could not be done then cannot now
+        results = run_jobs(pipeline, jobs, paths, strict=False, **options)  # what could not be done then cannot now
     finally:
         for beside_it in (p for p in paths if p != path):
             _remove(beside_it)
-    if isinstance(made[index], Exception):
-        raise made[index]
-    return made[index]
+    if isinstance(result := results[index], Exception):
+        raise result
+    return result
 
 
 def _remove(path: Path) -> None:
@@ -176,14 +204,27 @@ def _remove(path: Path) -> None:
 
 
 def free_paths(out: Path, jobs: Sequence[Job], suffix: str) -> list[Path]:
-    """A path for each job that no file has yet: what was made before may be what a job reads."""
+    """A new path for each job: an older file may be what a job reads."""
     paths: list[Path] = []
     for job in jobs:
-        name, kind = name_of(job), suffix_of(job, suffix)
+        name, kind = _name_of(job), suffix_of(job, suffix)
         tries = (out / f"{name}{f'-{n}' if n > 1 else ''}{kind}" for n in itertools.count(1))
         paths.append(next(path for path in tries if path not in paths and not path.exists()))
     return paths
 
 
 def suffix_of(job: Job, suffix: str) -> str:
-    return ".png" if job.frames == 1 and job.task == "make" and not job.seconds else suffix
+    """The suffix of a job's file: .png for an image."""
+    return ".png" if job.frames == 1 and job.task == "text_to_video" and not job.seconds else suffix
+
+
+def _name_of(job: Job) -> str:
+    """A file's name without its suffix: the first words of the prompt, and the seed."""
+    words = "-".join("".join(c if c.isalnum() else " " for c in job.prompt).split())[:60]
+    return f"{words}-{job.seed}"
+
+
+def _require_inputs(job: Job) -> None:
+    for path in job.inputs:
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"{path} does not exist")

@@ -1,4 +1,4 @@
-"""Results as files: a video, and beside it and within it all that it takes to make it again.
+"""Result files: a video, with the record that reproduces it beside it and within it.
 
     minisora-out/a-red-circle-0.mp4         its own comment is the same record
     minisora-out/a-red-circle-0.mp4.json    the job, the sampling, what it was packed with, hashes of model and inputs
@@ -51,7 +51,7 @@ class Digest:
 
 
 def record_of(jobs: Sequence[Job], index: int, model: dict, sampling: dict) -> dict:
-    """What makes job `index` of a group again. model: {"model": path, "hash": ..., "codec": ..., ...}."""
+    """The record that reproduces job `index` of a batch. model: {"model": path, "hash": ..., "codec": ..., ...}."""
     return {
         "minisora": __version__,
         "job": jobs[index].to_dict(),
@@ -65,7 +65,7 @@ def record_of(jobs: Sequence[Job], index: int, model: dict, sampling: dict) -> d
 
 
 def machine() -> dict[str, str]:
-    """What rounding depends on."""
+    """The versions and hardware that rounding depends on."""
     return {"jax": jax.__version__, "device": jax.devices()[0].device_kind, "processor": platform.machine()}
 
 
@@ -113,7 +113,7 @@ def beside(path: Path) -> Path:
 
 
 def read_record(path: str | os.PathLike) -> dict:
-    """The record of a video made here, from the file beside it or the video itself. ValueError where there is none."""
+    """The record of a video, from the file beside it or from within. Raises ValueError if there is none."""
     path = Path(path)
     aside = path if path.suffix == ".json" else beside(path)
     text = aside.read_text(encoding="utf-8") if aside.is_file() else ""
@@ -121,15 +121,15 @@ def read_record(path: str | os.PathLike) -> dict:
         try:
             text = read_note(path)
         except VideoError as error:
-            raise ValueError(f"{path} tells nothing of how it was made: {error}") from error
+            raise ValueError(f"{path} has no record of how it was made: {error}") from error
     record = json_or_none(text)
     if not isinstance(record, dict) or "job" not in record:
-        raise ValueError(f"{path} tells nothing of how it was made: neither it nor {aside.name} has a record")
+        raise ValueError(f"{path} has no record of how it was made: neither it nor {aside.name} has a record")
     return record
 
 
 def different_machine(record: dict) -> str:
-    """A sentence where rounding may differ from when the record was made; "" where it does not."""
+    """A sentence if versions or hardware differ from the record's, so that rounding may; otherwise ""."""
     then, now = record.get("machine", {}), machine()
     changed = [f"{k} {then.get(k)} then, {now[k]} now" for k in now if then.get(k) != now[k]]
     return f"made elsewhere ({'; '.join(changed)}): pixels may differ in rounding" if changed else ""

@@ -17,7 +17,8 @@ from minisora_jax.diffusion.guidance import GuidanceConfig
 from minisora_jax.diffusion.sampler import SAMPLER_NAMES, SamplerConfig
 from minisora_jax.io.model_dir import model_hash
 from minisora_jax.io.video import STILL_FPS
-from minisora_jax.jobs.job import MOST_SECONDS, SIDES, Job, on_grid, start
+from minisora_jax.jobs.job import MOST_SECONDS, SIDES, Job
+from minisora_jax.jobs.starting import on_grid, start
 from minisora_jax.ui.uploads import InvalidInput, Upload, called
 
 MOST_SIDE = 2048

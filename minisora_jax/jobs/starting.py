@@ -1,0 +1,206 @@
+"""From a job to a running task: reads the job's files, brings them to one size, and chooses frames and rates."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable
+
+import numpy as np
+
+from minisora_jax.generate import tasks
+from minisora_jax.generate.pipeline import VideoPipeline
+from minisora_jax.generate.request import Request
+from minisora_jax.generate.runner import Task, altered
+from minisora_jax.io.resize import resized
+from minisora_jax.io.video import read_clip_frames
+from minisora_jax.jobs.job import Job
+
+log = logging.getLogger("minisora")
+
+DEFAULT_SIZE, DEFAULT_FRAMES, DEFAULT_LOOP_FRAMES, DEFAULT_FPS = (48, 48), 17, 16, 8.0
+Started = tuple[Task, float]  # and the frames per second of its result
+
+
+def start(pipeline: VideoPipeline, job: Job) -> Started:
+    """(the task of a job, frames per second of its result).
+
+    A size that is not whole cells, such as 1080x1920 with cells of 16 pixels, is made a little larger and cropped.
+
+    Raises:
+        ValueError: if the model or the job's files cannot do it; the message says what can be done.
+        OSError: if a file cannot be read.
+    """
+    if not job.size:
+        return _STARTS[job.task](pipeline, job)
+    size_HW = job.size
+    if min(size_HW) < pipeline.cell:
+        raise ValueError(f"size={size_HW[0]}x{size_HW[1]}: this model makes {pipeline.cell} pixels a side and more")
+    height, width = (-(-n // pipeline.cell) * pipeline.cell for n in size_HW)
+    task, fps = _STARTS[job.task](pipeline, dataclasses.replace(job, size=(height, width)))
+    return altered(task, lambda frames: None if frames is None else _cropped(frames, size_HW)), fps
+
+
+def on_grid(pipeline: VideoPipeline, frames: float, loop: bool = False) -> int:
+    """The codec's nearest number of frames: 1 + 4k, or 4k of a loop."""
+    factor = pipeline.codec.config.time_factor
+    return max(1, round(frames / factor)) * factor + (0 if loop else 1)
+
+
+# ---- One function for each task
+
+
+def _text_to_video(pipeline: VideoPipeline, job: Job) -> Started:
+    fps = job.fps or DEFAULT_FPS
+    frames = job.frames or (DEFAULT_LOOP_FRAMES if job.loop else DEFAULT_FRAMES)
+    if job.seconds is not None:  # a loop
+        frames = on_grid(pipeline, job.seconds * fps, loop=True)
+    request = _request(job, frames, job.size or DEFAULT_SIZE, fps)
+    pipeline.grid(request)
+    return tasks.text_to_video(pipeline, request), request.fps
+
+
+def _long_video(pipeline: VideoPipeline, job: Job) -> Started:
+    fps = job.fps or DEFAULT_FPS
+    prompts = tasks.storyboard(job.prompt, fps)
+    request = _request(dataclasses.replace(job, prompt=prompts[0][1]), 1, job.size or DEFAULT_SIZE, fps)
+    pipeline.grid(request)
+    return tasks.long_video(pipeline, request, max(round((job.seconds or 0) * fps), 1), prompts), fps
+
+
+def _image_to_video(pipeline: VideoPipeline, job: Job) -> Started:
+    image = _image(pipeline, job.image, job.size)
+    request = _request(job, _frames(pipeline, job), (image.shape[0], image.shape[1]), DEFAULT_FPS)
+    pipeline.grid(request)
+    if job.seconds is not None and request.size_THW[0] > pipeline.window_frames:
+        prompts = tasks.storyboard(job.prompt, request.fps)
+        return tasks.long_video(pipeline, request, request.size_THW[0], prompts, image), request.fps
+    return tasks.image_to_video(pipeline, request, image), request.fps
+
+
+def _interpolate(pipeline: VideoPipeline, job: Job) -> Started:
+    first = _image(pipeline, job.image, job.size)
+    size_HW = (first.shape[0], first.shape[1])
+    last = _image(pipeline, job.last, size_HW)
+    request = _request(job, _frames(pipeline, job), size_HW, DEFAULT_FPS)
+    return tasks.interpolate(pipeline, request, first, last), request.fps
+
+
+def _video_to_video(pipeline: VideoPipeline, job: Job) -> Started:
+    frames, fps = _whole_video(pipeline, job, job.size)
+    strength = 1.0 if job.strength is None else job.strength
+    return tasks.video_to_video(pipeline, _request_like(job, frames, fps), frames, strength), fps
+
+
+def _inpaint(pipeline: VideoPipeline, job: Job) -> Started:
+    frames, fps = _whole_video(pipeline, job, job.size)
+    marks, _ = read_clip_frames(str(job.mask), max_frames=len(frames))
+    if len(marks) not in (1, len(frames)):
+        raise ValueError(f"the mask {job.mask} has {len(marks)} frames, the video {len(frames)}: give one, or as many")
+    mask = resized(marks, frames.shape[1:3]).mean(-1) > 127
+    return tasks.inpaint(pipeline, _request_like(job, frames, fps), frames, mask), fps
+
+
+def _outpaint(pipeline: VideoPipeline, job: Job) -> Started:
+    frames, fps = _whole_video(pipeline, job, None)
+    return tasks.outpaint(pipeline, _request(job, len(frames), job.size or DEFAULT_SIZE, fps), frames), fps
+
+
+def _extend(pipeline: VideoPipeline, job: Job) -> Started:
+    frames, fps = _video(pipeline, job, job.size)
+    new = max(1, round((job.seconds or 1.0) * fps))
+    request = _request(job, 1, (frames.shape[1], frames.shape[2]), fps)
+    before, after = (new if job.extend != "forward" else 0), (new if job.extend != "backward" else 0)
+    return tasks.extend(pipeline, request, frames, before=before, after=after), fps
+
+
+def _transition(pipeline: VideoPipeline, job: Job) -> Started:
+    first, fps = _video(pipeline, job, job.size)
+    size_HW = (first.shape[1], first.shape[2])
+    second = first if job.loop else _fitted(pipeline, read_clip_frames(str(job.transition))[0], size_HW)
+    between = max(1, round((job.seconds or 1.5) * fps))
+    request = _request(job, 1, size_HW, fps)
+    return tasks.transition(pipeline, request, first, second, between=between, loop=job.loop), fps
+
+
+_STARTS: dict[str, Callable[[VideoPipeline, Job], Started]] = {
+    "text_to_video": _text_to_video,
+    "long_video": _long_video,
+    "image_to_video": _image_to_video,
+    "interpolate": _interpolate,
+    "video_to_video": _video_to_video,
+    "inpaint": _inpaint,
+    "outpaint": _outpaint,
+    "extend": _extend,
+    "transition": _transition,
+    "loop": _transition,
+}
+
+
+# ---- Requests
+
+
+def _request(job: Job, frames: int, size_HW: tuple[int, int], fps: float) -> Request:
+    loop = job.loop and not job.video
+    return Request(job.prompt, (frames, *size_HW), job.seed, job.fps or fps, job.negative, loop=loop)
+
+
+def _request_like(job: Job, frames_THWC: np.ndarray, fps: float) -> Request:
+    T, H, W = frames_THWC.shape[:3]
+    return _request(job, T, (H, W), fps)
+
+
+def _frames(pipeline: VideoPipeline, job: Job) -> int:
+    if job.seconds is not None:
+        return on_grid(pipeline, job.seconds * (job.fps or DEFAULT_FPS))
+    return job.frames or DEFAULT_FRAMES
+
+
+# ---- Files
+
+
+def _image(pipeline: VideoPipeline, path: str | None, size_HW: tuple[int, int] | None) -> np.ndarray:
+    frames, _ = read_clip_frames(str(path), max_frames=1)
+    return _fitted(pipeline, frames, size_HW)[0]
+
+
+def _whole_video(pipeline: VideoPipeline, job: Job, size_HW: tuple[int, int] | None) -> tuple[np.ndarray, float]:
+    """As `_video`, with at most `job.frames` frames, cut at the end to 1 + 4k."""
+    frames, fps = _video(pipeline, job, size_HW, max_frames=job.frames)
+    factor = pipeline.codec.config.time_factor
+    return frames[: 1 + (len(frames) - 1) // factor * factor], fps
+
+
+def _video(
+    pipeline: VideoPipeline, job: Job, size_HW: tuple[int, int] | None, max_frames: int | None = None
+) -> tuple[np.ndarray, float]:
+    """(frames in whole cells, the job's frames per second, or else the file's)."""
+    frames, fps = read_clip_frames(str(job.video), max_frames=max_frames)
+    fitted, known = _fitted(pipeline, frames, size_HW), pipeline.known_size
+    H, W = job.size or fitted.shape[1:3]
+    if known and (H > known[1] or W > known[2]):
+        log.warning(
+            "%s: %dx%d is more than the %dx%d of training, and given videos are not upscaled from a trained size: "
+            "expect little of it, or give --size %dx%d",
+            job.video, H, W, *known[1:], *known[1:],
+        )  # fmt: skip
+    return fitted, job.fps or fps
+
+
+def _fitted(pipeline: VideoPipeline, frames_THWC: np.ndarray, size_HW: tuple[int, int] | None) -> np.ndarray:
+    """Frames scaled to cover the size and cropped to it in the middle; without a size, cropped to whole cells."""
+    H, W = frames_THWC.shape[1:3]
+    cell = pipeline.cell
+    if size_HW is None:
+        if min(H, W) < cell:
+            raise ValueError(f"{H}x{W} pixels are fewer than one cell of the model, {cell}x{cell}: give a size")
+        return _cropped(frames_THWC, (H // cell * cell, W // cell * cell))
+    scale = max(size_HW[0] / H, size_HW[1] / W)
+    scaled = (max(size_HW[0], round(H * scale)), max(size_HW[1], round(W * scale)))
+    return _cropped(frames_THWC if scaled == (H, W) else resized(frames_THWC, scaled), size_HW)
+
+
+def _cropped(frames_THWC: np.ndarray, size_HW: tuple[int, int]) -> np.ndarray:
+    """The middle of the frames."""
+    y, x = ((n - size) // 2 for n, size in zip(frames_THWC.shape[1:3], size_HW))
+    return np.ascontiguousarray(frames_THWC[:, y : y + size_HW[0], x : x + size_HW[1]])
