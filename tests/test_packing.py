@@ -68,7 +68,7 @@ def test_rows_of_a_step_have_like_cost():
 
 
 def test_a_clip_too_long_for_a_row_is_named():
-    with pytest.raises(ValueError, match=r"clip 1 has 99 video and 4 caption tokens, a row 64"):
+    with pytest.raises(ValueError, match=r"clip 1 has 99 video and 4 caption tokens, a row has 64"):
         pack_rows(np.array([3, 99]), np.array([4, 4]), PackConfig(64, 64, 4, 1), 0, 0)
 
 
@@ -124,7 +124,7 @@ def test_what_a_plan_remembers_of_other_clips_or_settings_is_not_believed(tmp_pa
         plan(file).rows(400)
         assert not caplog.text
         assert all(map(np.array_equal, plan(file, **change).rows(400), plan(**change).rows(400)))
-        assert "steps.json is not of these clips and settings" in caplog.text
+        assert "steps.json is of other clips or settings" in caplog.text
         late = plan(file, **change)  # written anew
         late.rows(400)
         assert len(late._parts) == 1

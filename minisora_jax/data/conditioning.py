@@ -1,7 +1,8 @@
-"""Which tokens of a training clip are given clean: what makes one model animate, extend, connect and inpaint.
+"""Draw the conditioning mask of each training clip, and the latent frames that training shows of it.
 
-And which clips are shown without their first frame. A codec's first latent frame is one picture, the others stand for
-several; a stretch of the others alone is what a window of a longer video, or a loop, is made of.
+Tokens that are given clean teach one model image to video, extending, interpolation and inpainting. Some clips are
+shown without their first latent frame. It stands for one frame of video, and each later one for several; windows of a
+long video, and loops, consist of later latent frames only.
 """
 
 from __future__ import annotations
@@ -15,35 +16,40 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class ConditioningConfig:
-    """Shares of clips trained with each kind of known tokens; the rest have none (text to video).
+    """The share of training clips with each kind of conditioning mask. The other clips have none: text to video.
 
-    Images, having one frame, take only `box` and `outside`.
+    An image has one frame, so it takes only `box` and `outside`.
     """
 
-    first: float = 0.12  # the first frame: image to video
-    last: float = 0.04  # the last frame
-    ends: float = 0.06  # first and last: join two images
-    prefix: float = 0.06  # some first frames: extend forwards
-    suffix: float = 0.04  # some last frames: extend backwards
-    frames: float = 0.04  # any frames
-    box: float = 0.04  # all frames outside a box: inpaint
-    outside: float = 0.02  # all frames inside a box: outpaint
-    middle: float = 0.1  # share of all clips, whatever is known of them, that are shown from a later frame on
+    first: float = 0.12  # the first latent frame is given: image to video
+    last: float = 0.04  # the last latent frame is given
+    ends: float = 0.06  # the first and the last are given: interpolation
+    prefix: float = 0.06  # several first latent frames are given: extending forwards
+    suffix: float = 0.04  # several last latent frames are given: extending backwards
+    frames: float = 0.04  # any latent frames are given
+    box: float = 0.04  # everything outside a box is given: inpainting
+    outside: float = 0.02  # everything inside a box is given: outpainting
+    middle: float = 0.1  # share of all clips, with any mask, that are shown from a later latent frame on
 
     def __post_init__(self):
         if min(self._shares) < 0 or sum(self._shares) > 1:
-            raise ValueError(f"known shares {dataclasses.asdict(self)} must be positive and sum to at most 1")
+            raise ValueError(f"conditioning shares {dataclasses.asdict(self)} must be positive and sum to at most 1")
         if not 0 <= self.middle < 1:
-            raise ValueError(f"known.middle={self.middle} must be in [0, 1)")
+            raise ValueError(f"conditioning.middle={self.middle} must be in [0, 1)")
 
     @property
     def _shares(self) -> tuple[float, ...]:
         return dataclasses.astuple(self)[:-1]
 
     def stretches(self, clips_n: np.ndarray, frames_n: np.ndarray, seed: int, epoch: int) -> np.ndarray:
-        """int32 (n, 2): from and to which latent frame each clip is shown, (0, frames) or 1 <= start < stop <= frames.
+        """The latent frames that training shows of each clip: int32 (n, 2) of start and stop.
 
-        A function of the clip's number, its length and the epoch: every host knows it of every clip, unread.
+        They are (0, frames) or 1 <= start < stop <= frames. They depend on the clip's number, its length, the seed and
+        the epoch only, so every host knows them without reading the clips.
+
+        Args:
+            clips_n: the numbers of the clips.
+            frames_n: their lengths in latent frames.
         """
         key = np.random.SeedSequence([seed, epoch]).generate_state(1, np.uint64)
         key = key + np.uint64(3) * clips_n.astype(np.uint64)
@@ -55,19 +61,19 @@ class ConditioningConfig:
 
     @functools.cached_property
     def _edges(self) -> tuple[list[str], list[float]]:
-        """The kinds, and the draw below which each lies."""
+        """(kinds, upper edges): a uniform draw below a kind's edge, and not below the one before, selects it."""
         return [f.name for f in dataclasses.fields(self)][:-1], np.cumsum(self._shares).tolist()
 
     def draw(self, size_thw: tuple[int, int, int], rng: np.random.Generator) -> np.ndarray:
-        """bool (t, h, w): the known tokens of one clip; at least one token is always unknown."""
+        """The conditioning mask of one clip: bool (t, h, w), True for given tokens. At least one token is False."""
         t, h, w = size_thw
         cond_mask = np.zeros(size_thw, bool)
         kinds, edges = self._edges
-        # Draw everything in every case, so that one clip's kind never shifts another's randomness.
-        which, cut, flips = rng.random(), int(rng.integers(1, max(t, 2))), rng.random(t) < 0.5
+        # Draw all numbers in every case, so that the random stream does not depend on the kind.
+        choice, cut, flips = rng.random(), int(rng.integers(1, max(t, 2))), rng.random(t) < 0.5
         y0, y1 = sorted((rng.integers(h + 1), rng.integers(h + 1)))
         x0, x1 = sorted((rng.integers(w + 1), rng.integers(w + 1)))
-        kind = kinds[bisect.bisect_right(edges, which)] if which < edges[-1] else "none"
+        kind = kinds[bisect.bisect_right(edges, choice)] if choice < edges[-1] else "none"
         if kind in ("box", "outside"):
             if y0 < y1 and x0 < x1:
                 cond_mask[:, y0:y1, x0:x1] = True
@@ -87,7 +93,7 @@ class ConditioningConfig:
 
 
 def _uniform(number: np.ndarray) -> np.ndarray:
-    """[0, 1) from uint64, each by itself: SplitMix64 (Steele et al. 2014, doi:10.1145/2660193.2660195)."""
+    """A number in [0, 1) for each uint64, by SplitMix64 (Steele et al. 2014, doi:10.1145/2660193.2660195)."""
     z = number * np.uint64(0x9E3779B97F4A7C15)
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

@@ -1,4 +1,4 @@
-"""`minisora encode`: clips through the codec and captions through the text encoder, in order, for the latent cache."""
+"""Encode clips with the codec and captions with the text encoder, for the latent cache (`minisora encode`)."""
 
 from __future__ import annotations
 
@@ -11,33 +11,32 @@ from minisora_jax.models.captions import Captions
 from minisora_jax.models.codec import Codec
 from minisora_jax.types import Clip, ClipSequence, LatentClip
 
-WINDOW = 256  # clips looked at together at most, so that those of one size share a pass
-WINDOW_BYTES = 2**30  # of their frames, at about which a window ends
-PIXELS_AT_ONCE = 2**19  # H * W of a pass's clips together
+WINDOW = 256  # at most so many clips are in memory; those of one size share passes of the codec
+WINDOW_BYTES = 2**30  # a window ends at about so many bytes of frames
+PIXELS_AT_ONCE = 2**19  # sum of H * W over the clips of one pass
 
 
 def encode_clips(
     codec: Codec, captions: Captions, clips: ClipSequence, numbers: range
 ) -> Iterator[LatentClip | DataError]:
-    """The latents of the clips of these numbers, in order; the error in the place of one that cannot be read.
+    """The latents of the clips with these numbers, in order. A clip that cannot be read yields its error instead.
 
-    Clips of one size go through the codec together.
+    Clips of one size share passes of the codec.
     """
     for window in _windows(clips, numbers):
-        read = [clip for clip in window if not isinstance(clip, DataError)]
-        texts = iter(captions.encode([clip.caption for clip in read]) if read else ())
+        readable = {i: clip for i, clip in enumerate(window) if not isinstance(clip, DataError)}
+        texts = iter(captions.encode([clip.caption for clip in readable.values()]) if readable else ())
         moments: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         by_size: dict[tuple, list[int]] = {}
-        for i, clip in enumerate(window):
-            if not isinstance(clip, DataError):
-                by_size.setdefault(clip.frames_THWC.shape, []).append(i)
+        for i, clip in readable.items():
+            by_size.setdefault(clip.frames_THWC.shape, []).append(i)
         for (_, H, W, _), members in by_size.items():
             batch = int(np.clip(PIXELS_AT_ONCE // (H * W), 1, 8))
-            for some in (members[k : k + batch] for k in range(0, len(members), batch)):
-                # Always full, so that one size is compiled once.
-                padded = some + [some[-1]] * (batch - len(some))
-                mean, std = codec.encode(np.stack([window[i].frames_THWC for i in padded]))
-                moments |= {i: (mean[k], std[k]) for k, i in enumerate(some)}
+            for indices in (members[k : k + batch] for k in range(0, len(members), batch)):
+                # Always a full batch, so that each size is compiled once.
+                padded = indices + [indices[-1]] * (batch - len(indices))
+                mean, std = codec.encode(np.stack([readable[i].frames_THWC for i in padded]))
+                moments |= {i: (mean[k], std[k]) for k, i in enumerate(indices)}
         for i, clip in enumerate(window):
             if isinstance(clip, DataError):
                 yield clip
@@ -46,15 +45,15 @@ def encode_clips(
 
 
 def _windows(clips: ClipSequence, numbers: range) -> Iterator[list[Clip | DataError]]:
-    """All clips in order. Where a window ends is a function of the clips, and so are the passes and their bytes."""
-    window, held = [], 0
+    """The clips in order, in windows. The windows, and so the bytes of the latents, depend on the clips only."""
+    window, nbytes = [], 0
     for i in numbers:
         clip = _read(clips, i)
         window.append(clip)
-        held += 0 if isinstance(clip, DataError) else clip.frames_THWC.nbytes
-        if len(window) == WINDOW or held >= WINDOW_BYTES:
+        nbytes += 0 if isinstance(clip, DataError) else clip.frames_THWC.nbytes
+        if len(window) == WINDOW or nbytes >= WINDOW_BYTES:
             yield window
-            window, held = [], 0
+            window, nbytes = [], 0
     if window:
         yield window
 

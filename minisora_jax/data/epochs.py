@@ -1,12 +1,12 @@
-"""Which clips an epoch shows, and in which order: a pure function of (seed, epoch), in parts of bounded size.
+"""The order of the clips in each epoch: a pure function of (seed, epoch), computed in parts of bounded size.
 
-An epoch has as many entries as there are clips. Data set d, of n_d clips and weight w_d, has a share of them in
-proportion to w_d n_d^(1/T): with all weights 1 and temperature T = 1 every clip comes once an epoch; a higher T lifts
-the small sets (Arivazhagan et al. 2019, arXiv:1907.05019). A set goes round by itself: no clip of it comes again before
-all others of it have come.
+An epoch has as many entries as there are clips. The share of data set d, with n_d clips and weight w_d, is proportional
+to w_d n_d^(1/T). With all weights 1 and temperature T = 1 every clip comes once an epoch; a higher T raises the share
+of small sets (Arivazhagan et al. 2019, arXiv:1907.05019). Each set has cycles of its own: a clip comes again only after
+all others of its set.
 
-Nothing as long as the data set is ever made: a shuffle is a function of one place (a Feistel network), so the
-n-th million of an epoch's order takes the memory of a million.
+No array is as long as the data set: the shuffle is a function of one position (a Feistel network), so the n-th million
+of an epoch's order takes the memory of a million entries.
 """
 
 from __future__ import annotations
@@ -17,15 +17,21 @@ from collections.abc import Sequence
 
 import numpy as np
 
-PART = 2**20  # entries planned together at most
-ROUNDS = 6  # of the Feistel network
+PART = 2**20  # at most so many entries are planned at a time
+UNLIMITED = 2**31 - 1  # a size that no clip exceeds
+ROUNDS = 6  # rounds of the Feistel network
 
 
 @dataclasses.dataclass(frozen=True)
 class Epochs:
-    """The order of the clips of data sets laid end to end, of `counts` clips each.
+    """The order of the clips of concatenated data sets.
 
-    members: for each data set None, or which of its clips take part (int array of indices within the set).
+    Args:
+        counts: the number of clips of each data set.
+        weights: the weight of each data set; () for 1 each.
+        temperature: T in the module's docstring.
+        members: for each data set the indices of its clips that take part; None for all.
+        part_size: at most so many entries are planned at a time.
     """
 
     counts: tuple[int, ...]
@@ -39,29 +45,32 @@ class Epochs:
         if self.temperature <= 0 or any(w < 0 for w in self.weights):
             raise ValueError(f"temperature={self.temperature} and weights={self.weights} must be positive")
         if sum(self.sizes) == 0 or sum(self.entries) == 0:
-            raise ValueError(f"no clip takes part: data sets of {self.counts} clips, weights {self.weights}")
+            raise ValueError(
+                f"no clip takes part: the data sets have {self.counts} clips and weights {self.weights}. Raise a "
+                "weight, or allow larger clips in the curriculum"
+            )
 
     @property
     def sizes(self) -> list[int]:
-        """Clips of each data set that take part."""
+        """The number of clips of each data set that take part."""
         members = self.members or (None,) * len(self.counts)
         return [n if m is None else len(m) for n, m in zip(self.counts, members)]
 
     @property
     def clips(self) -> np.ndarray | slice:
-        """All that take part, end to end."""
+        """The indices of all clips that take part, in the concatenated data sets."""
         if all(m is None for m in self.members):
             return slice(None)
         starts = np.cumsum([0, *self.counts])
-        each = [np.arange(n) if m is None else m for n, m in zip(self.counts, self.members, strict=True)]
-        return np.concatenate([start + some for start, some in zip(starts, each)])
+        members = [np.arange(n) if m is None else m for n, m in zip(self.counts, self.members, strict=True)]
+        return np.concatenate([start + indices for start, indices in zip(starts, members)])
 
     @property
     def entries(self) -> list[int]:
-        """Of an epoch, from each data set."""
+        """The number of entries of an epoch from each data set."""
         sizes = np.array(self.sizes, np.float64)
-        wanted = np.array(self.weights or [1.0] * len(sizes)) * sizes ** (1 / self.temperature)
-        exact = sizes.sum() * wanted / max(wanted.sum(), 1e-300)
+        shares = np.array(self.weights or [1.0] * len(sizes)) * sizes ** (1 / self.temperature)
+        exact = sizes.sum() * shares / max(shares.sum(), 1e-300)
         entries = np.floor(exact).astype(np.int64)
         largest_rest = np.argsort(-(exact - entries), kind="stable")[: int(sizes.sum() - entries.sum())]
         entries[largest_rest] += 1
@@ -69,14 +78,15 @@ class Epochs:
 
     @property
     def parts(self) -> int:
-        """Of an epoch; all of about one size."""
+        """The number of parts of an epoch; all parts have about the same size."""
         return -(-sum(self.entries) // self.part_size)
 
     def epoch(self, part: int) -> int:
+        """The epoch of a part."""
         return part // self.parts
 
     def part(self, n: int) -> tuple[int, np.ndarray]:
-        """(epoch, clips in their order) of part n, counted from the start of the run. int64 indices end to end."""
+        """(epoch, int64 indices of its clips in order) of part n, counted from the start of the run."""
         epoch, part = divmod(n, self.parts)
         entries = self.entries
         total = sum(entries)
@@ -85,25 +95,26 @@ class Epochs:
         clips = np.empty(len(places), np.int64)
         ends, starts = np.cumsum(entries), np.cumsum([0, *self.counts])
         for d, (end, count) in enumerate(zip(ends, entries)):
-            mine = np.flatnonzero((places >= end - count) & (places < end))
-            clips[mine] = starts[d] + self._of_set(d, epoch * count + places[mine] - (end - count))
+            of_set = np.flatnonzero((places >= end - count) & (places < end))
+            clips[of_set] = starts[d] + self._set_clips(d, epoch * count + places[of_set] - (end - count))
         return epoch, clips
 
-    def _of_set(self, d: int, turns: np.ndarray) -> np.ndarray:
-        """Clips of a data set at its turns, which go round it cycle after cycle, each in an order of its own."""
+    def _set_clips(self, d: int, draws: np.ndarray) -> np.ndarray:
+        """The clips of data set d at its n-th draws. Each cycle through the set has an order of its own."""
         size = self.sizes[d]
-        found = np.empty(len(turns), np.int64)
-        for cycle in np.unique(turns // size):
-            mine = turns // size == cycle
-            found[mine] = _shuffled(turns[mine] % size, size, self.seed + 1000 * (d + 1), 2 * int(cycle) + 1)
-        return found if not self.members or self.members[d] is None else self.members[d][found]
+        indices = np.empty(len(draws), np.int64)
+        for cycle in np.unique(draws // size):
+            of_cycle = draws // size == cycle
+            indices[of_cycle] = _shuffled(draws[of_cycle] % size, size, self.seed + 1000 * (d + 1), 2 * int(cycle) + 1)
+        members = self.members[d] if self.members else None
+        return indices if members is None else members[indices]
 
 
 def _shuffled(places: np.ndarray, count: int, seed: int, stream: int) -> np.ndarray:
-    """Where a shuffle of `count` things, one of its own for each (seed, stream), takes these.
+    """The images of `places` under a permutation of 0 ... count - 1; (seed, stream) selects the permutation.
 
-    A Feistel network over the next power of 4, walked until it comes back below `count` (Black & Rogaway 2002,
-    doi:10.1007/3-540-45760-7_9); the halves are mixed as in SplitMix64.
+    It is a Feistel network over the next power of 4, applied again until the result is below `count` (cycle walking:
+    Black & Rogaway 2002, doi:10.1007/3-540-45760-7_9). The halves are mixed as in SplitMix64.
     """
     half = np.uint64(max(1, ((count - 1).bit_length() + 1) // 2))
     mask = (np.uint64(1) << half) - np.uint64(1)
@@ -125,16 +136,20 @@ def _shuffled(places: np.ndarray, count: int, seed: int, stream: int) -> np.ndar
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """Of a curriculum: until step `until` of the run, clips of at most so many latent frames, rows and columns."""
+    """A stage of a curriculum: until step `until`, clips have at most `max_thw` latent frames, rows and columns."""
 
     until: int
     max_thw: tuple[int, int, int]
 
 
 def curriculum(text: str, steps: int) -> list[Stage]:
-    """The stages of "1000:1x32x32 5000:5x32x32": images first, then short clips, then, until `steps`, everything.
+    """The stages of a curriculum such as "1000:1x32x32 5000:5x32x32"; a last stage with all clips lasts until `steps`.
 
-    Sizes are latent frames x rows x columns: with a codec of 4 x 8 x 8, 5x32x32 is 17 frames of 256 x 256 pixels.
+    The example trains on images until step 1000, then on short clips until step 5000. Sizes are latent frames x rows x
+    columns: with a codec of 4 x 8 x 8, 5x32x32 is 17 frames of 256 x 256 pixels.
+
+    Raises:
+        ValueError: a stage has another form, or its step does not rise.
     """
     stages = []
     for word in text.split():
@@ -143,34 +158,34 @@ def curriculum(text: str, steps: int) -> list[Stage]:
             raise ValueError(
                 f"curriculum {word!r} must look like 1000:1x32x32: until step, latent frames x rows x columns"
             )
-        until, *size = map(int, match.groups())
+        until, t, h, w = map(int, match.groups())
         if stages and until <= stages[-1].until:
             raise ValueError(
                 f"curriculum {text!r}: the stages' steps must rise, and {until} follows {stages[-1].until}"
             )
-        stages.append(Stage(until, tuple(size)))
+        stages.append(Stage(until, (t, h, w)))
     if not stages or stages[-1].until < steps:
-        stages.append(Stage(steps, (2**31 - 1,) * 3))
+        stages.append(Stage(steps, (UNLIMITED, UNLIMITED, UNLIMITED)))
     return stages
 
 
 def parse_mixture(text: str) -> list[tuple[str, float]]:
-    """[(directory, weight)] of "data/a + data/b*0.5"."""
-    found = []
+    """[(directory, weight)] of "data/a + data/b*0.5"; ValueError for text of another form."""
+    mixture = []
     for word in text.split("+"):
         name, star, weight = word.strip().rpartition("*")
         try:
-            found.append((name, float(weight)) if star else (word.strip(), 1.0))
+            mixture.append((name, float(weight)) if star else (word.strip(), 1.0))
         except ValueError as error:
             raise ValueError(f"data {word.strip()!r} must look like DIR or DIR*WEIGHT, such as data/a*0.5") from error
-    if any(not name or weight < 0 for name, weight in found):
+    if any(not name or weight < 0 for name, weight in mixture):
         raise ValueError(f"data {text!r} must look like DIR or DIR*WEIGHT + DIR*WEIGHT")
-    return found
+    return mixture
 
 
-def within(sizes_thwL: Sequence, stage: Stage) -> np.ndarray | None:
-    """Which clips are no larger than the stage allows; None for all of them."""
-    if min(stage.max_thw) >= 2**31 - 1:
+def within(sizes_thwL: Sequence | np.ndarray, stage: Stage) -> np.ndarray | None:
+    """The indices of the clips that the stage allows; None for all clips."""
+    if min(stage.max_thw) >= UNLIMITED:
         return None
     small = np.ones(len(sizes_thwL), bool)
     for first in range(0, len(sizes_thwL), PART):

@@ -1,9 +1,9 @@
-"""The latent cache: every clip encoded once, posterior moments and caption features of its own size.
+"""The latent cache: the posterior moments and the caption features of every clip, encoded once at the clip's own size.
 
     LatentClip, LatentClip, ...  ->  latents-00000-of-00007.array_record, sizes.npy, empty_text.npy, manifest.json
 
-Moments and float features are stored as float16, ids as they are. The manifest says which codec, preprocessing and
-text encoder made them, and a reader that expects others gets an error.
+Moments and float features are stored as float16, ids as int32. The manifest names the codec, the preprocessing and the
+text encoder; a reader that expects others gets an error.
 """
 
 from __future__ import annotations
@@ -43,19 +43,30 @@ def write_latents(
     shard_bytes: int = 256 * 2**20,
     clips_per_part: int = 1024,
 ) -> dict[str, Any]:
-    """Write the cache and return its manifest. Of several processes all call it, and each writes a share of the parts.
+    """Write the cache and return its manifest. With several processes all call it, and each writes some of the parts.
 
-    clips: the encoded clips; or a function that gives those of a range of numbers below `count`, in order, with an
-    error in the place of one that could not be read, which is left out and named in the manifest.
-    codec_hash: what the latents mean, as `Codec.latents`.   text: the text encoder's identity: {"encoder": "bytes"}.
-    empty_text_LE: features of the empty caption, for guidance.   source: which clips these are (`Records.identity`),
-    so that a folder that holds other clips' latents is refused, and not taken for finished.
-    clips_per_part: the unit of work, and of what an interrupted encode may have to do again.
+    The bytes depend on the clips and the settings, not on the number of processes or on interruptions.
 
-    The bytes depend on the clips and settings, not on how many processes there were or how often they were interrupted.
-    Raises ValueError for moments that float16 cannot hold, DataError where `out_dir` holds a cache of other settings.
+    Args:
+        clips: the encoded clips; or a function that yields the clips of a range of numbers below `count`, in order. It
+            yields an error for a clip that cannot be read; the clip is skipped, and the manifest names it.
+        codec_hash: the hash of the latents' meaning, `Codec.latents`.
+        text: the identity of the text encoder, such as {"encoder": "bytes"}.
+        empty_text_LE: features of the empty caption, for guidance.
+        source: the identity of the clips (`Records.identity`). A folder with the latents of other clips is refused.
+        count: the number of clips; None if `clips` is a sequence.
+        shard_bytes: a file ends when it reaches this size.
+        clips_per_part: the unit of work; an interrupted encode repeats at most one part.
+
+    Raises:
+        ValueError: float16 cannot hold a moment.
+        DataError: `out_dir` holds a cache with other settings.
     """
-    out_dir, count = Path(out_dir), len(clips) if count is None else count
+    out_dir = Path(out_dir)
+    if count is None:
+        if callable(clips):
+            raise TypeError("write_latents needs `count` when `clips` is a function")
+        count = len(clips)
     parts = -(-count // clips_per_part)
     settings = {"codec_hash": codec_hash, "preprocessing_version": preprocessing_version, "text": text}
     settings |= {"source": source, "clips_per_part": clips_per_part}
@@ -67,41 +78,47 @@ def write_latents(
     barrier("an encode begins")
 
     def write_part(part: int, writer: record_writer.ShardWriter) -> list[str]:
-        numbers, left_out = mine[part], []
+        numbers, skipped = mine[part], []
         for clip in clips(numbers) if callable(clips) else clips[numbers.start : numbers.stop]:
             if isinstance(clip, DataError):
-                log.warning("left out: %s", clip)
-                left_out.append(str(clip))
+                log.warning("skipped a clip: %s", clip)
+                skipped.append(str(clip))
             else:
                 writer.add(_to_record(clip), (*clip.mean_thwc.shape[:3], clip.text_LE.shape[0]))
-        return left_out
+        return skipped
 
     mine = my_parts(count, clips_per_part)
     record_writer.write_parts(out_dir, opening, list(mine), write_part)
     barrier("an encode's parts")
     if is_main():
         empty = {"empty_text": _stored(empty_text_LE, "the empty caption's features")}
-        together = lambda metadata: {"left_out": [name for part in metadata for name in part]}
-        record_writer.finish_parts(out_dir, opening, parts, tables=empty, closing=together)
+        closing = lambda metadata: {"left_out": [error for part in metadata for error in part]}
+        record_writer.finish_parts(out_dir, opening, parts, tables=empty, closing=closing)
     barrier("an encode's manifest")
     return json.loads((out_dir / "manifest.json").read_text(encoding="utf-8"))
 
 
 def my_parts(count: int, clips_per_part: int) -> dict[int, range]:
-    """{part: the numbers of its clips} of those that fall to this process, of all that there are."""
+    """{part: the numbers of its clips} for the parts that this process writes, out of `count` clips."""
     first, step = (jax.process_index(), jax.process_count()) if several() else (0, 1)
     parts = range(first, -(-count // clips_per_part), step)
     return {part: range(part * clips_per_part, min((part + 1) * clips_per_part, count)) for part in parts}
 
 
 class Latents:
-    """A finished cache as a sequence of LatentClip; threads and Grain workers may share it.
+    """A finished cache as a sequence of LatentClip. Threads and Grain workers may share it.
 
-    sizes: int32 (n, 4), the t, h, w and L of each clip, read from one small file.
-    empty_text_LE: features of the empty caption.
+    `sizes` is int32 (n, 4): t, h, w and L of each clip, from one small file. `empty_text_LE` has the features of the
+    empty caption.
 
-    Give codec_hash and text to insist on the codec and text encoder in use. A cache made with others, of another
-    preprocessing, unfinished, or damaged anywhere is a DataError naming the file, what was expected and what was found.
+    Args:
+        directory: a path, or a URL of object storage.
+        codec_hash: the codec that the cache must be made with; None for any.
+        text: the text encoder that the cache must be made with; None for any.
+        preprocessing_version: the preprocessing that the cache must be made with; None for any.
+
+    Raises:
+        DataError: the cache is unfinished, damaged, or made with another codec, text encoder or preprocessing.
     """
 
     def __init__(
@@ -130,7 +147,11 @@ class Latents:
 
 
 class Mixture:
-    """Several caches end to end, as one sequence of LatentClip; `counts` and `weights` are of each."""
+    """Several concatenated caches as one sequence of LatentClip, with the `counts` and `weights` of each.
+
+    Raises:
+        DataError: the caches have different codecs or text encoders.
+    """
 
     def __init__(self, caches: list[Latents], weights: list[float]):
         first = caches[0]
@@ -142,7 +163,7 @@ class Mixture:
                 if ours != theirs:
                     raise DataError(
                         f"{cache.shards.directory} was made with the {name} {theirs}, {first.shards.directory} with "
-                        f"{ours}: caches that are trained on together must share it"
+                        f"{ours}: the caches of one mixture must share it. Encode one of them again"
                     )
         self.caches, self.weights = caches, tuple(weights)
         self.counts = tuple(len(cache) for cache in caches)
@@ -158,17 +179,17 @@ class Mixture:
         return self.caches[cache][at]
 
 
-def open_latents(text: str, **expect) -> Mixture:
-    """The caches of "data/a + data/b*0.5", each checked as `Latents` does."""
-    named = parse_mixture(text)
-    return Mixture([Latents(name, **expect) for name, _ in named], [weight for _, weight in named])
+def open_latents(text: str | os.PathLike, **expect: Any) -> Mixture:
+    """The caches of a mixture such as "data/a + data/b*0.5". `expect` has further arguments of `Latents`."""
+    mixture = parse_mixture(str(text))
+    return Mixture([Latents(name, **expect) for name, _ in mixture], [weight for _, weight in mixture])
 
 
 def _to_record(clip: LatentClip) -> bytes:
     if clip.mean_thwc.ndim != 4 or clip.mean_thwc.shape != clip.std_thwc.shape or clip.text_LE.ndim != 2:
         raise ValueError(
-            f"{clip.name}: mean {clip.mean_thwc.shape} and std {clip.std_thwc.shape} must share a shape (t, h, w, c), "
-            f"and text {clip.text_LE.shape} be (L, E)"
+            f"{clip.name}: mean {clip.mean_thwc.shape} and std {clip.std_thwc.shape} must have one shape "
+            f"(t, h, w, c), and text {clip.text_LE.shape} must be (L, E)"
         )
     arrays = {"mean": clip.mean_thwc, "std": clip.std_thwc, "text": clip.text_LE}
     arrays = {name: _stored(a, f"{clip.name}: {name}") for name, a in arrays.items()}
@@ -176,12 +197,12 @@ def _to_record(clip: LatentClip) -> bytes:
 
 
 def _stored(array: np.ndarray, what: str) -> np.ndarray:
-    """Floats as float16, integers as int32; ValueError for what float16 cannot hold."""
+    """Floats as float16, integers as int32; ValueError for a value that float16 cannot hold."""
     array = np.asarray(array)
     if np.issubdtype(array.dtype, np.integer):
         return array.astype(np.int32)
     limit = np.finfo(np.float16).max
-    if not np.all(np.abs(array) <= limit):  # NaN is not
+    if not np.all(np.abs(array) <= limit):  # also False for NaN
         worst = array.flat[np.argmax(~(np.abs(array) <= limit))]
         raise ValueError(f"{what} has the value {worst}, and float16 holds finite numbers up to {limit}")
     return array.astype(np.float16)

@@ -1,13 +1,14 @@
-"""Batches for the two trainings, read by Grain threads. The n-th batch is a pure function of (seed, n).
+"""Batches for codec and transformer training, read by Grain threads. Batch n is a pure function of (seed, n).
 
-So the data state of a run is its step number: a resumed run, on however many hosts, continues with the batch
-that the uninterrupted run would have seen.
+So the data state of a run is its step number. A resumed run, on any number of hosts, continues with the batch that the
+uninterrupted run would have read.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import grain
 import jax
@@ -17,7 +18,7 @@ from minisora_jax.data.conditioning import ConditioningConfig
 from minisora_jax.data.epochs import curriculum
 from minisora_jax.data.latents import Latents, Mixture
 from minisora_jax.data.packing import PackPlan, StagedPlan
-from minisora_jax.data.rows import pack_segments, training_segment
+from minisora_jax.data.rows import Segment, pack_segments, training_segment
 from minisora_jax.io.resize import resized
 from minisora_jax.io.retry import Damaged, DataError
 from minisora_jax.parallel.mesh import host_rows
@@ -26,12 +27,12 @@ from minisora_jax.types import ClipSequence, PackedBatch
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """What a transformer learns from."""
+    """The training data of a transformer."""
 
     path: str = ""  # a latent cache, or several with weights: "data/a + data/b*0.5"
-    temperature: float = 1.0  # above 1, smaller data sets come more often than their size says
+    temperature: float = 1.0  # above 1, small data sets come more often than in proportion to their size
     curriculum: str = ""  # "1000:1x32x32 5000:5x32x32": up to a step, latents of at most frames x rows x columns
-    strict: bool = False  # stop at the first damaged clip, and not leave it out
+    strict: bool = False  # stop at the first damaged clip instead of skipping it
 
     def __post_init__(self):
         if self.temperature <= 0:
@@ -41,15 +42,15 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ClipsConfig:
-    """What a codec learns from."""
+    """The training data of a codec."""
 
-    path: str = ""  # a data set that `minisora prepare` wrote, or shapes[:SPLIT[:COUNT]]
-    held_out: str = ""  # another to be scored on; "" for the last clips of the first
-    strict: bool = False  # stop at the first damaged clip, and not draw another
+    path: str = ""  # a prepared data set, or shapes[:SPLIT[:COUNT]]
+    held_out: str = ""  # the data set for evaluation; "" for the last clips of `path`
+    strict: bool = False  # stop at the first damaged clip instead of drawing another
 
 
-def in_order(make: Callable[[int], object], steps: range, *, threads: int = 4, ahead: int = 8) -> Iterator:
-    """make(n) for each n of `steps`, computed ahead of time by Grain's threads."""
+def in_order(make: Callable[[int], Any], steps: range, *, threads: int = 4, ahead: int = 8) -> Iterator[Any]:
+    """make(n) for each n of `steps` in order. `threads` Grain threads compute up to `ahead` results ahead."""
     dataset = grain.MapDataset.range(steps.start, steps.stop).map(make)
     return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead)))
 
@@ -65,10 +66,19 @@ def crop_batches(
     enlarge: float = 1.0,
     damaged: Damaged | None = None,
 ) -> Iterator[np.ndarray]:
-    """uint8 frames (A, B, T, H, W, C): random crops of clips drawn at random, one array a step.
+    """uint8 frames (A, B, T, H, W, C), one array a step: random crops of random clips.
 
-    Above 1, half the crops are of clips enlarged by up to `enlarge`, the factor's logarithm uniform. A clip shorter
-    than the crop stands still at its end; one that is smaller, or damaged, is passed over for another.
+    A clip shorter than the crop repeats its last frame. A clip that is smaller, or damaged, is replaced by another.
+
+    Args:
+        crop_THW: the size of a crop in frames and pixels.
+        batch: B, the crops of a microbatch over all hosts; each host gets its own rows.
+        accumulate: A, the microbatches of a step.
+        enlarge: above 1, half the crops come from clips enlarged by up to this factor, whose logarithm is uniform.
+        damaged: the log of damaged clips; None raises at the first one.
+
+    Raises:
+        ValueError: 1000 random clips in a row are smaller than the crop.
     """
     damaged = damaged or Damaged(strict=True)
 
@@ -83,7 +93,7 @@ def crop_batches(
             if all(n >= c for n, c in zip(frames.shape[1:], crop_THW[1:])):
                 break
         else:
-            raise ValueError(f"1000 clips drawn at random were all smaller than crop_THW={crop_THW}: lower it")
+            raise ValueError(f"1000 random clips are all smaller than crop_THW={crop_THW}: lower it")
         if len(frames) < crop_THW[0]:
             frames = np.concatenate([frames, np.repeat(frames[-1:], crop_THW[0] - len(frames), axis=0)])
         factor = enlarge ** max(rng.uniform(-1, 1), 0.0) if enlarge > 1 else 1.0
@@ -110,33 +120,43 @@ def packed_batches(
     caption_tokens: int = 0,
     damaged: Damaged | None = None,
 ) -> Iterator[tuple[PackedBatch, list[np.ndarray]]]:
-    """(PackedBatch (A, B, ...), the (t, h, w, L) of the clips of each of the step's rows on all hosts), one a step.
+    """(PackedBatch (A, B, ...), sizes) of each step; sizes[r] is the (t, h, w, L) of the clips of row r, on all hosts.
 
-    Captions are padded to `caption_tokens`, as DiTConfig has it. A damaged clip's place stays empty.
+    The place of a damaged clip stays empty.
+
+    Args:
+        patch: the latents of one token: (t, h, w).
+        caption_dropout: the share of clips whose caption is replaced by the empty one.
+        caption_tokens: captions are padded to so many tokens, see `DiTConfig`.
+        damaged: the log of damaged clips; None raises at the first one.
+
+    Raises:
+        DataError: no clip of a step's rows of this host is readable.
     """
     damaged = damaged or Damaged(strict=True)
     pack, seed, accumulate = plan.config, plan.seed, plan.per_step // plan.config.rows
     mine = [a * pack.rows + b for a in range(accumulate) for b in host_rows(pack.rows)]
 
-    def segment(epoch: int, i: int, shown: tuple[int, int]):
-        # Seeded by the clip and the epoch, never by its place, so that packing changes nothing about a clip.
+    def segment(epoch: int, i: int, shown: tuple[int, int]) -> Segment | None:
+        # Seeded by the clip and the epoch, not by its place in a row, so packing does not change the clip.
         rng = np.random.default_rng([seed, epoch, i])
         try:
             clip = latents[i]
         except DataError as error:
-            return damaged.add(error)
+            damaged.add(error)
+            return None
         return training_segment(
             clip, patch, conditioning, caption_dropout, latents.empty_text_LE, caption_tokens, rng, shown
         )
 
-    def batch(step: int):
+    def batch(step: int) -> tuple[PackedBatch, list[np.ndarray]]:
         epoch, rows = plan.epoch(step), plan.rows(step)
         sizes = [latents.sizes[clips].clip((0, 0, 0, caption_tokens)) for clips in rows]
         shown = [conditioning.stretches(clips, size[:, 0], seed, epoch) for clips, size in zip(rows, sizes)]
-        made = [[s for i, span in zip(rows[r], shown[r]) if (s := segment(epoch, int(i), span))] for r in mine]
-        if not any(made):
-            raise DataError(f"none of the clips of step {step + 1} could be read: {damaged.count} were damaged so far")
-        packed = pack_segments(made, pack, plan.max_segment_len)
+        segments = [[s for i, span in zip(rows[r], shown[r]) if (s := segment(epoch, int(i), span))] for r in mine]
+        if not any(segments):
+            raise DataError(f"no clip of step {step + 1} is readable; {damaged.count} clips were damaged so far")
+        packed = pack_segments(segments, pack, plan.max_segment_len)
         packed = jax.tree.map(lambda x: x.reshape(accumulate, -1, *x.shape[1:]), packed)
         for size, spans in zip(sizes, shown):
             size[:, 0] = spans[:, 1] - spans[:, 0]

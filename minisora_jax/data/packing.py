@@ -3,10 +3,10 @@
     clips  |####|##|######|#|###|            row 0  |######|####|
                                     plan ->  row 1  |###|##|#|..      . = padding
 
-Packing is planned, not streamed: sizes are known from the index of the latent cache, so the rows of an epoch are a
-pure function of (seed, epoch, sizes). Best-fit decreasing within shuffled windows fills rows, or a fit to
-video and captions both, where captions are what fills them up; rows of like attention cost (the sum of squared clip
-lengths, not the token count) form a step, so that devices finish together. A million clips take seconds.
+Packing is planned, not streamed. The index of the latent cache has all sizes, so the rows of an epoch are a pure
+function of (seed, epoch, sizes). Best-fit decreasing fills rows within shuffled windows. Where captions limit the rows,
+a fit to both video and captions is tried. Rows of similar attention cost (the sum of squared clip lengths, not the
+token count) form a step, so that devices finish at the same time. Planning a million clips takes seconds.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ log = logging.getLogger("minisora")
 
 @dataclasses.dataclass(frozen=True)
 class PackConfig:
+    """The size of packed rows."""
+
     tokens: int = 4096  # S: video tokens per row
     text_tokens: int = 2048  # L: caption tokens per row
     slots: int = 64  # G: clips per row at most
@@ -46,7 +48,15 @@ class PackConfig:
 
 
 def token_counts(sizes_thwL: np.ndarray, patch: tuple[int, int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """(video tokens, caption tokens) of each clip, int32; ValueError where a latent size is not whole patches."""
+    """(video tokens, caption tokens) of each clip, both int32 (n,).
+
+    Args:
+        sizes_thwL: (n, 4): latent frames, rows, columns and caption tokens of each clip.
+        patch: the latents of one token: (t, h, w).
+
+    Raises:
+        ValueError: a latent height or width is not a multiple of the patch.
+    """
     t, h, w, text = np.asarray(sizes_thwL, np.int32).T
     bad = np.flatnonzero((h % patch[1] != 0) | (w % patch[2] != 0))
     if len(bad):
@@ -56,7 +66,15 @@ def token_counts(sizes_thwL: np.ndarray, patch: tuple[int, int, int]) -> tuple[n
 
 
 def pack_rows(tokens: np.ndarray, text: np.ndarray, config: PackConfig, seed: int, epoch: int) -> list[np.ndarray]:
-    """Clip indices of each row of an epoch: every clip once, rows in training order."""
+    """The clip indices of each row of an epoch, rows in training order. Every clip comes once.
+
+    Args:
+        tokens: the video tokens of each clip.
+        text: the caption tokens of each clip.
+
+    Raises:
+        ValueError: a clip does not fit a row.
+    """
     _require_fit(tokens, text, config)
     rng = np.random.default_rng([seed, epoch])
     order = rng.permutation(len(tokens))
@@ -68,7 +86,7 @@ def pack_rows(tokens: np.ndarray, text: np.ndarray, config: PackConfig, seed: in
 
 
 def _fill(tokens: np.ndarray, text: np.ndarray, config: PackConfig) -> list[np.ndarray]:
-    """Rows of one window: by best fit, or by both measures where captions are what fills rows, if those are fewer."""
+    """The rows of one window: the fewer of best fit and, if best fit is 1 % above the bound, a fit to both measures."""
     bins = _Bins(config)
     for i in np.argsort(-tokens, kind="stable"):
         bins.add(int(i), int(tokens[i]), int(text[i]))
@@ -80,9 +98,9 @@ def _fill(tokens: np.ndarray, text: np.ndarray, config: PackConfig) -> list[np.n
 
 
 def _fill_by_both(video: np.ndarray, text: np.ndarray, slots: int) -> list[np.ndarray]:
-    """Row after row, each time the clip whose (video, text) comes closest to what the row has left of both.
+    """Fill one row after another, each time with the clip whose (video, text) is closest to the room left of both.
 
-    video, text: shares of a row. The two are weighed by how much of each is still to be placed (norm-based greedy:
+    `video` and `text` are shares of a row. Each is weighted by its amount that is not placed yet (norm-based greedy:
     Panigrahy et al. 2011, "Heuristics for Vector Bin Packing").
     """
     clips, rows = np.arange(len(video)), []
@@ -103,24 +121,26 @@ def _fill_by_both(video: np.ndarray, text: np.ndarray, slots: int) -> list[np.nd
     return rows
 
 
-def _require_fit(tokens: np.ndarray, text: np.ndarray, config: PackConfig, clips=slice(None)) -> None:
+def _require_fit(
+    tokens: np.ndarray, text: np.ndarray, config: PackConfig, clips: np.ndarray | slice = slice(None)
+) -> None:
     too_long = np.flatnonzero((tokens[clips] > config.tokens) | (text[clips] > config.text_tokens))
     if len(too_long):
         i = np.arange(len(tokens))[clips][too_long[0]]
         raise ValueError(
-            f"{len(too_long)} clips do not fit a row; clip {i} has {tokens[i]} video and {text[i]} caption tokens, "
-            f"a row {config.tokens} and {config.text_tokens}: raise pack.tokens or pack.text_tokens, or cut the clips"
+            f"{len(too_long)} clips do not fit a row; clip {i} has {tokens[i]} video and {text[i]} caption tokens, a "
+            f"row has {config.tokens} and {config.text_tokens}: raise pack.tokens or pack.text_tokens, or cut the clips"
         )
 
 
 class _Bins:
-    """Open rows by the room left in them, so that the tightest fit is one look-up in a sorted list."""
+    """Open rows, sorted by the room left in them, so that the tightest fit is one look-up."""
 
     def __init__(self, config: PackConfig):
         self.config = config
         self.clips: list[list[int]] = []
         self.text_left: list[int] = []
-        self._rooms: list[int] = []  # sorted: of each, some open row has exactly so many tokens left
+        self._rooms: list[int] = []  # sorted numbers of tokens that open rows have left, each once
         self._with_room: dict[int, list[int]] = {}
 
     def add(self, clip: int, tokens: int, text: int) -> None:
@@ -159,7 +179,7 @@ class _Bins:
 def _cost_balanced(
     rows: list[np.ndarray], tokens: np.ndarray, batch: int, rng: np.random.Generator
 ) -> list[np.ndarray]:
-    """Rows shuffled, then sorted by cost within windows of 32 steps, then the steps shuffled."""
+    """Shuffle the rows, sort them by cost within windows of 32 steps, then shuffle the steps."""
     order = rng.permutation(len(rows))
     costs = np.array([np.sum(tokens[r].astype(np.float64) ** 2) for r in rows])
     steps = []
@@ -174,14 +194,20 @@ def _cost_balanced(
 
 
 class PackPlan:
-    """The rows of every step of a run: `rows(n)` is the list of clip indices of each of step n's `per_step` rows.
+    """The rows of every step of a run: `rows(n)` lists the clip indices of each of step n's `per_step` rows.
 
-    tokens, text (n,): of each clip (`token_counts`), 8 bytes a clip; all else is as large as one part of an epoch.
-    epochs: the clips of each epoch in their order; by default every clip once.
-    remember: a file for how many steps each part has, so that a run that goes on late need not plan all parts before.
-    One of other clips or settings is not believed, and is written anew.
+    A part of an epoch ends with its last whole step, so up to per_step - 1 rows of it are not used; they differ from
+    epoch to epoch. Memory holds 8 bytes a clip, and one part of an epoch.
 
-    A part ends with its last whole step, so up to per_step - 1 rows of it are left out, others each time.
+    Args:
+        tokens, text: (n,) video and caption tokens of each clip, see `token_counts`.
+        per_step: the rows of a step, over all devices and microbatches.
+        epochs: the order of the clips; None for every clip once an epoch.
+        step_cache: a file with the first step of each part, so that a resumed run need not plan all earlier parts. A
+            file of other clips or settings is overwritten.
+
+    Raises:
+        ValueError: a clip does not fit a row, or a part has fewer rows than a step.
     """
 
     def __init__(
@@ -192,25 +218,27 @@ class PackPlan:
         seed: int,
         per_step: int,
         epochs: Epochs | None = None,
-        remember: Path | None = None,
+        step_cache: Path | None = None,
     ):
         self.tokens, self.text, self.config, self.seed, self.per_step = tokens, text, config, seed, per_step
         self.epochs = epochs or Epochs((len(tokens),), seed)
-        self._remember = remember
-        self._first_step = [0]  # of each part
-        if remember:
-            self._of = self._digest()
-            self._first_step = self._remembered() or self._first_step
+        self._step_cache = step_cache
+        self._first_step = [0]  # the first step of each part
+        if step_cache:
+            self._plan_digest = self._digest()
+            self._first_step = self._read_first_steps(step_cache) or self._first_step
         self._parts: dict[int, list[np.ndarray]] = {}
         self._lock = threading.Lock()
         clips = self.epochs.clips
         _require_fit(tokens, text, config, clips)
-        self.longest = int(tokens[clips].max())  # tokens of the longest clip that takes part
+        self.max_segment_len = int(tokens[clips].max())  # tokens of the longest clip that takes part
 
     def epoch(self, step: int) -> int:
+        """The epoch of a step."""
         return self.epochs.epoch(self._place(step)[0])
 
     def rows(self, step: int) -> list[np.ndarray]:
+        """The clip indices of each row of a step."""
         part, first = self._place(step)
         return self._part(part)[first : first + self.per_step]
 
@@ -223,37 +251,37 @@ class PackPlan:
                 rows = self._part(part)
                 if len(rows) < self.per_step:
                     raise ValueError(
-                        f"{len(self.tokens)} clips fill only {len(rows)} rows of {self.config.tokens} tokens, a step "
-                        f"takes {self.per_step}: lower pack.rows or pack.tokens, or add clips"
+                        f"{len(self.tokens)} clips fill only {len(rows)} rows of {self.config.tokens} tokens, and a "
+                        f"step needs {self.per_step}: lower pack.rows or pack.tokens, or add clips"
                     )
                 self._first_step.append(self._first_step[-1] + len(rows) // self.per_step)
-            if self._remember and len(self._first_step) > planned:
-                write_text(self._remember, json.dumps({"of": self._of, "first_step": self._first_step}))
+            if self._step_cache and len(self._first_step) > planned:
+                write_text(self._step_cache, json.dumps({"of": self._plan_digest, "first_step": self._first_step}))
             part = int(np.searchsorted(self._first_step, step, side="right")) - 1
-            self._part(part)  # while others wait, so that none plans the same
+            self._part(part)  # under the lock, so that no other thread plans the same part
             return part, (step - self._first_step[part]) * self.per_step
 
     def _digest(self) -> str:
-        """Of all that the rows depend on."""
+        """A hash of everything that determines the rows."""
         epochs = {field.name: getattr(self.epochs, field.name) for field in dataclasses.fields(Epochs)}
         members = epochs.pop("members")
         settings = [dataclasses.asdict(self.config), self.seed, self.per_step, epochs]
-        found = hashlib.sha256(json.dumps(settings).encode("utf-8"))
+        digest = hashlib.sha256(json.dumps(settings).encode("utf-8"))
         for array in (self.tokens, self.text, *members):
             array = np.zeros(0) if array is None else np.ascontiguousarray(array)
-            found.update(f"{array.dtype.str}{array.shape}".encode())
-            found.update(array)
-        return found.hexdigest()
+            digest.update(f"{array.dtype.str}{array.shape}".encode())
+            digest.update(array)
+        return digest.hexdigest()
 
-    def _remembered(self) -> list[int] | None:
-        """The first step of each part, of a plan like this one."""
-        if not self._remember.exists():
+    def _read_first_steps(self, path: Path) -> list[int] | None:
+        """The first step of each part from the cache file; None if it is missing or of another plan."""
+        if not path.exists():
             return None
         with contextlib.suppress(ValueError, KeyError, TypeError):
-            kept = json.loads(self._remember.read_text(encoding="utf-8"))
-            if kept["of"] == self._of:
-                return kept["first_step"]
-        log.warning("%s is not of these clips and settings: steps are placed anew", self._remember)
+            cached = json.loads(path.read_text(encoding="utf-8"))
+            if cached["of"] == self._plan_digest:
+                return cached["first_step"]
+        log.warning("%s is of other clips or settings: steps are planned again", path)
         return None
 
     def _part(self, part: int) -> list[np.ndarray]:
@@ -261,28 +289,30 @@ class PackPlan:
         if part not in self._parts:
             _, clips = self.epochs.part(part)
             rows = pack_rows(self.tokens[clips], self.text[clips], self.config, self.seed, part)
-            self._parts = {p: made for p, made in self._parts.items() if abs(p - part) <= 1}
+            self._parts = {p: kept for p, kept in self._parts.items() if abs(p - part) <= 1}
             self._parts[part] = [clips[row] for row in rows]
         return self._parts[part]
 
 
 class StagedPlan:
-    """PackPlans one after another: a curriculum. What a PackPlan offers, of the plan that a step falls to."""
+    """A curriculum: one PackPlan after another, with the interface of a PackPlan."""
 
     def __init__(self, stages: list[tuple[Stage, PackPlan]]):
         self.stages, plan = stages, stages[0][1]
         self.config, self.seed, self.per_step = plan.config, plan.seed, plan.per_step
 
     @property
-    def longest(self) -> int:
-        return max(plan.longest for _, plan in self.stages)
+    def max_segment_len(self) -> int:
+        """The tokens of the longest clip of all stages."""
+        return max(plan.max_segment_len for _, plan in self.stages)
 
     def epoch(self, step: int) -> int:
-        """Of the stage, a thousand apart from those of other stages, so that no clip is drawn the same way twice."""
+        """The epoch within the stage, plus 1000 times the stage's number: a clip's seed never repeats."""
         stage, plan, first = self._stage(step)
         return 1000 * stage + plan.epoch(step - first)
 
     def rows(self, step: int) -> list[np.ndarray]:
+        """The clip indices of each row of a step."""
         _, plan, first = self._stage(step)
         return plan.rows(step - first)
 

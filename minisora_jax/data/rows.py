@@ -1,9 +1,10 @@
-"""Rows of a batch from the clips that a plan puts in them: latents as tokens, and tokens side by side."""
+"""Build the arrays of packed rows: latents become tokens, and the tokens of several clips fill a row."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Any
 
 import numpy as np
 
@@ -14,31 +15,31 @@ from minisora_jax.types import LatentClip, PackedBatch
 
 
 def padded_text(text_LE: np.ndarray, tokens: int) -> np.ndarray:
-    """A caption's features with zeros up to `tokens`, which Wan's models attend to as they do to the caption's own."""
+    """A caption's features, padded with zeros to `tokens`. Wan's models attend to the padding as to the caption."""
     return np.pad(text_LE, ((0, tokens - len(text_LE)), (0, 0))) if len(text_LE) < tokens else text_LE
 
 
 @dataclasses.dataclass(frozen=True)
 class Segment:
-    """One clip ready to be put in a row, at any place in it."""
+    """The arrays of one clip, independent of its place in a row."""
 
     tokens_nP: np.ndarray  # float32
-    known_n: np.ndarray  # bool
-    size_thw: tuple[int, int, int]  # of the patch grid, n = t * h * w
+    cond_mask_n: np.ndarray  # bool: True for tokens that are given clean
+    size_thw: tuple[int, int, int]  # the clip's grid of patches, n = t * h * w
     text_LE: np.ndarray
     fps: float
-    first: int = 0  # its first frame's place in time: above 0 where the codec's own first frame is not among them
-    spacing: tuple[float, float, float] = (1.0, 1.0, 1.0)  # of its tokens in t, y, x
+    first: int = 0  # the temporal position of the first latent frame; above 0 without the codec's first latent frame
+    spacing: tuple[float, float, float] = (1.0, 1.0, 1.0)  # the distance between neighbouring tokens in t, y, x
 
     @property
     def grid_thw(self) -> tuple[int, int, int]:
-        """The size of the grid that it is put onto."""
+        """The size of the grid that the positions span, for tokens with a spacing."""
         (t, h, w), (a, b, c) = self.size_thw, self.spacing
         return 1 + round((t - 1) * a), max(1, round(h * b)), max(1, round(w * c))
 
 
 def patchify(latents_thwc: np.ndarray, patch: tuple[int, int, int]) -> np.ndarray:
-    """(t, h, w, c) -> (t/pt, h/ph, w/pw, pt * ph * pw * c), the patch ordered (t, y, x, channel)."""
+    """(t, h, w, c) -> (t/pt, h/ph, w/pw, pt * ph * pw * c); the order within a patch is (t, y, x, channel)."""
     t, h, w, c = latents_thwc.shape
     pt, ph, pw = patch
     x = latents_thwc.reshape(t // pt, pt, h // ph, ph, w // pw, pw, c)
@@ -55,35 +56,46 @@ def unpatchify(patches_thwP: np.ndarray, patch: tuple[int, int, int]) -> np.ndar
 
 @functools.lru_cache(256)
 def grid_positions(size_thw: tuple[int, int, int], first: int = 0, spacing: tuple = (1.0, 1.0, 1.0)) -> np.ndarray:
-    """(t * h * w, 3): the (t, y, x) of each token of a grid, in row order. Not to be written to.
+    """The position (t, y, x) of each token of a grid, in row-major order: (t * h * w, 3). Cached: do not write to it.
 
-    int32 on its own grid; float32 where it is put onto another, frames from the first on, pictures edge on edge.
+    Without spacing the positions are int32. With spacing they are float32: the first frame stays at `first` * spacing,
+    and the picture's edges are scaled, so half a token is added before and subtracted after.
+
+    Args:
+        size_thw: the grid of patches.
+        first: the temporal position of the first latent frame.
+        spacing: the distance between neighbouring tokens in t, y, x.
     """
-    places = np.stack(np.meshgrid(*map(np.arange, size_thw), indexing="ij"), axis=-1).reshape(-1, 3).astype(np.int32)
-    places += np.array([first, 0, 0], np.int32)
+    positions = np.stack(np.meshgrid(*map(np.arange, size_thw), indexing="ij"), axis=-1)
+    positions = positions.reshape(-1, 3).astype(np.int32) + np.array([first, 0, 0], np.int32)
     if spacing == (1.0, 1.0, 1.0):
-        return places
-    middle = np.array([0.0, 0.5, 0.5], np.float32)
-    return (places + middle) * np.array(spacing, np.float32) - middle
+        return positions
+    centre = np.array([0.0, 0.5, 0.5], np.float32)
+    return (positions + centre) * np.array(spacing, np.float32) - centre
 
 
 def pack_segments(rows: list[list[Segment]], config: PackConfig, max_segment_len: int = 0) -> PackedBatch:
-    """A PackedBatch of NumPy arrays from the segments of each row, none of which has more than `longest` tokens."""
+    """A PackedBatch of NumPy arrays from the segments of each row.
+
+    Args:
+        rows: the segments of each row; at least one row has a segment.
+        max_segment_len: no segment has more tokens; 0: unknown.
+
+    Raises:
+        ValueError: a row has too many segments or tokens, or a segment is longer than `max_segment_len`.
+    """
     B, S, L, G = len(rows), config.tokens, config.text_tokens, config.slots
-    some = next(segment for row in rows for segment in row)
-    on_others = any(segment.spacing != (1.0, 1.0, 1.0) for row in rows for segment in row)
-    text, token_width = some.text_LE, some.tokens_nP.shape[1]
-    batch = PackedBatch(
-        tokens_BSP=np.zeros((B, S, token_width), np.float32),
-        segment_BS=np.zeros((B, S), np.int32),
-        position_BS3=np.zeros((B, S, 3), np.float32 if on_others else np.int32),
-        cond_mask_BS=np.zeros((B, S), bool),
-        text_BLE=np.full((B, L, text.shape[1]), PAD, text.dtype),
-        text_segment_BL=np.zeros((B, L), np.int32),
-        fps_BG=np.zeros((B, G), np.float32),
-        size_BG3=np.zeros((B, G, 3), np.int32),
-        max_segment_len=max_segment_len,
-    )
+    example = next(segment for row in rows for segment in row)
+    spaced = any(segment.spacing != (1.0, 1.0, 1.0) for row in rows for segment in row)
+    text, token_width = example.text_LE, example.tokens_nP.shape[1]
+    tokens_BSP = np.zeros((B, S, token_width), np.float32)
+    segment_BS = np.zeros((B, S), np.int32)
+    position_BS3 = np.zeros((B, S, 3), np.float32 if spaced else np.int32)
+    cond_mask_BS = np.zeros((B, S), bool)
+    text_BLE = np.full((B, L, text.shape[1]), PAD, text.dtype)
+    text_segment_BL = np.zeros((B, L), np.int32)
+    fps_BG = np.zeros((B, G), np.float32)
+    size_BG3 = np.zeros((B, G, 3), np.int32)
     for b, segments in enumerate(rows):
         if len(segments) > G:
             raise ValueError(f"{len(segments)} clips in a row of {G} slots: raise pack.slots")
@@ -91,38 +103,44 @@ def pack_segments(rows: list[list[Segment]], config: PackConfig, max_segment_len
         for g, s in enumerate(segments):
             n, m = len(s.tokens_nP), len(s.text_LE)
             if n > max_segment_len > 0:
-                raise ValueError(f"a clip of {n} tokens where the longest was to have {max_segment_len}")
+                raise ValueError(f"a segment has {n} tokens, above max_segment_len={max_segment_len}: raise it")
             if at + n > S or text_at + m > L:
                 raise ValueError(f"row {b} is full: {at + n} of {S} video and {text_at + m} of {L} caption tokens")
-            batch.tokens_BSP[b, at : at + n] = s.tokens_nP
-            batch.segment_BS[b, at : at + n] = g + 1
-            batch.position_BS3[b, at : at + n] = grid_positions(s.size_thw, s.first, s.spacing)
-            batch.cond_mask_BS[b, at : at + n] = s.known_n
-            batch.text_BLE[b, text_at : text_at + m] = s.text_LE
-            batch.text_segment_BL[b, text_at : text_at + m] = g + 1
-            batch.fps_BG[b, g], batch.size_BG3[b, g] = s.fps, s.grid_thw
+            tokens_BSP[b, at : at + n] = s.tokens_nP
+            segment_BS[b, at : at + n] = g + 1
+            position_BS3[b, at : at + n] = grid_positions(s.size_thw, s.first, s.spacing)
+            cond_mask_BS[b, at : at + n] = s.cond_mask_n
+            text_BLE[b, text_at : text_at + m] = s.text_LE
+            text_segment_BL[b, text_at : text_at + m] = g + 1
+            fps_BG[b, g], size_BG3[b, g] = s.fps, s.grid_thw
             at, text_at = at + n, text_at + m
-    return batch
+    arrays: tuple[Any, ...]  # NumPy arrays, which stand in for jax.Array until they are put on devices
+    arrays = (tokens_BSP, segment_BS, position_BS3, cond_mask_BS, text_BLE, text_segment_BL, fps_BG, size_BG3)
+    return PackedBatch(*arrays, max_segment_len=max_segment_len)
 
 
 def training_segment(
     clip: LatentClip,
     patch: tuple[int, int, int],
-    cond_mask: ConditioningConfig,
-    drop_caption: float,
+    conditioning: ConditioningConfig,
+    caption_dropout: float,
     empty_text_LE: np.ndarray,
     caption_tokens: int,
     rng: np.random.Generator,
     shown: tuple[int, int],
 ) -> Segment:
-    """A clip as training sees it: a posterior sample, some tokens known, the caption sometimes left out.
+    """The segment of a training clip: a sample of the posterior, a random conditioning mask, and its caption.
 
-    shown: from and to which latent frame. Places in time are 0, 1, ..., or 1, 2, ... for a stretch without the first.
+    The caption is dropped at random.
+
+    Args:
+        shown: the first latent frame that is shown, and the one after the last. Temporal positions are 0, 1, ..., or
+            1, 2, ... without the first latent frame.
     """
     noise = rng.standard_normal(clip.mean_thwc.shape, np.float32)
     grid = patchify(clip.mean_thwc + clip.std_thwc * noise, patch)
     grid = grid[shown[0] : shown[1]]
-    size = grid.shape[:3]
-    text = padded_text(empty_text_LE if rng.random() < drop_caption else clip.text_LE, caption_tokens)
-    known_n = cond_mask.draw(size, rng).reshape(-1)
-    return Segment(grid.reshape(-1, grid.shape[-1]), known_n, size, text, clip.fps, min(shown[0], 1))
+    t, h, w, P = grid.shape
+    text = padded_text(empty_text_LE if rng.random() < caption_dropout else clip.text_LE, caption_tokens)
+    cond_mask_n = conditioning.draw((t, h, w), rng).reshape(-1)
+    return Segment(grid.reshape(-1, P), cond_mask_n, (t, h, w), text, clip.fps, min(shown[0], 1))

@@ -51,12 +51,13 @@ class Records:
         return Clip(arrays["frames"], caption, metadata["fps"], metadata["name"])
 
 
-def open_clips(spec: str, *, long_captions: float = LONG_CAPTIONS) -> ClipSequence:
+def open_clips(spec: str | os.PathLike, *, long_captions: float = LONG_CAPTIONS) -> ClipSequence:
     """The clips of "shapes", "shapes:heldout", "shapes:train:5000", or of a directory that `prepare` wrote.
 
     Raises:
         FileNotFoundError: the directory is not a prepared data set.
     """
+    spec = os.fspath(spec)
     if spec.split(":")[0] == "shapes":
         return Shapes.from_spec(spec, 100_000)
     if not is_url(spec) and not os.path.exists(os.path.join(spec, "manifest.json")):
