@@ -19,8 +19,8 @@ from jax.sharding import NamedSharding
 
 from minisora_jax.models import codec
 from minisora_jax.models.vae import VAE
-from minisora_jax.parallel.halo import cut_of
-from minisora_jax.parallel.mesh import PICTURES, REPLICATED, MeshConfig, make_mesh
+from minisora_jax.parallel.halo import height_shards
+from minisora_jax.parallel.mesh import FRAMES, REPLICATED, MeshConfig, make_mesh
 from minisora_jax.weights.presets import CODECS
 
 KINDS = ("collective-permute", "all-gather", "all-reduce", "all-to-all", "reduce-scatter")
@@ -42,15 +42,15 @@ latents = 1 + args.seconds * 24 // config.time_factor
 devices = topologies.get_topology_desc(platform="tpu", topology_name=args.chip).devices
 mesh = make_mesh(MeshConfig(data=1, ring=args.ring), devices[: args.ring])
 with jax.set_mesh(mesh):
-    cut = cut_of(h)
+    cut = height_shards(h)
     on = lambda tree, spec: jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec)), tree
     )
     key = jax.eval_shape(lambda: jax.random.key(0))
     params = jax.eval_shape(VAE(config).init, key, jax.ShapeDtypeStruct((1, 5, 64, 64, 3), jnp.float32))
     params = on({"params": {"decoder": params["params"]["decoder"]}}, REPLICATED)
-    z = on(jax.ShapeDtypeStruct((1, 1, cut.padded, w, config.latent_channels), jnp.float32), PICTURES)
-    past = on(jax.eval_shape(lambda p, z: codec._decode(config, h, p, z, None)[1], params, z), PICTURES)
+    z = on(jax.ShapeDtypeStruct((1, 1, cut.padded, w, config.latent_channels), jnp.float32), FRAMES)
+    past = on(jax.eval_shape(lambda p, z: codec._decode(config, h, p, z, None)[1], params, z), FRAMES)
     begin = time.perf_counter()
     compiled = codec._decode.lower(config, h, params, z, past).compile()
     seconds = time.perf_counter() - begin

@@ -28,7 +28,7 @@ def export(config, directory):
 def put_tokenizer(directory, size: int):
     """Words w0, w1, ... are ids 2, 3, ...; every caption ends with 1."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
+    PreTrainedTokenizerFast = pytest.importorskip("transformers", reason="uv run --group slow pytest -m slow").PreTrainedTokenizerFast
 
     vocabulary = {"<unk>": 0, "</s>": 1} | {f"w{i}": i + 2 for i in range(size - 2)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
@@ -78,7 +78,7 @@ def test_a_tokenizer_that_is_missing_or_of_another_encoder_is_named(tmp_path, cl
     with pytest.raises(FileNotFoundError, match="t5/tokenizer is missing: copy the tokenizer's files there"):
         encoder_captions(directory)
     put_tokenizer(directory, 300)
-    with pytest.raises(ValueError, match="gives the token 102, .* has a vocabulary of 50"):
+    with pytest.raises(ValueError, match="gives the token 102, and .* has a vocabulary of 50"):
         encoder_captions(directory).encode(["w100"])
 
 
@@ -92,7 +92,7 @@ def test_a_model_gets_the_captions_that_it_was_trained_with(byt5, clip, tmp_path
     with pytest.raises(ValueError, match="has its text encoder at /gone, which is gone: give it by --text-encoder=DIR"):
         captions_of(reads, record | {"path": "/gone"}, None, None)
     assert captions_of(reads, record | {"path": "/gone"}, byt5, None).record == record
-    with pytest.raises(ValueError, match="makes features of width 24, the model reads 4096"):
+    with pytest.raises(ValueError, match="makes features of width 24, and the model reads 4096"):
         captions_of(DiTConfig(text_features=4096), None, byt5, None)
     with pytest.raises(ValueError, match=f"trained on features of text encoder {record['encoder']}, but .*clip is"):
         captions_of(reads, record, clip, None)

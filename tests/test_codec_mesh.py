@@ -10,7 +10,7 @@ import pytest
 
 from minisora_jax.models.codec import Codec, _decode
 from minisora_jax.models.vae import VAE, VAEConfig
-from minisora_jax.parallel.halo import fetch_pictures, place_parameters, place_pictures, shard_height
+from minisora_jax.parallel.halo import fetch_frames, put_frames, put_params, shard_height
 from minisora_jax.parallel.mesh import BATCH, MeshConfig, make_mesh, to_global
 from minisora_jax.train.codec_task import CodecTask, loss_terms, train_codec
 from minisora_jax.train.loop import RunConfig
@@ -54,8 +54,8 @@ def whole_clips(config: VAEConfig, params, x_BTHWC, z_Bthwc, devices: int):
         return *shard_height(encode, units, params, x_BTHWC), shard_height(decode, units, params, z_Bthwc)
 
     with mesh_of(devices):
-        out = run(place_parameters(params), place_pictures(x_BTHWC, units), place_pictures(z_Bthwc, units))
-        return [fetch_pictures(y, clips, units) for y in out]
+        out = run(put_params(params), put_frames(x_BTHWC, units), put_frames(z_Bthwc, units))
+        return [fetch_frames(y, clips, units) for y in out]
 
 
 def clips_of(config: VAEConfig, units: int, frames: int, clips: int = 1):
@@ -118,9 +118,9 @@ def test_gradients_are_those_of_one_device():
 
     def gradients(devices):
         with mesh_of(devices):
-            pictures = [place_pictures(v, units) for v in (x, z, np.ones_like(x))]  # zero weight below the picture
-            value, (d_params, d_x) = jax.jit(jax.value_and_grad(loss, (0, 1)))(place_parameters(params), *pictures)
-            return [float(value), *jax.tree.leaves(jax.device_get(d_params)), fetch_pictures(d_x, 2, units)]
+            pictures = [put_frames(v, units) for v in (x, z, np.ones_like(x))]  # zero weight below the picture
+            value, (d_params, d_x) = jax.jit(jax.value_and_grad(loss, (0, 1)))(put_params(params), *pictures)
+            return [float(value), *jax.tree.leaves(jax.device_get(d_params)), fetch_frames(d_x, 2, units)]
 
     one, many = gradients(1), gradients(4)
     assert abs(many[0] / one[0] - 1) < 1e-5
@@ -137,7 +137,7 @@ def test_a_training_loss_is_that_of_one_device():
     def terms(devices):
         with mesh_of(devices):
             x = frames if devices == 1 else to_global(frames, jax.sharding.get_mesh(), BATCH)
-            loss = jax.jit(lambda p, x: loss_terms(task, p, x, key)["loss"][0])(place_parameters(params), x)
+            loss = jax.jit(lambda p, x: loss_terms(task, p, x, key)["loss"][0])(put_params(params), x)
             return np.asarray(loss)
 
     assert worst([terms(4)], [terms(1)]) < 1e-5
@@ -155,8 +155,8 @@ def test_a_device_holds_its_share():
 
     def bytes_of_a_step(devices):
         with mesh_of(devices):
-            half = place_parameters({"params": {"decoder": params["params"]["decoder"]}})
-            z_Bthwc = place_pictures(z[:, :1].repeat(8, axis=3), 32)
+            half = put_params({"params": {"decoder": params["params"]["decoder"]}})
+            z_Bthwc = put_frames(z[:, :1].repeat(8, axis=3), 32)
             past = jax.eval_shape(lambda p, z: _decode(config, 32, p, z, None)[1], half, z_Bthwc)
             memory = _decode.lower(config, 32, half, z_Bthwc, past).compile().memory_analysis()
             return memory.temp_size_in_bytes

@@ -18,7 +18,7 @@ from train_tiny import make_cache
 from minisora_jax.bundled import CODEC
 from minisora_jax.io.model_dir import load_model
 from minisora_jax.models.codec import Codec
-from minisora_jax.parallel.processes import asked_for
+from minisora_jax.parallel.processes import distributed_arguments
 
 LAUNCHER = Path(__file__).parent.parent / "launch" / "local_cpu.py"
 STEPS = 6
@@ -149,6 +149,7 @@ def workdirs(files):
     return files
 
 
+@pytest.mark.slow
 def test_the_same_losses_and_model_however_8_devices_are_divided(workdirs):
     one = losses(workdirs / "run1")
     for count in (2, 4):
@@ -159,6 +160,7 @@ def test_the_same_losses_and_model_however_8_devices_are_divided(workdirs):
         jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), ours, theirs)
 
 
+@pytest.mark.slow
 def test_a_run_of_two_processes_goes_on_with_one_and_with_four_on_other_meshes(workdirs):
     whole = (workdirs / "run2" / "metrics.jsonl").read_text().splitlines()
     for count in (1, 4):
@@ -168,10 +170,11 @@ def test_a_run_of_two_processes_goes_on_with_one_and_with_four_on_other_meshes(w
         np.testing.assert_allclose(losses(workdirs / f"resumed{count}"), losses(workdirs / "run2"), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_sigterm_has_every_process_save_and_the_run_goes_on_bit_for_bit(workdirs):
     said = (workdirs / "said").read_text()
-    (step,) = {int(n) for n in re.findall(r"AskedToEnd: ended at step (\d+), which is saved", said)}
-    assert step < STEPS and all(f"[{i}] minisora: AskedToEnd: ended at step {step}" in said for i in range(2)), said
+    (step,) = {int(n) for n in re.findall(r"Preempted: ended at step (\d+), which is saved", said)}
+    assert step < STEPS and all(f"[{i}] minisora: Preempted: ended at step {step}" in said for i in range(2)), said
     assert f"[0] diffusion: resumed at step {step} of {STEPS}" in (workdirs / "said again").read_text()
     np.testing.assert_array_equal(losses(workdirs / "halted"), losses(workdirs / "run2"))
     ours, theirs = (load_model(workdirs / name / "export")[0] for name in ("halted", "run2"))
@@ -252,23 +255,23 @@ def test_slurm_tasks_find_each_other_and_gather_what_they_hold(tmp_path):
 def test_what_the_environment_asks_for():
     slurm = {"SLURM_JOB_ID": "1", "SLURM_NTASKS": "8", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
     ours = {"JAX_COORDINATOR_ADDRESS": "h:1", "JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "3"}
-    assert asked_for({}) is None
-    assert asked_for(ours) == {"coordinator_address": "h:1", "num_processes": 4, "process_id": 3}
-    assert asked_for(ours | {"JAX_NUM_PROCESSES": "1", "JAX_PROCESS_ID": "0"}) is None
-    assert asked_for(ours | {"MINISORA_DISTRIBUTED": "off"}) is None
-    assert asked_for({"MINISORA_DISTRIBUTED": "auto"}) == {}
-    assert asked_for(slurm) is None  # a batch script, outside any step
-    assert asked_for(slurm | {"SLURM_STEP_NODELIST": "n[1-2]"}) == {}
-    assert asked_for(slurm | {"SLURM_STEP_NODELIST": "n1", "SLURM_NTASKS": "1"}) is None
-    assert asked_for({"TPU_WORKER_HOSTNAMES": "localhost"}) is None
-    assert asked_for({"TPU_WORKER_HOSTNAMES": "a,b"}) == {}
-    assert asked_for({"TPU_WORKER_HOSTNAMES": "a", "MEGASCALE_NUM_SLICES": "2"}) == {}
+    assert distributed_arguments({}) is None
+    assert distributed_arguments(ours) == {"coordinator_address": "h:1", "num_processes": 4, "process_id": 3}
+    assert distributed_arguments(ours | {"JAX_NUM_PROCESSES": "1", "JAX_PROCESS_ID": "0"}) is None
+    assert distributed_arguments(ours | {"MINISORA_DISTRIBUTED": "off"}) is None
+    assert distributed_arguments({"MINISORA_DISTRIBUTED": "auto"}) == {}
+    assert distributed_arguments(slurm) is None  # a batch script, outside any step
+    assert distributed_arguments(slurm | {"SLURM_STEP_NODELIST": "n[1-2]"}) == {}
+    assert distributed_arguments(slurm | {"SLURM_STEP_NODELIST": "n1", "SLURM_NTASKS": "1"}) is None
+    assert distributed_arguments({"TPU_WORKER_HOSTNAMES": "localhost"}) is None
+    assert distributed_arguments({"TPU_WORKER_HOSTNAMES": "a,b"}) == {}
+    assert distributed_arguments({"TPU_WORKER_HOSTNAMES": "a", "MEGASCALE_NUM_SLICES": "2"}) == {}
     with pytest.raises(ValueError, match="JAX_COORDINATOR_ADDRESS is not set"):
-        asked_for({"JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "3"})
-    with pytest.raises(ValueError, match="JAX_PROCESS_ID=4 must be one of 0 .. JAX_NUM_PROCESSES=4 less 1"):
-        asked_for(ours | {"JAX_PROCESS_ID": "4"})
+        distributed_arguments({"JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "3"})
+    with pytest.raises(ValueError, match="JAX_PROCESS_ID=4 must be a number from 0 to JAX_NUM_PROCESSES - 1, with JAX_NUM_PROCESSES=4"):
+        distributed_arguments(ours | {"JAX_PROCESS_ID": "4"})
     with pytest.raises(ValueError, match="MINISORA_DISTRIBUTED='on' must be"):
-        asked_for({"MINISORA_DISTRIBUTED": "on"})
+        distributed_arguments({"MINISORA_DISTRIBUTED": "on"})
 
 
 def test_the_launcher_prefixes_lines_passes_codes_and_signals_on_and_gives_up_in_time():

@@ -2,8 +2,8 @@
 
     "a red circle"  ->  text_LE:  ByT5 ids (L, 1)  |  a class (1, 1)  |  features (L, E)
 
-Which of them made a latent cache is recorded in it, goes from there into the run and its exported model, and comes
-back when that model is sampled. The empty caption, which guidance needs, is encoded like any other.
+A latent cache records which of them it holds. The record is copied into the run and its exported model, and it is used
+when that model is sampled. The empty caption, which guidance needs, is encoded like any other.
 """
 
 from __future__ import annotations
@@ -27,25 +27,28 @@ from minisora_jax.models.text import BYTE_VOCABULARY, PAD, encode_bytes
 
 log = logging.getLogger("minisora")
 
-MAX_TOKENS = 512  # of a caption: what T5's users train with (CLIP has its own number)
-AT_ONCE = 8  # captions encoded together
+MAX_TOKENS = 512  # of a caption, as most models with T5 train (CLIP has its own number)
+BATCH = 8  # captions encoded together
 TOKENIZER = "tokenizer"  # the folder beside an encoder's weights that `minisora import` copies its tokenizer to
 
 
 @dataclasses.dataclass(frozen=True)
 class Captions:
-    """How captions become features. `record` is JSON: {"encoder": "bytes", "classes" or a hash, "path": ...}."""
+    """One way to turn captions into features."""
 
-    record: dict[str, Any]
+    record: dict[str, Any]  # JSON: {"encoder": "bytes", "classes" or a hash, "path": directory of the encoder}
     width: int  # E
-    encode: Callable[[list[str]], list[np.ndarray]]  # one (L, E) a caption
+    encode: Callable[[list[str]], list[np.ndarray]]  # (L, E) for each caption
 
 
 BYTES = Captions({"encoder": "bytes"}, 1, lambda captions: [encode_bytes(c) for c in captions])
 
 
 def class_captions(classes: int) -> Captions:
-    """A caption is the number of a class, the last of which is no class: the empty caption."""
+    """Captions that are the number of a class. The last class means "no class" and is the empty caption.
+
+    Its `encode` raises ValueError for a caption that is neither empty nor a number from 0 to classes - 2.
+    """
 
     def encode(caption: str) -> np.ndarray:
         number = int(caption) if caption.isdecimal() else classes if caption else classes - 1
@@ -57,17 +60,22 @@ def class_captions(classes: int) -> Captions:
 
 
 def encoder_captions(directory: str | Path) -> Captions:
-    """By the text encoder that `minisora import` wrote to `directory`, with its tokenizer."""
+    """Captions encoded by the text encoder that `minisora import` wrote to `directory`, with its tokenizer.
+
+    Raises:
+        FileNotFoundError: The directory has no tokenizer and the encoder needs one.
+        ValueError: The directory holds another kind of model, or transformers is not installed.
+    """
     encoder = TextEncoder.load(directory)
     config, params = encoder.config, jax.tree.map(jnp.asarray, encoder.params)
     limit = config.positions if isinstance(config, CLIPConfig) else MAX_TOKENS
     tokenize = load_tokenizer(directory, config.vocabulary, limit)
     apply = jax.jit(encoder.module.apply)
 
-    def some(ids: list[list[int]]) -> list[np.ndarray]:
-        # Few shapes, so few compilations: a power of two of tokens, always AT_ONCE captions.
+    def encode_batch(ids: list[list[int]]) -> list[np.ndarray]:
+        # A batch has BATCH captions, and its length is a power of two: so few shapes are compiled.
         length = min(limit, max(16, 1 << (max(map(len, ids)) - 1).bit_length()))
-        ids_BL, segment_BL = np.full((AT_ONCE, length), PAD, np.int32), np.zeros((AT_ONCE, length), np.int32)
+        ids_BL, segment_BL = np.full((BATCH, length), PAD, np.int32), np.zeros((BATCH, length), np.int32)
         for b, row in enumerate(ids):
             ids_BL[b, : len(row)], segment_BL[b, : len(row)] = row, 1
         features = apply(params, ids_BL, segment_BL)
@@ -75,32 +83,42 @@ def encoder_captions(directory: str | Path) -> Captions:
         return [features_BLE[b, : len(row)] for b, row in enumerate(ids)]
 
     def encode(captions: list[str]) -> list[np.ndarray]:
-        each = dict.fromkeys(captions)
-        ids = sorted(((tokenize(caption), caption) for caption in each), key=lambda x: len(x[0]))
-        for start in range(0, len(ids), AT_ONCE):
-            chunk = ids[start : start + AT_ONCE]
-            each |= zip((caption for _, caption in chunk), some([row for row, _ in chunk]))
-        return [each[caption] for caption in captions]
+        ids = sorted(((tokenize(caption), caption) for caption in dict.fromkeys(captions)), key=lambda x: len(x[0]))
+        features: dict[str, np.ndarray] = {}
+        for start in range(0, len(ids), BATCH):
+            chunk = ids[start : start + BATCH]
+            features |= zip((caption for _, caption in chunk), encode_batch([row for row, _ in chunk]))
+        return [features[caption] for caption in captions]
 
     return Captions({"encoder": encoder.hash, "path": str(Path(directory))}, config.width, encode)
 
 
 def load_tokenizer(directory: str | Path, vocabulary: int, limit: int) -> Callable[[str], list[int]]:
-    """caption -> token ids, at most `limit`; ByT5's need no file. White space counts as one blank, as for Wan."""
-    where = Path(directory) / TOKENIZER
-    if where.is_dir():
-        os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that there is no PyTorch is no news
+    """A function from a caption to its token ids. Runs of white space count as one blank, as in Wan.
+
+    Args:
+        directory: A text encoder. Its tokenizer is in DIRECTORY/tokenizer; ByT5 needs none.
+        vocabulary: Number of tokens that the encoder knows.
+        limit: Longer captions are cut to this many tokens, with a warning.
+
+    Raises:
+        FileNotFoundError: The encoder needs a tokenizer and has none.
+        ValueError: transformers is not installed.
+    """
+    path = Path(directory) / TOKENIZER
+    if path.is_dir():
+        os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # no warning of missing PyTorch
         try:
             from transformers import AutoTokenizer
         except ImportError as error:
-            raise ValueError(f"the tokenizer {where} needs transformers: pip install 'minisora_jax[text]'") from error
-        read = functools.partial(AutoTokenizer.from_pretrained(where, local_files_only=True), verbose=False)
+            raise ValueError(f"the tokenizer {path} needs transformers: pip install 'minisora_jax[text]'") from error
+        read = functools.partial(AutoTokenizer.from_pretrained(path, local_files_only=True), verbose=False)
         ids_of = lambda caption: read(caption).input_ids
     elif vocabulary == BYTE_VOCABULARY:
         ids_of = lambda caption: [i for i in encode_bytes(caption)[:, 0].tolist() if i != PAD]
     else:
         raise FileNotFoundError(
-            f"{where} is missing: copy the tokenizer's files there (tokenizer.json or spiece.model, and "
+            f"{path} is missing: copy the tokenizer's files there (tokenizer.json or spiece.model, and "
             f"tokenizer_config.json), or import the encoder again with --tokenizer=DIR"
         )
 
@@ -108,20 +126,28 @@ def load_tokenizer(directory: str | Path, vocabulary: int, limit: int) -> Callab
         ids = ids_of(" ".join(caption.split()))
         if max(ids) >= vocabulary:
             raise ValueError(
-                f"{where} gives the token {max(ids)}, {directory} has a vocabulary of {vocabulary}: it is another's"
+                f"{path} gives the token {max(ids)}, and {directory} has a vocabulary of {vocabulary}: use the "
+                f"tokenizer of this text encoder"
             )
         if len(ids) > limit:
             log.warning("a caption of %d tokens is cut to %d: %.60s...", len(ids), limit, caption)
-            ids = ids[: limit - 1] + ids[-1:]  # the last ends it
+            ids = ids[: limit - 1] + ids[-1:]  # the last token ends the caption
         return ids
 
     return tokenize
 
 
 def captions_of(config: DiTConfig, record: dict | None, directory: str | Path | None, pair: str | None) -> Captions:
-    """What the model of that config reads. `record` is what it was trained with, None where it does not say.
+    """The captions that a model reads.
 
-    `directory` is the text encoder asked for, where the recorded path will not do; `pair` the preset that it should be.
+    Args:
+        config: The model's config.
+        record: `Captions.record` of the model's training, or None if the model has no record.
+        directory: A text encoder to use in place of the recorded path, or None.
+        pair: Preset of the text encoder that the model's family uses, for the error message.
+
+    Raises:
+        ValueError: The text encoder is missing, or it is not the one that the model was trained with.
     """
     if config.caption == "label" or config.text_features == 1:
         plain = class_captions(config.classes) if config.caption == "label" else BYTES
@@ -129,20 +155,23 @@ def captions_of(config: DiTConfig, record: dict | None, directory: str | Path | 
             raise ValueError(f"--text-encoder={directory}: the model reads {plain.record['encoder']}, not features")
         return plain
     record = record or {}
-    where = directory or record.get("path")
-    if where is None or not Path(where).exists():
-        said = "does not name its text encoder" if where is None else f"has its text encoder at {where}, which is gone"
-        made = f" (made by `minisora import {pair}`)" if pair else ""
-        raise ValueError(f"the model reads features of width {config.text_features} and {said}: give it by "
-                         f"--text-encoder=DIR{made}")  # fmt: skip
-    captions = encoder_captions(where)
+    path = directory or record.get("path")
+    if path is None or not Path(path).exists():
+        problem = "does not name its text encoder" if path is None else f"has its text encoder at {path}, which is gone"
+        hint = f" (`minisora import {pair}` writes it)" if pair else ""
+        raise ValueError(
+            f"the model reads features of width {config.text_features} and {problem}: give it by "
+            f"--text-encoder=DIR{hint}"
+        )
+    captions = encoder_captions(path)
     if captions.width != config.text_features:
         raise ValueError(
-            f"the text encoder {where} makes features of width {captions.width}, the model reads {config.text_features}"
+            f"the text encoder {path} makes features of width {captions.width}, and the model reads "
+            f"{config.text_features}: give the text encoder that the model was trained with by --text-encoder=DIR"
         )
     if record.get("encoder", captions.record["encoder"]) != captions.record["encoder"]:
         raise ValueError(
-            f"the model was trained on features of text encoder {record['encoder']}, but {where} is text encoder "
+            f"the model was trained on features of text encoder {record['encoder']}, but {path} is text encoder "
             f"{captions.record['encoder']}: give the one it was trained with by --text-encoder=DIR"
         )
     return captions

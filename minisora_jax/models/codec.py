@@ -1,10 +1,10 @@
 """A trained VAE as a codec of clips: uint8 pixels <-> latents normalised to about unit variance.
 
     encode: x / 127.5 - 1 -> VAE encoder -> (mean - m) / s,  std / s
-    decode: z * s + m -> VAE decoder, a latent frame at a time -> uint8
+    decode: z * s + m -> VAE decoder, one latent frame at a time -> uint8
 
-m and s are per-channel statistics of the latents of the training clips, measured once after training and
-stored in the codec's config (as Wan's `latents_mean` and `latents_std`).
+m and s are the mean and standard deviation of each latent channel over the training clips. They are measured once after
+training and stored in the codec's config, like Wan's `latents_mean` and `latents_std`.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import functools
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,36 +23,55 @@ import numpy as np
 
 from minisora_jax.io.model_dir import config_fields, export_model, load_model, model_hash
 from minisora_jax.models.vae import VAE, VAEConfig
-from minisora_jax.parallel.halo import fetch_pictures, place_parameters, place_pictures, shard_height
+from minisora_jax.parallel.halo import fetch_frames, put_frames, put_params, shard_height
 
 
 @dataclasses.dataclass(frozen=True)
 class Codec:
+    """A VAE with its weights and latent statistics.
+
+    Two codecs with the same encoder make the same latents. `latents` identifies the latents for caches and models.
+    """
+
     config: VAEConfig
     params: dict  # {"params": ...} of VAE
     latent_mean: np.ndarray  # (c,)
     latent_std: np.ndarray  # (c,)
     hash: str = ""  # of the exported files
-    latents: str = ""  # what its latents mean, for caches and models: the hash of the first codec with this encoder
+    latents: str = ""  # hash of the first codec that had this encoder
 
     @classmethod
     def load(cls, directory: str | Path) -> Codec:
-        """The codec exported to `directory` by `minisora train-vae`."""
+        """The codec that `minisora train-vae` or `minisora import` wrote to `directory`.
+
+        Raises:
+            ValueError: The directory holds another kind of model.
+        """
         params, config = load_model(directory)
         if config.get("kind") != "vae":
             raise ValueError(f"{directory} holds a {config.get('kind')!r} model, not a codec ('vae')")
-        stats = (np.asarray(config[k], np.float32) for k in ("latent_mean", "latent_std"))
-        found = model_hash(directory)
-        codec = cls(VAEConfig(**config_fields(config["vae"])), params, *stats, hash=found, latents=found)
-        said = config.get("latents")
-        if said and said["encoder"] == codec.encoder_digest():
-            return dataclasses.replace(codec, latents=said["codec"])
+        mean, std = (np.asarray(config[k], np.float32) for k in ("latent_mean", "latent_std"))
+        own_hash = model_hash(directory)
+        codec = cls(VAEConfig(**config_fields(config["vae"])), params, mean, std, hash=own_hash, latents=own_hash)
+        origin = config.get("latents")
+        if origin and origin["encoder"] == codec.encoder_digest():
+            return dataclasses.replace(codec, latents=origin["codec"])
         return codec
 
     def export(self, directory: str | Path, training: dict, dtype: str | None = "float32", progress: str = "") -> str:
-        """Write the codec for `load`; `training` is the record of how it was made. Returns its hash.
+        """Write the codec to `directory`, so that `load` reads it.
 
-        With `latents`, those are written as its own: its encoder must be that of the codec of this name.
+        With `self.latents` set, it is stored as the codec that these latents come from. The encoder must then be that
+        codec's encoder.
+
+        Args:
+            directory: The directory to write.
+            training: The record of how the codec was trained, stored in its config.
+            dtype: dtype of the stored weights; None: as they are.
+            progress: Label of the progress bar; "": no bar.
+
+        Returns:
+            The hash of the written files.
         """
         config = {
             "kind": "vae",
@@ -64,7 +84,7 @@ class Codec:
         return export_model(directory, self.params, config, dtype=dtype, progress=progress)
 
     def encoder_digest(self) -> str:
-        """Of all that latents depend on: the encoder's weights, as float16, and the statistics, as exported."""
+        """A digest of all that latents depend on: config, encoder weights as float16, and exported statistics."""
         digest = hashlib.sha256(repr(dataclasses.asdict(self.config)).encode())
         for path, leaf in jax.tree.leaves_with_path(self.params["params"]["encoder"]):
             digest.update(jax.tree_util.keystr(path).encode() + np.asarray(leaf, np.float16).tobytes())
@@ -73,114 +93,135 @@ class Codec:
         return digest.hexdigest()[:16]
 
     def encode(self, frames_BTHWC: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """uint8 clips of one size -> (mean_Bthwc, std_Bthwc) of the posterior, float32, normalised.
+        """The posterior of clips of one size.
 
-        Chunk by chunk, as `stream` decodes: the first frame, then as many at a time as make a latent frame.
+        The encoder runs chunk by chunk: the first frame, then the frames of one latent frame at a time.
+
+        Args:
+            frames_BTHWC: uint8, T = 1 + 4 k for a codec that compresses time by 4.
+
+        Returns:
+            (mean_Bthwc, std_Bthwc), float32, normalised.
+
+        Raises:
+            ValueError: The codec's factors do not divide the size.
         """
-        clips, frames = frames_BTHWC.shape[:2]
-        _, h, _ = self.config.latent_size(frames_BTHWC.shape[1:4])
-        params = self._half("encoder")
+        clips, T, H, W, _ = frames_BTHWC.shape
+        _, h, _ = self.config.latent_size((T, H, W))
+        params = self._params_of("encoder")
 
-        def chunks():
+        def chunks() -> Iterator[tuple[jax.Array, jax.Array]]:
             past = None
-            for piece in self._pieces(frames, past):
-                moments, past = _encode(self.config, h, params, place_pictures(frames_BTHWC[:, piece], h), past)
+            for chunk in self._chunks(T, past):
+                moments, past = _encode(self.config, h, params, put_frames(frames_BTHWC[:, chunk], h), past)
                 yield moments
 
-        fetched = ([fetch_pictures(m, clips, h) for m in moments] for moments in _one_ahead(chunks()))
-        mean, std = (np.concatenate(m, axis=1) for m in zip(*fetched))
+        moments = ([fetch_frames(m, clips, h) for m in pair] for pair in _one_ahead(chunks()))
+        mean, std = (np.concatenate(m, axis=1) for m in zip(*moments))
         return (mean - self.latent_mean) / self.latent_std, std / self.latent_std
 
     def decode(self, z_Bthwc: np.ndarray) -> np.ndarray:
-        """Normalised latents -> uint8 frames_BTHWC."""
-        B, *size_thw, _ = z_Bthwc.shape
-        frames_BTHWC, at = np.empty((B, *self.config.pixel_size(size_thw), 3), np.uint8), 0
-        for some in self.stream(z_Bthwc):
-            frames_BTHWC[:, at : at + some.shape[1]] = some
-            at += some.shape[1]
+        """The frames (B, T, H, W, 3), uint8, of normalised latents."""
+        B, t, h, w, _ = z_Bthwc.shape
+        frames_BTHWC, at = np.empty((B, *self.config.pixel_size((t, h, w)), 3), np.uint8), 0
+        for chunk_BTHWC in self.stream(z_Bthwc):
+            frames_BTHWC[:, at : at + chunk_BTHWC.shape[1]] = chunk_BTHWC
+            at += chunk_BTHWC.shape[1]
         return frames_BTHWC
 
-    def stream(self, latents: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-        """`decode`, a latent frame at a time (1 frame, then 4, 4, ...): memory does not grow with length.
+    def stream(self, latents: np.ndarray | Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+        """Yields the frames of each latent frame, uint8 (B, 1 or 4, H, W, 3). Memory does not grow with length.
 
-        latents: Bthwc in one piece, or in pieces as they come. With a mesh set, clips are divided over its axes of
-        rows, and the height of each over its sequence axes.
+        On a mesh, clips are divided over the axes of rows, and the height of frames over the sequence axes.
+
+        Args:
+            latents: Normalised latents (B, t, h, w, c), or their chunks along t.
         """
-        params, sizes = self._half("decoder"), []
+        params, sizes = self._params_of("decoder"), []
 
-        def chunks():
+        def chunks() -> Iterator[jax.Array]:
             past = None
-            for piece_Bthwc in [latents] if isinstance(latents, np.ndarray) else latents:
-                clips, t, h = piece_Bthwc.shape[:3]
+            for z_Bthwc in [latents] if isinstance(latents, np.ndarray) else latents:
+                clips, t, h = z_Bthwc.shape[:3]
                 sizes[:] = [clips, h]
                 for i in range(t):
-                    x_BTHWC, past = self._next(params, piece_Bthwc[:, i : i + 1], past)
+                    x_BTHWC, past = self._decode_next(params, z_Bthwc[:, i : i + 1], past)
                     yield x_BTHWC
 
         for x_BTHWC in _one_ahead(chunks()):
-            yield fetch_pictures(x_BTHWC, *sizes)
+            yield fetch_frames(x_BTHWC, *sizes)
 
     def encoder(self) -> Callable[[np.ndarray], np.ndarray]:
-        """uint8 (T, H, W, 3) -> normalised latents (t, h, w, c), piece after piece of one clip, as `decoder` goes on:
-        1 + 4k frames, then 4k at a time."""
-        params, past = self._half("encoder"), None
+        """A function that encodes one clip piece by piece.
 
-        def more(frames_THWC: np.ndarray) -> np.ndarray:
+        It maps uint8 (T, H, W, 3) to normalised latents (t, h, w, c). The first piece has 1 + 4k frames, later ones
+        4k. Each call continues the clip, so the result equals encoding the whole clip at once.
+        """
+        params, past = self._params_of("encoder"), None
+
+        def encode_next(frames_THWC: np.ndarray) -> np.ndarray:
             nonlocal past
-            _, h, _ = self.config.latent_size((1, *frames_THWC.shape[1:3]))
-            made = []
-            for piece in self._pieces(len(frames_THWC), past):
-                (mean, _), past = _encode(self.config, h, params, place_pictures(frames_THWC[None, piece], h), past)
-                made.append(fetch_pictures(mean, 1, h)[0])
-            return (np.concatenate(made) - self.latent_mean) / self.latent_std
+            T, H, W, _ = frames_THWC.shape
+            _, h, _ = self.config.latent_size((1, H, W))
+            means = []
+            for chunk in self._chunks(T, past):
+                (mean, _), past = _encode(self.config, h, params, put_frames(frames_THWC[None, chunk], h), past)
+                means.append(fetch_frames(mean, 1, h)[0])
+            return (np.concatenate(means) - self.latent_mean) / self.latent_std
 
-        return more
+        return encode_next
 
     def decoder(self) -> Callable[[np.ndarray], np.ndarray]:
-        """Normalised latents (t, h, w, c) -> uint8 (T, H, W, 3), piece after piece of one clip: each call goes on from
-        the one before, and is equal to having decoded all at once."""
-        params, past = self._half("decoder"), None
+        """A function that decodes one clip piece by piece.
 
-        def more(z_thwc: np.ndarray) -> np.ndarray:
+        It maps normalised latents (t, h, w, c) to uint8 (T, H, W, 3). Each call continues the clip, so the result
+        equals decoding the whole clip at once.
+        """
+        params, past = self._params_of("decoder"), None
+
+        def decode_next(z_thwc: np.ndarray) -> np.ndarray:
             nonlocal past
-            made = []
+            frames = []
             for z_hwc in z_thwc:
-                x_BTHWC, past = self._next(params, z_hwc[None, None], past)
-                made.append(fetch_pictures(x_BTHWC, 1, len(z_hwc))[0])
-            return np.concatenate(made)
+                x_BTHWC, past = self._decode_next(params, z_hwc[None, None], past)
+                frames.append(fetch_frames(x_BTHWC, 1, len(z_hwc))[0])
+            return np.concatenate(frames)
 
-        return more
+        return decode_next
 
     def decode_loop(self, z_Bthwc: np.ndarray) -> np.ndarray:
-        """Normalised latents of a circle in time -> uint8 frames_BTHWC, 4 t of them, whose end meets their beginning.
+        """The frames (B, 4 t, H, W, 3), uint8, of a loop, whose end meets its beginning.
 
-        The decoder sees only backwards, and has gone round as far as it remembers before what it makes is kept: so each
-        frame follows from those before it on the circle, the first ones from the last.
+        The decoder looks only backwards. It first decodes enough turns of the loop to fill its memory, and drops their
+        frames. In the turn that is kept, each frame follows from the frames before it on the loop.
+
+        Args:
+            z_Bthwc: Normalised latents of one turn.
         """
         t = z_Bthwc.shape[1]
         turns = -(-(1 + self.config.decoder_reach) // t)
         frames = [f for i, f in enumerate(self.stream(z_Bthwc for _ in range(turns + 1))) if i >= turns * t]
         return np.concatenate(frames, axis=1)
 
-    def _pieces(self, frames: int, past) -> list[slice]:
-        """Which of so many frames make a latent frame each: of a clip's beginning, or of what follows `past`."""
+    def _chunks(self, frames: int, past: Any) -> list[slice]:
+        """Slices of `frames` frames, one latent frame each. A clip's first chunk (past is None) has 1 frame."""
         factor = self.config.time_factor
         edges = [0, *range(1 if past is None else factor, frames + 1, factor)]
         return [slice(*ends) for ends in zip(edges, edges[1:])]
 
-    def _next(self, params, z_B1hwc: np.ndarray, past):
-        """(frames of the next latent frame, still on the devices; the states to go on with)."""
+    def _decode_next(self, params: Any, z_B1hwc: np.ndarray, past: Any) -> tuple[jax.Array, Any]:
+        """(frames of the next latent frame, on the devices; the decoder's new states)."""
         z, h = np.asarray(z_B1hwc, np.float32) * self.latent_std + self.latent_mean, z_B1hwc.shape[2]
-        return _decode(self.config, h, params, place_pictures(z, h), past)
+        return _decode(self.config, h, params, put_frames(z, h), past)
 
-    def _half(self, name: str):
-        """The encoder's or the decoder's parameters, on the devices."""
-        return place_parameters({"params": {name: self.params["params"][name]}})
+    def _params_of(self, half: str) -> Any:
+        """The parameters of the "encoder" or "decoder", on the devices."""
+        return put_params({"params": {half: self.params["params"][half]}})
 
 
-def _one_ahead(results: Iterator) -> Iterator:
-    """The same, each after the next was asked for: devices compute one while the host takes the other."""
-    waiting = collections.deque()
+def _one_ahead[X](results: Iterator[X]) -> Iterator[X]:
+    """The same results, each after the next was requested, so that devices compute while the host fetches."""
+    waiting: collections.deque[X] = collections.deque()
     for result in results:
         waiting.append(result)
         if len(waiting) == 2:
@@ -194,12 +235,13 @@ def to_float(frames: jax.Array) -> jax.Array:
 
 
 def to_uint8(x: jax.Array) -> jax.Array:
+    """float32 -1..1 -> uint8 0..255; other values are clipped."""
     return jnp.clip(jnp.round((x + 1.0) * 127.5), 0, 255).astype(jnp.uint8)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=4)
 def _encode(config: VAEConfig, units: int, params, frames_BTHWC, past):
-    """((mean_Bthwc, std_Bthwc), the states to go on with) of the next chunk of pictures, `units` latent rows high."""
+    """((mean_Bthwc, std_Bthwc), new states) of the next chunk of frames, `units` latent rows high."""
 
     def encode(params, frames_BTHWC, past):
         mean, logvar, past = VAE(config).apply(params, to_float(frames_BTHWC), past, method="encode")
@@ -210,7 +252,7 @@ def _encode(config: VAEConfig, units: int, params, frames_BTHWC, past):
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=4)
 def _decode(config: VAEConfig, units: int, params, z_Bthwc, past):
-    """(uint8 frames_BTHWC, the states to go on with) of the next latent frames."""
+    """(uint8 frames_BTHWC, new states) of the next latent frames, `units` latent rows high."""
 
     def decode(params, z_Bthwc, past):
         x, past = VAE(config).apply(params, z_Bthwc, past, method="decode")

@@ -1,15 +1,16 @@
-"""Pictures cut along their height over the sequence axes of the mesh, and what each device must see of the others.
+"""Frames whose height is divided over the sequence axes of the mesh, and the rows that devices exchange.
 
-    device 0   rows 0 .. 4       a 3 x 3 convolution there asks its neighbour below for row 5
-    device 1   rows 5 .. 9       ... and here for row 4 from above and row 10 from below
-    device 2   rows 10 .. 14     below the picture's last row lie zeros, as `SAME` padding has them
+    device 0   rows 0 .. 4       a 3 x 3 convolution here needs row 5 of the device below
+    device 1   rows 5 .. 9       and here row 4 from above and row 10 from below
+    device 2   rows 10 .. 14     below the frame's last row are zeros, as in `SAME` padding
 
-`by_rows` runs a function of whole pictures on each device's rows. In it, layers that look across rows say so here:
-`halo` for convolutions, `frame_mean` for norms, `attend_in_frame` for attention. Outside of it the three are what they
-are on one device, so a model is written once. The result is that of the whole picture, not of tiles blended together.
+`shard_height` runs a function of whole frames on each device's rows. Inside it, layers that look across rows call
+`halo` (convolutions), `frame_mean` (norms) or `attend_in_frame` (attention). Outside of it the three do what they do on
+one device, so a model is written once. The result equals that of the whole frame. It is not a blend of tiles.
 
-A height that does not divide is padded at the bottom, and stays exact: rows below the picture are zeros to each
-convolution, no part of a mean, and keys that no query sees. A *unit* is the height that cannot be cut, a latent row.
+A height that does not divide is padded at the bottom, and the result stays exact: rows below the frame are zeros to
+each convolution, are no part of a mean, and are keys that no query sees. A *unit* is the smallest height that a device
+can have: one latent row.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ import contextlib
 import contextvars
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,103 +30,122 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 
 from minisora_jax.parallel.attention import attend
-from minisora_jax.parallel.mesh import PICTURES, REPLICATED, ROWS, SEQUENCE, like, shard
+from minisora_jax.parallel.mesh import FRAMES, REPLICATED, ROWS, SEQUENCE, like, shard
 
 
 @dataclasses.dataclass(frozen=True)
 class HeightShards:
-    """How the pictures of a `by_rows` lie: `units` of height over so many devices."""
+    """How `shard_height` divides frames of `units` latent rows over `devices` devices."""
 
     devices: int
     units: int
 
     @property
     def padded(self) -> int:
+        """Units after padding to a multiple of `devices`."""
         return self.devices * -(-self.units // self.devices)
 
-    def real(self, x_BTHWC) -> jax.Array | None:
-        """(H, 1, 1): which of a device's rows are of the picture; None if all are, on all devices."""
+    def inside(self, x_BTHWC: jax.Array) -> jax.Array | None:
+        """Whether each row of a device is inside the frame, (H, 1, 1); None if nothing is padded."""
         if self.padded == self.units:
             return None
         height = x_BTHWC.shape[2]
-        end = height * self.devices * self.units // self.padded  # of the picture, at the resolution of this layer
+        end = height * self.devices * self.units // self.padded  # of the frame, at the resolution of this layer
         row = jax.lax.axis_index(SEQUENCE) * height + jnp.arange(height)
         return (row < end)[:, None, None]
 
-    def blank(self, x_BTHWC) -> jax.Array:
-        """x with zeros below the picture."""
-        real = self.real(x_BTHWC)
-        return x_BTHWC if real is None else jnp.where(real, x_BTHWC, 0)
+    def blank(self, x_BTHWC: jax.Array) -> jax.Array:
+        """x with zeros in the rows below the frame."""
+        inside = self.inside(x_BTHWC)
+        return x_BTHWC if inside is None else jnp.where(inside, x_BTHWC, 0)
 
 
-_cut: contextvars.ContextVar[HeightShards | None] = contextvars.ContextVar(
-    "cut", default=None
-)  # set while by_rows traces
+# Set while `shard_height` traces its function.
+_shards: contextvars.ContextVar[HeightShards | None] = contextvars.ContextVar("shards", default=None)
 
 
-def cut_of(units: int) -> HeightShards | None:
-    """How pictures of that height are cut on the mesh in use; None without one."""
+def height_shards(units: int) -> HeightShards | None:
+    """How the mesh in use divides frames of `units` latent rows; None without a mesh."""
     mesh = jax.sharding.get_abstract_mesh()
     return None if mesh.empty else HeightShards(math.prod(mesh.shape[axis] for axis in SEQUENCE), units)
 
 
-def shard_height(f: Callable, units: int, params, *pictures):
-    """f(params, *pictures), each device with its rows; f itself without a mesh. Gradients are those of f.
+def shard_height(f: Callable, units: int, params: Any, *frames: Any) -> Any:
+    """f(params, *frames), computed by each device for its rows. Gradients equal f's. Without a mesh, f itself runs.
 
-    `pictures`, and what f returns, are trees of arrays (B, T, H, ...) with H a multiple of the padded height, in
-    units. Clips (B) are divided over the axes of rows of a batch. The parameters are gathered whole.
+    Args:
+        f: A function of parameters and frames, whose results are trees of arrays like the frames.
+        units: Height of the frames in latent rows, before padding.
+        params: Parameters. They are gathered to every device.
+        *frames: Trees of arrays (B, T, H, ...), H a multiple of the padded height in units. B is divided over the axes
+            of rows.
     """
-    cut = cut_of(units)
-    if cut is None:
-        return f(params, *pictures)
+    shards = height_shards(units)
+    if shards is None:
+        return f(params, *frames)
 
-    def on_device(params, *pictures):
-        with _cutting(cut if cut.devices > 1 else None):
-            return f(params, *pictures)
+    def on_device(params, *frames):
+        with _sharding_height(shards if shards.devices > 1 else None):
+            return f(params, *frames)
 
     params = jax.tree.map(lambda x: shard(x, REPLICATED), params)
-    pictures = jax.tree.map(lambda x: shard(x, PICTURES), pictures)
-    specs = (REPLICATED, *(PICTURES for _ in pictures))
-    # check_vma is off as in `attend`, whose kernels' outputs carry no varying axes.
-    return jax.shard_map(on_device, in_specs=specs, out_specs=PICTURES, check_vma=False)(params, *pictures)
+    frames = jax.tree.map(lambda x: shard(x, FRAMES), frames)
+    specs = (REPLICATED, *(FRAMES for _ in frames))
+    # check_vma is off because the outputs of Pallas kernels carry no varying axes.
+    return jax.shard_map(on_device, in_specs=specs, out_specs=FRAMES, check_vma=False)(params, *frames)
 
 
 def require_whole_units(mesh: jax.sharding.Mesh, units: int, what: str) -> None:
-    """ValueError unless the height of `what`, already on the mesh, divides: only the host's pictures are padded."""
+    """Check that a height divides over the mesh. Only frames that come from the host are padded.
+
+    Args:
+        mesh: The mesh.
+        units: Height in latent rows.
+        what: Name of the frames, for the error message.
+
+    Raises:
+        ValueError: The height does not divide.
+    """
     parts = math.prod(mesh.shape[axis] for axis in SEQUENCE)
     if units % parts:
-        named = " x ".join(f"mesh.{axis}={mesh.shape[axis]}" for axis in SEQUENCE)
+        axes = " x ".join(f"mesh.{axis}={mesh.shape[axis]}" for axis in SEQUENCE)
         low = units // parts * parts
         raise ValueError(
-            f"{what} of {units} latent rows cannot be divided over {named}: give it "
-            f"{f'{low} or ' if low else ''}{low + parts} latent rows, or the mesh fewer of them"
+            f"{what} of {units} latent rows cannot be divided over {axes}: give it "
+            f"{f'{low} or ' if low else ''}{low + parts} latent rows, or use a mesh with fewer devices on these axes"
         )
 
 
 @contextlib.contextmanager
-def _cutting(cut: HeightShards | None):
-    token = _cut.set(cut)
+def _sharding_height(shards: HeightShards | None) -> Iterator[None]:
+    token = _shards.set(shards)
     try:
         yield
     finally:
-        _cut.reset(token)
+        _shards.reset(token)
 
 
-# ---- What layers ask for
+# ---- What layers call
 
 
 def halo(x_BTHWC: jax.Array, rows: tuple[int, int]) -> tuple[jax.Array, tuple[int, int]]:
-    """(x with the neighbours' rows, the zero rows that are still to be put (above, below)).
+    """x with rows of the neighbouring devices above and below.
 
-    `rows` are those that a convolution wants beyond its own, above and below, at most a device's height.
+    Args:
+        x_BTHWC: This device's rows.
+        rows: Rows that a convolution needs (above, below) its own, at most a device's height.
+
+    Returns:
+        x: x with the neighbours' rows. At the frame's border they are zeros.
+        padding: Zero rows (above, below) that the caller must still add.
     """
-    cut, (above, below) = _cut.get(), rows
-    if cut is None or rows == (0, 0):
+    shards, (above, below) = _shards.get(), rows
+    if shards is None or rows == (0, 0):
         return x_BTHWC, rows
-    x = cut.blank(x_BTHWC)
-    height, last = x.shape[2], cut.devices - 1
+    x = shards.blank(x_BTHWC)
+    height, last = x.shape[2], shards.devices - 1
     parts = [x]
-    # A device that nobody sends to gets zeros: the border of the picture.
+    # A device that receives nothing gets zeros: it is at the border of the frame.
     if above:
         down = [(i, i + 1) for i in range(last)]
         parts.insert(0, jax.lax.ppermute(x[:, :, height - above :], SEQUENCE, down))
@@ -134,60 +155,73 @@ def halo(x_BTHWC: jax.Array, rows: tuple[int, int]) -> tuple[jax.Array, tuple[in
 
 
 def frame_mean(x_BTHWC: jax.Array) -> jax.Array:
-    """(B, T, C): the mean over the positions of each frame."""
-    cut = _cut.get()
-    if cut is None:
+    """The mean over the positions of each frame, (B, T, C)."""
+    shards = _shards.get()
+    if shards is None:
         return jnp.mean(x_BTHWC, axis=(2, 3))
     height, width = x_BTHWC.shape[2:4]
-    count = height * cut.devices * cut.units // cut.padded * width
-    return jax.lax.psum(jnp.sum(cut.blank(x_BTHWC), axis=(2, 3)), SEQUENCE) / count
+    count = height * shards.devices * shards.units // shards.padded * width
+    return jax.lax.psum(jnp.sum(shards.blank(x_BTHWC), axis=(2, 3)), SEQUENCE) / count
 
 
 def attend_in_frame(q_BTHWC: jax.Array, k_BTHWC: jax.Array, v_BTHWC: jax.Array) -> jax.Array:
-    """Single-head attention among the positions of each frame. Keys and values are gathered, and weights tiled."""
-    cut = _cut.get()
-    # Two axes at a time, as an explicit mesh wants it.
+    """Single-head attention among the positions of each frame, (B * T, H * W, 1, C).
+
+    Keys and values are gathered from all devices. The attention kernel computes the weights in tiles.
+    """
+    shards = _shards.get()
+    # One reshape merges two axes only: an explicit mesh allows no more at a time.
     fold = lambda x: rearrange(rearrange(x, "b t h w c -> b t (h w) c"), "b t s c -> (b t) s 1 c")
-    real = None if cut is None else cut.real(q_BTHWC)
-    q_FS1C, k_FS1C, v_FS1C = fold(q_BTHWC), fold(k_BTHWC), fold(v_BTHWC)
-    ids_FS = like(jnp.ones(q_FS1C.shape[:2], jnp.int32), q_FS1C)
-    if real is not None:
-        ids_FS = jnp.broadcast_to(real[:, :, 0], q_BTHWC.shape[2:4]).reshape(-1) * ids_FS
-    if cut is None:
-        return attend(q_FS1C, k_FS1C, v_FS1C, ids_FS, ids_FS)
-    whole = lambda x: jax.lax.all_gather(x, SEQUENCE, axis=1, tiled=True)
-    return attend(q_FS1C, whole(k_FS1C), whole(v_FS1C), ids_FS, whole(ids_FS))
+    inside = None if shards is None else shards.inside(q_BTHWC)
+    q_RS1C, k_RS1C, v_RS1C = fold(q_BTHWC), fold(k_BTHWC), fold(v_BTHWC)
+    ids_RS = like(jnp.ones(q_RS1C.shape[:2], jnp.int32), q_RS1C)
+    if inside is not None:
+        ids_RS = jnp.broadcast_to(inside[:, :, 0], q_BTHWC.shape[2:4]).reshape(-1) * ids_RS
+    if shards is None:
+        return attend(q_RS1C, k_RS1C, v_RS1C, ids_RS, ids_RS)
+    gather = lambda x: jax.lax.all_gather(x, SEQUENCE, axis=1, tiled=True)
+    return attend(q_RS1C, gather(k_RS1C), gather(v_RS1C), ids_RS, gather(ids_RS))
 
 
 # ---- Between the host and the mesh
 
 
-def place_pictures(x_BTHWC: np.ndarray, units: int):
-    """Whole pictures of the host, the same on every process, as `by_rows` wants them; x itself without a mesh.
+def put_frames(x_BTHWC: np.ndarray, units: int) -> Any:
+    """Whole frames of the host, padded and sharded for `shard_height`. Without a mesh, x itself.
 
-    Zeros are added at the bottom, and copies of the last clip, to multiples of what the mesh divides them by.
+    The bottom is padded with zeros and the batch with copies of the last clip, to multiples of the mesh's axes.
+
+    Args:
+        x_BTHWC: The same on every process.
+        units: Height in latent rows.
     """
-    mesh, cut = jax.sharding.get_mesh(), cut_of(units)
-    if cut is None:
+    mesh, shards = jax.sharding.get_mesh(), height_shards(units)
+    if shards is None:
         return x_BTHWC
     B, _, H = x_BTHWC.shape[:3]
-    clips = -B % math.prod(mesh.shape[axis] for axis in ROWS)
-    x = np.concatenate([x_BTHWC, x_BTHWC[-1:].repeat(clips, axis=0)])
-    x = np.pad(x, ((0, 0), (0, 0), (0, H * cut.padded // units - H), (0, 0), (0, 0)))
-    return jax.make_array_from_callback(x.shape, NamedSharding(mesh, PICTURES), lambda index: x[index])
+    extra_clips = -B % math.prod(mesh.shape[axis] for axis in ROWS)
+    x = np.concatenate([x_BTHWC, x_BTHWC[-1:].repeat(extra_clips, axis=0)])
+    x = np.pad(x, ((0, 0), (0, 0), (0, H * shards.padded // units - H), (0, 0), (0, 0)))
+    return jax.make_array_from_callback(x.shape, NamedSharding(mesh, FRAMES), lambda index: x[index])
 
 
-def fetch_pictures(x_BTHWC: jax.Array, clips: int, units: int) -> np.ndarray:
-    """On the host, without what `place_pictures` had added; on every process the whole."""
+def fetch_frames(x_BTHWC: jax.Array, clips: int, units: int) -> np.ndarray:
+    """The whole frames on the host of every process, without the padding of `put_frames`.
+
+    Args:
+        x_BTHWC: Frames on the mesh.
+        clips: B before padding.
+        units: Height in latent rows before padding.
+    """
     x = np.asarray(x_BTHWC if x_BTHWC.is_fully_addressable else multihost_utils.process_allgather(x_BTHWC, tiled=True))
-    cut = cut_of(units)
-    return x if cut is None else x[:clips, :, : x.shape[2] * units // cut.padded]
+    shards = height_shards(units)
+    return x if shards is None else x[:clips, :, : x.shape[2] * units // shards.padded]
 
 
-def place_parameters(params):
-    """Parameters of the host, whole on every device of the mesh in use, or on the one device."""
+def put_params(params: Any) -> Any:
+    """Parameters of the host, replicated on every device of the mesh in use; without a mesh, on the default device."""
     mesh = jax.sharding.get_mesh()
     if mesh.empty:
         return jax.device_put(params)
-    whole = NamedSharding(mesh, REPLICATED)
-    return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, whole, lambda index: x[index]), params)
+    replicated = NamedSharding(mesh, REPLICATED)
+    return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, replicated, lambda index: x[index]), params)

@@ -1,15 +1,15 @@
-"""Several processes, one program: multi-controller JAX, started from what the environment says.
+"""Several processes that run one program: multi-controller JAX, configured by the environment.
 
-Every host of a pod runs the same command, and each process holds a part of every array. `started()` is entered by the
-verbs that train, before any device is touched. It joins the processes where the environment says that there are
-several, and does nothing on a plain machine:
+Every host of a pod runs the same command, and each process holds a part of every array. The training commands enter
+`started()` before they touch a device. It joins the processes if the environment names several, and does nothing
+otherwise:
 
     JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID    all three: launch/local_cpu.py, or your own launcher
-    MINISORA_DISTRIBUTED=auto    argument-less jax.distributed.initialize(): TPU VMs and GKE (launch/ sets it)
-    SLURM, Open MPI, TPU workers    the same, wherever their variables name more than one process
+    MINISORA_DISTRIBUTED=auto    jax.distributed.initialize() without arguments: TPU VMs and GKE (launch/ sets it)
+    SLURM, Open MPI, TPU workers    the same, if their variables name more than one process
 
-Only the main process, number 0, writes metrics, samples and exports; all of them write checkpoints. So a workdir lies
-on a file system that all processes see.
+Only the main process, number 0, writes metrics, samples and exports. All processes write checkpoints. So a work
+directory must be on a file system that all processes share.
 """
 
 from __future__ import annotations
@@ -34,39 +34,41 @@ from jax.sharding import PartitionSpec as P
 
 log = logging.getLogger("minisora")
 
-PART_BYTES = 2**28  # of a parameter that is gathered at a time
+PART_BYTES = 2**28  # the most bytes of a parameter that are gathered at once
 
 
-def asked_for(environ: Mapping[str, str]) -> dict[str, Any] | None:
-    """The arguments of jax.distributed.initialize() that the environment asks for; None for a process by itself.
+def distributed_arguments(environ: Mapping[str, str]) -> dict[str, Any] | None:
+    """The arguments for jax.distributed.initialize() that the environment gives; None for a single process.
 
-    Raises ValueError where the environment says half of it.
+    Raises:
+        ValueError: Some of the variables are missing or contradict each other.
     """
-    wanted = environ.get("MINISORA_DISTRIBUTED", "")
-    if wanted not in ("", "auto", "off"):
-        raise ValueError(f"MINISORA_DISTRIBUTED={wanted!r} must be 'auto', 'off' or unset")
-    if wanted == "off":
+    mode = environ.get("MINISORA_DISTRIBUTED", "")
+    if mode not in ("", "auto", "off"):
+        raise ValueError(f"MINISORA_DISTRIBUTED={mode!r} must be 'auto', 'off' or unset")
+    if mode == "off":
         return None
     names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
     address, count, index = (environ.get(name) for name in names)
     if count is not None or index is not None:
-        missing = [name for name in names if name not in environ]
-        if missing:
+        if address is None or count is None or index is None:
+            missing = [name for name in names if name not in environ]
             raise ValueError(f"several processes need {', '.join(names)}: {', '.join(missing)} is not set")
         if not (count.isdecimal() and index.isdecimal() and int(index) < int(count)):
-            raise ValueError(f"JAX_PROCESS_ID={index} must be one of 0 .. JAX_NUM_PROCESSES={count} less 1")
+            raise ValueError(f"JAX_PROCESS_ID={index} must be a number from 0 to JAX_NUM_PROCESSES - 1, with "
+                             f"JAX_NUM_PROCESSES={count}")  # fmt: skip
         if int(count) == 1:
             return None
         return {"coordinator_address": address, "num_processes": int(count), "process_id": int(index)}
-    if wanted == "auto" or any(count > 1 for count in _counts(environ)):
+    if mode == "auto" or any(count > 1 for count in _process_counts(environ)):
         return {}
     return None
 
 
-def _counts(environ: Mapping[str, str]) -> Iterator[int]:
-    """How many processes each kind of cluster that jax knows says that there are."""
+def _process_counts(environ: Mapping[str, str]) -> Iterator[int]:
+    """The number of processes by the variables of SLURM, Open MPI and TPU workers."""
     step = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_PROCID", "SLURM_LOCALID")
-    if all(name in environ for name in step):  # a job's batch script has no step and is one process
+    if all(name in environ for name in step):  # the batch script of a job has no step and is one process
         yield int(environ.get("SLURM_NTASKS", 1))
     if "OMPI_MCA_orte_hnp_uri" in environ:
         yield int(environ.get("OMPI_COMM_WORLD_SIZE", 1))
@@ -75,7 +77,7 @@ def _counts(environ: Mapping[str, str]) -> Iterator[int]:
 
 
 class Preempted(RuntimeError):
-    """The system is taking the machine back, and the run is saved: not a failure."""
+    """The machine is being preempted, and the run is saved. The exit code is 0."""
 
     exit_code = 0
 
@@ -85,7 +87,10 @@ _preemption_requested = threading.Event()
 
 @contextlib.contextmanager
 def preemption_handler() -> Iterator[None]:
-    """Within it SIGTERM does not end a lone process: `end_asked()` says that it came. Of several, jax heeds it."""
+    """A context in which SIGTERM sets `preemption_requested()` and does not end a single process.
+
+    With several processes jax handles SIGTERM itself.
+    """
     if several() or threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -98,34 +103,35 @@ def preemption_handler() -> Iterator[None]:
 
 
 def preemption_requested() -> bool:
-    """Has SIGTERM come, within `heeding_sigterm`?"""
+    """Whether SIGTERM arrived within `preemption_handler`."""
     return _preemption_requested.is_set()
 
 
 @contextlib.contextmanager
 def started() -> Iterator[None]:
-    """Joins the processes that the environment speaks of; on the way out waits for all, or ends all.
+    """A context in which all processes of the environment are joined. At its end each waits for the others.
 
-    SIGTERM is not the end of one of several processes: jax passes it on as a notice, on which the training loop saves
-    and all raise AskedToEnd, which goes on from here when all have said farewell.
-    An error in one of several processes is printed, and that process ends at once, without the farewell that the others
-    would wait for: jax ends them when they next speak to it, or when its heartbeat is missed, and launchers sooner.
+    With several processes SIGTERM is a preemption notice: all processes save at the same step, then raise `Preempted`.
+    `Preempted` leaves this context after all processes have reached its end.
+
+    If a process raises another error, it prints the error and exits at once with code 2, without waiting. jax ends the
+    other processes when they next contact the coordinator or miss its heartbeat. Launchers end them sooner.
     """
-    arguments = asked_for(os.environ)
+    arguments = distributed_arguments(os.environ)
     if arguments is None:
         yield
         return
-    asked = None
+    preempted = None
     try:
         jax.distributed.initialize(**arguments)
         if is_main():
             log.info("%d processes, %d devices", jax.process_count(), jax.device_count())
         else:
-            log.setLevel(logging.WARNING)  # what all would say, one says
+            log.setLevel(logging.WARNING)  # the main process alone logs what all would log
         try:
             yield
         except Preempted as error:
-            asked = error
+            preempted = error
         barrier("the end")
         jax.distributed.shutdown()
     except BaseException as error:
@@ -136,24 +142,28 @@ def started() -> Iterator[None]:
         sys.stdout.flush()
         sys.stderr.flush()
         if is_main():
-            time.sleep(1)  # jax's coordinator dies with it, and whoever fails for the same reason has said so by then
+            time.sleep(1)  # jax's coordinator ends with this process; others that fail too print their errors first
         os._exit(130 if isinstance(error, KeyboardInterrupt) else 2)
-    if asked:
-        raise asked
+    if preempted:
+        raise preempted
 
 
 def several() -> bool:
-    """Is this one of several processes? Touches no device."""
+    """Whether this is one of several processes. Touches no device."""
     return jax.distributed.is_initialized()
 
 
 def is_main() -> bool:
-    """Is this the process that writes what is written once? Touches no device where there is only one."""
+    """Whether this is process 0, which writes files that are written once. A single process touches no device."""
     return not several() or jax.process_index() == 0
 
 
 def require_started() -> None:
-    """RuntimeError on a host of a pod that has not joined the others."""
+    """Check that a host of a pod has joined the others.
+
+    Raises:
+        RuntimeError: It has not.
+    """
     if jax.process_count() > 1 and not several():
         raise RuntimeError(
             f"this host has {len(jax.local_devices())} of the {len(jax.devices())} devices of a slice of "
@@ -162,30 +172,32 @@ def require_started() -> None:
 
 
 def barrier(name: str) -> None:
-    """Returns when every process has called it."""
+    """Wait until every process has called it with this name."""
     if several():
         multihost_utils.sync_global_devices(name)
 
 
-def parts_of(x: jax.Array) -> Iterator[np.ndarray]:
-    """The array in NumPy parts, along its first axis, on the main process; nothing on others, which must call it too.
+def parts_of(x: jax.Array | np.ndarray) -> Iterator[np.ndarray]:
+    """Yields the array in NumPy parts along its first axis, on the main process. Other processes yield nothing.
 
-    What is not whole on the devices of this process is gathered, on each device at most `PART_BYTES` or, of an array
-    that is cut along its first axis, all of it at a time.
+    All processes must call it. An array that is not whole on this process is gathered, at most `PART_BYTES` at a time
+    on each device. An array that is sharded along its first axis is gathered at once.
     """
     if not isinstance(x, jax.Array) or x.is_fully_addressable:
         yield np.asarray(jax.device_get(x))
         return
+    if not isinstance(x.sharding, NamedSharding) or not isinstance(x.sharding.mesh, jax.sharding.Mesh):
+        raise TypeError(f"an array on several processes has sharding {x.sharding}, and only NamedSharding is gathered")
     spec, mesh = x.sharding.spec, x.sharding.mesh
-    whole = NamedSharding(mesh, P())
+    replicated = NamedSharding(mesh, P())
     if x.ndim < 2 or (len(spec) > 0 and spec[0] is not None):
-        cuts = [(0, x.shape[0] if x.ndim else 1)]
+        ranges = [(0, x.shape[0] if x.ndim else 1)]
     else:
         step = max(1, PART_BYTES * x.shape[0] // max(x.nbytes, 1))
-        cuts = [(at, min(at + step, x.shape[0])) for at in range(0, x.shape[0], step)]
-    for first, last in cuts:
+        ranges = [(at, min(at + step, x.shape[0])) for at in range(0, x.shape[0], step)]
+    for first, end in ranges:
         with jax.set_mesh(mesh):
-            part = jax.device_put(x if len(cuts) == 1 else _rows(x, first, last - first), whole)
+            part = jax.device_put(x if len(ranges) == 1 else _rows(x, first, end - first), replicated)
         if is_main():
             yield np.asarray(part)
         part.block_until_ready()
@@ -197,7 +209,7 @@ def _rows(x: jax.Array, first: int, count: int) -> jax.Array:
 
 
 def gathered(tree: Any) -> Any:
-    """A tree of NumPy arrays on the main process, of None on others, which must call it too."""
+    """The tree as NumPy arrays on the main process, and as None on the others. All processes must call it."""
 
     def gather(x):
         parts = list(parts_of(x))
