@@ -62,7 +62,7 @@ def test_rescaling_gives_each_clip_the_spread_of_the_unguided_estimate(predictio
 @pytest.mark.parametrize(
     "values, message",
     [
-        (dict(interval=(0.7, 0.2)), r"guidance interval 0.7-0.2 must be two rising times within 0 \(clean\) and 1"),
+        (dict(interval=(0.7, 0.2)), r"guidance interval 0.7-0.2 must be two rising times from 0 \(clean\) to 1"),
         (dict(interval=(0.2, 1.5)), "guidance interval 0.2-1.5 must be two rising times"),
         (dict(rescale=1.5), r"guidance rescale=1.5 must be in \[0, 1\]"),
     ],

@@ -189,7 +189,7 @@ def test_dormand_prince_comes_closer_with_its_tolerance(name):
             dict(time_schedule="log"),
             "time_schedule='log' must be one of even, wan, karras, leading, linspace, trailing",
         ),
-        (dict(name="heun", eta=0.5), "eta=0.5 is for ddim, ddpm, sde; heun has no noise"),
+        (dict(name="heun", eta=0.5), "eta=0.5 is for the samplers ddim, ddpm, sde: heun is deterministic"),
         (dict(name="ddim", eta=1.5), r"eta=1.5 must be in \[0, 1\]"),
         (dict(name="dopri5", tolerance=0.0), "tolerance=0.0 must be above 0"),
     ],

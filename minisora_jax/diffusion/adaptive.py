@@ -1,4 +1,4 @@
-"""Dormand-Prince with steps of its own choosing, by diffrax (Kidger 2021, arXiv:2202.02435)."""
+"""The adaptive sampler: Dormand-Prince by diffrax (Kidger 2021, arXiv:2202.02435)."""
 
 from __future__ import annotations
 
@@ -10,18 +10,28 @@ import jax.numpy as jnp
 from minisora_jax.diffusion.denoiser import Denoiser
 from minisora_jax.diffusion.sampler import ddim
 
-LAST = 1e-4  # of the way: there some velocities are infinite or, being e of clean data, undefined
+LAST = 1e-4  # share of the way that ends with a DDIM step: near clean data some velocities are infinite or undefined
 
 
 def dopri5(
     denoiser: Denoiser, x_BSP: jax.Array, times: Callable[[jax.Array], jax.Array], tolerance: float
 ) -> tuple[jax.Array, jax.Array]:
-    """(x at the end, model calls), from the state at times(1) down to times(0), which must be clean data.
+    """Sample with Dormand and Prince's fifth-order pair and steps of adaptive size.
 
-    `times(u)` is each token's time (B, S) at a common u, so that dx/du = v(x, t) dt/du and known tokens, whose time
-    stays 0, do not move. Steps of Dormand & Prince's fifth-order pair are chosen for an error of `tolerance`, relative
-    and absolute (the data are of unit variance), over all rows together; the last 1e-4 is a DDIM step.
-    Raises when 4096 steps do not reach it.
+    It solves dx/du = v(x, t) dt/du, with all rows in one system. The last 1e-4 of the way is one DDIM step.
+
+    Args:
+        denoiser: The model.
+        x_BSP: The state at times(1).
+        times: The time of each token (B, S) at a common u from 1 to 0. times(0) must be 0. A token that is given has
+            time 0 at every u, so it does not move.
+        tolerance: Error of a step, relative and absolute; the data have unit variance.
+
+    Returns:
+        (the state at times(0), the number of model calls).
+
+    Raises:
+        RuntimeError: 4096 steps are not enough (diffrax's error).
     """
     import diffrax
 
@@ -42,5 +52,7 @@ def dopri5(
         stepsize_controller=diffrax.PIDController(rtol=tolerance, atol=tolerance),
         max_steps=4096,
     )
-    x_BSP, _ = ddim(denoiser, solution.ys[-1], times(LAST * one), times(0 * one))
+    states = solution.ys
+    assert states is not None  # SaveAt(t1=True) saves the last one
+    x_BSP, _ = ddim(denoiser, states[-1], times(LAST * one), times(0 * one))
     return x_BSP, 6 * solution.stats["num_steps"] + 1

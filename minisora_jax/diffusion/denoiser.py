@@ -1,4 +1,4 @@
-"""A model as samplers see it: at (x_t, t) it names the data and the noise, or the velocity, whatever it predicts."""
+"""A model as samplers see it: it gives velocity, or data and noise, at (x_t, t) whatever it was trained to predict."""
 
 from __future__ import annotations
 
@@ -13,34 +13,34 @@ from minisora_jax.diffusion.noise_path import PATHS, NoisePath, convert, solve
 
 @dataclasses.dataclass(frozen=True)
 class Denoiser:
-    """`model(x_BSP, time_BS)` gives its `prediction` along `path`. Each method is one call of it."""
+    """A model with its noise path and the kind of its prediction."""
 
-    model: Callable[[jax.Array, jax.Array], jax.Array]
+    model: Callable[[jax.Array, jax.Array], jax.Array]  # (x_BSP, time_BS) -> prediction_BSP
     path: NoisePath = PATHS["linear"]
     prediction: str = "velocity"
 
     def velocity(self, x_BSP: jax.Array, time_BS: jax.Array) -> jax.Array:
+        """dx_t/dt (B, S, P). One model call."""
         p_BSP = self.model(x_BSP, time_BS)
         return convert(self.path, self.prediction, "velocity", p_BSP, x_BSP, time_BS[..., None])
 
     def clean_and_noise(self, x_BSP: jax.Array, time_BS: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The estimates (clean_BSP, noise_BSP). One model call."""
         return solve(self.path, self.prediction, self.model(x_BSP, time_BS), x_BSP, time_BS[..., None])
 
-    # ---- What solvers need of the path
-
-    def fall(self, time_BS: jax.Array, next_BS: jax.Array) -> jax.Array:
-        """(s'/a') / (s/a), (B, S, 1): by how much the noise level falls from t to t'; 0 where t' is clean."""
-        of = self.path
-        before_BS = jnp.maximum(of.sigma(time_BS), 1e-12) * of.alpha(next_BS)
-        return (of.sigma(next_BS) * of.alpha(time_BS) / before_BS)[..., None]
+    def sigma_alpha_decay(self, time_BS: jax.Array, next_BS: jax.Array) -> jax.Array:
+        """r = (s'/a') / (s/a), (B, S, 1): the factor on sigma / alpha from t to t'. It is 0 where t' is clean."""
+        path = self.path
+        divisor_BS = jnp.maximum(path.sigma(time_BS), 1e-12) * path.alpha(next_BS)
+        return (path.sigma(next_BS) * path.alpha(time_BS) / divisor_BS)[..., None]
 
     def log_snr(self, time_BS: jax.Array) -> jax.Array:
-        """log(a / s), (B, S, 1). Where alpha is 0 it counts as 1e-6, as in diffusers' flow schedules."""
-        of = self.path
-        a_BS, s_BS = jnp.maximum(of.alpha(time_BS), 1e-6), jnp.maximum(of.sigma(time_BS), 1e-12)
+        """log(a / s), (B, S, 1). alpha is at least 1e-6, as in diffusers' flow schedules."""
+        path = self.path
+        a_BS, s_BS = jnp.maximum(path.alpha(time_BS), 1e-6), jnp.maximum(path.sigma(time_BS), 1e-12)
         return (jnp.log(a_BS) - jnp.log(s_BS))[..., None]
 
 
-def where_moving(time_BS: jax.Array, next_BS: jax.Array, moved: jax.Array, x: jax.Array) -> jax.Array:
-    """`moved` for tokens whose time changes, x for the others."""
-    return jnp.where((time_BS != next_BS)[..., None], moved, x)
+def where_moving(time_BS: jax.Array, next_BS: jax.Array, moved_BSP: jax.Array, x_BSP: jax.Array) -> jax.Array:
+    """`moved_BSP` for tokens whose time changes, `x_BSP` for the others."""
+    return jnp.where((time_BS != next_BS)[..., None], moved_BSP, x_BSP)

@@ -1,4 +1,4 @@
-"""The training objective: weighted squared error of the prediction, per token and before any reduction."""
+"""The training objective: the weighted squared error of the prediction, per token and not yet reduced."""
 
 from __future__ import annotations
 
@@ -25,17 +25,27 @@ def diffusion_loss(
     key: jax.Array,
     objective: ObjectiveConfig = FLOW_MATCHING,
 ) -> dict[str, tuple[jax.Array, jax.Array]]:
-    """{"loss": (values_BS, weights_BS)}: w(t) times the mean over P of (p - p_theta)^2.
+    """The loss of each token: w(t) times the mean over P of (p - p_theta)^2.
 
-    weights_BS, by which step.py averages, is 1 on tokens to be made and 0 on padding and known tokens.
+    Args:
+        model: The transformer.
+        times: Distribution of training times.
+        params: The model's parameters.
+        batch: Packed clips.
+        key: For noise and times.
+        objective: Noise path, prediction and weight w(t).
+
+    Returns:
+        {"loss": (values_BS, weights_BS)}. train/step.py averages by the weights: 1 for tokens to predict, 0 for padding
+        and for tokens that are given.
     """
-    path = objective.along
+    path = objective.noise_path
     noise_key, time_key = jax.random.split(key)
     noise_BSP = draw(jax.random.normal, noise_key, batch.tokens_BSP)
     time_BS = training_times(times, batch, time_key, path)
     x_BSP = path.mix(batch.tokens_BSP, noise_BSP, time_BS[..., None])
     p_BSP = drop_variance(model.config, model.apply(params, *path.model_input(x_BSP, time_BS), batch))
-    wanted_BSP = target(path, objective.prediction, batch.tokens_BSP, noise_BSP, time_BS[..., None])
-    error_BS = jnp.mean((p_BSP - wanted_BSP) ** 2, axis=-1) * weight(objective, time_BS)
-    counted_BS = ((batch.segment_BS > 0) & ~batch.cond_mask_BS).astype(jnp.float32)
-    return {"loss": (error_BS, counted_BS)}
+    target_BSP = target(path, objective.prediction, batch.tokens_BSP, noise_BSP, time_BS[..., None])
+    error_BS = jnp.mean((p_BSP - target_BSP) ** 2, axis=-1) * weight(objective, time_BS)
+    weights_BS = ((batch.segment_BS > 0) & ~batch.cond_mask_BS).astype(jnp.float32)
+    return {"loss": (error_BS, weights_BS)}

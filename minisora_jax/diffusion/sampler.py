@@ -1,17 +1,20 @@
-"""Samplers: from noise to data, one step each; the loop is the caller's.
+"""Samplers: one step from noise towards data. The caller runs the loop.
 
     step(denoiser, x_BSP, time_BS, next_BS, past, noise_BSP, eta) -> (x_BSP, past)
 
-Times are per token, and a token whose time does not change does not move: known tokens stay at 0. Multistep samplers
-carry `past`, what they remember of earlier steps (multistep.py); the others carry (). `noise_BSP` is fresh standard
-normal noise for the stochastic ones, drawn by the caller, who knows which request each token belongs to; None for
-none. `eta` is the share of the noise that is renewed. "dopri5" (adaptive.py) chooses its own steps.
+    time_BS, next_BS   time of each token before and after the step; a token whose time stays the same does not move,
+                       so tokens that are given stay at time 0
+    past               the earlier steps that a multistep sampler uses (multistep.py); () for the others
+    noise_BSP          fresh standard normal noise for stochastic samplers; None: the step is deterministic
+    eta                share of the noise that is renewed
+
+"dopri5" (adaptive.py) chooses its own steps.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -21,18 +24,52 @@ from minisora_jax.diffusion.multistep import Past, begin, dpmpp_2m, unipc
 from minisora_jax.diffusion.noise_path import DDPM_STEPS
 from minisora_jax.diffusion.time import TIME_SCHEDULES
 
+Step = tuple[jax.Array, tuple[Past, ...]]  # (x_BSP, past)
 
-def euler(denoiser: Denoiser, x_BSP, time_BS, next_BS, past=(), noise_BSP=None, eta=None):
+
+class StepFn(Protocol):
+    """One step of a sampler; the module docstring has the arguments."""
+
+    def __call__(
+        self,
+        denoiser: Denoiser,
+        x_BSP: jax.Array,
+        time_BS: jax.Array,
+        next_BS: jax.Array,
+        past: tuple[Past, ...],
+        noise_BSP: jax.Array | None,
+        eta: jax.Array | float,
+        /,
+    ) -> Step: ...
+
+
+def euler(
+    denoiser: Denoiser,
+    x_BSP: jax.Array,
+    time_BS: jax.Array,
+    next_BS: jax.Array,
+    past: tuple[Past, ...] = (),
+    noise_BSP: jax.Array | None = None,
+    eta: jax.Array | float = 0.0,
+) -> Step:
     """First order, one model call: x + (t' - t) v(x, t). On the linear and "ve" paths this is DDIM."""
     return x_BSP + (next_BS - time_BS)[..., None] * denoiser.velocity(x_BSP, time_BS), past
 
 
-def heun(denoiser: Denoiser, x_BSP, time_BS, next_BS, past=(), noise_BSP=None, eta=None):
+def heun(
+    denoiser: Denoiser,
+    x_BSP: jax.Array,
+    time_BS: jax.Array,
+    next_BS: jax.Array,
+    past: tuple[Past, ...] = (),
+    noise_BSP: jax.Array | None = None,
+    eta: jax.Array | float = 0.0,
+) -> Step:
     """Second order, two model calls: the mean of the slopes at both ends of an Euler step (Heun 1900).
 
-    On "ve" with the grid "karras" this is EDM's sampler (Karras et al. 2022, arXiv:2206.00364, algorithm 1). As there,
-    and in diffusers, the step onto clean data is Euler's, but not where the model predicts the velocity itself, which
-    it can at t' = 0 as well (diffusers' FlowMatchHeun ends with Euler there too).
+    On "ve" with the schedule "karras" this is EDM's sampler (Karras et al. 2022, arXiv:2206.00364, algorithm 1). As in
+    that paper and in diffusers, the step onto clean data is an Euler step. The exception is a model that predicts the
+    velocity: it can predict it at t' = 0 too, so the last step is Heun's (diffusers' FlowMatchHeun ends with Euler).
     """
     step = (next_BS - time_BS)[..., None]
     v = denoiser.velocity(x_BSP, time_BS)
@@ -42,27 +79,44 @@ def heun(denoiser: Denoiser, x_BSP, time_BS, next_BS, past=(), noise_BSP=None, e
     return where_moving(time_BS, next_BS, x_BSP + step * 0.5 * (v + v_next), x_BSP), past
 
 
-def ddim(denoiser: Denoiser, x_BSP, time_BS, next_BS, past=(), noise_BSP=None, eta=0.0):
+def ddim(
+    denoiser: Denoiser,
+    x_BSP: jax.Array,
+    time_BS: jax.Array,
+    next_BS: jax.Array,
+    past: tuple[Past, ...] = (),
+    noise_BSP: jax.Array | None = None,
+    eta: jax.Array | float = 0.0,
+) -> Step:
     """x' = a' x + s' (sqrt(1 - q) e + sqrt(q) z),   q = eta^2 (1 - r^2),   r = (s'/a') / (s/a),   z ~ N(0, I).
 
-    First order, one model call, exact if x and e stayed as they are. Song et al. 2020, arXiv:2010.02502, eq. 12 and 16,
-    for any path: there r^2 = (1 - A') A / (A' (1 - A)) with A = a^2. eta 0 is deterministic; 1 is the ancestral sampler
-    of DDPM with its smaller variance (Ho et al. 2020, arXiv:2006.11239, eq. 7).
+    First order, one model call, exact if the estimates of x and e stay constant over the step. This is Song et al.
+    2020, arXiv:2010.02502, eq. 12 and 16, for any path; on their path r^2 = (1 - A') A / (A' (1 - A)) with A = a^2.
+    eta = 0 is deterministic. eta = 1 is the ancestral sampler of DDPM with its smaller variance (Ho et al. 2020,
+    arXiv:2006.11239, eq. 7).
     """
     clean_BSP, e_BSP = denoiser.clean_and_noise(x_BSP, time_BS)
     if noise_BSP is not None:
-        renewed = eta**2 * (1.0 - denoiser.fall(time_BS, next_BS) ** 2)
+        renewed = eta**2 * (1.0 - denoiser.sigma_alpha_decay(time_BS, next_BS) ** 2)
         e_BSP = jnp.sqrt(1.0 - renewed) * e_BSP + jnp.sqrt(renewed) * noise_BSP
     moved = denoiser.path.mix(clean_BSP, e_BSP, next_BS[..., None])
     return where_moving(time_BS, next_BS, moved, x_BSP), past
 
 
-def euler_maruyama(denoiser: Denoiser, x_BSP, time_BS, next_BS, past=(), noise_BSP=None, eta=1.0):
+def euler_maruyama(
+    denoiser: Denoiser,
+    x_BSP: jax.Array,
+    time_BS: jax.Array,
+    next_BS: jax.Array,
+    past: tuple[Past, ...] = (),
+    noise_BSP: jax.Array | None = None,
+    eta: jax.Array | float = 1.0,
+) -> Step:
     """One step of the reverse-time SDE  dx = (v + w e / (2 s)) dt + sqrt(w) dW,   w = 2 eta s (a s' - s a').
 
     Every w >= 0 has the flow's marginals (Song et al. 2020, arXiv:2011.13456; SiT: Ma et al. 2024, arXiv:2401.08740,
-    eq. 6). This one is the forward diffusion g^2 times a, so it is finite at pure noise as well: 2t on the linear
-    path, that of EDM on "ve". Euler-Maruyama is of order 1 in distribution; the step onto clean data is DDIM's.
+    eq. 6). This w is the forward diffusion g^2 times a, so it is finite at pure noise too: 2t on the linear path, and
+    EDM's on "ve". Euler-Maruyama has order 1 in distribution. The step onto clean data is DDIM's.
     """
     clean_BSP, e_BSP = denoiser.clean_and_noise(x_BSP, time_BS)
     a, s = denoiser.path.alpha(time_BS), denoiser.path.sigma(time_BS)
@@ -80,11 +134,14 @@ def euler_maruyama(denoiser: Denoiser, x_BSP, time_BS, next_BS, past=(), noise_B
 
 @dataclasses.dataclass(frozen=True)
 class Sampler:
-    step: Callable
-    memory: int = 0  # earlier steps remembered
-    eta: float | None = None  # share of the noise renewed, by default; None: it has no such choice
+    """A step function with its settings."""
+
+    step: StepFn
+    memory: int = 0  # earlier steps that it uses
+    eta: float | None = None  # default share of the noise that is renewed; None: the sampler is deterministic
 
     def begin(self, x_BSP: jax.Array, time_BS: jax.Array) -> tuple[Past, ...]:
+        """The `past` of the first step."""
         return begin(self.memory, x_BSP, time_BS)
 
 
@@ -103,13 +160,19 @@ SAMPLER_NAMES = (*SAMPLERS, "dopri5")
 
 @dataclasses.dataclass(frozen=True)
 class SamplerConfig:
-    name: str = "heun"
-    steps: int = 20  # model calls, twice as many for "heun"; "dopri5" chooses its own
-    time_schedule: str = "even"  # where the steps lie; diffusion/time.py
-    eta: float | None = None  # share of the noise renewed by the stochastic samplers; None: the sampler's own
-    tolerance: float = 1e-3  # of "dopri5"
+    """A sampler by name, with its steps.
 
-    def __post_init__(self):
+    Raises:
+        ValueError: A name is unknown, a number is out of range, or `eta` is given for a deterministic sampler.
+    """
+
+    name: str = "heun"
+    steps: int = 20  # one model call each, two for "heun"; "dopri5" chooses its own
+    time_schedule: str = "even"  # the times at which it steps, see diffusion/time.py
+    eta: float | None = None  # share of the noise that a stochastic sampler renews; None: the sampler's default
+    tolerance: float = 1e-3  # error of a step of "dopri5"
+
+    def __post_init__(self) -> None:
         if self.name not in SAMPLER_NAMES:
             raise ValueError(f"sampler={self.name!r} must be one of {', '.join(SAMPLER_NAMES)}")
         if self.steps < 1:
@@ -117,19 +180,23 @@ class SamplerConfig:
         if self.time_schedule not in TIME_SCHEDULES:
             raise ValueError(f"time_schedule={self.time_schedule!r} must be one of {', '.join(TIME_SCHEDULES)}")
         if self.time_schedule in ("leading", "linspace", "trailing") and self.steps > DDPM_STEPS:
-            raise ValueError(f"steps={self.steps} must be at most {DDPM_STEPS} on the grid {self.time_schedule!r}")
+            raise ValueError(
+                f"steps={self.steps} must be at most {DDPM_STEPS} with time_schedule={self.time_schedule!r}"
+            )
         if self.tolerance <= 0:
             raise ValueError(f"tolerance={self.tolerance} must be above 0")
         if self.eta is not None:
             stochastic = [name for name, sampler in SAMPLERS.items() if sampler.eta is not None]
             if self.name not in stochastic:
-                raise ValueError(f"eta={self.eta} is for {', '.join(stochastic)}; {self.name} has no noise")
+                raise ValueError(
+                    f"eta={self.eta} is for the samplers {', '.join(stochastic)}: {self.name} is deterministic"
+                )
             if self.eta < 0 or (self.eta > 1 and self.name != "sde"):
-                raise ValueError(f"eta={self.eta} must be in [0, 1] (above 1 only for sde)")
+                raise ValueError(f"eta={self.eta} must be in [0, 1]; only sampler 'sde' takes values above 1")
 
     @property
     def noise(self) -> float:
-        """eta, 0 for the deterministic samplers."""
+        """The share of the noise that is renewed; 0 for deterministic samplers."""
         if self.name == "dopri5":
             return 0.0
         return (SAMPLERS[self.name].eta or 0.0) if self.eta is None else self.eta

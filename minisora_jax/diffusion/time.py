@@ -1,12 +1,13 @@
-"""Which noise levels to train on, and which to sample at.
+"""The times to train on and to sample at.
 
-t = sigmoid(u),  u ~ N(mean, std)                      "logit-normal" (Esser et al. 2024, arXiv:2403.03206, eq. 19)
-t ~ U(0, 1)                                            "uniform"
-sigma / alpha at t = exp(u),  u ~ N(mean, std)         "edm" (Karras et al. 2022, arXiv:2206.00364: -1.2, 1.2)
-t' = s t / (s t + 1 - t),      s = sqrt(n / n_base)      shift by token count (Esser et al., eq. 23): n tokens of one
-                                                       clip carry more redundant signal, so need more noise
+    t = sigmoid(u),  u ~ N(mean, std)                "logit-normal" (Esser et al. 2024, arXiv:2403.03206, eq. 19)
+    t ~ U(0, 1)                                      "uniform"
+    sigma / alpha at t = exp(u),  u ~ N(mean, std)   "edm" (Karras et al. 2022, arXiv:2206.00364: -1.2, 1.2)
 
-On the linear path, sigma / alpha = t / (1 - t), so that "edm" and "logit-normal" are the same there.
+    t' = s t / (s t + 1 - t),   s = sqrt(n / n_base)   shift by token count (Esser et al., eq. 23): a clip of more
+                                                       tokens n carries more redundant signal, so it needs more noise
+
+On the linear path sigma / alpha = t / (1 - t), so "edm" and "logit-normal" are the same there.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ from minisora_jax.types import PackedBatch
 
 LINEAR = PATHS["linear"]
 
-DISTRIBUTIONS = {  # a standard normal draw as a time
+# (mean + std z, z, path) -> time, for a standard normal z
+DISTRIBUTIONS: dict[str, Callable[[jax.Array, jax.Array, NoisePath], jax.Array]] = {
     "logit-normal": lambda u, z, path: jax.nn.sigmoid(u),
     "uniform": lambda u, z, path: jax.scipy.special.ndtr(z),
     "edm": lambda u, z, path: jnp.minimum(path.time_of(jnp.exp(u)), 1.0),
@@ -34,13 +36,19 @@ DISTRIBUTIONS = {  # a standard normal draw as a time
 
 @dataclasses.dataclass(frozen=True)
 class TimeConfig:
-    mean: float = 0.0  # of the logit of time, or of the log of sigma / alpha; higher trains more on noisy levels
-    std: float = 1.0
-    base_tokens: int = 256  # clips of this many tokens are not shifted; 0 for no shift
-    per_frame: float = 0.1  # share of clips whose frames have a level each (Diffusion Forcing)
-    distribution: str = "logit-normal"  # "uniform" takes neither mean nor std
+    """The distribution of training times.
 
-    def __post_init__(self):
+    Raises:
+        ValueError: The distribution is unknown, or `std` is negative.
+    """
+
+    mean: float = 0.0  # of logit(t), or of log(sigma / alpha) with "edm"; higher values train more on noisy times
+    std: float = 1.0
+    base_tokens: int = 256  # n_base: clips of this many tokens are not shifted; 0: no shift
+    per_frame: float = 0.1  # share of clips with a time for each frame (Diffusion Forcing: arXiv:2407.01392)
+    distribution: str = "logit-normal"  # a key of DISTRIBUTIONS; "uniform" ignores mean and std
+
+    def __post_init__(self) -> None:
         if self.distribution not in DISTRIBUTIONS:
             raise ValueError(f"times.distribution={self.distribution!r} must be one of {', '.join(DISTRIBUTIONS)}")
         if self.std < 0:
@@ -48,7 +56,7 @@ class TimeConfig:
 
 
 def shift(time: jax.Array, tokens: jax.Array, base_tokens: int) -> jax.Array:
-    """Time shifted for a clip of `tokens` tokens; maps 0 to 0 and 1 to 1."""
+    """Time shifted for a clip of `tokens` tokens. 0 and 1 stay as they are, and `base_tokens` = 0 shifts nothing."""
     if not base_tokens:
         return time
     s = jnp.sqrt(jnp.maximum(tokens, 1) / base_tokens)
@@ -56,35 +64,45 @@ def shift(time: jax.Array, tokens: jax.Array, base_tokens: int) -> jax.Array:
 
 
 def tokens_of_segment(batch: PackedBatch) -> jax.Array:
-    """Number of tokens of each token's own clip, (B, S) float32; 0 for padding."""
+    """The number of tokens of each token's own clip, (B, S) float32; 0 for padding."""
     count_BG1 = jnp.prod(batch.size_BG3, axis=-1, keepdims=True).astype(jnp.float32)
     return per_token(count_BG1, batch.segment_BS)[..., 0]
 
 
 def training_times(config: TimeConfig, batch: PackedBatch, key: jax.Array, path: NoisePath = LINEAR) -> jax.Array:
-    """A time per token (B, S): one draw per clip, or per frame for some clips; 0 where known."""
+    """Draw a time for each clip, or for each frame of some clips.
+
+    Args:
+        config: The distribution.
+        batch: Packed clips.
+        key: For the draws.
+        path: Noise path, which "edm" depends on.
+
+    Returns:
+        The time of each token (B, S), after the shift; 0 for tokens that are given.
+    """
     clip_key, frame_key, which_key = jax.random.split(key, 3)
     row_BS = jnp.zeros_like(batch.segment_BS) + jnp.arange(batch.segment_BS.shape[0])[:, None]
     clip = (row_BS, batch.segment_BS)
-    of_clip = drawn_by(jax.random.normal, clip_key, *clip)
-    of_frame = drawn_by(jax.random.normal, frame_key, *clip, batch.position_BS3[..., 0])
-    per_frame = drawn_by(jax.random.uniform, which_key, *clip) < config.per_frame
-    z = jnp.where(per_frame, of_frame, of_clip)
-    time = DISTRIBUTIONS[config.distribution](config.mean + config.std * z, z, path)
-    return token_times(config, time, batch)
+    clip_z_BS = draw_by_ids(jax.random.normal, clip_key, *clip)
+    frame_z_BS = draw_by_ids(jax.random.normal, frame_key, *clip, batch.position_BS3[..., 0])
+    per_frame_BS = draw_by_ids(jax.random.uniform, which_key, *clip) < config.per_frame
+    z_BS = jnp.where(per_frame_BS, frame_z_BS, clip_z_BS)
+    time_BS = DISTRIBUTIONS[config.distribution](config.mean + config.std * z_BS, z_BS, path)
+    return token_times(config, time_BS, batch)
 
 
-def drawn_by(sample: Callable, key: jax.Array, *ids_BS: jax.Array) -> jax.Array:
-    """A draw per token (B, S), the same for tokens of the same ids, wherever in the row and on the mesh they are."""
+def draw_by_ids(sample: Callable[[jax.Array], jax.Array], key: jax.Array, *ids_BS: jax.Array) -> jax.Array:
+    """A draw for each token (B, S). Tokens with the same ids get the same number, on any mesh."""
 
-    def one(*ids):
+    def one(*ids: jax.Array) -> jax.Array:
         return sample(functools.reduce(jax.random.fold_in, ids, key))
 
     return jax.vmap(jax.vmap(one))(*ids_BS)
 
 
 def token_times(config: TimeConfig, time: jax.Array, batch: PackedBatch) -> jax.Array:
-    """Each token's own time from one before the shift (any shape that broadcasts with (B, S)); 0 where known."""
+    """The shifted time of each token, 0 for tokens that are given. `time` is unshifted and broadcasts with (B, S)."""
     return jnp.where(batch.cond_mask_BS, 0.0, shift(time, tokens_of_segment(batch), config.base_tokens))
 
 
@@ -92,36 +110,42 @@ def token_times(config: TimeConfig, time: jax.Array, batch: PackedBatch) -> jax.
 
 
 def karras_levels(steps: int, largest: float, smallest: float, rho: float = 7.0) -> np.ndarray:
-    """sigma / alpha of each step, and 0 at the end: EDM's grid (Karras et al. 2022, eq. 5); (steps + 1,)."""
+    """sigma / alpha of each step, with 0 at the end, (steps + 1,): EDM's schedule (Karras et al. 2022, eq. 5)."""
     ramp = np.linspace(largest ** (1 / rho), smallest ** (1 / rho), steps)
     return np.append(ramp**rho, 0.0)
 
 
-def _levels_of(path: NoisePath) -> tuple[float, float]:
-    """The largest and smallest sigma / alpha to sample at: EDM's, or those of the path where it ends earlier."""
+def _ratio_range(path: NoisePath) -> tuple[float, float]:
+    """(largest, smallest) sigma / alpha to sample at: EDM's, or the path's own where its range is smaller."""
     first, largest = (float(r) for r in path.ratio(jnp.array([1.0 / DDPM_STEPS, 1.0])))
     return largest if 0 < largest < 1e3 else SIGMA_MAX, 0.002 if path.explodes else max(0.002, first)
 
 
-def _steps_of_ddpm(timesteps: np.ndarray) -> np.ndarray:
+def _ddpm_times(timesteps: np.ndarray) -> np.ndarray:
+    """Times of DDPM's timesteps 0 to 999, with 0 at the end."""
     return np.append((np.round(timesteps) + 1) / DDPM_STEPS, 0.0)
 
 
-TIME_SCHEDULES = {  # (steps, path) -> times from the noisiest to 0, (steps + 1,), before the shift
+# (steps, path) -> times from the noisiest to 0, (steps + 1,), before the shift
+TIME_SCHEDULES: dict[str, Callable[[int, NoisePath], jax.Array | np.ndarray]] = {
     "even": lambda n, path: jnp.linspace(1.0, 0.0, n + 1),
-    # Wan's (UniPC over flow sigmas in diffusers): the even one for a model whose lowest level is 1 / 1000
+    # Wan's schedule (UniPC over flow sigmas in diffusers): even, for a model whose lowest sigma is 1 / 1000
     "wan": lambda n, path: np.append(np.linspace(1.0, 1 / 1000, n + 1)[:-1], 0.0),
-    "karras": lambda n, path: np.append(path.time_of(karras_levels(n, *_levels_of(path))[:-1]), 0.0),
-    # Whole steps of DDPM, as diffusers' DDPM and DDIM (its DPM-Solver and UniPC differ in the first two): Lin et
-    # al. 2023, arXiv:2305.08891, table 2
-    "leading": lambda n, path: _steps_of_ddpm(np.arange(n)[::-1] * (DDPM_STEPS // n)),
-    "linspace": lambda n, path: _steps_of_ddpm(np.linspace(DDPM_STEPS - 1, 0, n)),
-    "trailing": lambda n, path: _steps_of_ddpm(np.arange(DDPM_STEPS, 0, -DDPM_STEPS / n)[:n] - 1),
+    "karras": lambda n, path: np.append(path.time_of(karras_levels(n, *_ratio_range(path))[:-1]), 0.0),
+    # Whole timesteps of DDPM (Lin et al. 2023, arXiv:2305.08891, table 2), as in diffusers' DDPM and DDIM. Its
+    # DPM-Solver and UniPC differ in the first two.
+    "leading": lambda n, path: _ddpm_times(np.arange(n)[::-1] * (DDPM_STEPS // n)),
+    "linspace": lambda n, path: _ddpm_times(np.linspace(DDPM_STEPS - 1, 0, n)),
+    "trailing": lambda n, path: _ddpm_times(np.arange(DDPM_STEPS, 0, -DDPM_STEPS / n)[:n] - 1),
 }
 
 
 def latest_time(path: NoisePath, prediction: str) -> float:
-    """Where sampling starts. Noise predicted at alpha = 0 says nothing of the data: then at sigma / alpha = 80."""
+    """The time at which sampling starts: 1, or the time of sigma / alpha = 80.
+
+    The second is for noise prediction on a path with alpha = 0 at time 1, where the prediction does not determine the
+    data.
+    """
     if prediction == "noise" and path.alpha(1.0) < 1e-3:
         return float(path.time_of(SIGMA_MAX))
     return 1.0
@@ -136,9 +160,22 @@ def sampling_times(
     latest: float = 1.0,
     start_BS: jax.Array | float = 1.0,
 ) -> jax.Array:
-    """Falling times for each token, (steps + 1, B, S), shifted as in training; 0 at the end, and wherever known.
+    """The falling times of each token, (steps + 1, B, S), shifted as in training.
 
-    start_BS: the share of the way, in times before the shift, that each token has to go."""
+    The last time is 0. Tokens that are given have time 0 at all steps.
+
+    Args:
+        config: The shift.
+        steps: Number of steps.
+        batch: Packed clips.
+        path: Noise path.
+        time_schedule: A key of TIME_SCHEDULES.
+        latest: The largest time, see `latest_time`.
+        start_BS: Unshifted time at which each token starts, for video-to-video; 1: pure noise.
+
+    Raises:
+        ValueError: The schedule is unknown.
+    """
     if time_schedule not in TIME_SCHEDULES:
         raise ValueError(f"time_schedule={time_schedule!r} must be one of {', '.join(TIME_SCHEDULES)}")
     times = jnp.asarray(TIME_SCHEDULES[time_schedule](steps, path), jnp.float32)[:, None, None] * start_BS

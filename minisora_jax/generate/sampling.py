@@ -130,7 +130,7 @@ def sample(
     on_step,
 ) -> dict[int, np.ndarray]:
     """latents_thwc by number of request. After each step, on_step(k, look); look() estimates the clean latents."""
-    path, latest = objective.along, latest_time(objective.along, objective.prediction)
+    path, latest = objective.noise_path, latest_time(objective.noise_path, objective.prediction)
     batch = put_batch(packed.batch(captions))
     tokens = lambda values: put_batch(values, TOKENS)
     start_BS = tokens(
@@ -225,7 +225,7 @@ def _denoiser(static, inputs) -> Denoiser:
     """The guided model. static: (configs, objective, (rescale, schedule)); a guide model's config comes second."""
     configs, objective, (share, schedule) = static
     params, batch, with_caption_BS, without_BS, scale, interval = inputs
-    path = objective.along
+    path = objective.noise_path
 
     def predict(x_BSP, time_BS):
         seen = path.model_input(x_BSP, time_BS)
