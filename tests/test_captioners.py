@@ -216,7 +216,7 @@ def test_an_endpoint_that_fails_midway_loses_nothing(folder, tmp_path, monkeypat
     grey = {"choices": [{"message": {"content": "grey"}}]}
     with serving(grey, grey, grey, 503) as server:
         spec = f"{server.url}#eyes"
-        with pytest.raises(RuntimeError, match="no answer in 1 tries .*503.* Started again"):
+        with pytest.raises(RuntimeError, match="no answer in 1 tries .*503.* Run the same command again"):
             prepare(folder, tmp_path / "out", captioner=spec, files_per_part=1)
         assert len(server.requests) == 4
         prepare(folder, tmp_path / "out", captioner=spec, files_per_part=1)

@@ -92,7 +92,7 @@ def test_each_filter_refuses_what_it_is_for_and_no_good_clip():
     noise = np.random.default_rng(0).normal(0, 4, good.shape)  # a sensor's: it changes, and nothing moves
     still = np.clip(good[:1] + noise, 0, 255).astype(np.uint8)
     _, reason, detail = scores(still, **limits)
-    assert reason == "little motion" and detail.startswith("motion is 0.") and detail.endswith("at least 0.5 asked")
+    assert reason == "little motion" and detail.startswith("motion is 0.") and detail.endswith("requires at least 0.5")
 
 
 def test_the_score_of_a_users_own_model(tmp_path):
@@ -163,7 +163,7 @@ def test_a_film_gives_a_clip_for_each_shot_and_piece(tmp_path):
     assert len({clip.source for clip in clips}) == 1
     short = list(clips_of(media, Curation(Sizes(16, 9), True, Filters(min_seconds=0.5))))
     assert [isinstance(clip, Drop) for clip in short] == [False, True, False, True]
-    assert short[1].reason == "too short" and short[1].detail == "seconds is 0.083333, at least 0.5 asked"
+    assert short[1].reason == "too short" and short[1].detail == "seconds is 0.083333; the filter requires at least 0.5"
     damaged = (tmp_path / "film.mp4").read_bytes()[:-500]
     [drop] = clips_of(Media("cut.mp4", "", damaged), Curation(Sizes(16, 9), shots=True))
     assert (drop.stage, drop.reason) == ("probe", "truncated")

@@ -221,7 +221,7 @@ def test_the_report_reads_well_and_is_written(folder, tmp_path):
     rows = [json.loads(line) for line in (tmp_path / "skipped.jsonl").read_text().splitlines()]
     assert {row["name"]: row["reason"] for row in rows} == BAD
     small = next(row for row in rows if row["reason"] == "too small")
-    assert small["detail"] == "1x1 pixels, cells of 8" and small["stage"] == "probe"
+    assert small["detail"] == "1x1 pixels; a cell is 8x8" and small["stage"] == "probe"
 
 
 def test_strict_stops_at_the_first_bad_file(folder):

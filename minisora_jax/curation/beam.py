@@ -1,8 +1,8 @@
-"""The tasks of `prepare` on Apache Beam (`pip install minisora_jax[beam]`): one machine, or Dataflow, Flink, Spark.
+"""Run the tasks of `prepare` on Apache Beam (`pip install minisora_jax[beam]`): one machine, or Dataflow, Flink, Spark.
 
-Beam spreads the tasks over machines, runs again those that fail, and waits; what a task does and writes is the same as
-in a local run, to the byte. The options are Beam's own, such as `--runner=FlinkRunner --flink_master=HOST:8081`. The
-workers need this package and, at the same paths, the output's file system (and the source's).
+Beam spreads the tasks over machines and retries failed ones. Each task writes the same bytes as in a local run. The
+options are Beam's own, such as `--runner=FlinkRunner --flink_master=HOST:8081`. The workers need this package and, at
+the same paths, the file systems of the output and of the source.
 """
 
 from __future__ import annotations
@@ -18,7 +18,16 @@ log = logging.getLogger("minisora")
 def run_on_beam(
     job: Callable[..., None], tasks: Iterable[tuple], options: list[str], timeout: float | None, title: str = "prepare"
 ) -> None:
-    """job(worker, *task) for all tasks, each worker with a process of its own that may crash or hang."""
+    """Call job(worker, *task) for all tasks and wait. Each Beam worker has a process of its own that may crash or hang.
+
+    Args:
+        options: command-line options of Beam; [] for the local DirectRunner.
+        timeout: seconds of silence after which a process is killed; None for no limit.
+        title: the name of the run in the log.
+
+    Raises:
+        ImportError: Apache Beam is missing.
+    """
     try:
         import apache_beam as beam
         from apache_beam.options.pipeline_options import PipelineOptions
@@ -26,20 +35,20 @@ def run_on_beam(
         raise ImportError(f"running on Beam needs apache-beam: pip install 'minisora_jax[beam]' ({error})") from error
 
     class Call(beam.DoFn):
-        def __init__(self, job, timeout):
+        def __init__(self, job: Callable[..., None], timeout: float | None):
             self.job, self.timeout = job, timeout
 
-        def setup(self):
+        def setup(self) -> None:
             self.worker = Worker(self.timeout)
 
-        def process(self, task):
+        def process(self, task: tuple) -> None:
             self.job(self.worker, *task)
 
-        def teardown(self):
+        def teardown(self) -> None:
             self.worker.close()
 
     tasks = list(tasks)
-    log.info("%s: %d tasks on Beam %s", title, len(tasks), " ".join(options) or "(here, by the DirectRunner)")
+    log.info("%s: %d tasks on Beam %s", title, len(tasks), " ".join(options) or "(the local DirectRunner)")
     with beam.Pipeline(options=PipelineOptions(options)) as pipeline:
         _ = (
             pipeline

@@ -1,15 +1,15 @@
-"""Captions by a model that looks: better ones than the web's make a better generator (DALL-E 3; Betker et al. 2023,
-"Improving Image Generation with Better Captions").
+"""Captions from vision-language models. Better captions than the web's make a better generator (DALL-E 3; Betker et al.
+2023, "Improving Image Generation with Better Captions").
 
-A captioner answers an instruction about some frames in words. `open_captioner` tells by the spelling which it is:
+A captioner answers an instruction about frames in words. `open_captioner` opens one by its name:
 
     http://localhost:8000/v1#MODEL         an OpenAI-compatible endpoint, such as vLLM's (curation/endpoint.py)
     FILE.py:FUNCTION, or package.module:function     str = function(instruction, frames uint8 (n, H, W, 3))
     Qwen/Qwen2.5-VL-3B-Instruct, or a path           a vision-language model of `transformers` (curation/vlm.py)
 
-Each clip gets a short and a long caption, which are kept beside its original one; which of them a model is trained on
-is chosen when the data set is read (`choose`): DALL-E 3 took the long one of 95 % of the samples and the original of
-the others. A user's prompt is short, so `expand` writes it as such a long caption with the same models.
+Each clip gets a short and a long caption beside its original one. Reading the data set chooses among them
+(`sources.clips.choose_caption`): DALL-E 3 trains on the long caption for 95 % of the samples, and on the original for
+the others. A user's prompt is short, so `expand` rewrites it as a long caption with the same models.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import numpy as np
 from minisora_jax.curation.endpoint import CaptionRefused, Endpoint
 from minisora_jax.curation.filters import load_function
 
-FRAMES = 8  # shown to the captioner, evenly spaced
+FRAMES = 8  # frames that the captioner gets, evenly spaced
 
 SHORT = (
     "These are frames of one video, in order. Say in one plain sentence of at most fifteen words what it shows: the "
@@ -46,63 +46,85 @@ EXPAND = (
 
 
 class Captioner(Protocol):
-    identity: str  # the model, and what it is asked: a data set remembers it
-    processes: int | None  # how many copies one machine takes in a local run; None: as many as there are workers
+    """A model that answers instructions about frames."""
+
+    @property
+    def identity(self) -> str:
+        """The model and a hash of the instructions; a data set stores it."""
+        ...
+
+    @property
+    def processes(self) -> int | None:
+        """The number of copies that a local run starts on one machine; None: one for each worker."""
+        ...
 
     def check(self) -> None:
-        """Is it there? Errors say how to mend it."""
+        """Raise an error with the fix if the model is not available."""
+        ...
 
     def ask(self, instruction: str, frames_nHWC: np.ndarray | None = None) -> str:
-        """Its answer. Refused where it gives none; RuntimeError where it cannot be reached."""
+        """The answer to an instruction about uint8 frames.
+
+        Raises:
+            CaptionRefused: the model gives no answer for these frames.
+            RuntimeError: the model is unreachable.
+        """
+        ...
 
 
 def describe(captioner: Captioner, frames_THWC: np.ndarray) -> dict[str, str]:
-    """{"short": one sentence, "long": a paragraph} of a clip, uint8 RGB; Refused where one is missing."""
+    """The captions {"short": one sentence, "long": a paragraph} of a clip of uint8 RGB frames.
+
+    Raises:
+        CaptionRefused: the captioner gives no answer, or an empty one.
+    """
     T = len(frames_THWC)
-    shown = frames_THWC[np.unique(np.linspace(0, T - 1, min(FRAMES, T)).round().astype(int))]
-    return {kind: _clean(captioner.ask(said, shown)) for kind, said in (("short", SHORT), ("long", LONG))}
+    sampled = frames_THWC[np.unique(np.linspace(0, T - 1, min(FRAMES, T)).round().astype(int))]
+    return {kind: _clean(captioner.ask(instruction, sampled)) for kind, instruction in INSTRUCTIONS.items()}
 
 
 def expand(prompt: str, captioner: Captioner) -> str:
-    """A user's short prompt as a long caption, as the model has learned them."""
+    """A user's short prompt, rewritten as a long caption, such as those of the training data."""
     if not prompt.strip():
-        raise ValueError("the prompt is empty; for example 'a cat on a skateboard'")
+        raise ValueError("the prompt is empty; write one such as 'a cat on a skateboard'")
     return _clean(captioner.ask(EXPAND + prompt))
 
 
 @functools.lru_cache(maxsize=1)
 def open_captioner(spec: str) -> Captioner:
-    """The captioner of that spelling, once a process."""
+    """The captioner of a name, opened once a process. The module's docstring lists the names."""
     if re.match(r"https?://", spec):
-        return Endpoint(spec, asked=ASKED)
+        return Endpoint(spec, INSTRUCTIONS_HASH)
     if re.fullmatch(r"(.+\.py|[\w.]+):\w+", spec):
         return Function(spec)
     from minisora_jax.curation.vlm import VisionLanguageModel
 
-    return VisionLanguageModel(spec, asked=ASKED)
+    return VisionLanguageModel(spec, INSTRUCTIONS_HASH)
 
 
-ASKED = hashlib.sha256(f"{SHORT}\n{LONG}\n{FRAMES}".encode()).hexdigest()[:12]  # other instructions, other captions
+INSTRUCTIONS = {"short": SHORT, "long": LONG}
+INSTRUCTIONS_HASH = hashlib.sha256(f"{SHORT}\n{LONG}\n{FRAMES}".encode()).hexdigest()[:12]  # part of the identity
 
 
 class Function:
-    """A function of the user's own as a captioner."""
+    """A user's function as a captioner."""
 
     processes = None
 
     def __init__(self, spec: str):
         self.function = load_function(spec)
-        self.identity = f"{spec} asked {ASKED}"
+        self.identity = f"{spec} asked {INSTRUCTIONS_HASH}"
 
     def check(self) -> None:
-        """`load_function` found it."""
+        """Do nothing: the constructor has loaded the function."""
 
     def ask(self, instruction: str, frames_nHWC: np.ndarray | None = None) -> str:
+        """The function's answer."""
         return self.function(instruction, frames_nHWC)
 
 
-def _clean(answer: str) -> str:
-    """White space as single spaces; Refused for nothing."""
+def _clean(answer: object) -> str:
+    """The answer with normalised spaces; CaptionRefused for an empty one."""
     text = " ".join(answer.split()) if isinstance(answer, str) else ""
     if not text:
         raise CaptionRefused("no caption", f"the captioner answered {answer!r}")

@@ -1,10 +1,10 @@
-"""Clips that show what an earlier clip shows, by perceptual hash: the earlier one stays.
+"""Find duplicate clips by perceptual hash. The earlier clip of a pair is kept.
 
 A clip's hash is the 64-bit pHash of three of its frames: 192 bits, which survive re-encoding, scaling and small changes
 of colour. Two clips are duplicates if at most `distance` bits differ. `repeated` finds all such pairs exactly, without
-comparing all: of `distance` + 1 bands of the bits, two duplicates share at least one (multi-index hashing: Norouzi et
-al. 2012, arXiv:1307.2982). Pieces of one shot are held against each other too: of an hour of a talking head little
-stays.
+comparing every pair: of `distance` + 1 bands of the bits, two duplicates share at least one (multi-index hashing:
+Norouzi et al. 2012, arXiv:1307.2982). Pieces of one shot are compared too, so an hour of a talking head leaves few
+clips.
 """
 
 from __future__ import annotations
@@ -17,43 +17,49 @@ from PIL import Image
 
 from minisora_jax.curation.filters import curate_module
 
-BITS = 192
-PLACES = (1 / 6, 1 / 2, 5 / 6)  # of the clip's length
+BITS = 192  # of a clip's hash
+PLACES = (1 / 6, 1 / 2, 5 / 6)  # of the three frames, as shares of the clip's length
 
 
 def clip_hash(frames_THWC: np.ndarray) -> str:
-    """48 hexadecimal digits, of uint8 RGB (T, H, W, 3)."""
+    """The hash of a clip of uint8 RGB frames: 48 hexadecimal digits."""
     imagehash = curate_module("imagehash", "the filter of duplicates")
     frames = (frames_THWC[int(place * len(frames_THWC))] for place in PLACES)
     return "".join(str(imagehash.phash(Image.fromarray(frame))) for frame in frames)
 
 
 def repeated(hashes: Iterable[str], distance: int) -> dict[int, int]:
-    """{number of a clip: number of the earlier clip, itself no duplicate, that it repeats}, in order."""
-    first: dict[str, int] = {}  # of each hash
+    """{number of a duplicate: number of the earlier clip that it repeats}, in order. The earlier clip is no duplicate.
+
+    Args:
+        hashes: `clip_hash` of every clip, in order.
+        distance: duplicates differ in at most so many bits.
+    """
+    first: dict[str, int] = {}  # hash -> number of its first clip
     same = {i: j for i, text in enumerate(hashes) if (j := first.setdefault(text, i)) != i}
     numbers = np.fromiter(first.values(), np.int64, len(first))
     packed = np.frombuffer(bytes.fromhex("".join(first)), np.uint8).reshape(-1, BITS // 8)
     near: dict[int, list[int]] = defaultdict(list)
     for early, late in zip(*(numbers[side].tolist() for side in _near_pairs(packed, distance))):
         near[late].append(early)
-    found: dict[int, int] = {}
+    repeats: dict[int, int] = {}
     for late in sorted(near):
-        if kept := [early for early in near[late] if early not in found]:
-            found[late] = min(kept)
-    found |= {i: found.get(j, j) for i, j in same.items()}
-    return dict(sorted(found.items()))
+        if kept := [early for early in near[late] if early not in repeats]:
+            repeats[late] = min(kept)
+    repeats |= {i: repeats.get(j, j) for i, j in same.items()}
+    return dict(sorted(repeats.items()))
 
 
 def _near_pairs(packed_n24: np.ndarray, distance: int) -> tuple[np.ndarray, np.ndarray]:
-    """(i, j), i < j: all pairs of rows that differ in at most `distance` bits (some more than once).
+    """(i, j) with i < j: all pairs of rows that differ in at most `distance` bits; some pairs come more than once.
 
-    Rows that share a band are neighbours once sorted by it; each is compared with its 1st, 2nd, ... next neighbour,
-    until none shares the band any more."""
+    Sorting by a band makes rows that share it neighbours. Each row is compared with its 1st, 2nd, ... next neighbour,
+    until no neighbours share the band.
+    """
     bits, edges = np.unpackbits(packed_n24, axis=1), [BITS * i // (distance + 1) for i in range(distance + 2)]
     pairs = [np.zeros((2, 0), np.int64)]
     for low, high in zip(edges, edges[1:]):
-        width = min(high - low, 62)  # of the band, as much as a key holds
+        width = min(high - low, 62)  # an int64 key holds at most 62 bits of a band
         keys = bits[:, low : low + width] @ (1 << np.arange(width))
         order = np.argsort(keys, kind="stable")
         keys, words = keys[order], np.ascontiguousarray(packed_n24[order]).view(np.uint64)

@@ -1,9 +1,9 @@
 """A captioner behind an OpenAI-compatible endpoint: vLLM, SGLang, llama.cpp, Ollama, or a hosted service.
 
-Frames go as JPEGs in data URLs of one `POST URL/chat/completions`. What may pass (no connection, a time-out, 408, 409,
-425, 429, 5xx, half an answer) is tried again after 1, 2, 4, ... seconds, or as long as the server says; then the run
-stops with an error and can be started again. What says that this clip is the trouble (400, 413, 415, 422) costs the
-clip. All else stops the run at once.
+Frames are sent as JPEGs in data URLs of one `POST URL/chat/completions`. Transient errors (no connection, a time-out,
+408, 409, 425, 429, 5xx, a truncated answer) are retried after 1, 2, 4, ... seconds, or after the time that the server
+asks for. After the last try the run stops with an error; it can be started again. An error about the clip (400, 413,
+415, 422) skips the clip. Any other error stops the run at once.
 """
 
 from __future__ import annotations
@@ -18,22 +18,23 @@ import os
 import time
 import urllib.error
 import urllib.request
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 TIMEOUT = 120.0  # seconds for an answer
 WAITS = (1.0, 2.0, 4.0, 8.0, 16.0)  # seconds before each further try
-LONGEST_WAIT = 300.0  # seconds, whatever the server asks
-SIDE = 768  # pixels of the longer side that frames are shrunk to
-TOKENS = 400  # of an answer
-TRANSIENT, OF_THE_CLIP = (408, 409, 425, 429), (400, 413, 415, 422)
+LONGEST_WAIT = 300.0  # seconds; a longer Retry-After is cut to it
+SIDE = 768  # frames are shrunk until the longer side has at most so many pixels
+TOKENS = 400  # at most so many tokens an answer
+TRANSIENT, OF_THE_CLIP = (408, 409, 425, 429), (400, 413, 415, 422)  # HTTP codes: retry, skip the clip
 
 log = logging.getLogger("minisora")
 
 
 class CaptionRefused(ValueError):
-    """The captioner gives no caption for this clip, and asking again would not help."""
+    """The captioner gives no caption for this clip, and another try would not help."""
 
     def __init__(self, reason: str, detail: str = ""):
         super().__init__(f"{reason}: {detail}")
@@ -44,19 +45,34 @@ class CaptionRefused(ValueError):
 
 
 class Endpoint:
-    """spec: "http://localhost:8000/v1#MODEL". The key, where one is needed, is the environment's OPENAI_API_KEY."""
+    """A captioner behind a URL. The environment variable OPENAI_API_KEY holds the key, if one is needed.
+
+    Args:
+        spec: "http://localhost:8000/v1#MODEL".
+        instructions_hash: a hash of the instructions, for the identity.
+        timeout: seconds for an answer.
+        waits: seconds before each further try.
+    """
 
     processes = None
 
-    def __init__(self, spec: str, asked: str = "", *, timeout: float = TIMEOUT, waits: tuple[float, ...] = WAITS):
+    def __init__(
+        self,
+        spec: str,
+        instructions_hash: str = "",
+        *,
+        timeout: float = TIMEOUT,
+        waits: tuple[float, ...] = WAITS,
+    ):
         self.url, _, self.model = spec.partition("#")
         if not self.model:
             raise ValueError(f"{spec!r} names no model: write URL#MODEL, such as http://localhost:8000/v1#my-model")
         self.url, self.timeout, self.waits = self.url.rstrip("/"), timeout, waits
-        self.identity = f"{self.model} of an endpoint asked {asked}"  # the same model may move to another host
+        # Without the host, so that the same model may move to another host.
+        self.identity = f"{self.model} of an endpoint asked {instructions_hash}"
 
     def check(self) -> None:
-        """One small request, so that a wrong URL, model or key, and a model that takes no pictures, is said at once."""
+        """Send one small request, which shows a wrong URL, model or key, or a model that takes no pictures."""
         try:
             self.ask("What colour is this? Answer with one word.", np.full((1, 64, 64, 3), 128, np.uint8))
         except CaptionRefused as refused:
@@ -65,6 +81,7 @@ class Endpoint:
             ) from refused
 
     def ask(self, instruction: str, frames_nHWC: np.ndarray | None = None) -> str:
+        """The model's answer; see `Captioner.ask`."""
         frames = [] if frames_nHWC is None else frames_nHWC
         content = [{"type": "image_url", "image_url": {"url": _data_url(frame)}} for frame in frames]
         answer = self._post(
@@ -82,8 +99,8 @@ class Endpoint:
             raise RuntimeError(f"{self.url} answered {str(answer)[:200]}, which is no chat completion") from error
         return text or ""
 
-    def _post(self, body: dict) -> dict:
-        """The answer to a request, tried again as the module says."""
+    def _post(self, body: dict) -> Any:
+        """The answer to a request, with the retries of the module's docstring."""
         headers = {"Content-Type": "application/json"}
         if key := os.environ.get("OPENAI_API_KEY"):
             headers["Authorization"] = f"Bearer {key}"
@@ -94,21 +111,22 @@ class Endpoint:
                 with urllib.request.urlopen(request, timeout=self.timeout) as response:
                     return json.loads(response.read())
             except urllib.error.HTTPError as error:
-                said = f"HTTP {error.code} {error.reason}: {_said(error)}"
+                message = f"HTTP {error.code} {error.reason}: {_body(error)}"
                 if error.code in OF_THE_CLIP:
-                    raise CaptionRefused("refused by the captioner", said) from error
+                    raise CaptionRefused("refused by the captioner", message) from error
                 if error.code not in TRANSIENT and error.code < 500:
-                    raise RuntimeError(f"{url} says {said}. {_advice(error.code, self.model)}") from error
+                    raise RuntimeError(f"{url} answered {message}. {_advice(error.code, self.model)}") from error
                 wait = wait and max(wait, _retry_after(error.headers.get("Retry-After")))
             except (OSError, http.client.HTTPException, ValueError) as error:
-                said = f"{type(error).__name__}: {getattr(error, 'reason', error)}"
+                message = f"{type(error).__name__}: {getattr(error, 'reason', error)}"
             if wait is None:
                 raise RuntimeError(
-                    f"{url} gave no answer in {len(self.waits) + 1} tries over {time.monotonic() - began:.0f} s, of "
-                    f"{self.timeout:g} s at most each; the last said {said}. Started again, a run goes on from there"
+                    f"{url} gave no answer in {len(self.waits) + 1} tries over {time.monotonic() - began:.0f} s, each "
+                    f"of at most {self.timeout:g} s; the last error: {message}. Run the same command again to go on"
                 )
-            log.info("%s: %s; again in %g s", url, said, wait)
+            log.info("%s: %s; next try in %g s", url, message, wait)
             time.sleep(wait)
+        raise AssertionError("unreachable: the last wait is None")
 
 
 def _data_url(frame_HWC: np.ndarray) -> str:
@@ -119,8 +137,8 @@ def _data_url(frame_HWC: np.ndarray) -> str:
     return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode('ascii')}"
 
 
-def _said(error: urllib.error.HTTPError) -> str:
-    """The first words of an error's body."""
+def _body(error: urllib.error.HTTPError) -> str:
+    """The beginning of an error's body."""
     try:
         return " ".join(error.read(2000).decode("utf-8", "replace").split())[:300]
     except (OSError, http.client.HTTPException):
@@ -128,7 +146,7 @@ def _said(error: urllib.error.HTTPError) -> str:
 
 
 def _retry_after(value: str | None) -> float:
-    """Seconds that a server asks to wait, which it says as a number or as a date."""
+    """The seconds of a Retry-After header, which is a number or a date; at most LONGEST_WAIT."""
     if not value:
         return 0.0
     try:
@@ -143,7 +161,7 @@ def _retry_after(value: str | None) -> float:
 
 def _advice(code: int, model: str) -> str:
     if code in (401, 403):
-        return "Set OPENAI_API_KEY to a key that it takes"
+        return "Set OPENAI_API_KEY to a valid key"
     if code == 404:
-        return f"Is the URL the one that ends in /v1, and is {model} a model that it serves?"
-    return "Asking again would not help"
+        return f"Does the URL end in /v1, and is {model} a model that it serves?"
+    return "Check the request and the model; another try does not help"

@@ -1,10 +1,11 @@
-"""A part of a source: the work of one task. A run is two rounds over all parts, with a look at all hashes between.
+"""The work on one part of a source, which is one task. A run has two rounds over all parts.
 
     gather   files of a range -> clips_of -> parts/00007.train-0.array_record ..., and then parts/00007.json
-    finish   those records -> less duplicates, with new captions -> 00007.train.done-0.array_record ..., 00007.done.json
+    finish   these records without duplicates, with new captions -> 00007.train.done-0.array_record ..., 00007.done.json
 
-Both are functions of the plan and the part alone, so whoever runs them, in whatever order, and however often they are
-interrupted, the same bytes come out. A part's JSON is written last: a part that has one is done, and never done again.
+Between the rounds the hashes of all parts are compared. Both functions depend on the plan and the part only. So the
+bytes are the same in any order, by any worker, and after any interruption. A part's JSON is written last: a part that
+has one is done and is never repeated.
 """
 
 from __future__ import annotations
@@ -30,44 +31,49 @@ from minisora_jax.io.retry import DataError
 from minisora_jax.sources.base import BadClip, Source
 
 SPLITS = ("train", "heldout")
-SHOWN = 24  # pictures for the report, of each reason to drop and of the clips kept: over all parts, at least 4 each
+SHOWN = 24  # the report's pictures of the kept clips, and of each reason to drop, over all parts; at least 4 a part
 THUMBNAIL = 160  # pixels of the longer side
-TRIES = 2  # of a file that ends its worker's process
+TRIES = 2  # a file that kills its worker's process so often is dropped
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """All that a worker needs. It pickles, and into little."""
+    """The input of a worker. It pickles into few bytes."""
 
     source: Source
     out: str
     curation: Curation
-    opening: dict[str, Any]  # of the manifest, with the size of a shard
+    opening: dict[str, Any]  # the head of the manifest, with the size of a shard
     files_per_part: int = 64
-    held_out: float = 0.0  # share of source files whose clips are kept apart
-    captioner: str = ""  # as `open_captioner` spells it; "" for none
+    held_out: float = 0.0  # share of source files in the held-out split
+    captioner: str = ""  # the name of a captioner, see `open_captioner`; "" for none
     strict: bool = False
 
     @property
     def parts(self) -> int:
+        """The number of parts."""
         return -(-len(self.source) // self.files_per_part)
 
     def files(self, part: int) -> range:
+        """The numbers of a part's files."""
         return range(part * self.files_per_part, min((part + 1) * self.files_per_part, len(self.source)))
 
     @property
     def folder(self) -> Path:
+        """The folder of all parts."""
         return Path(self.out) / PARTS
 
     def gathered(self, part: int) -> Path:
+        """The JSON file of a part's first round."""
         return self.folder / f"{part:05d}.json"
 
     def finished(self, part: int) -> Path:
+        """The JSON file of a part's second round."""
         return self.folder / f"{part:05d}.done.json"
 
 
 def is_held_out(source_hash: str, share: float) -> bool:
-    """Does a file with that sha256 belong to the held-out split? All clips of a file share its fate."""
+    """Whether the file with this sha256 belongs to the held-out split, with all of its clips."""
     return int(source_hash[:12], 16) < share * 16**12
 
 
@@ -75,7 +81,15 @@ def is_held_out(source_hash: str, share: float) -> bool:
 
 
 def gather(plan: Plan, part: int, bad: dict[int, str], alive: Callable[[int], None]) -> None:
-    """Write the clips of a part's files. bad: {number of a file: why it must not be touched}."""
+    """Write the clips of a part's files.
+
+    Args:
+        bad: {number of a file: detail} of files that are dropped unread.
+        alive: called with the number of the current file, at each frame and more often.
+
+    Raises:
+        BadClip: a clip is dropped and the plan is strict.
+    """
     clips, drops, pictures, shortened = [], [], [], 0
     most = max(4, -(-SHOWN // plan.parts))
     shown: dict[str, int] = {}
@@ -118,10 +132,14 @@ def _clips(plan: Plan, i: int, bad: dict[int, str], alive: Callable[[int], None]
 
 
 def gather_safely(plan: Plan, worker: Worker, part: int, on_item: Callable[[int], None] = lambda i: None) -> None:
-    """`gather` in a worker's process, and again without the file, where one has ended it twice. Nothing if it is done.
+    """Run `gather` in a worker's process, unless the part is done. A file that kills the process twice is dropped.
 
-    Which files did is written down, so that no later run meets them again."""
-    _see_the_output(plan)
+    Such files are written to disk, so later runs drop them unread.
+
+    Raises:
+        RuntimeError: the process dies before it reaches a file.
+    """
+    _require_output(plan)
     if plan.gathered(part).exists():
         return
     notes = plan.folder / f"{part:05d}.bad.json"
@@ -133,7 +151,7 @@ def gather_safely(plan: Plan, worker: Worker, part: int, on_item: Callable[[int]
         except Died as died:
             if died.at is None or died.at in bad:
                 raise RuntimeError(
-                    f"a worker {died.how} before it came to a file: is there too little memory?"
+                    f"a worker {died.how} before its first file: use fewer workers if memory is short"
                 ) from died
             deaths[died.at] = deaths.get(died.at, 0) + 1
             if deaths[died.at] == TRIES:
@@ -141,11 +159,11 @@ def gather_safely(plan: Plan, worker: Worker, part: int, on_item: Callable[[int]
                 _write(notes, bad)
 
 
-def _see_the_output(plan: Plan) -> None:
+def _require_output(plan: Plan) -> None:
     if not plan.folder.is_dir():
         raise DataError(
-            f"{plan.folder} is not there: workers on other machines need the output (and a folder that is the source) "
-            "on a file system that all share, such as NFS, Filestore, or a bucket mounted by Cloud Storage FUSE"
+            f"{plan.folder} is missing: workers on other machines need the output, and a source folder, on a shared "
+            "file system, such as NFS, Filestore, or a bucket mounted by Cloud Storage FUSE"
         )
 
 
@@ -153,9 +171,12 @@ def _see_the_output(plan: Plan) -> None:
 
 
 def finish(plan: Plan, part: int, repeats: dict[int, str], alive: Callable[[int], None]) -> None:
-    """Write a part's records again: those that repeat no other clip, with new captions if a captioner is asked for.
+    """Write a part's records again, without duplicates and, if the plan has a captioner, with new captions.
 
-    repeats: {number of a clip within the part: name of the earlier clip that it repeats}."""
+    Args:
+        repeats: {number of a clip within the part: name of the earlier clip that it repeats}.
+        alive: called with the number of the current clip.
+    """
     from minisora_jax.curation.captioners import CaptionRefused, describe, open_captioner
 
     captioner = open_captioner(plan.captioner) if plan.captioner else None
@@ -174,10 +195,10 @@ def finish(plan: Plan, part: int, repeats: dict[int, str], alive: Callable[[int]
                         {"name": name, "stage": "duplicates", "reason": "duplicate", "detail": detail, "clip": n}
                     )
                     continue
-                arrays, said = unpack_record(record, where)
+                arrays, facts = unpack_record(record, where)
                 if captioner:
                     try:
-                        said["captions"] = captions[n] = describe(captioner, arrays["frames"])
+                        facts["captions"] = captions[n] = describe(captioner, arrays["frames"])
                     except CaptionRefused as refused:
                         drops.append(
                             {
@@ -189,8 +210,8 @@ def finish(plan: Plan, part: int, repeats: dict[int, str], alive: Callable[[int]
                             }
                         )
                         continue
-                    record = pack_record(arrays, said)
-                longest = max(len(c.encode("utf-8")) for c in (said["caption"], *said.get("captions", {}).values()))
+                    record = pack_record(arrays, facts)
+                longest = max(len(c.encode("utf-8")) for c in (facts["caption"], *facts.get("captions", {}).values()))
                 writer.add(record, (*arrays["frames"].shape[:3], longest))
         shards[split] = writer.shards
     _write(plan.finished(part), {"drops": drops, "captions": captions, "shards": shards})
@@ -199,16 +220,20 @@ def finish(plan: Plan, part: int, repeats: dict[int, str], alive: Callable[[int]
 def finish_safely(
     plan: Plan, worker: Worker, part: int, repeats: dict[int, str], on_item: Callable[[int], None] = lambda i: None
 ) -> None:
-    """`finish` in a worker's process, if it is not done; what was gathered goes."""
-    _see_the_output(plan)
+    """Run `finish` in a worker's process, unless the part is done, and delete the records of the first round.
+
+    Raises:
+        RuntimeError: the process dies.
+    """
+    _require_output(plan)
     if not plan.finished(part).exists():
         try:
             worker.call(finish, plan, part, repeats, on_item=on_item)
         except Died as died:
             name = "any clip" if died.at is None else read_notes(plan.gathered(part))["clips"][died.at]["name"]
             raise RuntimeError(
-                f"a worker {died.how} at {name} while captioning or dropping duplicates. Started again, the run goes "
-                "on after the parts that are done; --workers 1 needs less memory"
+                f"a worker {died.how} at {name} while captioning or dropping duplicates. Run the same command again: "
+                "it keeps the finished parts; --workers 1 needs less memory"
             ) from died
     for shards in read_notes(plan.gathered(part))["shards"].values():
         for shard in shards:
@@ -237,7 +262,7 @@ def _records(plan: Plan, shards: list[dict[str, Any]]) -> Iterator[tuple[str, by
     for shard in shards:
         path = plan.folder / shard["file"]
         if not path.exists() or path.stat().st_size != shard["bytes"]:
-            raise DataError(f"{path} is missing or damaged. Delete {plan.out} and write it again")
+            raise DataError(f"{path} is missing or damaged. Delete {plan.out} and run the command again")
         reader = ArrayRecordReader(str(path), RANDOM_ACCESS)
         for i in range(reader.num_records()):
             yield f"record {i} of {path}", reader.read([i])[0]
@@ -256,5 +281,5 @@ def _write(path: Path, metadata: Any) -> None:
 
 
 def read_notes(path: Path) -> Any:
-    """What a part's JSON says."""
+    """The value of a part's JSON file."""
     return json.loads(path.read_text(encoding="utf-8"))

@@ -1,11 +1,11 @@
-"""`minisora prepare`: every clip decoded, checked, filtered and captioned once, so that trainings meet only good ones.
+"""Decode, check, filter and caption every clip once (`minisora prepare`), so that training reads good clips only.
 
     source -> parts: probe, shots, decode, filters, split -> duplicates -> captions
            -> clips-00000-of-0000N.array_record, sizes.npy, skipped.jsonl, report.html, manifest.json
 
-A source is cut into parts of some files, which are tasks (parts.py here) for local processes or for Apache Beam; only
-duplicates are looked for over all parts, between two rounds of tasks, by the clips' hashes. Pixels are kept exactly
-(zstd). The bytes written depend on the source and the settings, not on how many workers there were or interruptions.
+A part of the source is a range of files, and the work on it is a task (curation/parts.py) for local processes or for
+Apache Beam. Between two rounds of tasks, the hashes of all clips are compared to find duplicates. Pixels are stored
+losslessly (zstd). The bytes depend on the source and the settings, not on the number of workers or on interruptions.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from minisora_jax.curation.filters import Filters
 from minisora_jax.curation.parts import SPLITS, Plan, finish_safely, gather_safely, read_notes
 from minisora_jax.curation.report import Summary, write_report
 from minisora_jax.curation.stages import Curation, Sizes
-from minisora_jax.curation.workers import run_here
+from minisora_jax.curation.workers import Inline, Worker, run_here
 from minisora_jax.io import record_writer
 from minisora_jax.io.records import sha256
 from minisora_jax.io.retry import DataError
@@ -59,18 +59,33 @@ def prepare(
     timeout: float | None = 120.0,
     beam: list[str] | None = None,
 ) -> SkipReport:
-    """Write the good clips of `source` to `out_dir`, and say what was skipped.
+    """Write the good clips of `source` to `out_dir`, and return the report of kept and skipped clips.
 
-    source: what `open_source` knows, such as a folder; "shapes" is `count` procedural clips of `split`.
-    shots: cut files where their shots end.   filters: limits that clips must meet.   captioner: what describes the
-    clips anew, as `open_captioner` spells it.   held_out: share of source files that go to `out_dir`/heldout instead.
-    files_per_part: the unit of work, of restarts, and (beside `shard_bytes`) of shards; by default 1 to 64, so that
-    there are 64 parts or more where there are as many files.
-    workers: processes, each of which may crash or hang for `timeout` seconds at the cost of one clip; 0 works here.
-    beam: options of Apache Beam, which then does the work.
+    A run that starts again after an interruption keeps its finished parts.
 
-    An interrupted run, started again, keeps its finished parts. DataError if `out_dir` holds another data set, or no
-    clip is good; ImportError if a package is missing that these settings need.
+    Args:
+        source: the name of a source, such as a folder, see `open_source`; "shapes" is `count` procedural clips of
+            `split`.
+        cell: heights and widths are cropped to multiples of so many pixels.
+        max_frames: the frames of the longest clip, 1 + 4k; longer files are cut.
+        max_pixels: files with more pixels a frame are skipped.
+        need_caption: skip clips without a caption.
+        strict: raise BadClip instead of skipping a clip.
+        shots: cut files at the ends of their shots.
+        filters: limits that clips must meet.
+        captioner: the name of a model that writes new captions, see `open_captioner`; "" for none.
+        held_out: the share of source files that go to `out_dir`/heldout instead.
+        shard_bytes: a shard ends when it reaches this size.
+        files_per_part: the unit of work and of restarts; a shard holds clips of one part only. None chooses 1 to 64,
+            so that there are at least 64 parts if there are as many files.
+        workers: the number of processes; 0 works in this process. A process that crashes costs one clip.
+        timeout: seconds of silence after which a process is killed, at the cost of one clip; None for no limit.
+        beam: options of Apache Beam, which then runs the tasks; None for local processes.
+
+    Raises:
+        DataError: `out_dir` holds another data set, or no clip is good.
+        ImportError: a package is missing that the settings need.
+        ValueError: a setting is out of range.
     """
     if not 0 <= held_out < 1 or workers < 0 or (files_per_part is not None and files_per_part < 1):
         raise ValueError(
@@ -98,48 +113,50 @@ def prepare(
     opening = record_writer.opening_of("clips", settings, shard_bytes, "group_size:1,zstd:1")
     plan = Plan(clips, str(out_dir), curation, opening, files_per_part, held_out, captioner, strict)
     if manifest := record_writer.finished(out_dir, opening):
-        return _report_of(out_dir, manifest)
+        return _stored_report(out_dir, manifest)
     record_writer.begin(out_dir, opening)
     plan.folder.mkdir(exist_ok=True)
     if beam is None:
-        execute = _here
+        execute = _run_locally
     else:
         execute = lambda job, tasks, title, total, workers, timeout: run_on_beam(job, tasks, beam, timeout, title)
     parts = range(plan.parts)
     gather = functools.partial(gather_safely, plan)
     execute(gather, [(part,) for part in parts], "clips", len(clips), workers, timeout)
     repeats = _repeats(plan)
-    again = [(part, repeats.get(part, {})) for part in parts if model or part in repeats]
+    second_round = [(part, repeats.get(part, {})) for part in parts if model or part in repeats]
     if model and not all(plan.finished(part).exists() for part in parts):
         model.check()
-        timeout, workers = None, min(workers, model.processes or workers)  # captioners mind their own time
-    total = sum(len(read_notes(plan.gathered(part))["clips"]) for part, _ in again)
+        timeout, workers = None, min(workers, model.processes or workers)  # captioners have time limits of their own
+    total = sum(len(read_notes(plan.gathered(part))["clips"]) for part, _ in second_round)
     finish = functools.partial(finish_safely, plan)
-    execute(finish, again, "captions" if model else "duplicates", total, workers, timeout)
+    execute(finish, second_round, "captions" if model else "duplicates", total, workers, timeout)
     return _close(plan, clips.report)
 
 
-def _here(job: Callable, tasks: list[tuple], title: str, total: int, workers: int, timeout: float | None) -> None:
-    """The tasks in local processes, with a bar of files (or clips) done, their rate, and the time that is left."""
+def _run_locally(
+    job: Callable[..., None], tasks: list[tuple], title: str, total: int, workers: int, timeout: float | None
+) -> None:
+    """Run the tasks in local processes, with a progress bar of files (or clips)."""
     with tqdm(total=total, desc=title, unit="file" if title == "clips" else "clip", disable=None) as bar:
         seen: dict[int, set[int]] = {}
 
-        def one(worker, task):
-            known = seen.setdefault(task[0], set())
+        def run_task(worker: Worker | Inline, task: tuple) -> None:
+            counted = seen.setdefault(task[0], set())
 
-            def on_item(i):
-                if i not in known:
-                    known.add(i)
+            def on_item(i: int) -> None:
+                if i not in counted:
+                    counted.add(i)
                     bar.update()
 
             job(worker, *task, on_item=on_item)
             del seen[task[0]]
 
-        run_here(one, tasks, workers, timeout)
+        run_here(run_task, tasks, workers, timeout)
 
 
 def _repeats(plan: Plan) -> dict[int, dict[int, str]]:
-    """{part: {number of a clip in it: name of the earlier clip that it repeats}}, by the hashes of all parts."""
+    """{part: {number of a clip in it: name of the earlier clip that it repeats}}, from the hashes of all parts."""
     distance = plan.curation.filters.duplicates
     if distance is None:
         return {}
@@ -149,15 +166,15 @@ def _repeats(plan: Plan) -> dict[int, dict[int, str]]:
             hashes.append(clip["hash"])
             names.append(clip["name"])
             at.append((part, n))
-    found: dict[int, dict[int, str]] = {}
+    repeats: dict[int, dict[int, str]] = {}
     for number, first in repeated(hashes, distance).items():
         part, n = at[number]
-        found.setdefault(part, {})[n] = names[first]
-    return found
+        repeats.setdefault(part, {})[n] = names[first]
+    return repeats
 
 
 def _close(plan: Plan, report: SkipReport) -> SkipReport:
-    """Shards under their final names, the reports, and the manifests last."""
+    """Write the reports, rename the shards, and write the manifests last."""
     out_dir, summary = Path(plan.out), Summary(plan.curation.filters, report.skipped)
     shards: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLITS}
     for part in range(plan.parts):
@@ -171,7 +188,7 @@ def _close(plan: Plan, report: SkipReport) -> SkipReport:
         held = sum(len(s["sizes"]) for s in shards["heldout"])
         shutil.rmtree(plan.folder)
         (out_dir / "progress.jsonl").unlink()
-        raise DataError(f"no good clip{f' but the {held} held out' if held else ''}: {report.summary()}")
+        raise DataError(f"no good clip{f' except {held} held-out ones' if held else ''}: {report.summary()}")
     report.write(out_dir / SKIPPED)
     write_report(out_dir / "report.html", summary, plan.opening)
     if shards["heldout"]:
@@ -188,8 +205,8 @@ def _close(plan: Plan, report: SkipReport) -> SkipReport:
     return report
 
 
-def _report_of(out_dir: Path, manifest: dict[str, Any]) -> SkipReport:
-    """What the run said that wrote a data set."""
+def _stored_report(out_dir: Path, manifest: dict[str, Any]) -> SkipReport:
+    """The report of the run that wrote a data set."""
     report = SkipReport()
     report.kept, report.shortened = manifest["records"] + manifest["heldout"], manifest["shortened"]
     report.skipped = [json.loads(line) for line in (out_dir / SKIPPED).read_text(encoding="utf-8").splitlines()]

@@ -1,7 +1,7 @@
-"""What became of a source, on one page: counts by stage and reason, histograms of the measurements, pictures.
+"""The report of `prepare`, one page: counts by stage and reason, histograms of the measurements, pictures.
 
-The page is one file without scripts, fonts or links. Names and captions are others' text, and are escaped. It has no
-time and no host in it: the same run writes the same bytes.
+The page is one file without scripts, fonts or links. Names and captions come from the source and are escaped. The page
+contains no time and no host, so the same run writes the same bytes.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from typing import Any
 
 import numpy as np
 
-from minisora_jax.curation.filters import MEASURES, Filters
+from minisora_jax.curation.filters import MEASURES, Filters, Measure
 from minisora_jax.io.atomic import write_text
 
-PICTURES = 24  # of the clips kept, and a quarter of that of each reason to drop
-BINS = 40
-STAGES = ("scan", "probe", "decode", "filter", "duplicates", "caption")  # in which a file or clip may be dropped
+PICTURES = 24  # pictures of kept clips; a quarter of that for each reason to drop
+BINS = 40  # of a histogram
+STAGES = ("scan", "probe", "decode", "filter", "duplicates", "caption")  # the stages that drop files or clips
 
 
 class Summary:
-    """All parts' notes together, added in order."""
+    """The sum of all parts' results, which are added in order."""
 
     def __init__(self, filters: Filters, scanned: list[dict[str, str]]):
         self.filters = filters
@@ -35,7 +35,7 @@ class Summary:
         self.pictures: list[dict[str, Any]] = []
 
     def add(self, gathered: dict[str, Any], done: dict[str, Any] | None) -> None:
-        """A part's notes of the first round, and of the second where there was one."""
+        """Add the JSON of a part's first round, and of its second round if there is one."""
         later = {row["clip"]: row for row in done["drops"]} if done else {}
         captions = done["captions"] if done else {}
         by_name = {clip["name"]: n for n, clip in enumerate(gathered["clips"])}
@@ -60,27 +60,27 @@ class Summary:
 
 
 def write_report(path: str | os.PathLike, summary: Summary, opening: dict[str, Any]) -> None:
-    """The page of a run. opening: the head of the manifest, of which the settings are shown."""
+    """Write the page of a run. `opening` is the head of the manifest; its settings are shown."""
     body = [
-        "<h1>What was prepared</h1>",
+        "<h1>Prepared data set</h1>",
         f"<p><b>{summary.kept:,}</b> clips kept"
         + (f", of which {summary.held_out:,} held out" if summary.held_out else "")
-        + f"; <b>{len(summary.skipped):,}</b> clips and files left out. "
+        + f"; <b>{len(summary.skipped):,}</b> clips and files skipped. "
         + (f"{summary.shortened:,} clips are the first frames of longer files. " if summary.shortened else "")
-        + "Each of those left out is named in <code>skipped.jsonl</code>.</p>",
+        + "<code>skipped.jsonl</code> names every skipped one.</p>",
         _reasons(summary),
         "<h2>Measurements</h2>",
-        "<p class=key><i class=kept></i> kept <i class=dropped></i> left out <i class=limit></i> limit asked for</p>",
+        "<p class=key><i class=kept></i> kept <i class=dropped></i> skipped <i class=limit></i> filter's limit</p>",
         '<div class="grid charts">',
         *(_histogram(m, summary) for m in MEASURES),
         "</div>",
         *_pictures("Kept", [p for p in summary.pictures if not p["reason"]], PICTURES),
     ]
     for reason in sorted({p["reason"] for p in summary.pictures} - {""}):
-        body += _pictures(f"Left out: {reason}", [p for p in summary.pictures if p["reason"] == reason], PICTURES // 4)
+        body += _pictures(f"Skipped: {reason}", [p for p in summary.pictures if p["reason"] == reason], PICTURES // 4)
     settings = opening["settings"]
-    asked = ", ".join(f"{name} {value}" for name, value in settings["filters"].items() if value is not None)
-    rows = {**settings, "filters": asked or "none", "captioner": settings["captioner"] or "none"}
+    limits = ", ".join(f"{name} {value}" for name, value in settings["filters"].items() if value is not None)
+    rows = {**settings, "filters": limits or "none", "captioner": settings["captioner"] or "none"}
     body += ["<h2>Settings</h2>", _table(("setting", "value"), rows.items())]
     page = (
         f"<!doctype html>\n<html lang=en><meta charset=utf-8><title>minisora prepare</title>\n<style>{STYLE}</style>\n"
@@ -91,7 +91,7 @@ def write_report(path: str | os.PathLike, summary: Summary, opening: dict[str, A
 def _reasons(summary: Summary) -> str:
     counts = collections.Counter((row["stage"], row["reason"]) for row in summary.skipped)
     if not counts:
-        return "<p>Nothing was left out.</p>"
+        return "<p>No file and no clip was skipped.</p>"
     order = sorted(counts, key=lambda key: (STAGES.index(key[0]), -counts[key], key[1]))
     most = max(counts.values())
     rows = "".join(
@@ -99,7 +99,7 @@ def _reasons(summary: Summary) -> str:
         f'<td class=wide><span class=bar style="width:{100 * counts[stage, reason] / most:.1f}%"></span>'
         for stage, reason in order
     )
-    return f"<table><tr><th>stage<th>reason<th class=number>left out<th>{rows}</table>"
+    return f"<table><tr><th>stage<th>reason<th class=number>skipped<th>{rows}</table>"
 
 
 def _table(head: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
@@ -107,21 +107,21 @@ def _table(head: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
     return f"<table>{cells('th', head)}{''.join(cells('td', row) for row in rows)}</table>"
 
 
-def _histogram(measure, summary: Summary) -> str:
-    """An inline SVG: how many clips have a value, those left out on top of those kept."""
+def _histogram(measure: Measure, summary: Summary) -> str:
+    """An inline SVG of a measurement's distribution, with skipped clips on top of kept clips."""
     kept, dropped = summary.kept_scores.get(measure.name, []), summary.dropped_scores.get(measure.name, [])
     if not kept and not dropped:
         return ""
     values = np.array([*kept, *dropped])
     limit = getattr(summary.filters, measure.limit)
     low, high = float(values.min()), float(values.max())
-    if high > 3 * np.quantile(values, 0.99):  # a few far off
+    if high > 3 * np.quantile(values, 0.99):  # a few outliers
         high = float(np.quantile(values, 0.99))
     if limit is not None:
         low, high = min(low, limit), max(high, limit)
     high = high if high > low else low + 1.0
     counts = [np.histogram(np.clip(x, low, high), BINS, (low, high))[0] for x in (np.array(kept), np.array(dropped))]
-    most, width, height = max(1, int(sum(counts).max())), 8, 120
+    most, width, height = max(1, int(np.sum(counts, axis=0).max())), 8, 120
     bars = []
     for b in range(BINS):
         base = height
@@ -133,10 +133,10 @@ def _histogram(measure, summary: Summary) -> str:
     if limit is not None:
         at = (limit - low) / (high - low) * BINS * width
         bars.append(f"<line class=limit x1={at:.1f} x2={at:.1f} y1=0 y2={height} />")
-    asked = "" if limit is None else f", {'at least' if measure.least else 'at most'} {limit:g}"
-    words = f"{asked} <small>{len(values):,} clips, median {np.median(values):.4g}</small>"
+    bound = "" if limit is None else f", {'at least' if measure.is_minimum else 'at most'} {limit:g}"
+    statistics = f"{bound} <small>{len(values):,} clips, median {np.median(values):.4g}</small>"
     return (
-        f"<figure><figcaption><b>{_text(measure.name)}</b>{words}</figcaption>"
+        f"<figure><figcaption><b>{_text(measure.name)}</b>{statistics}</figcaption>"
         f'<svg viewBox="0 0 {BINS * width} {height + 14}" role=img>{"".join(bars)}'
         f"<text x=0 y={height + 12}>{low:.3g}</text><text x={BINS * width} y={height + 12} text-anchor=end>{high:.3g}"
         f"{' and more' if values.max() > high else ''}</text></svg></figure>"
@@ -144,7 +144,7 @@ def _histogram(measure, summary: Summary) -> str:
 
 
 def _pictures(title: str, pictures: list[dict[str, Any]], most: int) -> list[str]:
-    """Up to `most` of them, evenly spaced in the order of the source."""
+    """A heading, and up to `most` pictures that are evenly spaced in the order of the source."""
     if not pictures:
         return []
     chosen = np.unique(np.linspace(0, len(pictures) - 1, min(most, len(pictures))).round().astype(int))
@@ -160,7 +160,7 @@ def _pictures(title: str, pictures: list[dict[str, Any]], most: int) -> list[str
 
 
 def _text(value: Any) -> str:
-    """Escaped, and safe to encode."""
+    """The value as escaped HTML that encodes to UTF-8."""
     return html.escape(str(value).encode("utf-8", "backslashreplace").decode("utf-8"))
 
 

@@ -1,7 +1,8 @@
-"""Where one shot ends and the next begins, by PySceneDetect's adaptive detector, frame by frame as they are decoded.
+"""Find the shots of a film with PySceneDetect's adaptive detector, frame by frame while decoding.
 
-A cut is a frame whose difference in hue, saturation and luma to the one before is at least `THRESHOLD` times the mean
-of its neighbours' (so fast camera motion is none) and at least `LEAST`: https://www.scenedetect.com/docs/latest/api/detectors.html
+A cut is a frame whose difference in hue, saturation and luma to the frame before is at least `THRESHOLD` times the mean
+difference of its neighbours (so fast camera motion is no cut), and at least `LEAST`.
+See https://www.scenedetect.com/docs/latest/api/detectors.html
 """
 
 from __future__ import annotations
@@ -13,18 +14,23 @@ import numpy as np
 from minisora_jax.curation.filters import curate_module
 
 THRESHOLD, LEAST, WINDOW = 3.0, 15.0, 2  # PySceneDetect's own defaults
-SHORTEST = 5  # frames: nearer cuts are flashes
-WIDTH = 256  # pixels that frames are shrunk to before they are compared
+SHORTEST = 5  # frames of a shot; cuts at a smaller distance are flashes
+WIDTH = 256  # frames are shrunk to this width in pixels before they are compared
 
 
 def check() -> None:
-    """ImportError with the command to mend it, if a package is missing."""
+    """Import the needed packages; ImportError with the command that installs a missing one."""
     curate_module("scenedetect", "the shot cut")
     curate_module("cv2", "the shot cut")
 
 
 def find_shots(frames: Iterable[np.ndarray], fps: float) -> list[tuple[int, int]]:
-    """The shots of a film, as ranges of frame numbers [start, end) without gaps. frames: uint8 RGB (H, W, 3)."""
+    """The shots of a film as ranges of frame numbers [start, end) without gaps.
+
+    Args:
+        frames: uint8 RGB (H, W, 3) each.
+        fps: frames per second.
+    """
     cv2 = curate_module("cv2", "the shot cut")
     from scenedetect import AdaptiveDetector, FrameTimecode
 
@@ -44,5 +50,5 @@ def find_shots(frames: Iterable[np.ndarray], fps: float) -> list[tuple[int, int]
 
 
 def pieces(shots: list[tuple[int, int]], max_frames: int) -> list[tuple[int, int]]:
-    """Shots longer than `max_frames` in pieces of `max_frames`, the last of them shorter."""
+    """The shots, with those longer than `max_frames` cut into pieces of `max_frames`; the last piece may be shorter."""
     return [(at, min(at + max_frames, end)) for start, end in shots for at in range(start, end, max_frames)]

@@ -60,6 +60,13 @@ class Media:
     data: Path | bytes | np.ndarray | VideoError  # a file, its bytes, uint8 RGB frames (T, H, W, 3), or the failure
     fps: float | None = None  # frames per second; None: the file states it. Frames need it if T > 1
 
+    @property
+    def content(self) -> Path | bytes | np.ndarray:
+        """The data; raises its VideoError if there is none."""
+        if isinstance(self.data, VideoError):
+            raise self.data
+        return self.data
+
 
 class Source(Protocol):
     """A sequence of Media. It pickles into few bytes, so a worker gets (source, range of indices)."""
@@ -320,13 +327,12 @@ def _csv_rows(text: str) -> Iterator[object]:
 
 def header(media: Media) -> VideoInfo:
     """The size and frame rate of a clip, without decoding; VideoError if it is no readable video or image."""
-    if isinstance(media.data, VideoError):
-        raise media.data
-    if not isinstance(media.data, np.ndarray):
-        return probe(media.data)
-    shape, fps = media.data.shape, media.fps
-    if media.data.dtype != np.uint8 or len(shape) != 4 or shape[-1] != 3 or 0 in shape:
-        raise VideoError("not a video", f"frames are {media.data.dtype} {shape}, and should be uint8 (T, H, W, 3)")
+    content = media.content
+    if not isinstance(content, np.ndarray):
+        return probe(content)
+    shape, fps = content.shape, media.fps
+    if content.dtype != np.uint8 or len(shape) != 4 or shape[-1] != 3 or 0 in shape:
+        raise VideoError("not a video", f"frames are {content.dtype} {shape}, and should be uint8 (T, H, W, 3)")
     if shape[0] > 1 and not fps:
         raise VideoError("no frame rate", f"{shape[0]} frames have no frames per second: give the source an fps")
     return VideoInfo(*shape[:3], fps or STILL_FPS)

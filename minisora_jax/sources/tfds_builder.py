@@ -90,21 +90,20 @@ def build(source: Source, data_dir: str | os.PathLike, split: str = "train") -> 
 
 def as_file(media: Media) -> bytes:
     """The bytes of a clip's file; for frames a lossless file: FFV1 in Matroska, or PNG for a single frame."""
-    if isinstance(media.data, Path):
-        return media.data.read_bytes()
-    if isinstance(media.data, bytes):
-        return media.data
-    if isinstance(media.data, VideoError):
-        raise media.data
+    content = media.content
+    if isinstance(content, Path):
+        return content.read_bytes()
+    if isinstance(content, bytes):
+        return content
     file = io.BytesIO()
-    if len(media.data) == 1:
-        Image.fromarray(media.data[0]).save(file, "PNG")
+    if len(content) == 1:
+        Image.fromarray(content[0]).save(file, "PNG")
         return file.getvalue()
     with av.open(file, "w", format="matroska") as container:
         stream = container.add_stream("ffv1", rate=Fraction(media.fps or STILL_FPS).limit_denominator(1001))
-        _, stream.height, stream.width, _ = media.data.shape
+        _, stream.height, stream.width, _ = content.shape
         stream.pix_fmt = "bgr0"
-        for frame in media.data:
+        for frame in content:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
         container.mux(stream.encode())
     return file.getvalue()
