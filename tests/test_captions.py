@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from needs import needs
 
 from minisora_jax.models.captions import BYTES, captions_of, class_captions, encoder_captions
 from minisora_jax.models.clip import CLIPConfig
@@ -28,7 +29,8 @@ def export(config, directory):
 def put_tokenizer(directory, size: int):
     """Words w0, w1, ... are ids 2, 3, ...; every caption ends with 1."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    PreTrainedTokenizerFast = pytest.importorskip("transformers", reason="uv run --group slow pytest -m slow").PreTrainedTokenizerFast
+
+    PreTrainedTokenizerFast = needs("transformers").PreTrainedTokenizerFast
 
     vocabulary = {"<unk>": 0, "</s>": 1} | {f"w{i}": i + 2 for i in range(size - 2)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
@@ -62,6 +64,7 @@ def test_byt5_needs_no_tokenizer_and_captions_are_encoded_alone(byt5):
     assert features[1].shape == (1, 24)  # the empty caption is its end
 
 
+@pytest.mark.slow
 def test_a_tokenizer_beside_the_weights_is_used_and_long_captions_are_cut(clip, caplog):
     captions, encoder = encoder_captions(clip), TextEncoder.load(clip)
     features = captions.encode(["w7  w1\n w9", " ".join(["w5"] * 40)])
@@ -73,6 +76,7 @@ def test_a_tokenizer_beside_the_weights_is_used_and_long_captions_are_cut(clip, 
     assert "a caption of 41 tokens is cut to 20: w5" in caplog.text
 
 
+@pytest.mark.slow
 def test_a_tokenizer_that_is_missing_or_of_another_encoder_is_named(tmp_path, clip):
     directory = export(dataclasses.replace(BYT5, vocabulary=50), tmp_path / "t5")
     with pytest.raises(FileNotFoundError, match="t5/tokenizer is missing: copy the tokenizer's files there"):
@@ -82,6 +86,7 @@ def test_a_tokenizer_that_is_missing_or_of_another_encoder_is_named(tmp_path, cl
         encoder_captions(directory).encode(["w100"])
 
 
+@pytest.mark.slow
 def test_a_model_gets_the_captions_that_it_was_trained_with(byt5, clip, tmp_path):
     assert captions_of(DiTConfig(), {"encoder": "bytes"}, None, None) is BYTES
     reads = DiTConfig(text_features=24)

@@ -20,6 +20,7 @@ def test_true_clips_pass(split):
     assert {k: np.mean(v) >= 0.99 for k, v in hits.items()} == dict.fromkeys(hits, True)
 
 
+@pytest.mark.slow
 def test_a_wrong_word_is_noticed():
     clips, rng = Shapes("train", 400), np.random.default_rng(0)
     passed = collections.defaultdict(list)

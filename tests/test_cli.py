@@ -31,7 +31,10 @@ def test_importing_everything_touches_no_device():
 import importlib, pkgutil
 import minisora_jax
 for module in pkgutil.walk_packages(minisora_jax.__path__, "minisora_jax."):
-    importlib.import_module(module.name)
+    try:
+        importlib.import_module(module.name)
+    except ImportError as error:  # an extra that is not installed
+        assert "pip install 'minisora_jax[" in str(error), error
 from jax._src import xla_bridge
 print(len(list(pkgutil.walk_packages(minisora_jax.__path__))) > 8, dict(xla_bridge._backends))
 """
@@ -46,7 +49,10 @@ print(len(list(pkgutil.walk_packages(minisora_jax.__path__))) > 8, dict(xla_brid
         (["generate", "x", "--size", "large"], "--size 'large' must be HEIGHTxWIDTH in pixels, such as 48x64"),
         (["generate", "x", "--frames", "16"], "frames=16 must be 1 + 4*k; use 13 or 17"),
         (["generate", "x", "--size", "8x48"], "size=8x48: this model makes 16 pixels a side and more"),
-        (["generate", "x", "--sampler", "unipc", "--eta", "1"], "eta=1.0 is for the samplers ddim, ddpm, sde: unipc is deterministic"),
+        (
+            ["generate", "x", "--sampler", "unipc", "--eta", "1"],
+            "eta=1.0 is for the samplers ddim, ddpm, sde: unipc is deterministic",
+        ),
         (["generate", "x", "--guidance-interval", "half"], "--guidance-interval 'half' must be LOW-HIGH in times"),
         (["eval", "model", "--guidance-interval", "0.8-0.2"], "guidance interval 0.8-0.2 must be two rising times"),
         (

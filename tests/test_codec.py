@@ -45,6 +45,7 @@ def test_an_export_loads_as_it_was(trained):
     np.testing.assert_allclose(flat.std(0), 1, atol=0.05)
 
 
+@pytest.mark.slow
 def test_decoder_only_keeps_the_meaning_of_latents(trained, tmp_path):
     codec, directory = trained
     task = dataclasses.replace(TASK, start=str(directory), decoder_only=True)
@@ -102,6 +103,7 @@ def test_scores_are_the_textbooks():
     assert 0.5 < scores["ssim"] <= 1
 
 
+@pytest.mark.slow
 def test_the_bundled_codec_is_as_good_as_its_page_says():
     clips = [Shapes("heldout", 16)[i] for i in range(16)]
     assert reconstruct(Codec.load(CODEC), clips)[0]["psnr"] > 31.0

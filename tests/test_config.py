@@ -4,8 +4,7 @@ import dataclasses
 
 import pytest
 
-from minisora_jax.config import parse_arg
-from minisora_jax.config import build, read_config
+from minisora_jax.config import build, parse_arg, read_config
 from minisora_jax.train.codec_task import CodecTask
 from minisora_jax.train.diffusion_task import DiffusionTask
 

@@ -71,6 +71,7 @@ def test_a_clip_packed_among_others_is_as_if_alone(params, rows):
         np.testing.assert_allclose(a, b, atol=1e-5 * max(1.0, float(np.abs(b).max())))
 
 
+@pytest.mark.slow
 def test_what_is_computed_again_changes_nothing(params):
     batch = pack([[0, 1]], 20, 48, 2)
     values = {}

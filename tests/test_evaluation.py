@@ -79,6 +79,7 @@ def test_a_true_bounce_keeps_its_speed():
     assert len(found) > 10 and np.median(found) < 0.05
 
 
+@pytest.mark.slow
 def test_tasks_are_measured_from_the_command_line(tmp_path, capsys):
     argv = ["eval", "tasks", "--only", "loop", "extend-forward", "--count", "2", "--steps", "2", "--out", str(tmp_path)]
     assert main(argv) == 0

@@ -72,6 +72,7 @@ def test_an_object_that_the_detector_takes_for_text_is_none(monkeypatch):
         assert scores(sliding(2, T=9), filters=Filters(max_text=1))[0]["text"] == pytest.approx(share, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_each_filter_refuses_what_it_is_for_and_no_good_clip():
     good = sliding(2, T=9)
     bad = {

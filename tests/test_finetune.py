@@ -12,6 +12,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 sys.path.insert(0, str(Path(__file__).parent / "parity"))
+from needs import needs
 from random_weights import draw  # noqa: E402
 
 from minisora_jax.cli import main  # noqa: E402
@@ -34,6 +35,7 @@ from minisora_jax.weights.checkpoint import Checkpoint  # noqa: E402
 from minisora_jax.weights.presets import CODECS, TEXT_ENCODERS, TRANSFORMERS  # noqa: E402
 from minisora_jax.weights.rules import export_lazily  # noqa: E402
 
+pytestmark = pytest.mark.slow
 WAN_VAE = dataclasses.replace(wan_vae.WAN_21, base=4, latent_channels=4, residual_blocks=1)
 SD_VAE = dataclasses.replace(sd_vae.CONFIG, base=32, multipliers=(1, 1, 1, 1), residual_blocks=1)
 UMT5 = T5Config(64, 24, 3, 8, 40, 2, shared_bias=False, dtype="float32")
@@ -58,7 +60,8 @@ def publish(path: Path, rules, abstract) -> None:
 
 def publish_tokenizer(directory: Path, captions: list[str]) -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
+
+    PreTrainedTokenizerFast = needs("transformers").PreTrainedTokenizerFast
 
     words = sorted({word for caption in captions for word in caption.split()})
     vocabulary = {word: i for i, word in enumerate(["<pad>", "</s>", "<unk>", *words][: UMT5.vocabulary])}

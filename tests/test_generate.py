@@ -74,6 +74,7 @@ def test_samplers_agree_in_the_end(pipeline):
     assert np.abs(euler - heun).mean() < 0.5 * np.abs(coarse - heun).mean()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["ddpm", "dopri5"])
 def test_nor_does_one_of_a_stochastic_or_an_adaptive_sampler(pipeline, name):
     """Of an adaptive one up to its tolerance, as all rows take the same steps."""

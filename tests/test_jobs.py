@@ -133,6 +133,7 @@ def test_times_in_a_prompt_rise(pipeline):
         start(pipeline, Job(prompt="a [4s] b [2s] c", seconds=9))
 
 
+@pytest.mark.slow
 def test_a_batch_goes_on_and_names_what_cannot_be_done(pipeline, media, tmp_path):
     from minisora_jax.diffusion.guidance import GuidanceConfig
     from minisora_jax.diffusion.sampler import SamplerConfig

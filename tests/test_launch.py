@@ -10,8 +10,10 @@ import sys
 from pathlib import Path
 
 import pytest
-import yaml
+from needs import needs
 
+yaml = needs("yaml")
+pytestmark = pytest.mark.slow
 LAUNCH = Path(__file__).parent.parent / "launch"
 SCRIPTS = [*LAUNCH.glob("*.sh"), *LAUNCH.glob("*/*.sh"), *LAUNCH.glob("*/*.sbatch")]
 JOBSETS = [*LAUNCH.glob("gke/*.yaml")]
@@ -19,10 +21,10 @@ DOCKERFILES = [*LAUNCH.glob("docker/*.Dockerfile")]
 
 
 def tool(name: str) -> str:
-    """A linter of the dev dependencies, beside this Python or on the path."""
+    """A linter of the group `slow`, beside this Python or on the path."""
     found = shutil.which(name, path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
     if found is None:
-        pytest.skip(f"{name} is not installed: `uv run pytest` installs it")
+        pytest.skip(f"{name} is not installed: uv run --group slow pytest -m slow")
     return found
 
 

@@ -37,6 +37,7 @@ def minisora(*argv):
     assert main([str(a) for a in argv]) == 0
 
 
+@pytest.mark.slow
 def test_from_a_folder_of_clips_to_videos(project, capsys):
     clips, latents = project / "clips", project / "latents"
     minisora("prepare", project / "my_clips", clips)

@@ -127,6 +127,7 @@ def packed():
     return np.pad(np.concatenate(ids, 1), ((0, 0), (0, 4))), segment, ids
 
 
+@pytest.mark.slow
 def test_several_captions_in_a_row_are_read_apart(model):
     _, config, params = model
     row, segment, ids = packed()

@@ -103,6 +103,7 @@ def test_the_compilers_words_of_memory():
     assert _wanted("INVALID_ARGUMENT: something else") is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sample", [False, True])
 def test_the_real_step_is_lowered_for_a_mesh(sample):
     """The same step as for a pod, here for 8 CPU devices: it compiles, and a device holds an eighth of the state."""

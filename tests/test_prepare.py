@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from needs import needs
 
 from minisora_jax.cli import main
 from minisora_jax.curation.filters import Filters
@@ -121,7 +122,7 @@ def test_two_processes_write_the_same_bytes(films, whole, tmp_path):
 
 @pytest.mark.slow
 def test_apache_beam_writes_the_same_bytes(films, whole, tmp_path, monkeypatch):
-    pytest.importorskip("apache_beam", reason="uv run --group slow pytest -m slow")
+    needs("apache_beam")
     prepare(films, tmp_path / "out", beam=["--runner=DirectRunner"], **OPTIONS)
     assert contents(tmp_path / "out") == contents(whole)
     monkeypatch.setitem(sys.modules, "apache_beam", None)
@@ -265,6 +266,7 @@ def test_nothing_good_leaves_the_way_free(tmp_path):
     assert prepare(tmp_path / "in", tmp_path / "out", need_caption=False).kept == 1
 
 
+@pytest.mark.slow
 def test_the_command_line_reaches_every_setting(films, tmp_path, capsys):
     argv = [
         "prepare",

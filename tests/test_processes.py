@@ -268,7 +268,9 @@ def test_what_the_environment_asks_for():
     assert distributed_arguments({"TPU_WORKER_HOSTNAMES": "a", "MEGASCALE_NUM_SLICES": "2"}) == {}
     with pytest.raises(ValueError, match="JAX_COORDINATOR_ADDRESS is not set"):
         distributed_arguments({"JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "3"})
-    with pytest.raises(ValueError, match="JAX_PROCESS_ID=4 must be a number from 0 to JAX_NUM_PROCESSES - 1, with JAX_NUM_PROCESSES=4"):
+    with pytest.raises(
+        ValueError, match="JAX_PROCESS_ID=4 must be a number from 0 to JAX_NUM_PROCESSES - 1, with JAX_NUM_PROCESSES=4"
+    ):
         distributed_arguments(ours | {"JAX_PROCESS_ID": "4"})
     with pytest.raises(ValueError, match="MINISORA_DISTRIBUTED='on' must be"):
         distributed_arguments({"MINISORA_DISTRIBUTED": "on"})

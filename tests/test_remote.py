@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from moto.server import ThreadedMotoServer
+from needs import needs
 
 from minisora_jax.curation.prepare import prepare
 from minisora_jax.data.latents import Latents, write_latents
@@ -22,6 +22,9 @@ from minisora_jax.sources.clips import Records, open_clips
 from minisora_jax.sources.spec import open_source
 from minisora_jax.types import LatentClip
 
+moto_server = needs("moto.server")
+needs("s3fs")
+pytestmark = pytest.mark.slow
 BUCKET = "s3://clips"
 
 
@@ -32,7 +35,7 @@ def noise(T, H, W, seed=0):
 @pytest.fixture(scope="module")
 def s3():
     """An S3 server on a free port, which s3fs finds by the environment, as it would find Amazon's, MinIO or Ceph."""
-    server = ThreadedMotoServer(port=0, verbose=False)
+    server = moto_server.ThreadedMotoServer(port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
     with pytest.MonkeyPatch.context() as patch:

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from needs import needs
 from PIL import Image
 
 from minisora_jax.curation.prepare import prepare
@@ -129,7 +130,7 @@ def parquet_folder(folder, files, samples, top):
 
 
 def parquet_of_datasets(folder, files, samples, top):
-    import datasets
+    datasets = needs("datasets")
 
     rows = {"media": [{"bytes": d, "path": n} for n, d in files.items()], "text": list(CAPTIONS.values())}
     features = datasets.Features({"media": datasets.Video(decode=False), "text": datasets.Value("string")})

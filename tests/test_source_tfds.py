@@ -12,14 +12,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import tensorflow_datasets as tfds
+from needs import needs
 from PIL import Image
 
-from minisora_jax.curation.prepare import prepare
-from minisora_jax.io.video import VideoError, read_clip_frames
-from minisora_jax.io.video_writer import write_video
-from minisora_jax.sources.spec import open_source
-from minisora_jax.sources.tfds_builder import VideoClips, as_file, build
+tfds = needs("tensorflow_datasets")
+pytestmark = pytest.mark.slow
+
+from minisora_jax.curation.prepare import prepare  # noqa: E402
+from minisora_jax.io.video import VideoError, read_clip_frames  # noqa: E402
+from minisora_jax.io.video_writer import write_video  # noqa: E402
+from minisora_jax.sources.spec import open_source  # noqa: E402
+from minisora_jax.sources.tfds_builder import VideoClips, as_file, build  # noqa: E402
 
 F = tfds.features
 
@@ -242,7 +245,7 @@ def test_the_program_builds_and_reads_without_tensorflow(folder, tmp_path):
     code = """
 import sys
 import tensorflow_datasets as tfds
-from minisora_jax.sources.spec import open_source
+from minisora_jax.sources.spec import open_source  # noqa: E402
 data = tfds.data_source("video_clips", split="train", data_dir=sys.argv[1])
 source = open_source(f"tfds:video_clips:train?data_dir={sys.argv[1]}")
 print(len(data), data[0]["caption"], source[0].caption)

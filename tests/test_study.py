@@ -30,6 +30,7 @@ def test_a_video_among_images():
     assert batches(case(mixed=True, batching="bucketed"), 1) == [(32, [[32]] * 16), (512, [[512]])]
 
 
+@pytest.mark.slow
 def test_a_study_is_measured_and_written(tmp_path, capsys):
     command = ["study", f"--out={tmp_path}", "--contexts", "64,128", "--clips", "2", "--repeats", "1", "--peak", "0.01"]
     assert main([*command, "--meshes", "data=1,ring=4,ulysses=2"]) == 0

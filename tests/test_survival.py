@@ -143,7 +143,7 @@ def test_a_full_disk_is_said_and_the_last_checkpoint_stays_good(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert isinstance(error.value, CheckpointError), error.value
-    assert "the newest whole one is of step 4; make room" in str(error.value)
+    assert "the newest complete checkpoint is step 4; free disk space" in str(error.value)
     line(tmp_path, log_every=100)
     line(tmp_path / "whole", log_every=100)
     assert digits(tmp_path) == digits(tmp_path / "whole")

@@ -121,6 +121,7 @@ def test_sizes_grow_in_time_first_and_twofold_at_most(pipeline):
     assert all(b <= 2 * a + pipeline.cell for one, two in zip(grown, grown[1:]) for a, b in zip(one, two))
 
 
+@pytest.mark.slow
 def test_what_is_larger_than_training_is_what_was_made_at_its_size(pipeline, clip):
     """Videos, loops, an animated picture and windows of 64 x 128, each next to itself at 32 x 64."""
     at = lambda H, W, T=9, **more: Request(clip.caption, (T, H, W), seed=3, fps=FPS, **more)
@@ -169,7 +170,7 @@ def test_loops_turn_and_nothing_else_does(pipeline, clip):
     )
     turned = times(_turned(batch, circle, 0.5))
     assert (turned[:16] == 3 - times(batch)[:16]).all() and (turned[16:] == times(batch)[16:]).all()
-    with pytest.raises(ValueError, match="dopri5 has no steps"):
+    with pytest.raises(ValueError, match="dopri5 has no fixed steps"):
         pipeline.sample(asked[:1], sampler="dopri5", progress=False)
 
 
@@ -247,7 +248,7 @@ def test_what_is_given_must_fit(pipeline):
     with pytest.raises(ValueError, match="nothing is left to make"):
         Given(np.zeros((1, 2, 2, 16)), np.ones((1, 1, 1), bool))
     wrong = Given(np.zeros((2, 4, 4, 16)), np.zeros((2, 2, 2), bool))
-    with pytest.raises(ValueError, match=r"what is given has \(2, 2, 2\) tokens"):
+    with pytest.raises(ValueError, match=r"the given latents have \(2, 2, 2\) tokens"):
         pipeline.sample([Request("x", (9, 32, 32), given=wrong)], **OPTIONS)
 
 

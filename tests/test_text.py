@@ -5,12 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
+from needs import needs
 
 from minisora_jax.models.text import BYTES_PER_TOKEN, TextRefiner, encode_bytes, shift_within
 
 
 def test_ids_are_those_of_the_byt5_tokenizer():
-    from transformers import ByT5Tokenizer
+    ByT5Tokenizer = needs("transformers").ByT5Tokenizer
 
     tokenizer = ByT5Tokenizer()  # its vocabulary is the bytes: nothing to download
     for caption in ("a red circle", "weiß, naïve, 猫が走る", "", "🎬 x"):

@@ -8,6 +8,7 @@ from importlib.util import find_spec
 
 import pytest
 
+pytestmark = pytest.mark.slow
 needs_libtpu = pytest.mark.skipif(find_spec("libtpu") is None, reason="needs libtpu, the TPU compiler (--group tpu)")
 needs_tokamax = pytest.mark.skipif(find_spec("tokamax") is None, reason="needs tokamax (--group tpu)")
 

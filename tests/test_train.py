@@ -51,6 +51,7 @@ def whole(cache, tmp_path_factory):
     return workdir
 
 
+@pytest.mark.slow
 def test_a_run_killed_at_five_moments_goes_on_bit_for_bit(whole, cache, tmp_path):
     killed = tmp_path / "killed"
     for kill_after in (2, 7, 12, 20, 31):  # steps logged; the kill falls somewhere behind

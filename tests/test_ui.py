@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+pytestmark = pytest.mark.slow
 pytest.importorskip("gradio", reason="the page needs gradio: uv sync --group ui")
 pytest.importorskip("selenium", reason="the browser's driver: uv sync --group ui")
 if not (CHROMIUM := shutil.which("chromium")) or not (DRIVER := shutil.which("chromedriver")):
