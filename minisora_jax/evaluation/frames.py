@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from minisora_jax.generate.frame_ops import STILL, steps
-from minisora_jax.toy.checker import Seen
+from minisora_jax.toy.checker import Observation
 
 
 def step(a_HWC: np.ndarray, b_HWC: np.ndarray) -> float:
@@ -36,7 +36,7 @@ def flicker(frames_THWC: np.ndarray) -> float:
     return float(apart[same].mean()) if same.any() else 0.0
 
 
-def bounce(seen: Seen) -> float | None:
+def bounce(seen: Observation) -> float | None:
     """How evenly a bouncing object goes: the standard deviation of its speed, in mean speeds, along the axis on which
     it turns back, the steps into and out of a turn left out. None where no turn is seen."""
     t = np.flatnonzero(seen.visible_T)

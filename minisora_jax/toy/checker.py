@@ -1,13 +1,14 @@
-"""Does a video show what its caption says? Read colour, shape, motion and permanence off the pixels.
+"""Check whether a video matches its caption: colour, shape, motion and permanence, from the pixels.
 
-The checker knows the world's palette, its shapes and its grammar, but nothing of how a clip was drawn: it works
-the same on a true clip, a reconstruction and a generated one.
+The checker uses the palette, the shapes and the grammar of toy/shapes.py, but not the scene of a clip. So it works the
+same on true, reconstructed and generated clips.
 """
 
 from __future__ import annotations
 
 import collections
 import dataclasses
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -27,62 +28,73 @@ _NAMES = [*COLOURS, "wall", *BACKGROUNDS, "dark", "light"]
 _PALETTE = np.array([*COLOURS.values(), WALL, *BACKGROUNDS.values(), *CHECKER], np.float32)
 _OBJECTS = len(COLOURS)
 _WALL = _NAMES.index("wall")
-LEAST_PIXELS = 8.0  # of an object that counts as seen in a frame
-USUAL_SIDE = 64  # pixels; in a larger frame a movement of so many pixels is so much smaller
+LEAST_PIXELS = 8.0  # an object with fewer pixels in a frame is not visible there
+USUAL_SIDE = 64  # pixels; thresholds of motion grow with frames that are larger
 
 
 @dataclasses.dataclass(frozen=True)
-class Seen:
+class Observation:
     """One object as the pixels show it."""
 
     colour: str
     shape: str
-    motion: str  # one of shapes.MOTIONS; "unclear" where none fits
+    motion: str  # one of shapes.MOTIONS; "unclear" if none fits
     visible_T: np.ndarray  # bool
-    returns: bool  # seen, then hidden, then seen again
-    path_T2: np.ndarray  # (x, y) of its middle in pixels, where it is seen
+    returns: bool  # it is visible, then hidden, then visible again
+    path_T2: np.ndarray  # (x, y) of its centre in pixels, valid where it is visible
 
 
 def check(frames_THWC: np.ndarray, caption: str) -> dict[str, bool]:
-    """{"colour", "shape", "motion", "permanence"} -> does every object of the caption have it.
+    """For "colour", "shape", "motion" and "permanence": whether every object of the caption has it in the video.
 
-    Images have no motion; only clips with a wall have permanence. ValueError outside the shapes grammar.
+    Images have no "motion". Only clips with a wall have "permanence".
+
+    Args:
+        frames_THWC: uint8 RGB.
+
+    Raises:
+        ValueError: the caption is outside the grammar of toy/shapes.py.
     """
-    said, _, is_image = parse_caption(caption)
-    seen = observe(frames_THWC, len(said))
-    by_colour = {o.colour: o for o in seen}
-    found = [by_colour.get(o.colour) for o in said]
-    # A wrongly coloured object is still judged on its shape and motion, by order of size.
-    spare = iter([o for o in seen if o.colour not in {s.colour for s in said}])
-    found = [o or next(spare, None) for o in found]
-    answer = {
-        "colour": all(o is not None and o.colour == s.colour for s, o in zip(said, found)),
-        "shape": all(o is not None and o.shape == s.shape for s, o in zip(said, found)),
+    expected, _, is_image = parse_caption(caption)
+    observed = observe(frames_THWC, len(expected))
+    by_colour = {o.colour: o for o in observed}
+    # An object of a wrong colour still counts for shape and motion; such objects are matched in order of size.
+    spare = iter([o for o in observed if o.colour not in {e.colour for e in expected}])
+    matches = [by_colour.get(e.colour) or next(spare, None) for e in expected]
+    verdict = {
+        "colour": all(o is not None and o.colour == e.colour for e, o in zip(expected, matches)),
+        "shape": all(o is not None and o.shape == e.shape for e, o in zip(expected, matches)),
     }
     if not is_image:
-        answer["motion"] = all(o is not None and o.motion == s.motion for s, o in zip(said, found))
-    if said[0].motion.startswith("hide"):
-        answer["permanence"] = found[0] is not None and found[0].returns and found[0].colour == said[0].colour
-    return answer
+        verdict["motion"] = all(o is not None and o.motion == e.motion for e, o in zip(expected, matches))
+    if expected[0].motion.startswith("hide"):
+        first = matches[0]
+        verdict["permanence"] = first is not None and first.returns and first.colour == expected[0].colour
+    return verdict
 
 
-def check_all(videos, captions) -> tuple[dict[str, list[bool]], dict[str, list[bool]], list[str]]:
-    """({attribute: right, of each video that has it}, {kind of motion: right, of each}, what is wrong with each)."""
-    hits, by_motion, wrong = collections.defaultdict(list), collections.defaultdict(list), []
+def check_all(
+    videos: Iterable[np.ndarray], captions: Iterable[str]
+) -> tuple[dict[str, list[bool]], dict[str, list[bool]], list[str]]:
+    """`check` of many videos: (verdicts by attribute, verdicts on motion by kind of motion, errors of each video).
+
+    The errors of a video are its wrong attributes, such as "shape, motion"; "" for none.
+    """
+    hits, by_motion, errors = collections.defaultdict(list), collections.defaultdict(list), []
     for frames_THWC, caption in zip(videos, captions, strict=True):
-        answer = check(frames_THWC, caption)
-        for attribute, good in answer.items():
+        verdict = check(frames_THWC, caption)
+        for attribute, good in verdict.items():
             hits[attribute].append(good)
-        if "motion" in answer:
-            by_motion[parse_caption(caption)[0][0].motion].append(answer["motion"])
-        wrong.append(", ".join(k for k, good in answer.items() if not good))
-    return hits, dict(sorted(by_motion.items())), wrong
+        if "motion" in verdict:
+            by_motion[parse_caption(caption)[0][0].motion].append(verdict["motion"])
+        errors.append(", ".join(k for k, good in verdict.items() if not good))
+    return hits, dict(sorted(by_motion.items())), errors
 
 
-def observe(frames_THWC: np.ndarray, count: int = 1) -> list[Seen]:
-    """The `count` most prominent objects of a clip, largest first (fewer where fewer are seen)."""
+def observe(frames_THWC: np.ndarray, count: int = 1) -> list[Observation]:
+    """The `count` most prominent objects of a clip, largest first; fewer if fewer are visible."""
     x = frames_THWC.astype(np.float32)
-    # Distances to the palette, (T, H, W, colours), from |a - b|^2 = a a - 2 a b + b b
+    # Distances to the palette, (T, H, W, colours): |a - b|^2 = a a - 2 a b + b b
     gap = np.sqrt(np.maximum((x * x).sum(-1, keepdims=True) - 2 * x @ _PALETTE.T + (_PALETTE**2).sum(-1), 0.0))
     nearest = np.argmin(gap, axis=-1)
     sure = (np.min(gap, axis=-1) < 70.0) & (nearest < _OBJECTS)
@@ -94,15 +106,15 @@ def observe(frames_THWC: np.ndarray, count: int = 1) -> list[Seen]:
     return [_describe(x, c, [o for o in colours if o != c], background, wall) for c in colours]
 
 
-def _background(x, nearest) -> np.ndarray:
-    """Median colour of what is neither object nor wall, (3,)."""
+def _background(x: np.ndarray, nearest: np.ndarray) -> np.ndarray:
+    """The median colour (3,) of the pixels that are neither object nor wall."""
     plain = nearest > _WALL
     return np.median(x[plain], axis=0) if plain.any() else np.median(x.reshape(-1, 3), axis=0)
 
 
-def _describe(x, colour: int, others: list[int], background, wall: bool) -> Seen:
+def _describe(x: np.ndarray, colour: int, others: list[int], background: np.ndarray, wall: bool) -> Observation:
     own = _PALETTE[colour]
-    # Coverage: how far a pixel lies on the way from the background to the object's colour.
+    # Coverage: the position of a pixel between the background (0) and the object's colour (1).
     way = own - background
     cover = np.clip((x - background) @ way / (way @ way), 0.0, 1.0)
     rivals = np.stack([_PALETTE[o] for o in others] + ([_PALETTE[_WALL]] if wall else []) + [own])
@@ -119,11 +131,11 @@ def _describe(x, colour: int, others: list[int], background, wall: bool) -> Seen
     motion, returns = _motion(x, cover, path, area_T, visible_T, wall)
     is_wall = np.linalg.norm(x - _PALETTE[_WALL], axis=-1) < 40.0
     shape = _shape(cover, path, area_T, visible_T, (is_wall.mean((0, 1)) > 0.5) if wall else np.zeros(W, bool))
-    return Seen(_NAMES[colour], shape, motion, visible_T, returns, path)
+    return Observation(_NAMES[colour], shape, motion, visible_T, returns, path)
 
 
 def _near_the_blob(cover_THW: np.ndarray) -> np.ndarray:
-    """Coverage without specks far from the frame's main blob."""
+    """The coverage without specks far from the frame's main blob."""
     T, H, W = cover_THW.shape
     y, x = np.mgrid[0:H, 0:W] + 0.5
     box = _blur(cover_THW, 2)
@@ -134,19 +146,19 @@ def _near_the_blob(cover_THW: np.ndarray) -> np.ndarray:
 
 
 def _blur(image: np.ndarray, k: int) -> np.ndarray:
-    """Mean over (2k + 1)^2 neighbours, (..., H, W)."""
+    """The mean over (2k + 1)^2 neighbours of an image (..., H, W)."""
     sums = np.pad(image, [(0, 0)] * (image.ndim - 2) + [(k + 1, k)] * 2).cumsum(-2).cumsum(-1)
     n = 2 * k + 1
     return (sums[..., n:, n:] - sums[..., :-n, n:] - sums[..., n:, :-n] + sums[..., :-n, :-n]) / n**2
 
 
-def _shape(cover, path, area_T, visible_T, wall_W) -> str:
-    """The shape whose drawing overlaps the blob best over the clear frames, at the blob's place.
+def _shape(cover: np.ndarray, path: np.ndarray, area_T: np.ndarray, visible_T: np.ndarray, wall_W: np.ndarray) -> str:
+    """The shape whose drawing at the blob's place overlaps the blob best, over the frames that show it whole.
 
-    Drawings of a few sizes are tried, sharp and blurred, since a codec or a model may soften edges and corners.
+    Drawings of three sizes are tried, sharp and blurred, since a codec or a model may soften edges and corners.
     """
     clear = visible_T & (area_T >= 0.6 * area_T.max())
-    if wall_W.any():  # the whole blob in sight of the wall
+    if wall_W.any():  # use frames where the wall does not cover the blob
         to_wall = np.abs(path[:, :1] - (np.flatnonzero(wall_W) + 0.5)).min(1)
         reach = 1.2 * np.sqrt(np.median(area_T[clear]) / 2.2) + 1.0
         clear &= (to_wall > reach) | (to_wall >= to_wall[visible_T].max() - 1.0)
@@ -165,7 +177,7 @@ def _shape(cover, path, area_T, visible_T, wall_W) -> str:
             for drawn in (sharp, _blur(sharp, 1), _blur(_blur(sharp, 1), 1)):
                 overlaps.append(np.minimum(drawn, c).sum((1, 2)) / np.maximum(drawn, c).sum((1, 2)))
         scores[shape] = float(np.mean(np.max(overlaps, axis=0)))
-    best = max(scores, key=scores.get)
+    best = max(scores, key=lambda shape: scores[shape])
     return best if scores[best] > 0.6 else "unclear"
 
 
@@ -177,8 +189,10 @@ def _unit_area(shape: str) -> float:
 _UNIT_AREA = {shape: _unit_area(shape) for shape in SHAPES}
 
 
-def _motion(x, cover, path, area_T, visible_T, wall: bool) -> tuple[str, bool]:
-    """(the motion's name, was the object hidden and seen again)."""
+def _motion(
+    x: np.ndarray, cover: np.ndarray, path: np.ndarray, area_T: np.ndarray, visible_T: np.ndarray, wall: bool
+) -> tuple[str, bool]:
+    """(the name of the motion, whether the object is hidden and then visible again)."""
     seen = np.flatnonzero(visible_T)
     if len(seen) < 2:
         return "unclear", False
@@ -196,7 +210,7 @@ def _motion(x, cover, path, area_T, visible_T, wall: bool) -> tuple[str, bool]:
         return ("pan-left" if scroll > 0 else "pan-right"), hidden
     if len(seen) >= 6 and _turn(track / pixel) > 1.25 * np.pi:
         return "orbit", hidden
-    # Coming back along an axis
+    # It bounces if it comes back along an axis.
     steps = np.diff(track, axis=0)
     for axis in (0, 1):
         forth = np.abs(steps[:, axis]).sum()
@@ -218,7 +232,7 @@ def _motion(x, cover, path, area_T, visible_T, wall: bool) -> tuple[str, bool]:
 
 
 def _turn(track: np.ndarray) -> float:
-    """Radians that a path (T, 2) turns around the circle fitted to it (Kasa 1976); 0 for what is no circle."""
+    """The angle in radians that a path (T, 2) turns around the circle fitted to it (Kasa 1976); 0 for no circle."""
     away = track - track.mean(0)
     if np.hypot(*np.ptp(away, axis=0)) < 3.0:
         return 0.0
@@ -232,9 +246,9 @@ def _turn(track: np.ndarray) -> float:
 
 
 def _texture_scroll(x: np.ndarray, cover: np.ndarray) -> float:
-    """Pixels that a checkered background moved rightwards over the clip; 0 without a checkered background.
+    """The pixels by which a checkered background moves rightwards over the clip; 0 for another background.
 
-    Its cells are as large as the world draws them, or larger by 2, 4, ... in a frame that may have been enlarged.
+    Cells of CHECKER_CELL pixels and of 2, 4, ... times that are tried, since frames may be upscaled.
     """
     T, H, W = cover.shape
     grey = x.mean(-1)

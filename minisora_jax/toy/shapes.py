@@ -1,11 +1,11 @@
-"""The embedded data set: captioned clips of coloured shapes in motion, drawn on demand.
+"""The procedural data set: captioned clips of coloured shapes in motion, drawn on demand.
 
-Clip i of a split is a pure function of (split, i): sizes 32 to 64 pixels a side, 1 to 17 frames at 8 frames per
-second, one or two objects, plain and checkered backgrounds. Objects stay, move in eight directions, bounce off the
+Clip i of a split is a pure function of (split, i). Clips have 32 to 64 pixels a side, 1 to 17 frames at 8 frames per
+second, one or two objects, and a plain or checkered background. Objects stay, move in eight directions, bounce off the
 frame, grow, shrink, move in a circle, slide by as the camera pans, or pass behind a wall and come back.
 
     train    no object of any clip has a held-out (colour, shape, motion) triple
-    heldout  every clip has one: its words are known from training, never their combination
+    heldout  every clip has such an object: training contains its words, but not their combination
 """
 
 from __future__ import annotations
@@ -58,42 +58,48 @@ PHRASES = {
     "pan-right": "the camera pans right past",
 }
 MOTIONS = tuple(PHRASES)
-HELD_OUT_SHARE = 8  # one triple in this many is kept from training
-RADIUS = {"small": 0.19, "large": 0.28, "": 0.25}  # of the shorter side
+HELD_OUT_SHARE = 8  # one triple in so many is held out of training
+NO_PATH = lambda: np.zeros(0)
+RADIUS = {"small": 0.19, "large": 0.28, "": 0.25}  # as a share of the frame's shorter side
 
 
 @dataclasses.dataclass(frozen=True)
 class Object:
+    """A coloured shape with its motion. `_place` adds its path."""
+
     colour: str
     shape: str
     motion: str
-    size: str = ""  # "small", "large", or unsaid
-    speed: str = ""  # "slowly", "quickly", or unsaid
-    x_T: np.ndarray = dataclasses.field(default=None, repr=False, compare=False)  # centre, pixels
-    y_T: np.ndarray = dataclasses.field(default=None, repr=False, compare=False)
-    radius_T: np.ndarray = dataclasses.field(default=None, repr=False, compare=False)
+    size: str = ""  # "small", "large", or "" if the caption does not mention it
+    speed: str = ""  # "slowly", "quickly", or "" if the caption does not mention it
+    x_T: np.ndarray = dataclasses.field(default_factory=NO_PATH, repr=False, compare=False)  # the centre, in pixels
+    y_T: np.ndarray = dataclasses.field(default_factory=NO_PATH, repr=False, compare=False)
+    radius_T: np.ndarray = dataclasses.field(default_factory=NO_PATH, repr=False, compare=False)
 
     @property
     def triple(self) -> tuple[str, str, str]:
+        """(colour, shape, motion)."""
         return self.colour, self.shape, self.motion
 
 
 @dataclasses.dataclass(frozen=True)
 class Scene:
-    size_THW: tuple[int, int, int]
+    """The content of a clip, from which `render` draws it and `caption` describes it."""
+
+    size_THW: tuple[int, int, int]  # frames, and pixels
     objects: tuple[Object, ...]
     background: str  # a name of BACKGROUNDS, or "checkered"
     wall: tuple[float, float] | None = None  # left and right edge in pixels
-    scroll_T: np.ndarray | None = dataclasses.field(default=None, repr=False, compare=False)  # of the texture
+    scroll_T: np.ndarray | None = dataclasses.field(default=None, repr=False, compare=False)  # texture shift, pixels
 
 
 def held_out(triple: tuple[str, str, str]) -> bool:
-    """Is this (colour, shape, motion) kept from training? Fixed for all time by a checksum of the words."""
+    """Whether this (colour, shape, motion) is held out of training. A checksum of the words decides."""
     return zlib.crc32(" ".join(triple).encode()) % HELD_OUT_SHARE == 0
 
 
 class Shapes:
-    """The split as a sequence of clips. `size_THW` fixes every clip's size (an evaluation may want one)."""
+    """Clips `offset`, `offset` + 1, ... of a split. With `size_THW` None, sizes are random."""
 
     def __init__(self, split: str, length: int, *, offset: int = 0, size_THW: tuple[int, int, int] | None = None):
         if split not in ("train", "heldout"):
@@ -102,27 +108,27 @@ class Shapes:
 
     @classmethod
     def from_spec(cls, spec: str, count: int) -> Shapes:
-        """The split named by "shapes[:SPLIT[:COUNT]]"; by default train and `count`."""
-        _, split, asked, *_ = [*spec.split(":"), "", ""]
-        if asked and not asked.isdigit():
+        """The clips of "shapes[:SPLIT[:COUNT]]"; the defaults are train and `count`."""
+        _, split, number, *_ = [*spec.split(":"), "", ""]
+        if number and not number.isdigit():
             raise ValueError(f"{spec!r}: the count of clips must be a whole number, as in shapes:train:5000")
-        return cls(split or "train", int(asked or count))
+        return cls(split or "train", int(number or count))
 
     def __len__(self) -> int:
         return self.length
 
     def __getitem__(self, i: int) -> Clip:
         if not 0 <= i < self.length:
-            raise IndexError(f"clip {i} of {self.length}")
+            raise IndexError(f"clip {i} is out of range for {self.length} clips")
         scene = sample_scene(i + self.offset, self.split, self.size_THW)
         return Clip(render(scene), caption(scene), FPS, f"shapes/{self.split}/{i + self.offset}")
 
 
-# ---- Words
+# ---- Captions
 
 
 def caption(scene: Scene) -> str:
-    """One sentence of the grammar that `parse_caption` reads."""
+    """The caption of a scene: one sentence of the grammar that `parse_caption` reads."""
     first, place = scene.objects[0], f"on a {scene.background} background"
     noun = lambda o: " ".join(w for w in (_article(o.size or o.colour), o.size, o.colour, o.shape) if w)
     if scene.size_THW[0] == 1:
@@ -134,7 +140,7 @@ def caption(scene: Scene) -> str:
 
 
 def example_captions() -> tuple[str, ...]:
-    """Captions that show what this world contains."""
+    """Captions of four kinds of clips, as examples of prompts."""
     return (
         "a large red circle moves left slowly on a black background",
         "the camera pans right past a small cyan cross on a checkered background",
@@ -144,7 +150,7 @@ def example_captions() -> tuple[str, ...]:
 
 
 def vocabulary() -> frozenset[str]:
-    """Every word that a caption of this world can contain."""
+    """Every word that a caption of these clips can contain."""
     phrases = " ".join([*PHRASES.values(), *COLOURS, *SHAPES, *BACKGROUNDS, *RADIUS])
     return frozenset(
         re.findall(r"[a-z]+(?:-[a-z]+)*", f"{phrases} a an on and checkered background photo of slowly quickly")
@@ -164,7 +170,7 @@ _PLACE = re.compile(rf" on an? (?P<background>{'|'.join(BACKGROUNDS)}|checkered)
 
 
 def parse_caption(text: str) -> tuple[list[Object], str, bool]:
-    """(objects without paths, background, is it an image) said by a caption; ValueError outside the grammar."""
+    """(objects without paths, background, whether it is an image); ValueError for a caption outside the grammar."""
     place = _PLACE.search(text)
     if place:
         body = text[: place.start()]
@@ -176,13 +182,13 @@ def parse_caption(text: str) -> tuple[list[Object], str, bool]:
                 return objects, place["background"], pattern is _PHOTO
         matches = list(_CLAUSE.finditer(body))
         if matches and " and ".join(m[0] for m in matches) == body:
-            found = [
+            objects = [
                 Object(m["colour"], m["shape"], motions[m["phrase"]], m["size"] or "", m["speed"] or "")
                 for m in matches
             ]
-            return found, place["background"], False
+            return objects, place["background"], False
     raise ValueError(
-        f"caption {text!r} is outside the shapes grammar, an example of which is "
+        f"caption {text!r} is outside the grammar of shapes. Write one such as "
         f"'a large red circle moves left slowly on a black background'. Colours: {', '.join(COLOURS)}; "
         f"shapes: {', '.join(SHAPES)}; motions: {', '.join(PHRASES.values())}; "
         f"backgrounds: {', '.join(BACKGROUNDS)}, checkered"
@@ -202,7 +208,7 @@ def sample_scene(index: int, split: str = "train", size_THW: tuple[int, int, int
             return scene
 
 
-def _draw_scene(rng: np.random.Generator, size_THW) -> Scene:
+def _draw_scene(rng: np.random.Generator, size_THW: tuple[int, int, int] | None) -> Scene:
     pick = lambda options: options[int(rng.integers(len(options)))]
     kind = pick(["image", "two", "two", "hide", "pan"] + ["one"] * 10)
     T, H, W = size_THW or (pick((5, 9, 13, 17)), pick(SIDES), pick(SIDES))
@@ -220,22 +226,22 @@ def _draw_scene(rng: np.random.Generator, size_THW) -> Scene:
     if kind == "hide":
         return _behind_a_wall(rng, pick, (T if size_THW else 17, H, max(W, 48)), colour, shape, background)
     if kind == "pan":
-        T = T if size_THW else pick((9, 13, 17))  # slow enough that the texture's motion is plain
+        T = T if size_THW else pick((9, 13, 17))  # the texture moves slowly enough to follow
         motion = pick(("pan-left", "pan-right"))
-        world = "right" if motion == "pan-left" else "left"  # the world slides against the camera
+        world = "right" if motion == "pan-left" else "left"  # the scene moves against the camera
         thing = _place(rng, Object(colour, shape, world, size, pick(("slowly", "quickly"))), T, (0, 0, W, H), min(H, W))
         thing = dataclasses.replace(thing, motion=motion, speed="")
         return Scene((T, H, W), (thing,), "checkered", scroll_T=thing.x_T - thing.x_T[0])
     motion = pick(("bounce", "bounce", "orbit", "orbit", "grow", "shrink", "grow", "shrink", "still", *DIRECTIONS))
     if motion in ("bounce", "orbit") and not size_THW:
-        T = pick((13, 17))  # enough frames to see the turn
+        T = pick((13, 17))  # enough frames for a whole turn
     speed = pick(("slowly", "quickly")) if motion in DIRECTIONS else ""
     thing = Object(colour, shape, motion, "" if motion in ("grow", "shrink") else size, speed)
     return Scene((T, H, W), (_place(rng, thing, T, (0, 0, W, H), min(H, W)),), background)
 
 
 def _two_objects(rng, pick, size_THW, background) -> Scene:
-    """Two objects of different colour and shape, each in its own half, so that they never meet."""
+    """Two objects of different colours, each in its own half of the frame, so that they never meet."""
     T, H, W = size_THW
     H, W = (max(H, 48), W) if H >= W else (H, max(W, 48))
     lanes = [(0, 0, W, H // 2), (0, H // 2, W, H)] if H >= W else [(0, 0, W // 2, H), (W // 2, 0, W, H)]
@@ -249,7 +255,7 @@ def _two_objects(rng, pick, size_THW, background) -> Scene:
 
 
 def _behind_a_wall(rng, pick, size_THW, colour, shape, background) -> Scene:
-    """A small object crosses the frame, unseen for about three frames behind a wall near the middle."""
+    """A small object that crosses the frame. A wall near the middle hides it for about three frames."""
     T, H, W = size_THW
     direction = pick(("left", "right"))
     thing = Object(colour, shape, direction, "small", "quickly")
@@ -262,13 +268,13 @@ def _behind_a_wall(rng, pick, size_THW, colour, shape, background) -> Scene:
 
 
 def _place(rng, thing: Object, T: int, box: tuple[int, int, int, int], side: float, share=None) -> Object:
-    """`thing` with its path of T frames inside `box` (left, top, right, bottom), sized by `side`."""
+    """`thing` with a path of T frames inside `box` (left, top, right, bottom). Its radius is relative to `side`."""
     time = np.linspace(0.0, 1.0, T) if T > 1 else np.zeros(1)
     radius = np.full(T, RADIUS[thing.size] * side)
     if thing.motion in ("grow", "shrink"):
         low, high = 0.15 * side, rng.uniform(0.28, 0.34) * side
         radius = low + (high - low) * (time if thing.motion == "grow" else 1.0 - time)
-    reach = radius.max() + 1.0  # a pixel from the edge
+    reach = radius.max() + 1.0  # it stays a pixel away from the edge
     low = np.array([box[0] + reach, box[1] + reach])
     free = np.array([box[2] - reach, box[3] - reach]) - low
     start, move = low + rng.uniform(size=2) * free, np.zeros((T, 2))
@@ -280,7 +286,7 @@ def _place(rng, thing: Object, T: int, box: tuple[int, int, int, int], side: flo
         start = low + rng.uniform(size=2) * slack + length * np.maximum(-way, 0.0)
         move = time[:, None] * way * length
     elif thing.motion == "bounce":
-        # One axis reflects after at least a third of its way and comes back at least half of it.
+        # Along one axis it reflects after at least a third of its way, and comes back at least half of the way.
         axis = int(rng.integers(2)) if min(free) * 1.5 > max(free) else int(np.argmax(free))
         travel = np.zeros(2)
         travel[axis] = rng.uniform(1.3, 1.7) * free[axis]
@@ -304,14 +310,14 @@ def _place(rng, thing: Object, T: int, box: tuple[int, int, int, int], side: flo
 
 
 def render(scene: Scene) -> np.ndarray:
-    """uint8 (T, H, W, 3), edges anti-aliased by the distance to them."""
+    """The frames of a scene: uint8 (T, H, W, 3), with edges anti-aliased by the distance to them."""
     T, H, W = scene.size_THW
     y, x = np.mgrid[0:H, 0:W] + 0.5
     frames = np.empty((T, H, W, 3), np.float32)
     if scene.background == "checkered":
         scroll = np.zeros(T) if scene.scroll_T is None else scene.scroll_T
         along = (x[0][None] - scroll[:, None]) * np.pi / CHECKER_CELL
-        # Anti-aliased stripes across and along, multiplied into a checker: +1 and -1 cells.
+        # The product of anti-aliased horizontal and vertical stripes is a checker with cells of +1 and -1.
         stripe = lambda a: np.clip(np.sin(a) * CHECKER_CELL / np.pi * 2, -1, 1)
         cells = stripe(along)[:, None, :] * stripe(y[:, 0] * np.pi / CHECKER_CELL)[None, :, None]
         dark, light = (np.array(c, np.float32) for c in CHECKER)
@@ -329,8 +335,8 @@ def render(scene: Scene) -> np.ndarray:
     return np.round(frames).astype(np.uint8)
 
 
-def distance(shape: str, dx: np.ndarray, dy: np.ndarray, r) -> np.ndarray:
-    """Signed distance (negative inside, pixels) to the edge of a shape of radius r; y points down."""
+def distance(shape: str, dx: np.ndarray, dy: np.ndarray, r: np.ndarray | float) -> np.ndarray:
+    """The signed distance in pixels to the edge of a shape of radius r, negative inside; y points down."""
     if shape == "circle":
         return np.hypot(dx, dy) - r
     if shape == "square":
