@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from minisora_jax.generate.request import Request
     from minisora_jax.io.video_writer import write_video
     from minisora_jax.models.codec import Codec
+    from minisora_jax.sources.clips import open_clips
 
 __version__ = "0.2.0"
 
@@ -33,6 +34,7 @@ __all__ = [
     "VideoPipeline",
     "configs",
     "encode",
+    "open_clips",
     "open_latents",
     "plot_metrics",
     "prepare",
@@ -49,6 +51,7 @@ _HOMES = {
     "VideoPipeline": "generate.pipeline",
     "configs": "config",
     "encode": "api.encoding",
+    "open_clips": "sources.clips",
     "open_latents": "data.latents",
     "plot_metrics": "api.notebook",
     "prepare": "curation.prepare",

@@ -64,7 +64,8 @@ def made(pipeline, clip):
 def test_sizes_are_those_asked_for(made):
     lengths = {name: len(v) for name, v in made.items()}
     assert lengths == {
-        "text_to_video": 9, "image_to_video": 9, "interpolate": 9, "video_to_video": 9, "anew": 9, "inpaint": 9, "outpaint": 9,
+        "text_to_video": 9, "image_to_video": 9, "interpolate": 9, "video_to_video": 9, "anew": 9, "inpaint": 9,
+        "outpaint": 9,
         "both": 5 + 9 + 10, "still": 3 + 1 + 2, "far": 17 + 9, "transition": 9 + 7 + 9, "loop-video": 9 + 7,
         "loop": 8, "long_video": 30, "short": 6,
     }  # fmt: skip

@@ -86,6 +86,14 @@ def prepare(
         DataError: `out_dir` holds another data set, or no clip is good.
         ImportError: a package is missing that the settings need.
         ValueError: a setting is out of range.
+
+    Example:
+        >>> import tempfile
+        >>> import minisora_jax as ms
+        >>> out = tempfile.mkdtemp() + "/clips"
+        >>> report = ms.prepare("shapes", out, count=4)
+        >>> len(ms.open_clips(out))
+        4
     """
     if not 0 <= held_out < 1 or workers < 0 or (files_per_part is not None and files_per_part < 1):
         raise ValueError(

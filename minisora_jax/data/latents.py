@@ -180,7 +180,23 @@ class Mixture:
 
 
 def open_latents(text: str | os.PathLike, **expect: Any) -> Mixture:
-    """The caches of a mixture such as "data/a + data/b*0.5". `expect` has further arguments of `Latents`."""
+    """The latent cache in a directory, or a mixture of caches such as "data/a + data/b*0.5".
+
+    Args:
+        text: the directory, or the directories with their weights.
+        **expect: further arguments of `Latents`, which a cache must match.
+
+    Raises:
+        FileNotFoundError: a directory is not a latent cache.
+        ValueError: a cache does not match `expect`, or two caches do not fit together.
+
+    Example:
+        >>> import tempfile
+        >>> import minisora_jax as ms
+        >>> cache = ms.encode("shapes:train:2", tempfile.mkdtemp() + "/latents", progress=False)
+        >>> ms.open_latents(cache)[0].caption == ms.open_clips("shapes:train:2")[0].caption
+        True
+    """
     mixture = parse_mixture(str(text))
     return Mixture([Latents(name, **expect) for name, _ in mixture], [weight for _, weight in mixture])
 

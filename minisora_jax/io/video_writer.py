@@ -38,6 +38,15 @@ def write_video(
 
     Raises:
         ValueError: an unknown suffix, a bad value, or several frames for a .png.
+
+    Example:
+        >>> import pathlib, tempfile
+        >>> import numpy as np
+        >>> import minisora_jax as ms
+        >>> path = pathlib.Path(tempfile.mkdtemp()) / "black.gif"
+        >>> ms.write_video(path, np.zeros((5, 32, 32, 3), np.uint8), fps=8, upscale=2)
+        >>> path.exists()
+        True
     """
     frames_THWC = np.asarray(frames_THWC)
     if Path(path).suffix.lower() == ".png" and len(frames_THWC) > 1:

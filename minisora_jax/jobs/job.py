@@ -10,7 +10,7 @@
 {"prompt": "...", "video": "cat.mp4", "extend": "forward", "seconds": 2}  or "backward", or "both"
 {"prompt": "...", "video": "cat.mp4", "transition": "dog.mp4"}            a transition between them
 {"prompt": "...", "loop": true}                                           a seamless loop; with "video", of that
-{"prompt": "a red circle grows [4s] it moves left", "seconds": 60}        a long video, whose prompt changes
+{"prompt": "a red circle grows [4s] a red circle shrinks", "seconds": 9}     a long video, whose prompt changes
 """
 
 from __future__ import annotations

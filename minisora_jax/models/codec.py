@@ -31,6 +31,14 @@ class Codec:
     """A VAE with its weights and latent statistics.
 
     Two codecs with the same encoder make the same latents. `latents` identifies the latents for caches and models.
+
+    Example:
+        >>> import numpy as np
+        >>> import minisora_jax as ms
+        >>> codec = ms.VideoPipeline.load().codec  # or ms.Codec.load(DIRECTORY)
+        >>> mean, std = codec.encode(np.zeros((1, 9, 48, 64, 3), np.uint8))
+        >>> codec.decode(mean).shape
+        (1, 9, 48, 64, 3)
     """
 
     config: VAEConfig

@@ -56,6 +56,11 @@ def open_clips(spec: str | os.PathLike, *, long_captions: float = LONG_CAPTIONS)
 
     Raises:
         FileNotFoundError: the directory is not a prepared data set.
+
+    Example:
+        >>> import minisora_jax as ms
+        >>> ms.open_clips("shapes:heldout:100")[0].frames_THWC.shape[-1]
+        3
     """
     spec = os.fspath(spec)
     if spec.split(":")[0] == "shapes":
