@@ -25,7 +25,7 @@ from minisora_jax.parallel.mesh import TOKENS, MeshConfig, batch_specs, make_mes
 from minisora_jax.plan.hardware import Topology
 from minisora_jax.plan.schedule import Traffic, read
 from minisora_jax.train.diffusion_task import DiffusionTask, init_params, loss_of
-from minisora_jax.train.loop import jitted
+from minisora_jax.train.loop import jit_train_step
 from minisora_jax.train.optim import make_optimizer
 from minisora_jax.train.step import init_state
 
@@ -106,7 +106,7 @@ def lower(work: Workload, mesh: jax.sharding.Mesh) -> tuple[dict[str, Any], jax.
     optim = work.task.run.optim
     with jax.set_mesh(mesh):
         key = with_shardings(jax.eval_shape(lambda: jax.random.key(0)), mesh)
-        step = jitted(loss_of(work.task), make_optimizer(optim, work.task.run.steps), optim)
+        step = jit_train_step(loss_of(work.task), make_optimizer(optim, work.task.run.steps), optim)
         lowered = step.lower(state, batch, key)
     return {"parameters": state.params, "average": state.ema, "optimiser": state.opt_state, "batch": batch}, lowered
 

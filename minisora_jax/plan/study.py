@@ -31,7 +31,7 @@ from minisora_jax.plan.cost_model import arithmetic, reckon
 from minisora_jax.plan.hardware import Topology
 from minisora_jax.plan.report import named
 from minisora_jax.train.diffusion_task import DiffusionTask, init_params, loss_of
-from minisora_jax.train.loop import jitted
+from minisora_jax.train.loop import jit_train_step
 from minisora_jax.train.optim import make_optimizer
 from minisora_jax.train.step import init_state
 
@@ -104,7 +104,7 @@ def measure(task: DiffusionTask, case: Case, rows: int, *, repeats: int, peak: f
     tokens = 0
     with jax.set_mesh(mesh):
         state = jax.jit(lambda k: init_state(init_params(task, k), optimizer))(jax.random.key(0))
-        step = jitted(loss_of(task), optimizer, optim)
+        step = jit_train_step(loss_of(task), optimizer, optim)
         for length, clips in batches(case, rows):
             batch = to_global(_random_batch(task, length, clips, mesh), mesh)
             compiled = step.lower(state, batch, jax.random.key(1)).compile()

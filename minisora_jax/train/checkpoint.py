@@ -1,8 +1,8 @@
 """Checkpoints of a run: Orbax, asynchronous, atomic.
 
-A checkpoint is a step directory under WORKDIR/checkpoints, visible only once whole, of which every process writes its
-part. It restores onto any mesh and any number of processes. The data state is the step number, so nothing else is
-stored.
+A checkpoint is a directory WORKDIR/checkpoints/STEP. Every process writes its part, and the directory appears only when
+it is complete. It restores onto any mesh and any number of processes. The data state is the step number, so it holds
+the TrainState and nothing else.
 """
 
 from __future__ import annotations
@@ -21,71 +21,107 @@ from minisora_jax.types import TrainState
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint that could not be written or read; those before it are as they were."""
+    """A checkpoint could not be written or read. Earlier checkpoints are unchanged."""
 
 
 class Checkpoints:
-    """Saves and restores a TrainState under `directory`, keeping the newest `keep`."""
+    """Saves and restores a TrainState under `directory`, and keeps the newest `keep` checkpoints.
 
-    def __init__(self, directory: Path, *, keep: int = 3):
-        # Orbax cuts what several devices hold alike, so that each writes a piece, and compiles a program for every cut:
-        # 4 s of a tiny run, for nothing below this size.
-        whole_below = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=2**20)
+    A context manager: it waits for the last save and closes.
+    """
+
+    def __init__(self, directory: Path, *, keep: int = 3) -> None:
+        # Orbax slices replicated arrays, so that each device writes a slice, and compiles a program for every slice.
+        # For arrays below 1 MiB this saves nothing, and it takes 4 s of a tiny run.
+        handler = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=2**20)
         level = absl.logging.get_verbosity()
-        absl.logging.set_verbosity(absl.logging.ERROR)  # that a handler is replaced is no news
-        ocp.type_handlers.register_type_handler(jax.Array, whole_below, override=True)
+        absl.logging.set_verbosity(absl.logging.ERROR)  # no warning that a handler is replaced
+        ocp.type_handlers.register_type_handler(jax.Array, handler, override=True)
         absl.logging.set_verbosity(level)
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True, create=True)
         self._directory = Path(directory).absolute()
         self._manager = ocp.CheckpointManager(self._directory, options=options)
 
     def latest(self) -> int | None:
+        """The step of the newest checkpoint; None if there is none."""
         return self._manager.latest_step()
 
     def save(self, step: int, state: TrainState) -> None:
+        """Start to save the state of `step`, unless there is a checkpoint of it.
+
+        Raises:
+            CheckpointError: This save, or an earlier one, failed.
+        """
         if step not in self._manager.all_steps():
-            with self._failures_named("written"):
+            with self._checkpoint_errors("written"):
                 self._manager.save(step, args=ocp.args.StandardSave(state))
 
     def preempted(self, step: int) -> bool:
-        """Was SIGTERM sent to this process, or any of several? Each asks at every step; all say yes at the same one."""
+        """Whether SIGTERM was sent to this process or, with several processes, to any of them.
+
+        Each process calls it at every step. All processes get True at the same step.
+        """
         return self._manager.reached_preemption(step) if several() else preemption_requested()
 
     def restore(self, abstract: TrainState, mesh: jax.sharding.Mesh, step: int | None = None) -> TrainState:
-        """The newest state (or that of `step`), laid out on `mesh` as `abstract`'s types say."""
+        """The state of a checkpoint on `mesh`.
+
+        Args:
+            abstract: The state as `jax.ShapeDtypeStruct`s with shardings.
+            mesh: The mesh to restore to.
+            step: None: the newest checkpoint.
+
+        Raises:
+            CheckpointError: The checkpoint cannot be read.
+        """
         target = with_shardings(abstract, mesh)
         step = self.latest() if step is None else step
-        with self._failures_named("read", step):
+        with self._checkpoint_errors("read", step):
             return self._manager.restore(step, args=ocp.args.StandardRestore(target))
 
     def wait(self) -> None:
-        with self._failures_named("written"):
+        """Wait until all saves are on disk.
+
+        Raises:
+            CheckpointError: A save failed.
+        """
+        with self._checkpoint_errors("written"):
             self._manager.wait_until_finished()
 
     @contextlib.contextmanager
-    def _failures_named(self, what: str, step: int | None = None) -> Iterator[None]:
+    def _checkpoint_errors(self, what: str, step: int | None = None) -> Iterator[None]:
+        """Turn any error into a CheckpointError with a fix. `what` is "written" or "read"."""
         try:
             yield
-        except Exception as error:  # of many types, and of a save perhaps at the next
-            said = " ".join(str(error).split())[:500]
+        except Exception as error:  # Orbax raises many types, and it may report a failed save at the next one
+            message = " ".join(str(error).split())[:500]
             if what == "read":
                 others = [s for s in self._manager.all_steps() if s != step]
                 fix = f"delete {self._directory / str(step)} to go on from step {max(others, default=0)}"
             else:
                 newest = max((int(p.name) for p in self._directory.glob("*") if p.name.isdigit()), default=None)
-                kept = "there is none before it" if newest is None else f"the newest whole one is of step {newest}"
-                fix = f"{kept}; make room or mend the disk, and start the same command again"
-            raise CheckpointError(f"a checkpoint under {self._directory} could not be {what}: {said}. {fix}") from error
+                state = "there is no complete checkpoint"
+                if newest is not None:
+                    state = f"the newest complete checkpoint is step {newest}"
+                fix = f"{state}; free disk space or repair the disk, and start the same command again"
+            raise CheckpointError(
+                f"a checkpoint under {self._directory} could not be {what}: {message}. {fix}"
+            ) from error
 
     def __enter__(self) -> Checkpoints:
         return self
 
-    def __exit__(self, error, *_) -> None:
-        # Of several processes, one that fails does not wait for the others, who would wait for it.
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        # With several processes, a process that fails must not wait for the others: they would wait for it.
         if error is None or not several():
             self.close()
 
     def close(self) -> None:
-        with self._failures_named("written"):
+        """Wait until all saves are on disk, and release the manager.
+
+        Raises:
+            CheckpointError: A save failed.
+        """
+        with self._checkpoint_errors("written"):
             self._manager.wait_until_finished()
             self._manager.close()

@@ -1,9 +1,9 @@
-"""Training the codec: reconstruction of random crops, with a weak pull of the posterior towards N(0, 1).
+"""Training of the codec: reconstruction of random crops, with a weak pull of the posterior towards N(0, 1).
 
-    loss = |x - y| + (x - y)^2 / 2 * l2 + kl * KL(q(z|x) || N(0, I))        each a mean over its own elements
+    loss = |x - y| + (x - y)^2 / 2 * l2 + kl * KL(q(z|x) || N(0, I))        each term a mean over its own elements
 
-The codec is convolutional and causal, so crops of one size teach it every size, and the first frame of each
-crop teaches it images.
+The codec is convolutional and causal. So crops of one size train it for every size, and the first frame of each crop
+trains it for images.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import dm_pix as pix
 import jax
@@ -22,7 +23,7 @@ from minisora_jax.io.retry import Damaged
 from minisora_jax.models.codec import Codec, to_float
 from minisora_jax.models.vae import VAE, VAEConfig
 from minisora_jax.parallel.halo import require_whole_units, shard_height
-from minisora_jax.parallel.mesh import PICTURES, like, make_mesh, shard
+from minisora_jax.parallel.mesh import FRAMES, like, make_mesh, shard
 from minisora_jax.parallel.processes import barrier, gathered, is_main
 from minisora_jax.train.loop import RunConfig, train
 from minisora_jax.train.metrics import Metrics
@@ -31,30 +32,47 @@ from minisora_jax.types import Clip, ClipSequence
 
 @dataclasses.dataclass(frozen=True)
 class CodecTask:
+    """The settings of a codec's training.
+
+    Raises:
+        ValueError: The codec's factors do not divide the crop, or two settings contradict each other.
+    """
+
     vae: VAEConfig = VAEConfig()
     run: RunConfig = RunConfig()
     data: ClipsConfig = ClipsConfig()
     crop_THW: tuple[int, int, int] = (9, 32, 32)
-    enlarge: float = 1.0  # above 1, half the crops are of clips enlarged by up to this (random resized crops)
-    batch: int = 8  # crops per step, over all devices
+    enlarge: float = 1.0  # above 1: half of the crops come from clips enlarged by up to this factor
+    batch: int = 8  # crops of a step, on all devices together
     l2: float = 4.0
     kl: float = 1e-4
     export_dtype: str = "float32"
-    start: str = ""  # an exported codec to go on from; "" for random weights
-    decoder_only: bool = False  # keep the encoder, and so the meaning of latents, as `start` has it
+    start: str = ""  # an exported codec to start from; "": random weights
+    decoder_only: bool = False  # keep the encoder of `start`, so its latents stay valid
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self.vae.latent_size(self.crop_THW)
         if self.enlarge < 1:
-            raise ValueError(f"enlarge={self.enlarge} must be at least 1, which leaves clips as large as they are")
+            raise ValueError(f"enlarge={self.enlarge} must be at least 1 (1: clips keep their size)")
         if self.decoder_only and not self.start:
             raise ValueError("decoder_only=True needs a trained encoder: set start to an exported codec")
 
 
-def loss_terms(task: CodecTask, params, frames_BTHWC, key):
-    """Per-clip values of each term, all of weight 1. On a mesh the rows of the crops are divided, too."""
+def loss_terms(
+    task: CodecTask, params: Any, frames_BTHWC: jax.Array, key: jax.Array
+) -> dict[str, tuple[jax.Array, jax.Array]]:
+    """The loss terms of each clip: {name: (values (B,), weights (B,))}, all weights 1.
+
+    On a mesh the height of the crops is divided over the sequence axes.
+
+    Args:
+        task: The settings.
+        params: Parameters of the VAE.
+        frames_BTHWC: Crops, uint8.
+        key: For the posterior's sample.
+    """
     vae, units = VAE(task.vae), task.vae.latent_size(task.crop_THW)[1]
-    x = to_float(shard(frames_BTHWC, PICTURES))
+    x = to_float(shard(frames_BTHWC, FRAMES))
     mean, logvar = shard_height(lambda p, x: vae.apply(p, x, method="encode")[:2], units, params, x)
     if task.decoder_only:
         mean, logvar = jax.lax.stop_gradient((mean, logvar))
@@ -68,13 +86,29 @@ def loss_terms(task: CodecTask, params, frames_BTHWC, key):
 
 
 def train_codec(task: CodecTask, workdir: Path, clips: ClipSequence, held_out: ClipSequence, run_config: dict) -> Codec:
-    """Train on `clips`, log reconstructions of `held_out`, and export to WORKDIR/export. Returns the codec."""
+    """Train a codec and export it to WORKDIR/export.
+
+    Args:
+        task: The settings.
+        workdir: The work directory. A run with checkpoints there goes on from the newest.
+        clips: Training clips.
+        held_out: Clips whose reconstructions are logged.
+        run_config: The run's whole configuration, stored with the codec.
+
+    Returns:
+        The exported codec.
+
+    Raises:
+        ValueError: The crops do not divide over the mesh, or `task.start` has another shape.
+    """
     require_whole_units(make_mesh(task.run.mesh), task.vae.latent_size(task.crop_THW)[1], "a crop")
     start = Codec.load(task.start) if task.start else None
     if start and start.config != task.vae:
-        raise ValueError(f"the codec to start from, {task.start}, has another shape: {start.config}, not {task.vae}")
+        raise ValueError(
+            f"the codec to start from, {task.start}, has another shape: {start.config}, and the config has {task.vae}"
+        )
 
-    def init_params(key):
+    def init_params(key: jax.Array) -> Any:
         frames = jnp.zeros((1, *task.crop_THW, 3))
         return jax.tree.map(jnp.asarray, start.params) if start else VAE(task.vae).init(key, frames)
 
@@ -86,7 +120,7 @@ def train_codec(task: CodecTask, workdir: Path, clips: ClipSequence, held_out: C
         for frames in crop_batches(clips, numbers, **options, damaged=damaged):
             yield frames, {"clips": float(task.batch * task.run.optim.accumulate)}
 
-    def sample(step: int, params, metrics: Metrics):
+    def sample(step: int, params: Any, metrics: Metrics) -> None:
         codec = Codec(task.vae, params, *_unit_stats(task.vae))
         scores, pairs = reconstruct(codec, [held_out[i] for i in range(min(8, len(held_out)))])
         metrics.scalars(step, {f"held_out/{k}": v for k, v in scores.items()})
@@ -106,7 +140,7 @@ def train_codec(task: CodecTask, workdir: Path, clips: ClipSequence, held_out: C
     )
     raw = Codec(task.vae, gathered(state.ema), *_unit_stats(task.vae))
     if is_main():
-        if task.decoder_only:
+        if start and task.decoder_only:
             statistics = {"latent_mean": start.latent_mean, "latent_std": start.latent_std, "latents": start.latents}
         else:
             statistics = latent_statistics(raw, clips)
@@ -116,20 +150,24 @@ def train_codec(task: CodecTask, workdir: Path, clips: ClipSequence, held_out: C
 
 
 def latent_statistics(codec: Codec, clips: ClipSequence, count: int = 256) -> dict[str, np.ndarray]:
-    """Per-channel mean and standard deviation of the latents of the first `count` clips."""
+    """{"latent_mean", "latent_std"}: mean and standard deviation (c,) of the latents of the first `count` clips."""
     means = [codec.encode(clips[i].frames_THWC[None])[0] for i in range(min(count, len(clips)))]
     flat = np.concatenate([m.reshape(-1, m.shape[-1]) for m in means])
     return {"latent_mean": flat.mean(0), "latent_std": np.maximum(flat.std(0), 1e-6)}
 
 
 def reconstruct(codec: Codec, clips: ClipSequence) -> tuple[dict[str, float], list[tuple[Clip, np.ndarray]]]:
-    """({"psnr", "ssim"} averaged over clips, [(clip, its reconstruction uint8 THWC)])."""
+    """Encode and decode clips.
+
+    Returns:
+        ({"psnr", "ssim"} averaged over clips, [(clip, its reconstruction (T, H, W, 3), uint8)]).
+    """
     scores, pairs = [], []
     for clip in clips:
         mean, _ = codec.encode(clip.frames_THWC[None])
         frames = codec.decode(mean)[0]
         a, b = (np.asarray(f, np.float32) / 255.0 for f in (clip.frames_THWC, frames))
-        # A clip's PSNR is that of its mean squared error, so that an exact frame cannot make it infinite.
+        # PSNR is computed from the mean squared error of the whole clip, so one exact frame cannot make it infinite.
         mse = max(float(np.mean((a - b) ** 2)), 1e-10)
         scores.append({"psnr": -10.0 * np.log10(mse), "ssim": float(_ssim(a, b))})
         pairs.append((clip, frames))
@@ -138,7 +176,7 @@ def reconstruct(codec: Codec, clips: ClipSequence) -> tuple[dict[str, float], li
 
 @jax.jit
 def _ssim(a_THWC, b_THWC):
-    """The mean over frames; one program for a size, where `ssim` by itself would be a hundred."""
+    """The mean SSIM over frames. As one jitted program: `pix.ssim` by itself compiles about a hundred."""
     return jnp.mean(pix.ssim(a_THWC, b_THWC))
 
 

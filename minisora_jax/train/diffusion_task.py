@@ -1,4 +1,4 @@
-"""Training the diffusion transformer on a latent cache: every clip, at its own size, packed."""
+"""Training of the diffusion transformer on a latent cache. Clips keep their own size and are packed into rows."""
 
 from __future__ import annotations
 
@@ -44,6 +44,12 @@ log = logging.getLogger("minisora")
 
 @dataclasses.dataclass(frozen=True)
 class DiffusionTask:
+    """The settings of a transformer's training.
+
+    Raises:
+        ValueError: `caption_dropout` is not in [0, 1).
+    """
+
     dit: DiTConfig = DiTConfig()
     run: RunConfig = RunConfig()
     data: DataConfig = DataConfig()
@@ -51,27 +57,29 @@ class DiffusionTask:
     times: TimeConfig = TimeConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
     conditioning: ConditioningConfig = ConditioningConfig()
-    caption_dropout: float = 0.1
+    caption_dropout: float = 0.1  # share of clips that are trained with the empty caption, for guidance
     export_dtype: str = "float32"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not 0 <= self.caption_dropout < 1:
             raise ValueError(f"caption_dropout={self.caption_dropout} must be in [0, 1)")
 
 
 def example_batch(task: DiffusionTask) -> PackedBatch:
-    """The smallest batch the model can be initialised with: one token in one row."""
+    """The smallest batch that can initialise the model: one token in one row."""
     text = encode_bytes("") if task.dit.text_features == 1 else np.zeros((4, task.dit.text_features), np.float32)
-    one = Segment(np.zeros((1, task.dit.token_width), np.float32), np.zeros(1, bool), (1, 1, 1), text, 8.0)
-    return pack_segments([[one]], PackConfig(tokens=1, text_tokens=4, slots=1, rows=1))
+    segment = Segment(np.zeros((1, task.dit.token_width), np.float32), np.zeros(1, bool), (1, 1, 1), text, 8.0)
+    return pack_segments([[segment]], PackConfig(tokens=1, text_tokens=4, slots=1, rows=1))
 
 
 def init_params(task: DiffusionTask, key: jax.Array) -> Any:
+    """Random parameters of the task's model."""
     batch = jax.tree.map(jnp.asarray, example_batch(task))
     return DiT(task.dit).init(key, batch.tokens_BSP, jnp.zeros((1, 1)), batch)
 
 
 def loss_of(task: DiffusionTask) -> LossFn:
+    """The loss function of the task's model, times and objective."""
     model = DiT(task.dit)
     return lambda params, batch, key: diffusion_loss(model, task.times, params, batch, key, task.objective)
 
@@ -85,17 +93,29 @@ def train_diffusion(
     sample: Callable | None = None,
     init: str | Path | None = None,
 ) -> Path:
-    """Train on a latent cache and export the averaged weights to WORKDIR/export, whose path is returned.
+    """Train on a latent cache and export the averaged weights to WORKDIR/export.
 
-    `export` is stored in the exported config beside the model's own: the codec's hash, the text encoder. `init` is a
-    model to start from, exported or imported, of the shape that `task.dit` has (see `settings_of`).
+    Args:
+        task: The settings.
+        workdir: The work directory. A run with checkpoints there goes on from the newest.
+        latents: The cache, or several.
+        run_config: The run's whole configuration, stored with the model.
+        export: Further entries of the exported config: the codec's hash, the text encoder.
+        sample: Writes sample videos, see `train.loop.train`.
+        init: An exported or imported model to start from. `task.dit` must have its shape, see `settings_of`.
+
+    Returns:
+        The path of the exported model.
+
+    Raises:
+        ValueError: The model cannot learn from these latents, or `init` has another shape.
     """
     _check_latents(task, latents, init)
     if init:
         check_shapes(open_model(init)[0], abstract_params(task.dit), init)
 
     plan = pack_plan(task, latents, workdir)
-    plan.rows(0)  # raises now where the clips do not fill a step
+    plan.rows(0)  # raises here if the clips do not fill a step
     damaged = Damaged(workdir / f"damaged_{jax.process_index()}.jsonl", strict=task.data.strict)
 
     def batches(numbers: range) -> Iterator:
@@ -120,7 +140,7 @@ def train_diffusion(
         clip_names=lambda number: [_name(latents, int(i)) for row in plan.rows(number) for i in row],
     )
     if damaged.count:
-        log.warning("%d times a damaged clip was left out: %s", damaged.count, damaged.path)
+        log.warning("damaged clips were skipped %d times, listed in %s", damaged.count, damaged.path)
     config = {"kind": "dit", "latent_size": latents.sizes[:, :3].max(0).tolist()} | {
         k: dataclasses.asdict(getattr(task, k)) for k in ("dit", "times", "objective")
     }
@@ -130,7 +150,13 @@ def train_diffusion(
 
 
 def pack_plan(task: DiffusionTask, latents: Latents | Mixture, workdir: Path | None = None) -> PackPlan | StagedPlan:
-    """Which clips fill which row of which step, by `task.pack` and `task.data`."""
+    """The plan of which clips fill which row of which step.
+
+    Args:
+        task: Its `pack`, `data` and `run`.
+        latents: The cache, or several.
+        workdir: Where the plan of a large cache is stored as packing_N.json; None: it is not stored.
+    """
     sizes = padded_sizes(task, latents)
     tokens, text = token_counts(sizes, task.dit.patch)
     rows_per_step = task.run.optim.accumulate * task.pack.rows
@@ -145,7 +171,7 @@ def pack_plan(task: DiffusionTask, latents: Latents | Mixture, workdir: Path | N
 
 
 def padded_sizes(task: DiffusionTask, latents: Latents | Mixture) -> np.ndarray:
-    """The t, h, w and L (n, 4) of the clips, captions as long as the model wants them."""
+    """(t, h, w, L) of each clip, int32 (clips, 4), with L at least the model's `caption_tokens`."""
     return np.maximum(latents.sizes, np.array([0, 0, 0, task.dit.caption_tokens], np.int32))
 
 
@@ -157,33 +183,42 @@ def _name(latents: Latents | Mixture, i: int) -> str:
 
 
 def _by_cache(clips: np.ndarray, counts: tuple[int, ...]) -> tuple[np.ndarray, ...]:
-    """Sorted indices of clips end to end as indices within each of the caches."""
+    """Sorted indices over concatenated caches, as indices within each cache."""
     starts = np.cumsum([0, *counts])
-    cuts = np.searchsorted(clips, starts)
-    return tuple(clips[a:b] - start for a, b, start in zip(cuts, cuts[1:], starts))
+    edges = np.searchsorted(clips, starts)
+    return tuple(clips[a:b] - start for a, b, start in zip(edges, edges[1:], starts))
 
 
 def settings_of(model: str | Path) -> dict:
-    """What of a task is settled by the model that it starts from: its shape, its noise levels, its objective."""
+    """The settings that a task takes over from the model that it starts from: "dit", "times" and "objective".
+
+    Raises:
+        ValueError: `model` is not a diffusion transformer.
+    """
     config = load_config(model)
     if config.get("kind") != "dit":
         raise ValueError(f"{model} holds a {config.get('kind')!r} model, not a diffusion transformer ('dit')")
     return {k: config_fields(config.get(k, {})) for k in ("dit", "times", "objective")}
 
 
-def _check_latents(task: DiffusionTask, latents: Latents, init: str | Path | None) -> None:
-    """ValueError where the model cannot learn from these latents: nothing has been compiled or read by then."""
+def _check_latents(task: DiffusionTask, latents: Latents | Mixture, init: str | Path | None) -> None:
+    """Raise ValueError if the model cannot learn from these latents. It runs before anything is compiled."""
     dit, channels, features = task.dit, latents[0].mean_thwc.shape[-1], latents.empty_text_LE.shape[1]
     if dit.image_features:
-        raise ValueError(f"dit.image_features={dit.image_features}: latent caches hold no image features to train with")
+        raise ValueError(
+            f"dit.image_features={dit.image_features}: latent caches hold no image features, so a model with them "
+            f"cannot be trained"
+        )
     if dit.caption == "label":
         raise ValueError(
-            "dit.caption='label' learns from classes, and latent caches hold captions: not trained here yet"
+            "dit.caption='label' learns from classes, and latent caches hold captions: such a model cannot be trained"
         )
     if channels != dit.latent_channels:
         fix = f"set dit.latent_channels={channels}"
         if init:
-            fix = f"{init} takes {dit.latent_channels}: encode the clips with the codec that it was trained with"
+            fix = (
+                f"{init} takes {dit.latent_channels} channels: encode the clips with the codec that it was trained with"
+            )
         raise ValueError(f"the latent cache has {channels} channels: {fix}")
     if features != dit.text_features:
         fix = f"set dit.text_features={features}"

@@ -1,4 +1,4 @@
-"""The training loop, from mesh to last save: one function, read top to bottom."""
+"""The training loop, from the mesh to the last save, in one function."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import optax
 
 from minisora_jax.config import with_current_names
 from minisora_jax.io.atomic import write_text
@@ -38,17 +39,23 @@ log = logging.getLogger("minisora")
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
+    """The settings of a run that do not depend on what is trained.
+
+    Raises:
+        ValueError: A number is too small.
+    """
+
     steps: int = 1000
     seed: int = 0
     log_every: int = 10
     save_every: int = 500
-    sample_every: int = 500  # steps between sample videos; 0 for none
-    keep: int = 2  # checkpoints kept
-    rollbacks: int = 0  # how often a non-finite loss may go back to a checkpoint and leave its batch out; then it stops
+    sample_every: int = 500  # steps between sample videos; 0: none
+    keep: int = 2  # the number of checkpoints that are kept
+    rollbacks: int = 0  # restarts from a checkpoint, without the bad batch, after a non-finite loss
     optim: OptimConfig = OptimConfig()
     mesh: MeshConfig = MeshConfig()
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("steps", "log_every", "save_every", "keep"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
@@ -57,9 +64,13 @@ class RunConfig:
 
 
 class NonFiniteLoss(RuntimeError):
-    """The loss or the gradient of a step was NaN or infinite; the last checkpoint before it is intact."""
+    """The loss or the gradient of a step was NaN or infinite. The checkpoint before it is intact.
 
-    def __init__(self, message: str, batch: int):
+    Attributes:
+        batch: The number of the step's batch.
+    """
+
+    def __init__(self, message: str, batch: int) -> None:
         super().__init__(message)
         self.batch = batch
 
@@ -80,38 +91,53 @@ def train(
     sample: Callable[[int, Any, Metrics], None] | None = None,
     clip_names: Callable[[int], list[str]] | None = None,
 ) -> TrainState:
-    """Train for `config.steps` steps under `workdir`, from its newest checkpoint where it has one.
+    """Train for `config.steps` steps, from the newest checkpoint of `workdir` if it has one.
 
-    `rows` is the length of B on all devices together; `tokens` a row's and `heads` the model's, where it has them.
-    `init_params(key)` draws the parameters; `start_params(abstract)` instead gives those to start from, each of its
-    abstract array's shape, type and layout. `batches(numbers)` yields, for each number of a range, a pytree of NumPy
-    arrays (A, B, ...) and the batch's counts: `tokens`, `useful_tokens`, `useful_flops`, `hardware_flops` where known;
-    `clip_names(n)` says what batch n was made of. `sample(step, ema_params, metrics)` writes sample videos, from
-    parameters on the host; of several processes the main one calls it. `describe` is the whole configuration: a
-    workdir that was begun with another one, but for the mesh, is refused. Of several processes all call this, with one
-    `workdir` that all of them see.
+    With several processes, all of them call this function. After a non-finite loss the run goes on from its newest
+    checkpoint without that batch, up to `config.rollbacks` times.
 
-    On SIGTERM the step under way is finished and saved, then AskedToEnd raised. A loss or gradient that is not finite
-    is NonFiniteLoss, before anything is saved that it reached; with `config.rollbacks` the run goes on from its newest
-    checkpoint without that batch.
+    Args:
+        config: The settings.
+        workdir: The work directory, which all processes share.
+        name: Label for the log and the progress bar.
+        rows: B on all devices together.
+        tokens: S, if batches have it.
+        heads: Attention heads, if the model has them.
+        init_params: Draws random parameters from a key.
+        loss_fn: The loss, see `train_step`.
+        batches: Yields for each number of a range a tree of NumPy arrays (A, B, ...) and its counts: tokens,
+            useful_tokens, useful_flops, hardware_flops where they are known.
+        run_config: The run's whole configuration. A work directory with another one is refused; the mesh may differ.
+        start_params: Returns the parameters to start from, given abstract arrays with shapes, dtypes and shardings.
+            None: random parameters.
+        sample: Writes sample videos of a step from averaged parameters on the host. Only the main process calls it.
+        clip_names: The names of the clips of a batch, for the report about a non-finite loss.
+
+    Returns:
+        The last state.
+
+    Raises:
+        Preempted: After SIGTERM, when the step in progress is finished and saved.
+        NonFiniteLoss: A loss or gradient is not finite. Nothing that it affected is saved.
+        ValueError: The batch or the model does not divide over the mesh, or `workdir` has another configuration.
     """
     # ---- Mesh
     require_started()
     mesh = make_mesh(config.mesh)
     require_divisible(mesh, rows=rows, tokens=tokens, heads=heads)
     with jax.set_mesh(mesh), contextlib.ExitStack() as stack:
-        # ---- State: of the newest checkpoint, else of given weights, else random
+        # ---- State: from the newest checkpoint, else from given weights, else random
         workdir.mkdir(parents=True, exist_ok=True)
-        _refuse_another_config(workdir, run_config)
+        _require_same_config(workdir, run_config)
         stack.enter_context(preemption_handler())
         key = jax.random.key(config.seed)
         optimizer = make_optimizer(config.optim, config.steps)
-        # It runs once: on CPUs, LLVM's optimisation of the random draws would take minutes and save nothing.
-        quick = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
-        init = jax.jit(lambda k: init_state(init_params(k), optimizer), compiler_options=quick)
+        # This program runs once. On CPUs, LLVM would spend minutes on optimising its random draws.
+        compiler_options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
+        init = jax.jit(lambda k: init_state(init_params(k), optimizer), compiler_options=compiler_options)
         checkpoints = stack.enter_context(Checkpoints(workdir / "checkpoints", keep=config.keep))
 
-        def newest() -> TrainState:
+        def first_state() -> TrainState:
             if checkpoints.latest() is not None:
                 state = checkpoints.restore(jax.eval_shape(init, key), mesh)
                 log.info("%s: resumed at step %d of %d", name, int(state.step), config.steps)
@@ -121,26 +147,26 @@ def train(
                 return jax.jit(lambda p: init_state(p, optimizer), donate_argnums=0)(params)
             return init(jax.random.fold_in(key, 2**31 - 1))
 
-        step_fn = jitted(loss_fn, optimizer, config.optim)
+        step_fn = jit_train_step(loss_fn, optimizer, config.optim)
         schedule = jax.jit(learning_rate(config.optim, config.steps))
 
         # ---- Steps
-        def steps(state: TrainState, left_out: list[int], metrics: Metrics) -> TrainState:
+        def run_steps(state: TrainState, skipped: list[int], metrics: Metrics) -> TrainState:
             start, clock = int(state.step), metrics.clock
-            number = batch_number(start, left_out)
-            stream = iter(batches(range(number, config.steps + len(left_out))))
+            number = batch_number(start, skipped)
+            stream = iter(batches(range(number, config.steps + len(skipped))))
             pending, window = None, []
             for step in range(start + 1, config.steps + 1):
                 with clock.part("data"):
                     batch, counts = next(stream)
-                    while number in left_out:
+                    while number in skipped:
                         (batch, counts), number = next(stream), number + 1
                 # The first call compiles.
                 with clock.part("compile" if step == start + 1 else "step"):
                     state, values = step_fn(state, to_global(batch, mesh), key)
-                    # Fetch the step before, so that the device never waits for the host.
-                    pending, late = (step, number, values), pending
-                    _require_finite(late)
+                    # Check the values of the step before, so that the device never waits for the host.
+                    pending, previous = (step, number, values), pending
+                    _require_finite(previous)
                 number += 1
                 window.append(counts)
                 metrics.advance()
@@ -156,7 +182,7 @@ def train(
                     window = []
                 if config.sample_every and sample and (step % config.sample_every == 0 or step == config.steps):
                     with clock.part("sample"):
-                        _sample_alone(sample, step, state.ema, metrics)
+                        _sample_on_main(sample, step, state.ema, metrics)
                 if saving:
                     with clock.part("save"):
                         checkpoints.save(step, state)
@@ -166,44 +192,45 @@ def train(
             return state
 
         while True:
-            state, left_out = newest(), _left_out(workdir)
+            state, skipped = first_state(), _skipped_batches(workdir)
             count = sum(p.size for p in jax.tree.leaves(state.params))
             log.info("%s: %.2f M parameters, mesh %s", name, count / 1e6, dict(mesh.shape))
             try:
                 with contextlib.closing(Metrics(workdir, int(state.step), config.steps, name)) as metrics:
-                    return steps(state, left_out, metrics)
+                    return run_steps(state, skipped, metrics)
             except NonFiniteLoss as error:
                 del state
-                _tell_of_batch(workdir, error, clip_names)
+                _report_nonfinite(workdir, error, clip_names)
                 checkpoints.wait()
-                if len(left_out) >= config.rollbacks:
+                if len(skipped) >= config.rollbacks:
                     raise
-                log.warning("%s; leaving its batch out (%d of %d times)", error, len(left_out) + 1, config.rollbacks)
-                _leave_out(workdir, [*left_out, error.batch])
+                log.warning("%s; skipping its batch (rollback %d of %d)", error, len(skipped) + 1, config.rollbacks)
+                _skip_batches(workdir, [*skipped, error.batch])
 
 
-def jitted(loss_fn: LossFn, optimizer, config: OptimConfig):
-    """The train step as it runs: (state, batch, key) -> (state, metrics), the state's memory used again."""
+def jit_train_step(loss_fn: LossFn, optimizer: optax.GradientTransformation, config: OptimConfig) -> Any:
+    """The jitted train step (state, batch, key) -> (state, metrics). It reuses the memory of the old state."""
     step = functools.partial(train_step, loss_fn=loss_fn, optimizer=optimizer, config=config)
     return jax.jit(step, donate_argnums=0)
 
 
-def batch_number(step: int, left_out: list[int]) -> int:
-    """The batch of step `step + 1`: batches are numbered from 0, and those of the list are never trained on."""
-    for number in sorted(left_out):
+def batch_number(step: int, skipped: list[int]) -> int:
+    """The number of the batch of step `step + 1`. Batches count from 0, and the batches in `skipped` are not used."""
+    for number in sorted(skipped):
         step += number <= step
     return step
 
 
-def _sample_alone(sample, step: int, params: Any, metrics: Metrics) -> None:
-    """`sample` on the main process's first device; other processes only hand over their part of the parameters."""
+def _sample_on_main(sample: Callable[[int, Any, Metrics], None], step: int, params: Any, metrics: Metrics) -> None:
+    """Call `sample` on the first device of the main process. Other processes only send their part of the parameters."""
     params = gathered(params)
     if is_main():
         with jax.set_mesh(make_mesh(MeshConfig(), jax.local_devices()[:1])):
             sample(step, params, metrics)
 
 
-def _require_finite(pending) -> None:
+def _require_finite(pending: tuple[int, int, dict[str, jax.Array]] | None) -> None:
+    """Raise NonFiniteLoss unless the values of (step, batch number, values) are finite."""
     if pending is None:
         return
     step, batch, values = pending
@@ -211,30 +238,32 @@ def _require_finite(pending) -> None:
         if not math.isfinite(value := float(values[name])):
             raise NonFiniteLoss(
                 f"{name}={value} at step {step}: lower optim.learning_rate or optim.clip, or set run.rollbacks=3 to "
-                f"leave such batches out; the newest checkpoint is from before it",
+                f"skip such batches; the newest checkpoint is from an earlier step",
                 batch,
             )
 
 
-def _tell_of_batch(workdir: Path, error: NonFiniteLoss, clip_names: Callable[[int], list[str]] | None) -> None:
-    """WORKDIR/nonfinite_NUMBER.json: what was said, and the names of the batch's clips."""
+def _report_nonfinite(workdir: Path, error: NonFiniteLoss, clip_names: Callable[[int], list[str]] | None) -> None:
+    """Write WORKDIR/nonfinite_NUMBER.json: the error, and the names of the batch's clips."""
     if is_main():
-        told = {"error": str(error), "batch": error.batch, "clips": clip_names(error.batch) if clip_names else []}
-        write_text(workdir / f"nonfinite_{error.batch:07d}.json", json.dumps(told, indent=1, ensure_ascii=False) + "\n")
+        report = {"error": str(error), "batch": error.batch, "clips": clip_names(error.batch) if clip_names else []}
+        text = json.dumps(report, indent=1, ensure_ascii=False) + "\n"
+        write_text(workdir / f"nonfinite_{error.batch:07d}.json", text)
 
 
-def _left_out(workdir: Path) -> list[int]:
+def _skipped_batches(workdir: Path) -> list[int]:
     path = workdir / "left_out.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
 
 
-def _leave_out(workdir: Path, batches: list[int]) -> None:
+def _skip_batches(workdir: Path, batches: list[int]) -> None:
     if is_main():
         write_text(workdir / "left_out.json", json.dumps(batches))
     barrier("left_out.json")
 
 
-def _refuse_another_config(workdir: Path, run_config: dict) -> None:
+def _require_same_config(workdir: Path, run_config: dict) -> None:
+    """Write WORKDIR/config.json, or raise ValueError if it differs from `run_config` in more than the mesh."""
     path = workdir / "config.json"
     text = json.dumps(run_config, indent=2, sort_keys=True) + "\n"
     if path.exists():
@@ -242,11 +271,13 @@ def _refuse_another_config(workdir: Path, run_config: dict) -> None:
             _without_mesh(with_current_names(json.loads(t))) for t in (path.read_text(encoding="utf-8"), text)
         )
         if changed := _changes(before, now):
-            raise ValueError(f"{workdir} was begun with another config ({'; '.join(changed)}): use a new --workdir")
+            raise ValueError(
+                f"{workdir} was begun with another config ({'; '.join(changed)}): use a new --workdir or that config"
+            )
     elif is_main():
         write_text(path, text)
     barrier("config.json")
-    deadline = time.monotonic() + 10  # for file systems that remember for some seconds what was not there
+    deadline = time.monotonic() + 10  # some network file systems cache for seconds that a file does not exist
     while several() and not path.exists():
         if time.monotonic() > deadline:
             raise ValueError(
@@ -257,12 +288,13 @@ def _refuse_another_config(workdir: Path, run_config: dict) -> None:
 
 
 def _without_mesh(run_config: dict) -> dict:
-    """A run may go on on other devices: the layout is no part of what is computed."""
+    """The config without its mesh. A run may go on with another mesh, which does not change the result."""
     run = run_config.get("run")
     return run_config | {"run": {k: v for k, v in run.items() if k != "mesh"}} if isinstance(run, dict) else run_config
 
 
 def _changes(old: Any, new: Any, at: str = "config") -> list[str]:
+    """The settings that differ, as "config.run.steps: 40 -> 3"."""
     if isinstance(old, dict) and isinstance(new, dict):
         keys = sorted(old.keys() | new.keys())
         return [c for k in keys for c in _changes(old.get(k), new.get(k), f"{at}.{k}")]

@@ -1,7 +1,7 @@
-"""Where a run's numbers go: TensorBoard, a metrics.jsonl that survives restarts, and a progress bar.
+"""The outputs of a run's numbers: TensorBoard, a metrics.jsonl that survives restarts, and a progress bar.
 
-*Goodput* is the share of the time since the run's first start that went into steps that count: not into compiling,
-waiting for data, saving, sampling, being away, or steps that were lost and done again (Google's ML Goodput, in spirit).
+*Goodput* is the share of the time since the run's first start that went into steps that count. Compiling, waiting for
+data, saving, sampling, time between runs, and repeated steps do not count (like Google's ML Goodput).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 from tensorboardX import SummaryWriter
-from tensorboardX.proto.summary_pb2 import Summary
+from tensorboardX.proto import summary_pb2
 from tqdm import tqdm
 
 from minisora_jax.io.atomic import write_text
@@ -23,9 +23,17 @@ from minisora_jax.parallel.processes import is_main
 
 
 class Metrics:
-    """Writes the run's scalars and videos; on a resume, forgets rows after the step that was restored."""
+    """Writes the run's scalars and videos. Only the main process writes; on the others the methods do nothing."""
 
-    def __init__(self, workdir: Path, start: int, steps: int, name: str):
+    def __init__(self, workdir: Path, start: int, steps: int, name: str) -> None:
+        """Open the files of a run.
+
+        Args:
+            workdir: The work directory.
+            start: The step that was restored. Rows after it are removed from metrics.jsonl.
+            steps: Steps of the whole run.
+            name: Label of the progress bar.
+        """
         self.main, self.clock = is_main(), Clock()
         if not self.main:
             return
@@ -42,17 +50,24 @@ class Metrics:
         self._bar = tqdm(total=steps, initial=start, desc=name, unit="step", dynamic_ncols=True, mininterval=1.0)
 
     def window(self, step: int, values: dict[str, float], counts: list[dict[str, float]]) -> None:
-        """Scalars at the end of a logging window: with them rates of its counts, its time by part, and the goodput."""
+        """Write the scalars of a logging window, with its rates, its time by part, and the goodput.
+
+        Args:
+            step: The window's last step.
+            values: Scalars of that step.
+            counts: The counts of each step of the window.
+        """
         if not self.main:
             return
         seconds, parts = self.clock.take()
         self._productive += parts.get("step", 0.0)
         elapsed = max(time.time() - self._began, 1e-9)
-        spent = {f"time_{part}": taken for part, taken in parts.items()}
+        part_seconds = {f"time_{part}": s for part, s in parts.items()}
         total = {"goodput": self._productive / elapsed, "productive_s": self._productive, "began": self._began}
-        self.scalars(step, values | _rates(counts, seconds) | spent | total)
+        self.scalars(step, values | _rates(counts, seconds) | part_seconds | total)
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
+        """Write a row of metrics.jsonl and the same scalars to TensorBoard."""
         if not self.main:
             return
         self._file.write(json.dumps({"step": step, **values}) + "\n")
@@ -62,20 +77,25 @@ class Metrics:
         self._bar.set_postfix({k: f"{values[k]:.4g}" for k in ("loss", "tokens_per_s") if k in values}, refresh=False)
 
     def video(self, step: int, name: str, frames_THWC: np.ndarray, fps: float) -> None:
-        """A GIF in WORKDIR/samples, and the same in TensorBoard's image tab, where it plays."""
+        """Write a video as a GIF to WORKDIR/samples, and to TensorBoard's image tab, where it plays."""
         if not self.main:
             return
         path = self._samples / f"{name}_{step:07d}.gif"
         write_video(path, frames_THWC, fps, upscale=max(1, 128 // max(frames_THWC.shape[1:3])))
         height, width = frames_THWC.shape[1:3]
-        picture = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=path.read_bytes())
-        self._board.file_writer.add_summary(Summary(value=[Summary.Value(tag=name, image=picture)]), step)
+        # The classes of a generated protobuf module are not visible to type checkers.
+        Summary = getattr(summary_pb2, "Summary")  # noqa: B009
+        image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=path.read_bytes())
+        if self._board.file_writer is not None:
+            self._board.file_writer.add_summary(Summary(value=[Summary.Value(tag=name, image=image)]), step)
 
     def advance(self) -> None:
+        """Move the progress bar by one step."""
         if self.main:
             self._bar.update()
 
     def close(self) -> None:
+        """Close the files and the bar."""
         if self.main:
             self._bar.close()
             self._board.close()
@@ -86,7 +106,7 @@ class Metrics:
 
 
 def read_rows(path: Path) -> list[dict]:
-    """The rows of a metrics.jsonl, but for one that is being written or that a kill cut short."""
+    """The complete rows of a metrics.jsonl. A row that is being written, or that was cut by a kill, is skipped."""
     rows = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
         with contextlib.suppress(json.JSONDecodeError):
@@ -95,13 +115,15 @@ def read_rows(path: Path) -> list[dict]:
 
 
 class Clock:
-    """What a run's time goes into. Parts do not nest."""
+    """Measures the seconds that each part of a run takes. Parts do not nest."""
 
-    def __init__(self):
-        self._since, self._parts = time.perf_counter(), {}
+    def __init__(self) -> None:
+        self._since = time.perf_counter()
+        self._parts: dict[str, float] = {}
 
     @contextlib.contextmanager
     def part(self, name: str) -> Iterator[None]:
+        """A context whose time counts for the part `name`."""
         begin = time.perf_counter()
         try:
             yield
@@ -109,15 +131,15 @@ class Clock:
             self._parts[name] = self._parts.get(name, 0.0) + time.perf_counter() - begin
 
     def take(self) -> tuple[float, dict[str, float]]:
-        """(seconds since the last time, seconds of each part), and start anew."""
+        """(seconds since the last call, seconds of each part since then). The clock restarts."""
         now = time.perf_counter()
-        taken = now - self._since, self._parts
+        elapsed, parts = now - self._since, self._parts
         self._since, self._parts = now, {}
-        return taken
+        return elapsed, parts
 
 
 def _rates(window: list[dict[str, float]], seconds: float) -> dict[str, float]:
-    """Per-second rates of the counts in a logging window, and the share of token slots that were padding."""
+    """Rates per second of the counts in a logging window, and the share of tokens that were padding."""
     total = {k: sum(c.get(k, 0.0) for c in window) for k in set().union(*window)}
     rates = {f"{k}_per_s": v / seconds for k, v in total.items()} | {"steps_per_s": len(window) / seconds}
     if total.get("tokens"):

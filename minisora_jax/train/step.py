@@ -1,4 +1,4 @@
-"""One training step, for the codec and the diffusion transformer alike: a pure function of its arguments."""
+"""One training step of the codec or the diffusion transformer: a pure function of its arguments."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ import optax
 from minisora_jax.train.optim import OptimConfig
 from minisora_jax.types import TrainState
 
-# (params, batch, key) -> {"loss": (values, weights), further terms the same}, values before any reduction
+# (params, batch, key) -> {"loss": (values, weights), other terms for the log}; nothing is reduced yet
 LossFn = Callable[[Any, Any, jax.Array], dict[str, tuple[jax.Array, jax.Array]]]
 
 
 def init_state(params: Any, optimizer: optax.GradientTransformation) -> TrainState:
-    # The copy keeps params and ema from sharing buffers, which donation would free twice.
+    """The state at step 0. The averaged weights start as the parameters."""
+    # A copy: params and ema must not share buffers, which donation would free twice.
     ema = jax.tree.map(lambda p: p + jnp.zeros_like(p), params)
     return TrainState(step=jnp.zeros((), jnp.int32), params=params, ema=ema, opt_state=optimizer.init(params))
 
@@ -31,11 +32,21 @@ def train_step(
     optimizer: optax.GradientTransformation,
     config: OptimConfig,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """The state after one step, and the step's metrics.
+    """Take one step.
 
-    `batch` leaves are (A, B, ...): A microbatches, whose gradients are summed before they are divided by the
-    weight of all A * B rows on every device, so accumulation never changes what a token counts. `key` is the
-    run's root key: step n draws from fold_in(key, n), so a resumed run repeats the uninterrupted one.
+    The gradients of all A microbatches are summed and then divided by the weight of all A * B rows on every device. So
+    accumulation does not change the weight of a token.
+
+    Args:
+        state: The state before the step.
+        batch: A tree of arrays (A, B, ...).
+        key: The run's root key. Step n draws from fold_in(key, n), so a resumed run repeats the uninterrupted run.
+        loss_fn: The loss of each element, with its weights.
+        optimizer: From `make_optimizer`.
+        config: Its `ema` is used.
+
+    Returns:
+        (the state after the step, the mean of each loss term and "grad_norm").
     """
     key = jax.random.fold_in(key, state.step)
     microbatches = jax.tree.leaves(batch)[0].shape[0]
@@ -55,7 +66,7 @@ def train_step(
     first = jax.tree.map(lambda x: x[0], batch)
     if microbatches == 1:
         (_, sums), grads = gradients(state.params, first, jax.random.fold_in(key, 0))
-    else:  # all in one loop, from zeros: the gradient is compiled once
+    else:  # one loop over all microbatches, starting from zeros, so the gradient is compiled once
         (_, sums), _ = jax.eval_shape(gradients, state.params, first, key)
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), sums)
         start = (jax.tree.map(jnp.zeros_like, state.params), zeros)
@@ -65,9 +76,9 @@ def train_step(
     grads = jax.tree.map(lambda g: g / weight, grads)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    # Ramp the average up so that it forgets the random start (as in Karras et al. 2023, arXiv:2312.02696, in spirit).
+    # The decay ramps up, so the average forgets the random start (similar to Karras et al. 2023, arXiv:2312.02696).
     decay = jnp.minimum(config.ema, (1.0 + state.step) / (10.0 + state.step))
     ema = jax.tree.map(lambda e, p: e + (1 - decay) * (p - e), state.ema, params)
-    metrics = {name: total / jnp.maximum(weight, 1.0) for name, (total, weight) in sums.items()}
+    metrics = {name: total / jnp.maximum(w, 1.0) for name, (total, w) in sums.items()}
     metrics["grad_norm"] = optax.global_norm(grads)
     return TrainState(step=state.step + 1, params=params, ema=ema, opt_state=opt_state), metrics
