@@ -1,1 +1,1 @@
-"""Measurements, each with the pictures to look at beside the numbers."""
+"""Measurements of codecs, models and tasks, with contact sheets beside the numbers."""

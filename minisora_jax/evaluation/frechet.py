@@ -1,11 +1,11 @@
-"""Frechet distance between two sets of videos, in features of a named extractor (Heusel et al. 2017, arXiv:1706.08500).
+"""The Frechet distance of two sets of videos, in features of a named extractor (Heusel et al. 2017, arXiv:1706.08500).
 
     |m - m'|^2 + tr(C + C' - 2 (C C')^(1/2))         m, C: mean and covariance of the features
 
-It is FVD (Unterthiner et al. 2018, arXiv:1812.01717) only where the extractor is the I3D of that paper, and FID only
-where it is its Inception; so the result carries the extractor's name and its file's sha256, never either word.
+The distance is FVD (Unterthiner et al. 2018, arXiv:1812.01717) only with the I3D of that paper, and FID only with the
+Inception of the FID paper. So the result names the extractor and its file's sha256, and says neither FVD nor FID.
 
-    random            a fixed random convolution network: for comparing runs of one's own, comparable with nothing else
+    random            a fixed random convolution network, for comparing your own runs only
     i3d:FILE.pt       a TorchScript I3D that takes (B, 3, T, H, W) in 0..255, as StyleGAN-V's (needs torch)
     inception:FILE.pt a TorchScript Inception that takes (B, 3, H, W) uint8; features of all frames (needs torch)
     FILE.py:FUNCTION  frames uint8 (T, H, W, 3) -> features (d,) or (n, d)
@@ -24,34 +24,40 @@ import numpy as np
 from minisora_jax.curation.filters import load_function
 from minisora_jax.io.records import sha256
 
-LEAST = 2  # videos for a covariance at all
+LEAST = 2  # feature vectors that a covariance needs
 
 
 @dataclasses.dataclass(frozen=True)
 class Extractor:
+    """A named function from a video to feature vectors."""
+
     name: str  # "random-0", or the file's name and the beginning of its sha256
     features: Callable[[np.ndarray], np.ndarray]  # uint8 (T, H, W, 3) -> (n, d)
 
 
 def frechet(ours: Iterable[np.ndarray], theirs: Iterable[np.ndarray], extractor: Extractor) -> float:
-    """The distance between two sets of videos, uint8 (T, H, W, 3) of any sizes."""
+    """The distance between two sets of videos, each uint8 (T, H, W, 3) of any size."""
     return distance(*(moments(videos, extractor) for videos in (ours, theirs)))
 
 
 def moments(videos: Iterable[np.ndarray], extractor: Extractor) -> tuple[np.ndarray, np.ndarray]:
-    """(mean (d,), covariance (d, d)) of the features, float64."""
-    found = [np.atleast_2d(np.asarray(extractor.features(v), np.float64)) for v in videos]
-    if sum(map(len, found)) < LEAST:
-        raise ValueError(f"{len(found)} videos are too few for a Frechet distance: it needs a covariance")
-    features = np.concatenate(found)
+    """(mean (d,), covariance (d, d)) of the features of the videos, both float64.
+
+    Raises:
+        ValueError: there are fewer than 2 feature vectors.
+    """
+    vectors = [np.atleast_2d(np.asarray(extractor.features(v), np.float64)) for v in videos]
+    if sum(map(len, vectors)) < LEAST:
+        raise ValueError(f"{len(vectors)} videos are too few for a Frechet distance: give at least {LEAST}")
+    features = np.concatenate(vectors)
     return features.mean(0), np.cov(features, rowvar=False).reshape(features.shape[1], -1)
 
 
 def distance(a: tuple[np.ndarray, np.ndarray], b: tuple[np.ndarray, np.ndarray]) -> float:
-    """Between two Gaussians, each (mean, covariance)."""
+    """The distance between two Gaussians, each (mean, covariance)."""
     (mean_a, cov_a), (mean_b, cov_b) = a, b
     root_a = _root(cov_a)
-    # tr (C C')^(1/2) = tr (C^(1/2) C' C^(1/2))^(1/2), and the latter is symmetric
+    # tr (C C')^(1/2) = tr (C^(1/2) C' C^(1/2))^(1/2), and the second form is symmetric.
     cross = np.trace(_root(root_a @ cov_b @ root_a))
     return float(np.sum((mean_a - mean_b) ** 2) + np.trace(cov_a) + np.trace(cov_b) - 2.0 * cross)
 
@@ -65,7 +71,12 @@ def _root(symmetric: np.ndarray) -> np.ndarray:
 
 
 def open_extractor(spec: str) -> Extractor:
-    """By the spellings above. ValueError for what is none, FileNotFoundError for a file that is not there."""
+    """The extractor of a name of the module's docstring.
+
+    Raises:
+        ValueError: the name has another form.
+        FileNotFoundError: the file is missing.
+    """
     if spec == "random":
         return Extractor("random-0", random_features)
     kind, _, path = spec.partition(":")
@@ -79,7 +90,7 @@ def open_extractor(spec: str) -> Extractor:
 
 def _hash(path: str) -> str:
     if not Path(path).is_file():
-        raise FileNotFoundError(f"the extractor {path} does not exist: nothing is downloaded here, give a file")
+        raise FileNotFoundError(f"the extractor {path} does not exist: nothing is downloaded, so give a local file")
     return sha256(Path(path))[:16]
 
 
@@ -87,7 +98,7 @@ def _torchscript(kind: str, path: str) -> Callable:
     try:
         import torch
     except ImportError as error:
-        raise ValueError(f"{kind}:{path} is TorchScript, which needs torch: pip install torch") from error
+        raise ValueError(f"{kind}:{path} is TorchScript, which needs PyTorch: pip install torch") from error
     network = torch.jit.load(path, map_location="cpu").eval()
 
     @torch.no_grad()
@@ -101,20 +112,20 @@ def _torchscript(kind: str, path: str) -> Callable:
 
 
 def random_features(frames_THWC: np.ndarray) -> np.ndarray:
-    """(64,) of a fixed random network: three strided convolutions with ReLU, then mean and spread over the video."""
+    """Features (64,) of a fixed random network: three strided convolutions with ReLU, then mean and deviation."""
     kernels = _random_kernels()
     return np.asarray(_random_network(kernels, jnp.asarray(frames_THWC, jnp.float32)[None] / 127.5 - 1.0))[0]
 
 
 def _random_kernels() -> list[np.ndarray]:
     rng, kernels = np.random.default_rng(0), []
-    for inside, outside in ((3, 16), (16, 32), (32, 32)):
-        kernels.append(rng.standard_normal((3, 3, 3, inside, outside)).astype(np.float32) / np.sqrt(27 * inside / 2))
+    for fan_in, fan_out in ((3, 16), (16, 32), (32, 32)):
+        kernels.append(rng.standard_normal((3, 3, 3, fan_in, fan_out)).astype(np.float32) / np.sqrt(27 * fan_in / 2))
     return kernels
 
 
 @jax.jit
-def _random_network(kernels, x_BTHWC: jax.Array) -> jax.Array:
+def _random_network(kernels: list[np.ndarray], x_BTHWC: jax.Array) -> jax.Array:
     for kernel, stride in zip(kernels, ((1, 2, 2), (2, 2, 2), (2, 2, 2))):
         x_BTHWC = jax.nn.relu(
             jax.lax.conv_general_dilated(x_BTHWC, kernel, stride, "SAME", dimension_numbers=("NDHWC", "DHWIO", "NDHWC"))

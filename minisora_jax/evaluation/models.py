@@ -1,8 +1,9 @@
-"""Measurements of a codec and of a model, each with the pictures to look at beside the numbers."""
+"""Measure a codec and a model. The results are scores, and rows for a contact sheet."""
 
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -19,17 +20,21 @@ Rows = list[tuple[np.ndarray, str]]  # (frames_THWC, label), for a contact sheet
 
 
 def evaluate_codec(codec: Codec, clips: ClipSequence, lpips: str | None = None) -> tuple[dict, Rows]:
-    """{"psnr", "ssim", ...} of reconstructions of the posterior mean, and rows of originals and reconstructions.
+    """(scores, rows of originals and reconstructions) of a codec. Clips are decoded from the posterior mean.
 
-    lpips: FILE.py:FUNCTION, a distance of two clips uint8 (T, H, W, 3), whose weights are its own affair.
+    Args:
+        lpips: FILE.py:FUNCTION, a distance of two clips uint8 (T, H, W, 3) that loads its own weights; None for none.
+
+    Returns:
+        scores: the means of "psnr" in dB, "ssim" and others; "psnr_worst" is the smallest PSNR of a clip.
     """
     each, rows = [], []
-    perceived = load_function(lpips) if lpips else None
+    perceptual = load_function(lpips) if lpips else None
     for i in tqdm(range(len(clips)), desc="codec", unit="clip"):
         clip = clips[i]
         scores, [(_, frames)] = reconstruct(codec, [clip])
-        if perceived:
-            scores["lpips"] = float(perceived(clip.frames_THWC, frames))
+        if perceptual:
+            scores["lpips"] = float(perceptual(clip.frames_THWC, frames))
         each.append(scores)
         if len(rows) < 32:
             rows += [
@@ -41,17 +46,22 @@ def evaluate_codec(codec: Codec, clips: ClipSequence, lpips: str | None = None) 
     return mean | {"psnr_worst": round(min(s["psnr"] for s in each), 4)} | facts, rows
 
 
-def evaluate_model(pipeline: VideoPipeline, split: str, count: int, **options) -> tuple[dict, Rows]:
-    """Share of videos that show each attribute of their caption, by the checker, over `count` captions of a split.
+def evaluate_model(pipeline: VideoPipeline, split: str, count: int, **options: Any) -> tuple[dict, Rows]:
+    """(scores, rows) of videos generated from `count` captions of the procedural clips.
 
-    Sizes are those of the true clips, whose captions are used. "by_motion" breaks the motion score down.
+    A score is the share of videos that show an attribute of their caption, by toy/checker.py. A video has the size of
+    the caption's clip. "by_motion" has the motion score of each kind of motion.
+
+    Args:
+        split: "train" or "heldout".
+        options: further arguments of `pipeline.generate`.
     """
     clips = Shapes(split, count)
     truth = [clips[i] for i in range(count)]
     requests = [Request(c.caption, c.size_THW, seed=i, fps=FPS) for i, c in enumerate(truth)]
     videos = pipeline.generate(requests, **options)
-    hits, by_motion, wrong = check_all(videos, [c.caption for c in truth])
-    rows = [(v, c.caption + (f"   WRONG: {w}" if w else "")) for v, c, w in zip(videos, truth, wrong)]
+    hits, by_motion, errors = check_all(videos, [c.caption for c in truth])
+    rows = [(v, c.caption + (f"   WRONG: {e}" if e else "")) for v, c, e in zip(videos, truth, errors)]
     share = lambda v: round(float(np.mean(v)), 4)
     return {
         **{k: share(v) for k, v in hits.items()},
@@ -59,5 +69,10 @@ def evaluate_model(pipeline: VideoPipeline, split: str, count: int, **options) -
         "counted": {k: len(v) for k, v in hits.items()},
         "by_motion": {k: share(v) for k, v in by_motion.items()},
         "model": pipeline.hash,
-        **{k: dataclasses.asdict(v) if dataclasses.is_dataclass(v) else v for k, v in options.items()},
+        **{k: _plain(v) for k, v in options.items()},
     }, rows
+
+
+def _plain(value: Any) -> Any:
+    """The fields of a dataclass; any other value unchanged."""
+    return dataclasses.asdict(value) if dataclasses.is_dataclass(value) and not isinstance(value, type) else value

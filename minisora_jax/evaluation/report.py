@@ -1,4 +1,4 @@
-"""One page of measurements: a table of what was wanted and found, plots by motion, contact sheets.
+"""A report of measurements on one page: a table of goals and results, plots by kind, contact sheets.
 
 The page is one file without scripts, fonts or links.
 """
@@ -8,15 +8,17 @@ from __future__ import annotations
 import base64
 import html
 import io
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from minisora_jax.io.atomic import write_text
 from minisora_jax.io.contact_sheet import contact_sheet
 
 SHOWN = 8  # rows of a contact sheet on the page
 
-# What the bundled model is to reach: (measurement, score) -> (at least or at most, how much)
-WANTED = {
+# The goals of the bundled model: (measurement, score) -> (at least or at most, bound)
+GOALS = {
     ("image-to-video", "colour"): (">=", 0.95),
     ("image-to-video", "shape"): (">=", 0.95),
     ("image-to-video", "motion"): (">=", 0.85),
@@ -37,15 +39,20 @@ small{color:#666}"""
 
 
 def write_report(path: Path, title: str, facts: dict, results: dict[str, tuple[dict, list]]) -> None:
-    """results: measurement -> (scores, rows (frames, label)). Contact sheets are written beside the page too."""
-    parts = [f"<h1>{_text(title)}</h1>", _table([(k, v) for k, v in facts.items()]), "<h2>At a glance</h2>"]
-    glance = []
-    for (name, score), (sign, bound) in WANTED.items():
+    """Write the page, and beside it a contact sheet for each measurement.
+
+    Args:
+        facts: the table at the top, such as the model and the settings.
+        results: {measurement: (scores, rows)}; a row is (frames, label).
+    """
+    parts = [f"<h1>{_text(title)}</h1>", _table([(k, v) for k, v in facts.items()]), "<h2>Goals</h2>"]
+    goals = []
+    for (name, score), (sign, bound) in GOALS.items():
         if name in results and score in results[name][0]:
-            found = results[name][0][score]
-            good = found >= bound if sign == ">=" else found <= bound
-            glance.append((f"{name}: {score}", f"{sign} {bound:g}", _mark(found, good)))
-    parts.append(_table(glance, ("measured", "wanted", "found")) if glance else "<p>Nothing of it has a goal.</p>")
+            value = results[name][0][score]
+            good = value >= bound if sign == ">=" else value <= bound
+            goals.append((f"{name}: {score}", f"{sign} {bound:g}", _mark(value, good)))
+    parts.append(_table(goals, ("measurement", "goal", "result")) if goals else "<p>No measurement has a goal.</p>")
     for name, (scores, rows) in results.items():
         parts.append(f"<h2>{_text(name)}</h2>")
         plain = [(k, v) for k, v in scores.items() if not isinstance(v, dict)]
@@ -61,11 +68,11 @@ def write_report(path: Path, title: str, facts: dict, results: dict[str, tuple[d
     write_text(path, head + "\n".join(parts) + "\n")
 
 
-def _mark(found: float, good: bool) -> str:
-    return f'<span class="{"good" if good else "short"}">{found:.4g}{"" if good else " (short)"}</span>'
+def _mark(value: float, good: bool) -> str:
+    return f'<span class="{"good" if good else "short"}">{value:.4g}{"" if good else " (missed)"}</span>'
 
 
-def _table(rows, header=()) -> str:
+def _table(rows: Iterable[Sequence[Any]], header: Sequence[str] = ()) -> str:
     cell = lambda v: v if isinstance(v, str) and v.startswith("<span") else _text(_number(v))
     body = "".join(
         "<tr>" + "".join(f'<td class="{"n" if i else ""}">{cell(v)}</td>' for i, v in enumerate(row)) + "</tr>"
@@ -76,7 +83,7 @@ def _table(rows, header=()) -> str:
 
 
 def _plot(title: str, by_kind: dict[str, list]) -> str:
-    """Bars of the share of each kind, how many there were of it written beside."""
+    """Bars with the share of each kind; the label has the number of videos of the kind."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -103,9 +110,9 @@ def _image(png: bytes, words: str) -> str:
     return f'<img alt="{_text(words)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
 
 
-def _number(value) -> str:
+def _number(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _text(value) -> str:
+def _text(value: Any) -> str:
     return html.escape(str(value))

@@ -1,13 +1,13 @@
-"""Each verb on held-out captions of the procedural world, with a number that says whether it worked.
+"""Measure every task on held-out captions of the procedural clips.
 
-    animate     the first frame of a true clip, and its caption   colour, shape and motion, as the checker reads them
-    extend      half of a true clip                               does the whole show what the caption says?
-    connect     both ends of a true clip                          the largest step of what is made, in median steps
-    loop        words                                             the step from the last frame to the first
-    ...         `VERBS` has them all
+    image-to-video  the first frame of a true clip, and its caption   colour, shape and motion, by the checker
+    extend-forward  the first half of a true clip                     the same, and the PSNR at the seam
+    transition      both ends of a true clip                          the largest new step, in median steps
+    loop            a caption                                         the step from the last frame to the first
+    ...             `TASKS` lists them all
 
-A measurement takes (generator, count, options) and gives (scores, rows for a contact sheet). Options are those of
-`Generator.sample`.
+A measurement takes (pipeline, count, options) and returns (scores, rows of a contact sheet). `options` are further
+arguments of `pipeline.generate`. Shares are between 0 and 1, PSNR is in dB, and steps are in median steps of the video.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -26,201 +27,218 @@ from minisora_jax.generate.request import Request
 from minisora_jax.generate.runner import Task, run_tasks
 from minisora_jax.toy.checker import check_all, observe
 from minisora_jax.toy.shapes import FPS, Shapes, parse_caption
-from minisora_jax.types import Clip, ClipSequence
+from minisora_jax.types import Clip
 
 SIZE = (17, 48, 48)
-OFFSET = 20_000  # of the held-out clips measured on: no others are drawn from there
+OFFSET = 20_000  # the number of the first held-out clip that is used here; nothing else uses clips from there on
 Rows = list[tuple[np.ndarray, str]]
 Measured = tuple[dict, Rows]
 
 
-def clips(count: int, size_THW=SIZE, suits: Callable[[str], bool] = lambda motion: True) -> list[Clip]:
-    """Held-out clips of that size whose first object's motion suits."""
+def clips(
+    count: int, size_THW: tuple[int, int, int] = SIZE, suits: Callable[[str], bool] = lambda motion: True
+) -> list[Clip]:
+    """The first `count` held-out clips of a size for which suits(motion of the first object) is true."""
     return [clip for clip, _ in zip(_suiting(size_THW, suits), range(count))]
 
 
-def _suiting(size_THW, suits) -> Iterator[Clip]:
-    world = Shapes("heldout", 10**7, offset=OFFSET, size_THW=size_THW)
-    for i in range(len(world)):
-        clip = world[i]
+def _suiting(size_THW: tuple[int, int, int], suits: Callable[[str], bool]) -> Iterator[Clip]:
+    shapes = Shapes("heldout", 10**7, offset=OFFSET, size_THW=size_THW)
+    for i in range(len(shapes)):
+        clip = shapes[i]
         if len(clip.frames_THWC) == size_THW[0] and suits(parse_caption(clip.caption)[0][0].motion):
             yield clip
 
 
 def in_sight(motion: str) -> bool:
-    """Nothing goes behind a wall."""
+    """Whether a motion stays visible, not behind a wall."""
     return not motion.startswith("hide")
 
 
-def requests(of: ClipSequence, size_THW=None) -> list[Request]:
-    return [Request(c.caption, size_THW or c.size_THW, seed=i, fps=FPS) for i, c in enumerate(of)]
+def requests(truth: Sequence[Clip], size_THW: tuple[int, int, int] | None = None) -> list[Request]:
+    """A request for each clip, with its caption and size. The seed is the clip's place in the list."""
+    return [Request(c.caption, size_THW or c.size_THW, seed=i, fps=FPS) for i, c in enumerate(truth)]
 
 
 def attributes(videos: Sequence[np.ndarray], captions: Sequence[str]) -> tuple[dict, list[str]]:
-    """({"colour": share, ...}, what is wrong with each)."""
-    hits, by_motion, wrong = check_all(videos, captions)
+    """({"colour": share of right videos, ...}, the wrong attributes of each video), by the checker."""
+    hits, by_motion, errors = check_all(videos, captions)
     kinds = {k: [_mean(v), len(v)] for k, v in by_motion.items()}
-    return {k: _mean(v) for k, v in hits.items()} | {"motion_by_kind": kinds}, wrong
+    return {k: _mean(v) for k, v in hits.items()} | {"motion_by_kind": kinds}, errors
 
 
-def _mean(values) -> float:
+def _mean(values: Sequence[Any]) -> float:
     return round(float(np.mean(values)), 4) if len(values) else float("nan")
 
 
-def _share(values, most: float) -> float:
+def _share(values: Sequence[float], most: float) -> float:
+    """The share of values that are at most `most`."""
     return _mean([v <= most for v in values])
 
 
-def _rows(videos, captions, notes=None) -> Rows:
+def _rows(videos: Sequence[np.ndarray], captions: Sequence[str], notes: Sequence[str] | None = None) -> Rows:
     notes = notes or [""] * len(videos)
     return [(v, c + (f"   {n}" if n else "")) for v, c, n in zip(videos, captions, notes)]
 
 
-def _judged(videos, captions, **more) -> Measured:
-    scores, wrong = attributes(videos, captions)
-    return scores | more, _rows(videos, captions, [f"WRONG: {w}" if w else "" for w in wrong])
+def _checked(videos: Sequence[np.ndarray], truth: Sequence[Clip], **more: Any) -> Measured:
+    """The checker's scores of the captions of `truth`, with `more` scores, and the rows."""
+    captions = [c.caption for c in truth]
+    scores, errors = attributes(videos, captions)
+    return scores | more, _rows(videos, captions, [f"WRONG: {e}" if e else "" for e in errors])
 
 
 # ---- Measurements
 
 
 def text_to_video(pipeline: VideoPipeline, count: int, options: dict) -> Measured:
-    """Colour, shape, motion; flicker against that of true clips."""
+    """Videos from captions: colour, shape and motion; and flicker, beside that of true clips."""
     truth = clips(count)
     videos = pipeline.generate(requests(truth), **options)
     more = {
         "flicker": _mean([flicker(v) for v in videos]),
         "flicker_true": _mean([flicker(c.frames_THWC) for c in truth]),
     }
-    return _judged(videos, [c.caption for c in truth], **more)
+    return _checked(videos, truth, **more)
 
 
 def text_to_image(pipeline: VideoPipeline, count: int, options: dict) -> Measured:
+    """Images of 64 x 64 pixels from captions: colour and shape."""
     truth = clips(count, (1, 64, 64))
-    return _judged(pipeline.generate(requests(truth), **options), [c.caption for c in truth])
+    return _checked(pipeline.generate(requests(truth), **options), truth)
 
 
 def image_to_video(pipeline: VideoPipeline, count: int, options: dict) -> Measured:
-    """The first frame of a true clip moves as its caption says, and keeps its colour and shape."""
+    """Videos that begin with the first frame of a true clip: colour, shape, motion, and the PSNR of the first frame."""
     truth = clips(count, suits=in_sight)
-    made = _run(pipeline, [tasks.image_to_video(pipeline, r, c.frames_THWC[0]) for r, c in _pairs(truth)], options)
-    kept = [psnr(v[0], c.frames_THWC[0]) for v, c in zip(made, truth)]
-    return _judged(made, [c.caption for c in truth], first_frame_psnr=_mean(kept))
+    videos = _run(pipeline, [tasks.image_to_video(pipeline, r, c.frames_THWC[0]) for r, c in _pairs(truth)], options)
+    kept = [psnr(v[0], c.frames_THWC[0]) for v, c in zip(videos, truth)]
+    return _checked(videos, truth, first_frame_psnr=_mean(kept))
 
 
 def interpolate(pipeline: VideoPipeline, count: int, options: dict) -> Measured:
-    """From the first frame of a true clip to its last."""
+    """Videos from the first frame of a true clip to its last: colour, shape, and the PSNR of both frames."""
     truth = clips(count, suits=lambda motion: not motion.startswith(("hide", "pan")))
-    made = _run(
+    videos = _run(
         pipeline,
         [tasks.interpolate(pipeline, r, c.frames_THWC[0], c.frames_THWC[-1]) for r, c in _pairs(truth)],
         options,
     )
     ends = {
-        "first_frame_psnr": _mean([psnr(v[0], c.frames_THWC[0]) for v, c in zip(made, truth)]),
-        "last_frame_psnr": _mean([psnr(v[-1], c.frames_THWC[-1]) for v, c in zip(made, truth)]),
+        "first_frame_psnr": _mean([psnr(v[0], c.frames_THWC[0]) for v, c in zip(videos, truth)]),
+        "last_frame_psnr": _mean([psnr(v[-1], c.frames_THWC[-1]) for v, c in zip(videos, truth)]),
     }
-    scores, rows = _judged(made, [c.caption for c in truth], **ends)
+    scores, rows = _checked(videos, truth, **ends)
     return {k: v for k, v in scores.items() if not k.startswith("motion")}, rows
 
 
 def extend_forward(pipeline: VideoPipeline, count: int, options: dict) -> Measured:
-    return _extend(pipeline, count, options, known=slice(None, 9), ends={"after": 8})
+    """8 frames after the first 9 frames of true clips; see `_extend`."""
+    return _extend(pipeline, count, options, given=slice(None, 9), new={"after": 8})
 
 
 def extend_backward(pipeline: VideoPipeline, count: int, options: dict) -> Measured:
-    return _extend(pipeline, count, options, known=slice(8, None), ends={"before": 8})
+    """8 frames before the last 9 frames of true clips; see `_extend`."""
+    return _extend(pipeline, count, options, given=slice(8, None), new={"before": 8})
 
 
-def _extend(pipeline: VideoPipeline, count: int, options: dict, known: slice, ends: dict) -> Measured:
-    """Half of a true clip is given; the whole is judged, and the step at which given and made meet.
+def _extend(pipeline: VideoPipeline, count: int, options: dict, given: slice, new: dict[str, int]) -> Measured:
+    """Extend half of a true clip. The whole video is checked, and the step where given frames meet new ones.
 
-    "seam_psnr" is of the known frame at the seam against the input, "codec_psnr" what the codec alone makes of it.
+    "seam_psnr" compares the given frame at the seam with the input. "codec_psnr" does so for the codec alone.
+
+    Args:
+        given: the frames of the clip that are given.
+        new: the number of new frames, as the argument `before` or `after` of `tasks.extend`.
     """
     truth = clips(count, suits=in_sight)
-    given = [c.frames_THWC[known] for c in truth]
-    made = _run(pipeline, [tasks.extend(pipeline, r, g, **ends) for (r, _), g in zip(_pairs(truth), given)], options)
-    at = 8 if "after" in ends else 7
-    beside = -1 if "after" in ends else 0
-    coded = pipeline.decode(pipeline.encode(given))
+    inputs = [c.frames_THWC[given] for c in truth]
+    videos = _run(pipeline, [tasks.extend(pipeline, r, x, **new) for (r, _), x in zip(_pairs(truth), inputs)], options)
+    at = 8 if "after" in new else 7
+    beside = -1 if "after" in new else 0
+    coded = pipeline.decode(pipeline.encode(inputs))
     more = {
-        "known_psnr": _mean([psnr(v[known], g) for v, g in zip(made, given)]),
-        "seam_psnr": _mean([psnr(v[known][beside], g[beside]) for v, g in zip(made, given)]),
-        "seam_psnr_at_least_30": _mean([psnr(v[known][beside], g[beside]) >= 30 for v, g in zip(made, given)]),
-        "codec_psnr": _mean([psnr(z[beside], g[beside]) for z, g in zip(coded, given)]),
-        "seam_steps": _mean([largest_step(v, slice(at, at + 1)) for v in made]),
-        "seam_at_most_2": _share([largest_step(v, slice(at, at + 1)) for v in made], 2.0),
+        "known_psnr": _mean([psnr(v[given], x) for v, x in zip(videos, inputs)]),
+        "seam_psnr": _mean([psnr(v[given][beside], x[beside]) for v, x in zip(videos, inputs)]),
+        "seam_psnr_at_least_30": _mean([psnr(v[given][beside], x[beside]) >= 30 for v, x in zip(videos, inputs)]),
+        "codec_psnr": _mean([psnr(z[beside], x[beside]) for z, x in zip(coded, inputs)]),
+        "seam_steps": _mean([largest_step(v, slice(at, at + 1)) for v in videos]),
+        "seam_at_most_2": _share([largest_step(v, slice(at, at + 1)) for v in videos], 2.0),
         "true_seam_at_most_2": _share([largest_step(c.frames_THWC, slice(at, at + 1)) for c in truth], 2.0),
     }
-    return _judged(made, [c.caption for c in truth], **more)
+    return _checked(videos, truth, **more)
 
 
 def loop(pipeline: VideoPipeline, count: int, options: dict) -> Measured:
-    """The step from the last frame to the first, in median steps; and, two frames on, where the last latent frame meets
-    the first ("joint"), beside where the first meets the second ("other_joint")."""
+    """Loops of 16 frames: the step from the last frame to the first.
+
+    "joint" is the step two frames later, where the last latent frame meets the first. "other_joint" is the step where
+    the first latent frame meets the second.
+    """
     truth = clips(count, suits=in_sight)
-    asked = [dataclasses.replace(r, size_THW=(16, *SIZE[1:]), loop=True) for r in requests(truth)]
-    made = pipeline.generate(asked, **options)
-    plain = pipeline.generate([dataclasses.replace(r, size_THW=SIZE, loop=False) for r in asked], **options)
-    seams = [seam(v) for v in made]
-    scores, _ = attributes(made, [c.caption for c in truth])
+    looped = [dataclasses.replace(r, size_THW=(16, *SIZE[1:]), loop=True) for r in requests(truth)]
+    videos = pipeline.generate(looped, **options)
+    plain = pipeline.generate([dataclasses.replace(r, size_THW=SIZE, loop=False) for r in looped], **options)
+    seams = [seam(v) for v in videos]
+    scores, _ = attributes(videos, [c.caption for c in truth])
     by_motion = collections.defaultdict(list)
     for clip, s in zip(truth, seams):
         by_motion[parse_caption(clip.caption)[0][0].motion].append(s <= 1.5)
     more = {
         "seam_median": round(float(np.median(seams)), 3),
         "seam_at_most_1.5": _share(seams, 1.5),
-        "joint_at_most_1.5": _share([seam(np.roll(v, 2, axis=0)) for v in made], 1.5),
-        "other_joint_at_most_1.5": _share([seam(np.roll(v, -2, axis=0)) for v in made], 1.5),
+        "joint_at_most_1.5": _share([seam(np.roll(v, 2, axis=0)) for v in videos], 1.5),
+        "other_joint_at_most_1.5": _share([seam(np.roll(v, -2, axis=0)) for v in videos], 1.5),
         "seam_at_most_1.5_by_motion": {k: [_mean(v), len(v)] for k, v in sorted(by_motion.items())},
         "without_loop_at_most_1.5": _share([seam(v[:-1]) for v in plain], 1.5),
-        "still_videos": _mean([np.median(steps(v)) < 0.2 for v in made]),
+        "still_videos": _mean([np.median(steps(v)) < 0.2 for v in videos]),
     }
-    rows = _rows([np.concatenate([v, v]) for v in made], [c.caption for c in truth], [f"seam {s:.2f}" for s in seams])
+    rows = _rows([np.concatenate([v, v]) for v in videos], [c.caption for c in truth], [f"seam {s:.2f}" for s in seams])
     return {k: v for k, v in scores.items() if k in ("colour", "shape", "motion")} | more, rows
 
 
 def transition(pipeline: VideoPipeline, count: int, options: dict) -> Measured:
-    """Both ends of a true clip, 5 frames each, and the 7 frames between them made."""
+    """7 new frames between both ends of a true clip, 5 frames each: the largest new step, and the checker's scores."""
     truth = clips(count, suits=in_sight)
     ends = [(c.frames_THWC[:5], c.frames_THWC[12:]) for c in truth]
-    made = _run(
+    videos = _run(
         pipeline,
         [tasks.transition(pipeline, r, a, b, between=7) for (r, _), (a, b) in zip(_pairs(truth), ends)],
         options,
     )
-    largest = [largest_step(v, slice(4, 12)) for v in made]
+    largest = [largest_step(v, slice(4, 12)) for v in videos]
     more = {
         "largest_step": round(float(np.median(largest)), 3),
         "no_step_above_2": _share(largest, 2.0),
         "true_no_step_above_2": _share([largest_step(c.frames_THWC, slice(4, 12)) for c in truth], 2.0),
     }
-    return _judged(made, [c.caption for c in truth], **more)
+    return _checked(videos, truth, **more)
 
 
 def transition_strangers(pipeline: VideoPipeline, count: int, options: dict) -> Measured:
-    """Two videos made from one caption with other seeds, and a second and a half between them."""
+    """11 new frames between two videos of one caption with different seeds: the largest new step."""
     truth = clips(count, suits=lambda motion: not motion.startswith(("hide", "pan")))
-    asked = requests(truth)
+    base = requests(truth)
     a, b = (
-        pipeline.generate([dataclasses.replace(r, seed=r.seed + more) for r in asked], **options) for more in (0, 5000)
+        pipeline.generate([dataclasses.replace(r, seed=r.seed + shift) for r in base], **options) for shift in (0, 5000)
     )
-    made = _run(pipeline, [tasks.transition(pipeline, r, *ends, between=11) for r, *ends in zip(asked, a, b)], options)
-    largest = [largest_step(v, slice(16, 28)) for v in made]
+    videos = _run(pipeline, [tasks.transition(pipeline, r, *ends, between=11) for r, *ends in zip(base, a, b)], options)
+    largest = [largest_step(v, slice(16, 28)) for v in videos]
     scores = {"largest_step": round(float(np.median(largest)), 3), "no_step_above_2": _share(largest, 2.0)}
-    return scores, _rows([v[8:36] for v in made], [c.caption for c in truth], [f"{n:.2f} steps" for n in largest])
+    return scores, _rows([v[8:36] for v in videos], [c.caption for c in truth], [f"{n:.2f} steps" for n in largest])
 
 
 def video_to_video(pipeline: VideoPipeline, count: int, options: dict) -> Measured:
-    """Another colour is asked of a true clip: that colour, and the shape and motion that it had."""
+    """Recolour the object of a true clip: the new colour, and the old shape and motion."""
     truth = clips(count, suits=in_sight)
-    wanted = [c.caption.replace(o := parse_caption(c.caption)[0][0].colour, RECOLOURED[o], 1) for c in truth]
-    asked = [dataclasses.replace(r, prompt=w) for (r, _), w in zip(_pairs(truth), wanted)]
+    recoloured = [c.caption.replace(o := parse_caption(c.caption)[0][0].colour, RECOLOURED[o], 1) for c in truth]
+    prompted = [dataclasses.replace(r, prompt=p) for (r, _), p in zip(_pairs(truth), recoloured)]
     single = [i for i, c in enumerate(truth) if len(parse_caption(c.caption)[0]) == 1]
-    made = _run(
-        pipeline, [tasks.video_to_video(pipeline, asked[i], truth[i].frames_THWC, STRENGTH) for i in single], options
+    videos = _run(
+        pipeline, [tasks.video_to_video(pipeline, prompted[i], truth[i].frames_THWC, STRENGTH) for i in single], options
     )
-    return _judged(made, [wanted[i] for i in single], strength=STRENGTH)
+    expected = [dataclasses.replace(truth[i], caption=recoloured[i]) for i in single]
+    return _checked(videos, expected, strength=STRENGTH)
 
 
 STRENGTH = 0.85
@@ -229,70 +247,70 @@ RECOLOURED = {"red": "green", "green": "blue", "blue": "orange", "yellow": "mage
 
 
 def inpaint(pipeline: VideoPipeline, count: int, options: dict) -> Measured:
-    """The middle half of each frame of a true clip is made anew, by its caption."""
+    """Generate the pixels right of column 16 of a true clip anew, by its caption; "kept_psnr" is of the others."""
     truth = clips(count, suits=in_sight)
     mask = np.zeros(SIZE[1:], bool)
     mask[:, 16:] = True
-    made = _run(pipeline, [tasks.inpaint(pipeline, r, c.frames_THWC, mask) for r, c in _pairs(truth)], options)
-    away = [psnr(v[:, :, : 16 - FEATHER], c.frames_THWC[:, :, : 16 - FEATHER]) for v, c in zip(made, truth)]
-    return _judged(made, [c.caption for c in truth], kept_psnr=_mean(away))
+    videos = _run(pipeline, [tasks.inpaint(pipeline, r, c.frames_THWC, mask) for r, c in _pairs(truth)], options)
+    away = [psnr(v[:, :, : 16 - FEATHER], c.frames_THWC[:, :, : 16 - FEATHER]) for v, c in zip(videos, truth)]
+    return _checked(videos, truth, kept_psnr=_mean(away))
 
 
 def outpaint(pipeline: VideoPipeline, count: int, options: dict) -> Measured:
-    """A true clip's left two thirds are given."""
+    """Generate the right third of a true clip, whose left two thirds are given."""
     truth = clips(count, suits=in_sight)
-    made = _run(
+    videos = _run(
         pipeline,
-        [tasks.outpaint(pipeline, r, c.frames_THWC[:, :, :32], at=(0, 0)) for r, c in _pairs(truth)],
+        [tasks.outpaint(pipeline, r, c.frames_THWC[:, :, :32], corner=(0, 0)) for r, c in _pairs(truth)],
         options,
     )
-    return _judged(made, [c.caption for c in truth])
+    return _checked(videos, truth)
 
 
 def permanence(pipeline: VideoPipeline, count: int, options: dict) -> Measured:
-    """What goes behind a wall comes back in its colour."""
+    """Videos of an object that goes behind a wall: it comes back in its colour."""
     truth = clips(count, suits=lambda motion: motion.startswith("hide"))
-    return _judged(pipeline.generate(requests(truth), **options), [c.caption for c in truth])
+    return _checked(pipeline.generate(requests(truth), **options), truth)
 
 
 def physics(pipeline: VideoPipeline, count: int, options: dict) -> Measured:
-    """What bounces keeps its speed: its spread in mean speeds, beside that of true clips."""
+    """Videos of a bouncing object: the deviation of its speed in mean speeds, beside that of true clips."""
     truth = clips(count, suits=lambda motion: motion == "bounce")
     videos = pipeline.generate(requests(truth), **options)
     unevenness = lambda frames: [u for f in frames for o in observe(f) if (u := bounce(o)) is not None]
     ours, theirs = unevenness(videos), unevenness([c.frames_THWC for c in truth])
     more = {"bounces_seen": len(ours), "speed_spread": round(float(np.median(ours)), 3),
             "speed_spread_true": round(float(np.median(theirs)), 3)}  # fmt: skip
-    return _judged(videos, [c.caption for c in truth], **more)
+    return _checked(videos, truth, **more)
 
 
 def twice_as_long(pipeline: VideoPipeline, count: int, options: dict) -> Measured:
-    """33 frames, where training saw at most 17."""
+    """Videos of 33 frames; training clips have at most 17."""
     truth = clips(count, (33, *SIZE[1:]))
-    made = _run(pipeline, [tasks.text_to_video(pipeline, r) for r in requests(truth)], options)
-    return _judged(made, [c.caption for c in truth])
+    videos = _run(pipeline, [tasks.text_to_video(pipeline, r) for r in requests(truth)], options)
+    return _checked(videos, truth)
 
 
 def twice_as_long_by_windows(pipeline: VideoPipeline, count: int, options: dict) -> Measured:
-    """33 frames, each window from the end of the one before, as a minute is made."""
+    """Videos of 33 frames, window by window, as long videos are made."""
     truth = clips(count, (33, *SIZE[1:]))
-    made = _run(pipeline, [tasks.long_video(pipeline, r, 33) for r in requests(truth)], options)
-    return _judged(made, [c.caption for c in truth])
+    videos = _run(pipeline, [tasks.long_video(pipeline, r, 33) for r in requests(truth)], options)
+    return _checked(videos, truth)
 
 
 def twice_as_large(pipeline: VideoPipeline, count: int, options: dict) -> Measured:
-    """128 x 128, where training saw at most 64 x 64."""
+    """Videos of 128 x 128 pixels; training clips have at most 64 x 64."""
     truth = clips(count, (17, 128, 128))
-    made = _run(pipeline, [tasks.text_to_video(pipeline, r) for r in requests(truth)], options)
-    return _judged(made, [c.caption for c in truth])
+    videos = _run(pipeline, [tasks.text_to_video(pipeline, r) for r in requests(truth)], options)
+    return _checked(videos, truth)
 
 
-def _pairs(truth: ClipSequence) -> list[tuple[Request, Clip]]:
+def _pairs(truth: Sequence[Clip]) -> list[tuple[Request, Clip]]:
     return list(zip(requests(truth), truth))
 
 
-def _run(pipeline: VideoPipeline, asked: Sequence[Task], options: dict) -> list[np.ndarray]:
-    return run_tasks(pipeline, asked, **options)
+def _run(pipeline: VideoPipeline, work: Sequence[Task], options: dict) -> list[np.ndarray]:
+    return run_tasks(pipeline, work, **options)
 
 
 TASKS: dict[str, Callable[[VideoPipeline, int, dict], Measured]] = {

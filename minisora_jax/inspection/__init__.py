@@ -1,1 +1,1 @@
-"""`minisora inspect`: what is in a data set, a packing, a run or a model, as a table and a picture."""
+"""Show a data set, a packing, a run or a model as a table and a picture (`minisora inspect`)."""

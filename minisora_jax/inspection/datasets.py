@@ -1,4 +1,4 @@
-"""What a prepared data set or a latent cache holds, in numbers and as a contact sheet or a plot of its sizes."""
+"""Show a prepared data set or a latent cache: numbers, a contact sheet, and plots of sizes."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import numpy as np
 from minisora_jax.io.atomic import replacing
 from minisora_jax.io.contact_sheet import contact_sheet
 from minisora_jax.io.records import Shards
-from minisora_jax.types import Clip
+from minisora_jax.types import ClipSequence
 
 SHOWN = 12  # clips on a contact sheet
-MOST_SIZES = 6  # lines of the table of sizes
+MOST_SIZES = 6  # sizes that the table lists
 
 
 def facts_of(shards: Shards) -> list[tuple[str, str]]:
-    """(name, value) lines: counts, bytes, settings, and the distribution of sizes."""
+    """The lines (name, value) of a data set: counts, bytes, settings, and the distribution of sizes."""
     manifest, sizes = shards.manifest, np.asarray(shards.sizes)
     T, H, W, text = sizes.T
     unit = "frames x rows x columns" + (" of latents" if shards.kind == "latents" else "")
@@ -24,7 +24,7 @@ def facts_of(shards: Shards) -> list[tuple[str, str]]:
         ("records", f"{len(shards):,} in {len(manifest['shards'])} shards"),
         ("bytes", f"{sum(s['bytes'] for s in manifest['shards']) / 2**20:,.1f} MiB"),
         ("images, videos", f"{int((T == 1).sum()):,}, {int((T > 1).sum()):,}"),
-        ("frames", f"{int(T.sum()):,}; of a clip {_spread(T)}"),
+        ("frames", f"{int(T.sum()):,}; a clip has {_spread(T)}"),
         ("rows, columns", f"{_spread(H)}; {_spread(W)}"),
         ("captions", f"{_spread(text)} {'tokens' if shards.kind == 'latents' else 'bytes'}"),
     ]
@@ -43,16 +43,20 @@ def facts_of(shards: Shards) -> list[tuple[str, str]]:
     return lines
 
 
-def draw_clips(path: str | Path, clips) -> None:
-    """A contact sheet of clips spread over the data set."""
+def draw_clips(path: str | Path, clips: ClipSequence) -> None:
+    """Write a contact sheet of up to 12 clips that are evenly spaced in the data set."""
     chosen = np.unique(np.linspace(0, len(clips) - 1, min(SHOWN, len(clips))).astype(int))
-    shown: list[Clip] = [clips[int(i)] for i in chosen]
     label = lambda c: f"{c.name}  {'x'.join(map(str, c.size_THW))}  {c.fps:g} fps  {c.caption}"
-    contact_sheet(path, [(clip.frames_THWC, label(clip)) for clip in shown])
+    contact_sheet(path, [(clip.frames_THWC, label(clip)) for clip in (clips[int(i)] for i in chosen)])
 
 
 def draw_sizes(path: str | Path, sizes_thwL: np.ndarray, patch: tuple[int, int, int] = (1, 1, 1)) -> None:
-    """Histograms of tokens, latent frames and caption tokens, and where heights and widths lie."""
+    """Plot histograms of tokens, latent frames and caption tokens, and the heights and widths.
+
+    Args:
+        sizes_thwL: (n, 4): latent frames, rows, columns and caption tokens of each clip.
+        patch: the latents of one token: (t, h, w).
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -67,8 +71,8 @@ def draw_sizes(path: str | Path, sizes_thwL: np.ndarray, patch: tuple[int, int, 
     ):
         axes.hist(values, bins=min(40, max(len(np.unique(values)), 2)), color="tab:blue")
         axes.set(xlabel=label, ylabel="clips")
-    places, counts = np.unique(np.stack([w, h]), axis=1, return_counts=True)
-    all_axes[3].scatter(*places, s=12 + 300 * counts / counts.max(), alpha=0.5, color="tab:orange")
+    (columns, rows), counts = np.unique(np.stack([w, h]), axis=1, return_counts=True)
+    all_axes[3].scatter(columns, rows, s=12 + 300 * counts / counts.max(), alpha=0.5, color="tab:orange")
     all_axes[3].set(xlabel="latent columns", ylabel="latent rows", xlim=(0, 1.1 * w.max()), ylim=(0, 1.1 * h.max()))
     with replacing(path) as partial:
         figure.savefig(partial, dpi=110)
@@ -81,7 +85,7 @@ def _spread(values: np.ndarray) -> str:
     return f"{values.min():,} to {values.max():,} (median {np.median(values):,.0f})"
 
 
-def short(value) -> str:
-    """A setting, as much of it as fits a line."""
+def short(value: object) -> str:
+    """A value as text of at most 90 characters."""
     text = str(value)
     return text if len(text) < 90 else f"{text[:87]}..."

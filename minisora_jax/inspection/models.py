@@ -1,4 +1,4 @@
-"""What a model or a run holds: parameters by module, its config, how far it has come, and where its time went."""
+"""Show an exported model or a run: parameters by module, config, progress, and the use of time."""
 
 from __future__ import annotations
 
@@ -13,14 +13,16 @@ from flax import traverse_util
 from minisora_jax.inspection.datasets import short
 from minisora_jax.io.atomic import replacing
 from minisora_jax.io.model_dir import model_hash, open_model
+from minisora_jax.io.safetensors import StoredTensor
 from minisora_jax.train.metrics import read_rows
 
 
 def model_facts(directory: Path) -> list[tuple[str, str]]:
-    """(name, value) lines of an exported model: kind, hash, parameters by module, and its config."""
+    """The lines (name, value) of an exported model: kind, hash, parameters by module, and its config."""
     stored, config = open_model(directory)
     sizes, types = defaultdict(int), defaultdict(int)
-    for name, tensor in traverse_util.flatten_dict(stored, sep="/").items():
+    tensors: dict[str, StoredTensor] = traverse_util.flatten_dict(stored, sep="/")
+    for name, tensor in tensors.items():
         count = math.prod(tensor.shape)
         sizes["/".join(name.removeprefix("params/").split("/")[:1])] += count
         types[str(tensor.dtype)] += count
@@ -35,7 +37,7 @@ def model_facts(directory: Path) -> list[tuple[str, str]]:
 
 
 def run_facts(workdir: Path) -> list[tuple[str, str]]:
-    """(name, value) lines of a run's workdir: steps, checkpoints, the last metrics, what was left out, its config."""
+    """The lines (name, value) of a run: checkpoints, step, last metrics, use of time, skipped data, and its config."""
     rows = metrics(workdir)
     checkpoints = sorted(int(p.name) for p in (workdir / "checkpoints").glob("*") if p.name.isdigit())
     config = json.loads((workdir / "config.json").read_text(encoding="utf-8"))
@@ -53,19 +55,19 @@ def run_facts(workdir: Path) -> list[tuple[str, str]]:
                     parts[name.removeprefix("time_")] += value
         lines.append(("time", ", ".join(f"{name} {taken:,.0f} s" for name, taken in sorted(parts.items())) or "?"))
     for path in sorted(workdir.glob("damaged_*.jsonl")):
-        lines.append(("damaged clips", f"{len(path.read_text(encoding='utf-8').splitlines())} named in {path.name}"))
+        lines.append(("damaged clips", f"{len(path.read_text(encoding='utf-8').splitlines())}, see {path.name}"))
     if (workdir / "left_out.json").exists():
-        lines.append(("batches left out", (workdir / "left_out.json").read_text(encoding="utf-8")))
+        lines.append(("skipped batches", (workdir / "left_out.json").read_text(encoding="utf-8")))
     return lines + list(_flat(config))
 
 
 def metrics(workdir: Path) -> list[dict]:
-    """The rows of training steps; those of held-out scores have no loss."""
+    """The rows of metrics.jsonl that have a loss: training steps, without held-out scores."""
     return [row for row in read_rows(workdir / "metrics.jsonl") if "loss" in row]
 
 
 def draw_run(path: str | Path, rows: list[dict]) -> None:
-    """The loss (each row and its running mean), the gradient's norm, and what a second of the run went into."""
+    """Plot the loss with its running mean, the norm of the gradient, and the shares of time of a run."""
     import matplotlib
 
     matplotlib.use("Agg")

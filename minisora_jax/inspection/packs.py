@@ -1,10 +1,11 @@
-"""How clips fill rows: the share of slots in use, how evenly steps cost, and a picture of rows with clips as blocks."""
+"""Show how clips fill rows: the share of slots in use, the balance of costs, and a picture of rows."""
 
 from __future__ import annotations
 
 import colorsys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -13,15 +14,23 @@ from minisora_jax.io.atomic import replacing
 from minisora_jax.models.dit import DiTConfig
 from minisora_jax.train.flops import count_work
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
 
 def packing_report(
     plan: PackPlan | StagedPlan, sizes_thwL: np.ndarray, dit: DiTConfig, steps: Sequence[int]
 ) -> dict[str, float]:
-    """What these steps of a plan come to.
+    """Statistics of some steps of a plan.
 
-    fill, text_fill: shares of video and caption slots in use.   useful_flops: share of the FLOPs of a program that
-    computes every slot and all pairs of a row (kernels that leave tiles out do better).   straggler: the costliest row
-    of a step over its mean row, averaged over steps; devices that hold a row each wait for it, so 1 is best.
+    Returns:
+        steps, rows: their numbers.
+        clips_per_row: the mean.
+        fill, text_fill: the shares of video and caption slots in use.
+        useful_flops: the share of useful FLOPs, for a program that computes every slot and all pairs of a row. Kernels
+            that skip tiles do better.
+        straggler: the cost of a step's costliest row over its mean row, averaged over steps. Devices with a row each
+            wait for the costliest, so 1 is best.
     """
     pack, clips, tokens, text, useful, dense, straggler = plan.config, 0, 0.0, 0.0, 0.0, 0.0, []
     rows_seen = 0
@@ -51,10 +60,12 @@ def draw_rows(
     pack: PackConfig,
     title: str = "",
 ) -> None:
-    """A PNG with a bar for each row, its clips as blocks as wide as their tokens.
+    """Write a PNG with a bar for each row. Each block is a clip, as wide as its token count.
 
-    rows: of each clip its patch grid (t, h, w), a label, and a frame (uint8 HWC) to show in its block, or None. Images
-    are orange, videos blue to green, the longer the greener; what is left empty is hatched.
+    Images are orange. Videos are blue to green; longer ones are greener. Empty slots are hatched.
+
+    Args:
+        rows: for each row its clips: the grid of patches (t, h, w), a label, and a frame (uint8 HWC) or None.
     """
     import matplotlib
 
@@ -62,9 +73,9 @@ def draw_rows(
     import matplotlib.pyplot as plt
     from matplotlib.patches import Rectangle
 
-    width, each = 14.0, 0.92
+    width, row_height = 14.0, 0.92  # inches
     longest = max(size[0] for row in rows for size, _, _ in row)
-    figure, axes = plt.subplots(figsize=(width, each * len(rows) + 0.9), constrained_layout=True)
+    figure, axes = plt.subplots(figsize=(width, row_height * len(rows) + 0.9), constrained_layout=True)
     for number, row in enumerate(rows):
         at, y = 0, -number
         for (t, h, w), label, frame in row:
@@ -97,10 +108,10 @@ def _colour(frames: int, longest: int) -> tuple[float, float, float]:
     return colorsys.hsv_to_rgb(0.62 - 0.22 * share, 0.62, 0.78 - 0.14 * share)
 
 
-def _thumbnail(axes, frame_HWC: np.ndarray, at: float, y: float, n: int, row_tokens: int, width: float) -> None:
-    """The frame at its own aspect, in the upper part of its block."""
+def _thumbnail(axes: Axes, frame_HWC: np.ndarray, at: float, y: float, n: int, row_tokens: int, width: float) -> None:
+    """Draw a frame with its own aspect in the upper part of its block."""
     H, W = frame_HWC.shape[:2]
-    inch = row_tokens / (width * 0.93)  # tokens
+    inch = row_tokens / (width * 0.93)  # the tokens of an inch
     wide = min(0.92 * 0.54 * inch * W / H, 0.9 * n)
     tall, middle = wide * H / (0.92 * inch * W), at + n / 2
     axes.imshow(
