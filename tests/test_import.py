@@ -10,6 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from flax import traverse_util
+from published import import_params
 from safetensors.numpy import load_file, save_file
 
 from minisora_jax.cli import main
@@ -21,7 +22,6 @@ from minisora_jax.parallel.mesh import SHARDS, MeshConfig, make_mesh, parameter_
 from minisora_jax.weights import clip, sd_vae, t5, wan_vae
 from minisora_jax.weights.checkpoint import Checkpoint
 from minisora_jax.weights.presets import CODECS, TEXT_ENCODERS
-from minisora_jax.weights.rules import import_params
 
 SMALL = {
     "t5-v1.1-xxl": T5Config(50, 24, 3, 8, 40, 2, dtype="float32"),
@@ -145,7 +145,7 @@ def test_a_codec_restores_straight_onto_a_mesh(tmp_path):
     with jax.set_mesh(mesh):
         spread = lambda x: jax.sharding.NamedSharding(mesh, parameter_spec(x.shape, -1))
         target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=spread(x)), shapes)
-        placed = import_params(Checkpoint(tmp_path / "vae.safetensors"), rules, target, progress=False)
+        placed = import_params(Checkpoint(tmp_path / "vae.safetensors"), rules, target)
     leaf = placed["params"]["decoder"]["stage0_residual0"]["conv1"]["conv"]["kernel"]
     assert leaf.sharding.spec == jax.P(None, None, None, None, SHARDS)
     assert {s.data.shape for s in leaf.addressable_shards} == {(3, 3, 3, 64, 16)} and len(leaf.devices()) == 8

@@ -14,13 +14,13 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 sys.path.insert(0, str(Path(__file__).parent / "parity"))
+from published import export_params, import_params  # noqa: E402
 from random_weights import draw, draw_ids, draw_input  # noqa: E402
 
 from minisora_jax.models.clip import CLIPConfig, CLIPEncoder  # noqa: E402
 from minisora_jax.parallel.mesh import BATCH, SHARDS, MeshConfig, make_mesh, to_global, with_shardings  # noqa: E402
 from minisora_jax.weights import clip  # noqa: E402
 from minisora_jax.weights.checkpoint import Checkpoint, WeightsFileError  # noqa: E402
-from minisora_jax.weights.rules import export_params, import_params  # noqa: E402
 
 FIXTURE = Path(__file__).parent / "parity/fixtures/clip.safetensors"
 SMALL = {
@@ -77,8 +77,8 @@ def to_openclip(tensors, config):
 def restored(tensors, path, config):
     save_file(tensors, path)
     file = Checkpoint(path)
-    rules = clip.rules(config, clip.layout_of(file.names))
-    return import_params(file, rules, abstract(config), ignored=clip.IGNORED, progress=False)
+    rules = clip.rules(config, clip.name_map_of(file.names))
+    return import_params(file, rules, abstract(config), ignored=clip.IGNORED)
 
 
 @pytest.fixture(scope="module", params=SMALL)
@@ -113,7 +113,7 @@ def test_gradients_are_the_references(model, parity):
         out, pooled = CLIPEncoder(config).apply(params, captions(7), jnp.ones((2, 7), jnp.int32))
         return jnp.mean(out**2 * weight) + jnp.mean(pooled**2)
 
-    grads = dict(export_params(jax.jit(jax.grad(loss))(params), clip.rules(config)))
+    grads = export_params(jax.jit(jax.grad(loss))(params), clip.rules(config))
     reference = {k.split("grad/")[1]: v for k, v in load_file(FIXTURE).items() if k.startswith(f"{name} grad/")}
     assert len(reference) == 7
     for key, grad in reference.items():
@@ -160,7 +160,7 @@ def test_every_layout_gives_the_same_model(model, tmp_path):
     for i, stored in enumerate((to_openclip(tensors, config), bare, whole_clip)):
         again = restored(stored, tmp_path / f"{i}.safetensors", config)
         jax.tree.map(np.testing.assert_array_equal, again, params)
-    exported = dict(export_params(params, clip.rules(config)))
+    exported = export_params(params, clip.rules(config))
     assert set(exported) == set(tensors) and all(np.array_equal(exported[k], v) for k, v in tensors.items())
 
 
@@ -171,7 +171,7 @@ def test_it_restores_onto_a_mesh_and_computes_there(model, tmp_path):
     row, segment, _ = (np.repeat(x, 8, 0) if isinstance(x, np.ndarray) else x for x in packed())
     with jax.set_mesh(mesh):
         target = with_shardings(abstract(config), mesh)
-        placed = import_params(Checkpoint(tmp_path / "model.safetensors"), clip.rules(config), target, progress=False)
+        placed = import_params(Checkpoint(tmp_path / "model.safetensors"), clip.rules(config), target)
         kernel = placed["params"]["blocks"]["qkv"]["kernel"]
         assert kernel.sharding.spec == jax.P(None, SHARDS, None, None, None)
         assert kernel.addressable_shards[0].data.shape == (3, 6, 3, 3, 8)
@@ -195,7 +195,7 @@ def test_it_restores_onto_a_mesh_and_computes_there(model, tmp_path):
 def test_every_published_tensor_has_its_place(name, key, layout):
     with safe_open(FIXTURE, framework="numpy") as file:
         published = {k: tuple(v) for k, v in json.loads(file.metadata()["published"])[key].items()}
-    assert clip.layout_of(published) == layout
+    assert clip.name_map_of(published) == layout
     config = clip.fit(clip.CONFIGS[name], published)
     assert (config.projection is None) == (layout == "bare")
     flat = traverse_util.flatten_dict(abstract(config), sep="/")

@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from einops import rearrange
-from flax import traverse_util
 from safetensors.numpy import load_file, save_file
 
 sys.path.insert(0, str(Path(__file__).parent / "parity"))
 from headers import models, published  # noqa: E402
+from published import export_params, import_params  # noqa: E402
 from random_weights import draw, draw_ids, draw_input  # noqa: E402
 
 from minisora_jax.cli import main  # noqa: E402
@@ -24,9 +24,9 @@ from minisora_jax.models.dit import DiT, DiTConfig, abstract_params  # noqa: E40
 from minisora_jax.parallel.mesh import BATCH, MeshConfig, make_mesh, to_global  # noqa: E402
 from minisora_jax.types import PackedBatch  # noqa: E402
 from minisora_jax.weights.checkpoint import Checkpoint  # noqa: E402
-from minisora_jax.weights.dit import CONFIGS, IGNORED, layout_of, published_layout, rules  # noqa: E402
+from minisora_jax.weights.dit import CONFIGS, IGNORED, name_map_of, published_name_map, rules  # noqa: E402
 from minisora_jax.weights.presets import TRANSFORMERS  # noqa: E402
-from minisora_jax.weights.rules import export_params, import_params  # noqa: E402
+from minisora_jax.weights.rules import export_lazily  # noqa: E402
 
 FIXTURES = Path(__file__).parent / "parity/fixtures"
 _IMAGE = dict(width=24, depth=2, heads=2, dtype="float32", base_grid=8)
@@ -49,20 +49,8 @@ def relative(ours, theirs):
 
 def published_names(config: DiTConfig, layout: str | None = None) -> dict[str, tuple[int, ...]]:
     """Every tensor of a checkpoint of this layout, with its shape."""
-    flat = traverse_util.flatten_dict(abstract_params(config), sep="/")
-    blank = {k: np.broadcast_to(np.float32(0), v.shape) for k, v in flat.items()}
-    return {k: v.shape for k, v in _export_blank(blank, rules(config, layout))}
-
-
-def _export_blank(blank, found):
-    """What `export_params` yields, without the memory."""
-    parts = {}
-    for rule in found:
-        for i, name in enumerate(rule.names):
-            tensor = rule.to_theirs(blank[rule.ours][i] if rule.layers else blank[rule.ours])
-            parts.setdefault(name, []).append(tensor.shape)
-    for name, shapes in parts.items():
-        yield name, np.broadcast_to(np.float32(0), (sum(s[0] for s in shapes), *shapes[0][1:]) if shapes[0] else ())
+    blank = jax.tree.map(lambda x: np.broadcast_to(np.float32(0), x.shape), abstract_params(config))
+    return {name: tensor.shape for name, tensor in export_lazily(blank, rules(config, layout)).items()}
 
 
 def write(config: DiTConfig, layout: str, path: Path) -> Path:
@@ -75,20 +63,18 @@ def write(config: DiTConfig, layout: str, path: Path) -> Path:
 
 def loaded(config: DiTConfig, layout: str, directory: Path):
     file = write(config, layout, directory / f"{layout}.safetensors")
-    return import_params(
-        Checkpoint(file), rules(config, layout), abstract_params(config), ignored=IGNORED, progress=False
-    )
+    return import_params(Checkpoint(file), rules(config, layout), abstract_params(config), ignored=IGNORED)
 
 
 @pytest.fixture(scope="module")
 def params(tmp_path_factory):
     """The parameters of each small model, loaded from a file in diffusers' layout."""
     directory = tmp_path_factory.mktemp("dit")
-    found = {name: loaded(SMALL[name], published_layout(SMALL[name]), directory) for name in SMALL if name != "sit"}
+    found = {name: loaded(SMALL[name], published_name_map(SMALL[name]), directory) for name in SMALL if name != "sit"}
     # SiT's numbers are made by DiT, which is what it is but for the sense of time and of the velocity.
-    save_file(dict(export_params(found["dit"], rules(SMALL["dit"], "dit-own"))), directory / "sit.safetensors")
+    save_file(export_params(found["dit"], rules(SMALL["dit"], "dit-own")), directory / "sit.safetensors")
     own = Checkpoint(directory / "sit.safetensors")
-    found["sit"] = import_params(own, rules(SMALL["sit"], "dit-own"), abstract_params(SMALL["sit"]), progress=False)
+    found["sit"] = import_params(own, rules(SMALL["sit"], "dit-own"), abstract_params(SMALL["sit"]))
     return found
 
 
@@ -226,7 +212,7 @@ def test_gradients_are_the_references(params, model, parity):
         y = DiT(cfg).apply(params, batch.tokens_BSP, time_BS, batch)
         return jnp.sum(y * weights_BSP) / weights.size
 
-    grads = dict(export_params(jax.jit(jax.grad(loss))(params[model]), rules(cfg)))
+    grads = export_params(jax.jit(jax.grad(loss))(params[model]), rules(cfg))
     prefix = f"{model} grad/" if model in ("plain", "sized") else "grad/"
     checked = {k.removeprefix(prefix): v for k, v in reference(model).items() if k.startswith(prefix)}
     assert len(checked) >= 3
@@ -265,7 +251,7 @@ PUBLISHED = [(file, name) for file in ("wan", "dit", "pixart", "latte") for name
 def test_every_published_tensor_has_its_place(file, name):
     config = CONFIGS[name]
     theirs = published(file, name)
-    assert layout_of(list(theirs)) == published_layout(config)
+    assert name_map_of(list(theirs)) == published_name_map(config)
     assert published_names(config) == theirs
     parameters = {"wan2.1-t2v-1.3b": 1_418_996_800, "wan2.1-t2v-14b": 14_288_491_584}
     if name in parameters:
@@ -277,12 +263,12 @@ def test_every_published_tensor_has_its_place(file, name):
 )
 def test_the_authors_own_files_hold_the_same(params, model, layout, tmp_path):
     cfg = SMALL[model]
-    own = list(export_params(params[model], rules(cfg, layout)))
+    own = export_params(params[model], rules(cfg, layout))
     table = {"pos_embed": np.zeros((1, 64, 24), np.float32)} if layout == "dit-own" else {}  # stored, and not needed
-    save_file(dict(own) | table, tmp_path / "own.safetensors")
+    save_file(own | table, tmp_path / "own.safetensors")
     checkpoint = Checkpoint(tmp_path / "own.safetensors")
-    assert layout_of(checkpoint.names) == layout
-    again = import_params(checkpoint, rules(cfg, layout), abstract_params(cfg), ignored=IGNORED, progress=False)
+    assert name_map_of(checkpoint.names) == layout
+    again = import_params(checkpoint, rules(cfg, layout), abstract_params(cfg), ignored=IGNORED)
     jax.tree.map(np.testing.assert_array_equal, again, jax.tree.map(np.asarray, params[model]))
 
 
@@ -292,7 +278,7 @@ def test_import_and_export_from_the_command_line(params, model, tmp_path, monkey
     preset |= {"wan": "wan2.1-t2v-1.3b", "dit": "dit-xl-2-256", "sit": "sit-xl-2-256"}
     small = dataclasses.replace(TRANSFORMERS[preset[model]], config=SMALL[model])
     monkeypatch.setitem(TRANSFORMERS, preset[model], small)
-    before = {k: v.astype("bfloat16") for k, v in export_params(params[model], rules(SMALL[model]))}
+    before = {k: v.astype("bfloat16") for k, v in export_params(params[model], rules(SMALL[model])).items()}
     save_file(before, tmp_path / "theirs.safetensors")
     assert main(["import", preset[model], str(tmp_path / "theirs.safetensors"), f"--out={tmp_path / 'ours'}"]) == 0
     assert main(["export", str(tmp_path / "ours"), str(tmp_path / "again")]) == 0

@@ -14,6 +14,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 sys.path.insert(0, str(Path(__file__).parent / "parity"))
+from published import export_params, import_params  # noqa: E402
 from random_weights import draw, draw_input  # noqa: E402
 
 from minisora_jax.cli import main  # noqa: E402
@@ -22,7 +23,6 @@ from minisora_jax.models.vae import VAE, VAEConfig  # noqa: E402
 from minisora_jax.weights import sd_vae  # noqa: E402
 from minisora_jax.weights.checkpoint import Checkpoint, WeightsFileError  # noqa: E402
 from minisora_jax.weights.presets import CODECS  # noqa: E402
-from minisora_jax.weights.rules import export_params, import_params  # noqa: E402
 
 FIXTURE = Path(__file__).parent / "parity/fixtures/sd_vae.safetensors"
 SMALL = dataclasses.replace(sd_vae.CONFIG, base=32, multipliers=(1, 2, 2), time_down=(False, False), latent_channels=3)
@@ -50,7 +50,7 @@ def published_tensors(layout="diffusers"):
 def params(tmp_path_factory):
     path = tmp_path_factory.mktemp("sd") / "vae.safetensors"
     save_file(published_tensors(), path)
-    return import_params(Checkpoint(path), sd_vae.rules(SMALL), abstract(SMALL), progress=False)
+    return import_params(Checkpoint(path), sd_vae.rules(SMALL), abstract(SMALL))
 
 
 def moments(params, x_BTHWC):
@@ -79,7 +79,7 @@ def test_gradients_are_the_references(params, parity):
     grads = {}
     for loss, side in ((lambda p: moments(p, x), "encoder/"), (lambda p: decoded(p, z), "decoder/")):
         tree = jax.jit(jax.grad(lambda p, loss=loss: jnp.mean(loss(p) ** 2)))(params)
-        grads |= dict(export_params(tree, [r for r in sd_vae.rules(SMALL) if side in r.ours]))
+        grads |= export_params(tree, [r for r in sd_vae.rules(SMALL) if side in r.ours])
     reference = {k.removeprefix("grad/"): v for k, v in load_file(FIXTURE).items() if k.startswith("grad/")}
     assert len(reference) == 7
     for name, grad in reference.items():
@@ -103,10 +103,10 @@ def test_a_video_is_coded_frame_by_frame(params):
 def test_every_layout_gives_the_same_model(params, layout, tmp_path):
     save_file(published_tensors(layout), tmp_path / "vae.safetensors")
     file = Checkpoint(tmp_path / "vae.safetensors")
-    assert sd_vae.layout_of(file.names) == layout
-    again = import_params(file, sd_vae.rules(SMALL, layout), abstract(SMALL), progress=False)
+    assert sd_vae.name_map_of(file.names) == layout
+    again = import_params(file, sd_vae.rules(SMALL, layout), abstract(SMALL))
     jax.tree.map(np.testing.assert_array_equal, again, params)
-    exported = dict(export_params(again, sd_vae.rules(SMALL, layout)))
+    exported = export_params(again, sd_vae.rules(SMALL, layout))
     assert all(np.array_equal(exported[k], v) for k, v in published_tensors(layout).items())
 
 
@@ -144,7 +144,7 @@ def test_what_does_not_fit_is_named(tmp_path):
         save_file(changed, tmp_path / "vae.safetensors")
         file = Checkpoint(tmp_path / "vae.safetensors")
         with pytest.raises(WeightsFileError) as caught:
-            import_params(file, sd_vae.rules(SMALL), abstract(SMALL), progress=False)
+            import_params(file, sd_vae.rules(SMALL), abstract(SMALL))
         return str(caught.value)
 
     tensors, key = published_tensors(), "encoder.mid_block.attentions.0.to_k.bias"

@@ -13,13 +13,13 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 sys.path.insert(0, str(Path(__file__).parent / "parity"))
+from published import export_params, import_params  # noqa: E402
 from random_weights import draw, draw_ids, draw_input  # noqa: E402
 
 from minisora_jax.models.t5 import T5Config, T5Encoder  # noqa: E402
 from minisora_jax.parallel.mesh import BATCH, SHARDS, MeshConfig, make_mesh, to_global  # noqa: E402
 from minisora_jax.weights import t5  # noqa: E402
 from minisora_jax.weights.checkpoint import Checkpoint  # noqa: E402
-from minisora_jax.weights.rules import export_params, import_params  # noqa: E402
 
 FIXTURE = Path(__file__).parent / "parity/fixtures/t5.safetensors"
 SMALL = {family: T5Config(50, 24, 3, 8, 40, 3, family == "t5", dtype="float32") for family in ("t5", "umt5")}
@@ -48,7 +48,7 @@ def published_file(config, path, layout="transformers"):
 def model(request, tmp_path_factory):
     config = SMALL[request.param]
     path = published_file(config, tmp_path_factory.mktemp("t5") / "model.safetensors")
-    params = import_params(Checkpoint(path), t5.rules(config), abstract(config), progress=False)
+    params = import_params(Checkpoint(path), t5.rules(config), abstract(config))
     return request.param, config, params
 
 
@@ -68,7 +68,7 @@ def test_gradients_are_the_references(model, parity):
     ids = draw_ids("ids 7", (2, 7), 50).astype(np.int32)
     weight = draw_input("weights of the loss", (2, 7, 24))
     loss = lambda p: jnp.mean(T5Encoder(config).apply(p, ids, jnp.ones((2, 7), jnp.int32)) ** 2 * weight)
-    grads = dict(export_params(jax.jit(jax.grad(loss))(params), t5.rules(config)))
+    grads = export_params(jax.jit(jax.grad(loss))(params), t5.rules(config))
     reference = {k.split("grad/")[1]: v for k, v in load_file(FIXTURE).items() if k.startswith(f"{family} grad/")}
     assert len(reference) == 5
     for name, grad in reference.items():
@@ -89,8 +89,8 @@ def test_wans_layout_gives_the_same_model(model, tmp_path):
     _, config, params = model
     path = published_file(config, tmp_path / "models_t5.safetensors", "wan")
     file = Checkpoint(path)
-    assert t5.layout_of(file.names) == "wan"
-    again = import_params(file, t5.rules(config, "wan"), abstract(config), progress=False)
+    assert t5.name_map_of(file.names) == "wan"
+    again = import_params(file, t5.rules(config, "wan"), abstract(config))
     jax.tree.map(np.testing.assert_array_equal, again, params)
 
 
@@ -101,7 +101,7 @@ def test_a_whole_encoder_decoder_file_will_do(model, tmp_path):
     tensors |= {"decoder.final_layer_norm.weight": np.ones(24, np.float32), "lm_head.weight": np.ones((50, 24))}
     save_file(tensors, tmp_path / "whole.safetensors")
     file = Checkpoint(tmp_path / "whole.safetensors")
-    again = import_params(file, t5.rules(config), abstract(config), ignored=t5.IGNORED, progress=False)
+    again = import_params(file, t5.rules(config), abstract(config), ignored=t5.IGNORED)
     jax.tree.map(np.testing.assert_array_equal, again, params)
 
 
@@ -111,7 +111,7 @@ def test_it_restores_onto_a_mesh_and_computes_there(model, tmp_path):
     mesh = make_mesh(MeshConfig(data=2, fsdp=4))
     ids = draw_ids("ids 12", (8, 12), 50).astype(np.int32)
     with jax.set_mesh(mesh):
-        placed = import_params(Checkpoint(path), t5.rules(config), abstract_on(mesh, config), progress=False)
+        placed = import_params(Checkpoint(path), t5.rules(config), abstract_on(mesh, config))
         kernel = placed["params"]["blocks"]["up"]["kernel"]
         assert kernel.sharding.spec == jax.P(None, SHARDS, None) and kernel.addressable_shards[0].data.shape == (
             3,

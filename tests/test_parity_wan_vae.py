@@ -17,6 +17,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 sys.path.insert(0, str(Path(__file__).parent / "parity"))
+from published import export_params, import_params  # noqa: E402
 from random_weights import draw, draw_input  # noqa: E402
 
 from minisora_jax.cli import main  # noqa: E402
@@ -25,7 +26,7 @@ from minisora_jax.models.vae import VAE  # noqa: E402
 from minisora_jax.weights import wan_vae  # noqa: E402
 from minisora_jax.weights.checkpoint import Checkpoint, WeightsFileError  # noqa: E402
 from minisora_jax.weights.presets import CODECS  # noqa: E402
-from minisora_jax.weights.rules import export_lazily, export_params, import_params, save_sharded  # noqa: E402
+from minisora_jax.weights.rules import export_lazily, save_sharded  # noqa: E402
 
 FIXTURES = Path(__file__).parent / "parity/fixtures"
 PRESETS = {"wan_vae": "wan2.1-vae", "wan22_vae": "wan2.2-vae"}
@@ -94,7 +95,7 @@ class Case:
 def case(request, tmp_path_factory):
     family, config = request.param, SMALL[request.param]
     file = published_file(config, tmp_path_factory.mktemp(family) / "diffusion_pytorch_model.safetensors")
-    params = import_params(Checkpoint(file), wan_vae.rules(config), abstract(config), progress=False)
+    params = import_params(Checkpoint(file), wan_vae.rules(config), abstract(config))
     return Case(family, config, file, params, load_file(FIXTURES / f"{family}.safetensors"))
 
 
@@ -113,7 +114,7 @@ def test_gradients_are_the_references(case, parity):
     for key, side in ((f"moments {size}", "encoder/"), (f"decoded {size}", "decoder/")):
         tree = jax.jit(jax.grad(lambda p, key=key: jnp.mean(case.output(p, key) ** 2)))(case.params)
         rules = [rule for rule in wan_vae.rules(case.config) if side in rule.ours]
-        grads |= dict(export_params(tree, rules))
+        grads |= export_params(tree, rules)
     checked = [k.removeprefix("grad/") for k in case.reference if k.startswith("grad/")]
     assert len(checked) == 6
     for name in checked:
@@ -125,7 +126,7 @@ def test_gradients_are_the_references(case, parity):
 def test_every_published_tensor_has_its_place(family, layout):
     fixture, key = (family, "published") if layout == "diffusers" else ("wan_original", "published")
     published = facts(fixture, key) if layout == "diffusers" else facts(fixture, key)[family]
-    assert wan_vae.layout_of(list(published)) == layout
+    assert wan_vae.name_map_of(list(published)) == layout
     flat = traverse_util.flatten_dict(abstract(FULL[family]), sep="/")
     rules = wan_vae.rules(FULL[family], layout)
     assert {rule.ours for rule in rules} == set(flat)
@@ -138,14 +139,14 @@ def test_every_published_tensor_has_its_place(family, layout):
 def test_wans_own_layout_gives_the_same_model(case, tmp_path):
     path = published_file(case.config, tmp_path / "Wan_VAE.safetensors", "wan")
     file = Checkpoint(path)
-    assert wan_vae.layout_of(file.names) == "wan"
-    again = import_params(file, wan_vae.rules(case.config, "wan"), abstract(case.config), progress=False)
+    assert wan_vae.name_map_of(file.names) == "wan"
+    again = import_params(file, wan_vae.rules(case.config, "wan"), abstract(case.config))
     jax.tree.map(np.testing.assert_array_equal, again, case.params)
 
 
 def test_values_are_those_of_wans_own_code(case, tmp_path, parity):
     path = published_file(case.config, tmp_path / "Wan_VAE.safetensors", "wan", drawn_as="wan")
-    params = import_params(Checkpoint(path), wan_vae.rules(case.config, "wan"), abstract(case.config), progress=False)
+    params = import_params(Checkpoint(path), wan_vae.rules(case.config, "wan"), abstract(case.config))
     reference = load_file(FIXTURES / "wan_original.safetensors")
     size = "5x24x16" if case.family == "wan_vae" else "5x48x16"
     x = to_jax(np.clip(draw_input(f"pixels {size}", (1, 3, *map(int, size.split("x")))), -1, 1))
@@ -206,12 +207,12 @@ def test_what_does_not_fit_is_named(tmp_path):
     changed = {k: v for k, v in tensors.items() if k != "quant_conv.bias"} | {"more.weight": np.zeros(3, np.float32)}
     save_file(changed, path)
     with pytest.raises(WeightsFileError, match=r"1 missing \(quant_conv.bias\) and 1 extra \(more.weight\)"):
-        import_params(Checkpoint(path), rules, abstract(config), progress=False)
+        import_params(Checkpoint(path), rules, abstract(config))
     save_file(tensors | {"quant_conv.bias": np.zeros(8, np.float32)}, path)
     with pytest.raises(
         WeightsFileError, match=r"quant_conv.bias of shape \(8,\) gives .*moments/bias.* which is \(6,\)"
     ):
-        import_params(Checkpoint(path), rules, abstract(config), progress=False)
+        import_params(Checkpoint(path), rules, abstract(config))
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(WeightsFileError, match="not a whole safetensors file"):
         Checkpoint(path)

@@ -9,6 +9,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from flax import traverse_util
+from published import import_params
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
@@ -18,7 +19,6 @@ from minisora_jax.models.t5 import T5Config, T5Encoder
 from minisora_jax.weights import t5
 from minisora_jax.weights.checkpoint import Checkpoint
 from minisora_jax.weights.presets import TEXT_ENCODERS, TextPreset
-from minisora_jax.weights.rules import import_params
 
 RNG = np.random.default_rng(0)
 
@@ -92,7 +92,7 @@ def test_an_import_is_what_it_would_be_in_memory(tmp_path, monkeypatch):
     save_file(theirs, tmp_path / "theirs.safetensors")
     monkeypatch.setitem(TEXT_ENCODERS, "umt5-small", TextPreset("small", config, t5))
     assert main(["import", "umt5-small", str(tmp_path / "theirs.safetensors"), f"--out={tmp_path / 'ours'}"]) == 0
-    params = import_params(Checkpoint(tmp_path / "theirs.safetensors"), t5.rules(config), abstract, progress=False)
+    params = import_params(Checkpoint(tmp_path / "theirs.safetensors"), t5.rules(config), abstract)
     save_file(traverse_util.flatten_dict(params, sep="/"), tmp_path / "in_memory.safetensors")
     assert (tmp_path / "ours/model.safetensors").read_bytes() == (tmp_path / "in_memory.safetensors").read_bytes()
 

@@ -133,5 +133,5 @@ def read(checkpoint, family, config, abstract):
     """The parameters as `LazyArray`s, in the precision they are stored in."""
     from minisora_jax.weights.rules import import_lazily
 
-    rules = family.rules(config, family.layout_of(checkpoint.names))
+    rules = family.rules(config, family.name_map_of(checkpoint.names))
     return import_lazily(checkpoint, rules, abstract, ignored=family.IGNORED, keep_dtype=True)

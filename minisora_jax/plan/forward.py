@@ -39,7 +39,7 @@ def parameters_on(config: DiTConfig, mesh: jax.sharding.Mesh, checkpoint: Checkp
         params = with_shardings(abstract_params(config), mesh)
     if checkpoint is None:
         return params
-    return planned_params(checkpoint, dit.rules(config, dit.layout_of(checkpoint.names)), params, ignored=dit.IGNORED)
+    return planned_params(checkpoint, dit.rules(config, dit.name_map_of(checkpoint.names)), params, ignored=dit.IGNORED)
 
 
 def lower_forward(

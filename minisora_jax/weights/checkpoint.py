@@ -2,8 +2,8 @@
 
     model.safetensors | a directory | model.safetensors.index.json (sharded) | model.pth, .pt, .bin (torch's zip format)
 
-Nothing is held but the tensor asked for: a 14 B model needs no second copy in memory. Torch files are read without
-torch: a zip of raw storages and a pickle of views on them, of which only tensors in containers are accepted.
+Memory holds only the tensor that is being read, so a 14 B model needs no second copy. Torch files are read without
+torch: they are a zip of raw storages and a pickle of views on them. Only tensors in plain containers are accepted.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import pickle
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -32,58 +33,70 @@ _TORCH_DTYPES = {
 
 
 class WeightsFileError(ValueError):
-    """A checkpoint cannot be read, or does not hold what its family says."""
+    """A checkpoint cannot be read, or its tensors are not those of its family."""
 
 
 class Checkpoint:
-    """The tensors of a checkpoint by name. `names` is known at once; `read` takes one from disk."""
+    """The tensors of a checkpoint by name. Opening reads the headers only.
 
-    def __init__(self, path: str | Path):
+    Raises:
+        FileNotFoundError: There is no such file.
+        WeightsFileError: It is no checkpoint, or it is incomplete.
+    """
+
+    def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self._where = {name: (file, name) for file in _files(self.path) for name in file.names}
+        self._entries = {name: (file, name) for file in _files(self.path) for name in file.names}
 
     def within(self, prefixes: tuple[str, ...]) -> Checkpoint:
-        """The tensors under the first of `prefixes` that there is, named without it; all of them if there is none."""
+        """The tensors under the first prefix that occurs, named without it. All tensors if none occurs."""
         for prefix in prefixes:
-            if part := {k.removeprefix(prefix): v for k, v in self._where.items() if k.startswith(prefix)}:
-                found = copy.copy(self)
-                found._where = part
-                return found
+            if entries := {k.removeprefix(prefix): v for k, v in self._entries.items() if k.startswith(prefix)}:
+                part = copy.copy(self)
+                part._entries = entries
+                return part
         return self
 
     @property
     def names(self) -> list[str]:
-        return list(self._where)
+        """The names of all tensors."""
+        return list(self._entries)
 
     def __contains__(self, name: str) -> bool:
-        return name in self._where
+        return name in self._entries
 
     def read(self, name: str) -> np.ndarray:
-        file, stored = self._where[name]
+        """The tensor, read from disk."""
+        file, stored = self._entries[name]
         return file.read(stored)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        file, stored = self._where[name]
+        """The tensor's shape, from the header."""
+        file, stored = self._entries[name]
         return file.shape(stored)
 
     def dtype(self, name: str) -> np.dtype:
-        file, stored = self._where[name]
+        """The tensor's dtype, from the header."""
+        file, stored = self._entries[name]
         return file.dtype(stored)
 
 
-def _files(path: Path) -> list:
+def _files(path: Path) -> list[_Safetensors | _TorchFile]:
     if path.is_dir():
         for pattern in ("*.index.json", "*.safetensors", "*.bin", "*.pth", "*.pt"):
-            # Names that begin with a dot are those of files that were never finished.
-            if found := sorted(p for p in path.glob(pattern) if not p.name.startswith(".")):
-                return [f for p in found for f in _files(p)]
+            # A name that begins with a dot belongs to a file that was never finished.
+            if paths := sorted(p for p in path.glob(pattern) if not p.name.startswith(".")):
+                return [f for p in paths for f in _files(p)]
         raise WeightsFileError(f"{path} has no checkpoint: no *.safetensors, *.index.json, *.bin, *.pth or *.pt in it")
     if not path.exists():
-        raise FileNotFoundError(f"no checkpoint {path}")
+        raise FileNotFoundError(f"there is no checkpoint {path}")
     if path.name.endswith(".index.json"):
         shards = sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
         if missing := [s for s in shards if not (path.parent / s).exists()]:
-            raise WeightsFileError(f"{path} names {len(missing)} shards that are not beside it, {missing[0]} first")
+            raise WeightsFileError(
+                f"{path} lists {len(missing)} shards that are missing in its directory, {missing[0]} first: download "
+                f"them too"
+            )
         return [f for s in shards for f in _files(path.parent / s)]
     return [_Safetensors(path) if path.suffix == ".safetensors" else _TorchFile(path)]
 
@@ -109,7 +122,7 @@ class _Safetensors:
 class _TorchFile:
     def __init__(self, path: Path):
         if not zipfile.is_zipfile(path):
-            raise WeightsFileError(f"{path} is not a torch file of the zip format (torch >= 1.6), or is cut short")
+            raise WeightsFileError(f"{path} is not a torch file in the zip format (torch >= 1.6), or it is cut short")
         self._zip = zipfile.ZipFile(path)
         member = next(n for n in self._zip.namelist() if n.endswith("data.pkl"))
         self._root = member.removesuffix("data.pkl")
@@ -136,14 +149,14 @@ class _TorchFile:
 
 
 class _View:
-    """A tensor of a torch file: (key, dtype) of its storage, and its place in it."""
+    """A tensor of a torch file: (key, dtype) of its storage, and its place in the storage."""
 
-    def __init__(self, storage, offset, shape, stride, *_):
+    def __init__(self, storage: tuple[str, Any], offset: int, shape: Any, stride: Any, *_: Any) -> None:
         self.storage, self.offset, self.shape, self.stride = storage, offset, tuple(shape), tuple(stride)
 
 
 class _TensorUnpickler(pickle.Unpickler):
-    """Accepts tensors in plain containers; anything else in the file could run code, and is refused."""
+    """Accepts tensors in plain containers. Anything else could run code and is refused."""
 
     _ALLOWED = {
         ("collections", "OrderedDict"): OrderedDict,
@@ -151,13 +164,13 @@ class _TensorUnpickler(pickle.Unpickler):
         ("torch._utils", "_rebuild_parameter"): lambda view, *_: view,
     }
 
-    def find_class(self, module, name):
+    def find_class(self, module: str, name: str) -> Any:
         if module == "torch" and name in _TORCH_DTYPES:
             return _TORCH_DTYPES[name]
         if (module, name) not in self._ALLOWED:
             raise WeightsFileError(f"the torch file asks for {module}.{name}: only tensors by name are read")
         return self._ALLOWED[module, name]
 
-    def persistent_load(self, storage):
-        _, dtype, key, _, _ = storage  # "storage", its type, its key, its device, its length
+    def persistent_load(self, pid: Any) -> tuple[str, Any]:
+        _, dtype, key, _, _ = pid  # "storage", dtype, key, device, length
         return key, dtype

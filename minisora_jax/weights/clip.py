@@ -1,4 +1,4 @@
-"""CLIP text encoders, as `transformers` names them and as OpenCLIP does, alone or within a whole model's file."""
+"""CLIP text encoders in the layouts of `transformers` and OpenCLIP, alone or in the file of a whole model."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ CONFIGS = {
     "clip-bigg": CLIPConfig(49_408, 1280, 20, 5120, 32, activation="gelu", projection=1280),
 }
 ABOUT = {
-    "clip-l": "OpenAI's ViT-L/14: Stable Diffusion 1, SDXL's first",
+    "clip-l": "OpenAI's ViT-L/14: of Stable Diffusion 1, and text_encoder/ of SDXL",
     "clip-h": "OpenCLIP's ViT-H/14",
-    "clip-h-sd2": "the same less its last layer: text_encoder/ of Stable Diffusion 2",
+    "clip-h-sd2": "OpenCLIP's ViT-H/14 without its last layer: text_encoder/ of Stable Diffusion 2",
     "clip-bigg": "OpenCLIP's ViT-bigG/14: text_encoder_2/ of SDXL",
 }
-# Where an encoder is in the whole file of Stable Diffusion 1, 2 and SDXL.
+# Prefixes of an encoder's tensors in the whole files of Stable Diffusion 1, 2 and SDXL.
 WITHIN = {
     "clip-l": ("cond_stage_model.transformer.", "conditioner.embedders.0.transformer."),
     "clip-h": ("cond_stage_model.model.",),
     "clip-h-sd2": (),
     "clip-bigg": ("conditioner.embedders.1.model.",),
 }
-# Of a whole CLIP, what the text encoder has no use for.
+# Tensors of a whole CLIP that the text encoder does not need.
 IGNORED = (
     "vision_model.",
     "visual_projection.",
@@ -70,19 +70,20 @@ NAME_MAPS = {
 
 
 def rules(cfg: CLIPConfig, name_map: str = "transformers") -> list[Rule]:
+    """The rules of an encoder of any size, for a key of NAME_MAPS."""
     names, openclip = NAME_MAPS[name_map], name_map == "openclip"
     heads = (("n", cfg.heads),)
     qkv = dict(sizes=(*heads, ("p", 3)), layers=cfg.depth, fuses=() if openclip else ("q", "k", "v"))
     joined = lambda rest: f"(p n k){rest}" if openclip else f"p (n k){rest}"
 
-    def layer(ours: str, kernel: str, pattern: str, sizes=()) -> list[Rule]:
-        """A layer of every block: its matrix or norm, and its bias."""
+    def layer(ours: str, kernel: str, pattern: str, sizes: tuple[tuple[str, int], ...] = ()) -> list[Rule]:
+        """The rules of a layer of every block: for its matrix or scale, and for its bias."""
         return [
             Rule(f"params/blocks/{ours}/{kernel}", f"{names[ours]}.weight", pattern, sizes, cfg.depth),
             Rule(f"params/blocks/{ours}/bias", f"{names[ours]}.bias", layers=cfg.depth),
         ]
 
-    found = [
+    result = [
         Rule("params/embedding", names["embedding"]),
         Rule("params/positions", names["positions"]),
         *layer("attention_norm", "scale", ""),
@@ -96,24 +97,24 @@ def rules(cfg: CLIPConfig, name_map: str = "transformers") -> list[Rule]:
         Rule("params/norm/bias", f"{names['norm']}.bias"),
     ]
     if cfg.projection is not None:
-        # OpenCLIP multiplies from the right, as we do.
-        found.append(Rule("params/projection/kernel", names["projection"], "" if openclip else "e d -> d e"))
-    return found
+        # OpenCLIP's projection multiplies from the right, like ours.
+        result.append(Rule("params/projection/kernel", names["projection"], "" if openclip else "e d -> d e"))
+    return result
 
 
-def layout_of(tensor_names: Iterable[str]) -> str:
-    """Which of LAYOUTS a checkpoint is in, by the name of its embedding."""
+def name_map_of(tensor_names: Iterable[str]) -> str:
+    """The key of NAME_MAPS for a checkpoint, by the name of its embedding."""
     return next((k for k, names in NAME_MAPS.items() if names["embedding"] in tensor_names), "transformers")
 
 
 def fit(cfg: CLIPConfig, tensor_names: Iterable[str]) -> CLIPConfig:
-    """The preset without its projection where the file has none, as those of Stable Diffusion 1 and 2."""
-    held = NAME_MAPS[layout_of(tensor_names)]["projection"] in tensor_names
-    return cfg if held else dataclasses.replace(cfg, projection=None)
+    """The config without its projection if the file has none, as in Stable Diffusion 1 and 2."""
+    has_projection = NAME_MAPS[name_map_of(tensor_names)]["projection"] in tensor_names
+    return cfg if has_projection else dataclasses.replace(cfg, projection=None)
 
 
 def published_config(cfg: CLIPConfig) -> dict:
-    """config.json of transformers' CLIPTextModel, or of CLIPTextModelWithProjection."""
+    """The config.json of transformers' CLIPTextModel or CLIPTextModelWithProjection."""
     return {
         "architectures": ["CLIPTextModel" if cfg.projection is None else "CLIPTextModelWithProjection"],
         "model_type": "clip_text_model",

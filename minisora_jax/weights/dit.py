@@ -1,9 +1,11 @@
-"""Diffusion transformers: DiT, SiT, PixArt-alpha, Latte and Wan 2.1, in diffusers' layout and in their own.
+"""Diffusion transformers in diffusers' layout and in their authors' own: DiT, SiT, PixArt-alpha, Latte and Wan 2.1.
 
-A layout is a table from our modules to their names; `rules` reads it for any size of the family.
+Each layout has a table from our modules to its names. `rules` reads it for any size of the family.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 from minisora_jax.diffusion.objective import ObjectiveConfig
 from minisora_jax.diffusion.time import TimeConfig
@@ -38,14 +40,14 @@ CONFIGS = {
     "wan2.1-i2v-14b": DiTConfig(**_WAN_14B, latent_channels=36, out_channels=16, image_features=1280),
 }
 
-# What they learned: DDPM's noise, and flows from noise to data. Their noise levels are not shifted in training.
+# DiT, PixArt and Latte predict DDPM's noise; SiT and Wan predict the velocity of a flow. Times are not shifted.
 _NOISE, _FLOW = ObjectiveConfig(path="ddpm", prediction="noise"), ObjectiveConfig()
 OBJECTIVES = {name: _FLOW if name.startswith(("sit", "wan")) else _NOISE for name in CONFIGS}
 TIMES = {
     name: TimeConfig(base_tokens=0, per_frame=0.0, distribution="logit-normal" if name.startswith("wan") else "uniform")
     for name in CONFIGS
 }
-# (codec, text encoder) that they were trained with: presets of `minisora import`.
+# The presets (codec, text encoder) that each family was trained with.
 PAIRS = {
     "dit": ("sd-vae", None),
     "sit": ("sd-vae", None),
@@ -166,71 +168,82 @@ _WAN_OWN = {
 }
 
 NAME_MAPS = {"pixart": _PIXART, "dit": _DIT, "dit-own": _DIT_OWN, "wan": _WAN_DIFFUSERS, "wan-own": _WAN_OWN}
-# Fixed tables that some files store and we compute.
+# Fixed tables that some files store. Our model computes them.
 IGNORED = ("pos_embed", "temp_pos_embed", "freqs")
 
 
-def layout_of(tensor_names: list[str]) -> str:
-    """Which of LAYOUTS a checkpoint is in, by the names of its first and last layers."""
-    signs = {"x_embedder.proj.weight": "dit-own", "head.head.weight": "wan-own", "proj_out_1.weight": "dit"}
-    signs["patch_embedding.weight"] = "wan"
-    return next((name_map for name, name_map in signs.items() if name in tensor_names), "pixart")
+def name_map_of(tensor_names: list[str]) -> str:
+    """The key of NAME_MAPS for a checkpoint, by the names of its first and last layers."""
+    name_maps = {
+        "x_embedder.proj.weight": "dit-own",
+        "head.head.weight": "wan-own",
+        "proj_out_1.weight": "dit",
+        "patch_embedding.weight": "wan",
+    }
+    return next((name_map for name, name_map in name_maps.items() if name in tensor_names), "pixart")
 
 
-def published_layout(cfg: DiTConfig) -> str:
-    """The layout a model of this family is exported in: diffusers', or SiT's own, which diffusers has no class for."""
+def published_name_map(cfg: DiTConfig) -> str:
+    """The key of NAME_MAPS that a model is exported with: diffusers' layout, or SiT's own (diffusers has none)."""
     if cfg.caption == "label":
         return "dit-own" if cfg.time_input == "1 - t" else "dit"
     return "wan" if cfg.rope else "pixart"
 
 
 def rules(cfg: DiTConfig, name_map: str | None = None) -> list[Rule]:
-    """The name map of a model of any size of these families; ValueError for one that no published layout has.
+    """The rules of a model of any size of these families.
 
-    A file of SiT is told from one of DiT by the config only: their names are the same.
+    Files of DiT and SiT have the same names. Only the config tells them apart.
+
+    Args:
+        cfg: The model.
+        name_map: A key of NAME_MAPS; None: the layout of `published_name_map`.
+
+    Raises:
+        ValueError: No published layout has this architecture.
     """
     if cfg.caption == "refined" or cfg.positions == "learned" or cfg.modulation == "shared":
         raise ValueError(
-            f"caption={cfg.caption!r}, positions={cfg.positions!r}, modulation={cfg.modulation!r}: this is the "
-            f"project's own architecture, which no published layout has"
+            f"caption={cfg.caption!r}, positions={cfg.positions!r}, modulation={cfg.modulation!r}: no published layout "
+            f"has this architecture, which is the project's own"
         )
-    name_map = name_map or published_layout(cfg)
+    name_map = name_map or published_name_map(cfg)
     names, wan = NAME_MAPS[name_map], cfg.rope
     patch = (("p", cfg.patch[1]), ("q", cfg.patch[2]))
 
-    def linear(ours: str, theirs: str, kernel: str = "o i -> i o", bias: str = "", **options) -> list[Rule]:
+    def linear(ours: str, theirs: str, kernel: str = "o i -> i o", bias: str = "", **options: Any) -> list[Rule]:
         return [
             Rule(f"params/{ours}/kernel", f"{theirs}.weight", kernel, **options),
             Rule(f"params/{ours}/bias", f"{theirs}.bias", bias, **options),
         ]
 
-    copied = cfg.depth if name_map == "dit" else 0  # diffusers' DiT stores the embedders in every block
-    found = linear(
+    copies = cfg.depth if name_map == "dit" else 0  # diffusers' DiT stores the embedders in every block
+    result = linear(
         "patch_in", names["patch_in"], "d c 1 p q -> (p q c) d" if wan else "d c p q -> (p q c) d", sizes=patch
     )
-    found += linear("time1", names["time1"], copies=copied) + linear("time2", names["time2"], copies=copied)
+    result += linear("time1", names["time1"], copies=copies) + linear("time2", names["time2"], copies=copies)
     if cfg.caption == "label":
-        found.append(Rule("params/labels/embedding", names["labels"], copies=copied))
+        result.append(Rule("params/labels/embedding", names["labels"], copies=copies))
     else:
-        found += linear("text/up", names["text/up"]) + linear("text/down", names["text/down"])
+        result += linear("text/up", names["text/up"]) + linear("text/down", names["text/down"])
     if cfg.size_pixels:
         for part in ("clip/sides/up", "clip/sides/down", "clip/aspect/up", "clip/aspect/down"):
-            found += linear(part, names[part])
+            result += linear(part, names[part])
     if cfg.image_features:
         for part in ("image/up", "image/down"):
-            found += linear(part, names[part])
+            result += linear(part, names[part])
         for part in ("image/norm_in", "image/norm_out"):
-            found += _norm(f"params/{part}", names[part])
+            result += _norm(f"params/{part}", names[part])
     if cfg.modulation == "single":
-        found += linear("modulation", names["modulation"])
-        found.append(Rule("params/modulation_out", names["modulation_out"], "1 s d -> s d" if wan else ""))
+        result += linear("modulation", names["modulation"])
+        result.append(Rule("params/modulation_out", names["modulation_out"], "1 s d -> s d" if wan else ""))
     else:
-        found += linear("modulation_out", names["modulation_out"])
-    # SiT's velocity points from noise to data, against ours.
-    found += linear("patch_out", names["patch_out"], negate=cfg.time_input == "1 - t")
-    for group in cfg.attention_pattern:
-        found += _block(cfg, group, names)
-    return found
+        result += linear("modulation_out", names["modulation_out"])
+    # SiT's velocity points from noise to data, ours from data to noise.
+    result += linear("patch_out", names["patch_out"], negate=cfg.time_input == "1 - t")
+    for kind in cfg.attention_pattern:
+        result += _block(cfg, kind, names)
+    return result
 
 
 def _norm(ours: str, theirs: str, layers: int = 0) -> list[Rule]:
@@ -240,46 +253,47 @@ def _norm(ours: str, theirs: str, layers: int = 0) -> list[Rule]:
     ]
 
 
-def _block(cfg: DiTConfig, group: str, names: dict[str, str]) -> list[Rule]:
-    ours, theirs, heads = f"params/blocks/{group}", names[group], (("n", cfg.heads),)
+def _block(cfg: DiTConfig, kind: str, names: dict[str, str]) -> list[Rule]:
+    """The rules of the blocks of one kind: "joint", "spatial" or "temporal"."""
+    ours, theirs, heads = f"params/blocks/{kind}", names[kind], (("n", cfg.heads),)
 
-    def rule(module: str, kind: str, key: str, pattern: str = "", **options) -> Rule:
-        name = theirs + names[key] + (f".{kind}" if kind else "")
+    def rule(module: str, suffix: str, key: str, pattern: str = "", **options: Any) -> Rule:
+        name = theirs + names[key] + (f".{suffix}" if suffix else "")
         sizes = heads if "(n k)" in pattern else (("s", 6),) if "(s d)" in pattern else ()
         return Rule(f"{ours}/{module}", name, pattern, sizes, cfg.depth, **options)
 
     def attention(name: str, image: bool) -> list[Rule]:
-        found = []
+        attention_rules = []
         for i, part in enumerate(("q", "k", "v", *(("image_k", "image_v") if image else ()))):
             fused = f"{name}/qkv" in names
             key, options = (f"{name}/qkv", {"part": (i, 3)}) if fused else (f"{name}/{part}", {})
-            found.append(rule(f"{name}/{part}/kernel", "weight", key, "(n k) d -> d n k", **options))
-            found.append(rule(f"{name}/{part}/bias", "bias", key, "(n k) -> n k", **options))
-        found.append(rule(f"{name}/out/kernel", "weight", f"{name}/out", "d (n k) -> n k d"))
-        found.append(rule(f"{name}/out/bias", "bias", f"{name}/out"))
+            attention_rules.append(rule(f"{name}/{part}/kernel", "weight", key, "(n k) d -> d n k", **options))
+            attention_rules.append(rule(f"{name}/{part}/bias", "bias", key, "(n k) -> n k", **options))
+        attention_rules.append(rule(f"{name}/out/kernel", "weight", f"{name}/out", "d (n k) -> n k d"))
+        attention_rules.append(rule(f"{name}/out/bias", "bias", f"{name}/out"))
         if cfg.qk_norm == "all":
             for part in ("q_norm", "k_norm", *(("image_k_norm",) if image else ())):
-                found.append(rule(f"{name}/{part}/scale", "weight", f"{name}/{part}", "(n k) -> n k"))
-        return found
+                attention_rules.append(rule(f"{name}/{part}/scale", "weight", f"{name}/{part}", "(n k) -> n k"))
+        return attention_rules
 
     if cfg.modulation == "block":
-        found = [rule("modulation/kernel", "weight", "block modulation", "o i -> i o")]
-        found.append(rule("modulation/bias", "bias", "block modulation"))
+        result = [rule("modulation/kernel", "weight", "block modulation", "o i -> i o")]
+        result.append(rule("modulation/bias", "bias", "block modulation"))
     else:
-        found = [rule("modulation", "", "block modulation", "1 s d -> (s d)" if cfg.rope else "s d -> (s d)")]
-    found += attention("self_attention", False)
-    if cfg.caption != "label" and group != "temporal":
-        found += attention("cross_attention", cfg.image_features > 0)
+        result = [rule("modulation", "", "block modulation", "1 s d -> (s d)" if cfg.rope else "s d -> (s d)")]
+    result += attention("self_attention", False)
+    if cfg.caption != "label" and kind != "temporal":
+        result += attention("cross_attention", cfg.image_features > 0)
         if cfg.cross_norm:
-            found += _norm(f"{ours}/cross_norm", theirs + names["cross_norm"], cfg.depth)
+            result += _norm(f"{ours}/cross_norm", theirs + names["cross_norm"], cfg.depth)
     for part in ("up", "down"):
-        found.append(rule(f"mlp/{part}/kernel", "weight", f"mlp/{part}", "o i -> i o"))
-        found.append(rule(f"mlp/{part}/bias", "bias", f"mlp/{part}"))
-    return found
+        result.append(rule(f"mlp/{part}/kernel", "weight", f"mlp/{part}", "o i -> i o"))
+        result.append(rule(f"mlp/{part}/bias", "bias", f"mlp/{part}"))
+    return result
 
 
 def published_config(cfg: DiTConfig) -> dict:
-    """The config.json of diffusers' class for this family; of SiT, its authors' arguments."""
+    """The config.json of diffusers' class for this family; for SiT, the arguments of its authors' class."""
     shape = {
         "num_attention_heads": cfg.heads,
         "attention_head_dim": cfg.width // cfg.heads,
@@ -303,10 +317,10 @@ def published_config(cfg: DiTConfig) -> dict:
         }
     if cfg.time_input == "1 - t":
         side = {"input_size": cfg.base_grid * cfg.patch[1], "patch_size": cfg.patch[1]}
-        size = {"in_channels": cfg.latent_channels, "hidden_size": cfg.width, "depth": cfg.depth}
-        return side | size | {"num_heads": cfg.heads, "num_classes": cfg.classes - 1, "learn_sigma": True}
-    stretch = 2 if cfg.size_pixels else 1  # PixArt's larger pictures: their positions are those of half the grid
-    pictures = {
+        shape = {"in_channels": cfg.latent_channels, "hidden_size": cfg.width, "depth": cfg.depth}
+        return side | shape | {"num_heads": cfg.heads, "num_classes": cfg.classes - 1, "learn_sigma": True}
+    stretch = 2 if cfg.size_pixels else 1  # the positions of PixArt's 1024 pixel model are those of half the grid
+    images = {
         **shape,
         "sample_size": cfg.base_grid * cfg.patch[1] * stretch,
         "patch_size": cfg.patch[1],
@@ -316,11 +330,11 @@ def published_config(cfg: DiTConfig) -> dict:
         "norm_eps": 1e-6,
     }
     if cfg.caption == "label":
-        known = {"norm_type": "ada_norm_zero", "num_embeds_ada_norm": cfg.classes - 1}
-        return {"_class_name": "DiTTransformer2DModel", **pictures, **known}
-    known = {"norm_type": "ada_norm_single", "num_embeds_ada_norm": 1000, "cross_attention_dim": cfg.width}
-    known["caption_channels"] = cfg.text_features
+        norm = {"norm_type": "ada_norm_zero", "num_embeds_ada_norm": cfg.classes - 1}
+        return {"_class_name": "DiTTransformer2DModel", **images, **norm}
+    norm = {"norm_type": "ada_norm_single", "num_embeds_ada_norm": 1000, "cross_attention_dim": cfg.width}
+    norm["caption_channels"] = cfg.text_features
     if "temporal" in cfg.attention_pattern:
-        return {"_class_name": "LatteTransformer3DModel", **pictures, **known, "video_length": 16}
-    sized = {"interpolation_scale": stretch, "use_additional_conditions": cfg.size_pixels > 0}
-    return {"_class_name": "PixArtTransformer2DModel", **pictures, **known, **sized}
+        return {"_class_name": "LatteTransformer3DModel", **images, **norm, "video_length": 16}
+    size = {"interpolation_scale": stretch, "use_additional_conditions": cfg.size_pixels > 0}
+    return {"_class_name": "PixArtTransformer2DModel", **images, **norm, **size}

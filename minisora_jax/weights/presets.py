@@ -1,4 +1,4 @@
-"""The published models that `minisora import` knows, by name."""
+"""The published models that `minisora import` can read, by name."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from minisora_jax.weights import clip, dit, sd_vae, t5, wan_vae
 
 @dataclasses.dataclass(frozen=True)
 class CodecPreset:
-    """A codec: its shape, its family of name maps, and the statistics that its latents are normalised by."""
+    """A codec."""
 
-    what: str
+    what: str  # a description for `minisora import --help`
     config: VAEConfig
-    family: ModuleType  # of weights/: its `rules`, `layout_of` and `IGNORED`
-    latent_mean: tuple[float, ...]
+    family: ModuleType  # a module of weights/ with `rules`, `name_map_of` and `IGNORED`
+    latent_mean: tuple[float, ...]  # the statistics that normalise its latents
     latent_std: tuple[float, ...]
-    within: tuple[str, ...] = ()  # prefixes of its tensors in files of a whole pipeline
+    within: tuple[str, ...] = ()  # prefixes of its tensors in the file of a whole pipeline
 
 
 @dataclasses.dataclass(frozen=True)
 class TextPreset:
-    """A text encoder: its shape and its family of name maps."""
+    """A text encoder. The fields are those of `CodecPreset`."""
 
     what: str
     config: T5Config | CLIPConfig
@@ -38,15 +38,15 @@ class TextPreset:
 
 @dataclasses.dataclass(frozen=True)
 class TransformerPreset:
-    """A diffusion transformer: its shape, its family of name maps, and what it was trained to predict."""
+    """A diffusion transformer. The first fields are those of `CodecPreset`."""
 
     what: str
     config: DiTConfig
     family: ModuleType
     objective: ObjectiveConfig
     times: TimeConfig
-    codec: str  # the presets that it was trained with
-    text_encoder: str | None
+    codec: str  # preset of the codec that it was trained with
+    text_encoder: str | None  # preset of its text encoder; None: it reads classes
     within: tuple[str, ...] = ("ema.", "module.", "model.diffusion_model.")
 
 

@@ -1,7 +1,7 @@
-"""The image VAEs of Stable Diffusion 1 and 2, and of SDXL (Rombach et al. 2022, arXiv:2112.10752): codecs of one frame.
+"""The image VAEs of Stable Diffusion 1 and 2, and of SDXL (Rombach et al. 2022, arXiv:2112.10752).
 
-Layouts: diffusers' `AutoencoderKL`, its older files ("diffusers-old", of which most published ones are), and CompVis'
-own, alone or within a whole model's file.
+The layouts are diffusers' `AutoencoderKL`, its older files ("diffusers-old", which most published files are), and
+CompVis' own, alone or in the file of a whole model.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from minisora_jax.weights.vae import vae_rules
 CONFIG = VAEConfig(  # 1x8x8 into 4
     base=128, time_down=(False, False, False), latent_channels=4, halve_up=False, images=True
 )
-# The published scaling factors: 1 / 0.18215 (SD) and 1 / 0.13025 (SDXL); no mean is taken off.
+# The published scaling factors are 0.18215 (SD) and 0.13025 (SDXL). No mean is subtracted.
 MEAN = (0.0,) * 4
 SD_STD = (1 / 0.18215,) * 4
 SDXL_STD = (1 / 0.13025,) * 4
-# Where the codec is in a whole model's file, and what its training left in CompVis' files.
+# The prefix of the codec's tensors in the file of a whole model, and tensors that only its training needs.
 WITHIN = ("first_stage_model.",)
 IGNORED = ("loss.", "model_ema.")
 
@@ -70,7 +70,11 @@ NAME_MAPS = {
 
 
 def rules(cfg: VAEConfig, name_map: str = "diffusers") -> list[Rule]:
-    """The name map of a codec of this architecture, of any width; ValueError for one of another."""
+    """The rules of a codec of any width, for a key of NAME_MAPS.
+
+    Raises:
+        ValueError: The config has another architecture.
+    """
     if not cfg.images or not cfg.attention or cfg.multipliers[0] != 1 or cfg.shortcuts or cfg.halve_up or cfg.patch > 1:
         raise ValueError(
             f"images={cfg.images}, attention={cfg.attention}, multipliers={cfg.multipliers}, patch={cfg.patch}, "
@@ -80,15 +84,18 @@ def rules(cfg: VAEConfig, name_map: str = "diffusers") -> list[Rule]:
     return vae_rules(cfg, NAME_MAPS[name_map])
 
 
-def layout_of(tensor_names: list[str]) -> str:
-    """Which of LAYOUTS a checkpoint is in, by the names of its attention."""
+def name_map_of(tensor_names: list[str]) -> str:
+    """The key of NAME_MAPS for a checkpoint, by the names of its attention."""
     if "encoder.mid.attn_1.q.weight" in tensor_names:
         return "compvis"
     return "diffusers-old" if "encoder.mid_block.attentions.0.query.weight" in tensor_names else "diffusers"
 
 
 def published_config(cfg: VAEConfig, latent_mean: list[float], latent_std: list[float]) -> dict:
-    """config.json of diffusers' AutoencoderKL; latents of one scale for all channels are said by `scaling_factor`."""
+    """The config.json of diffusers' AutoencoderKL.
+
+    If all channels have one scale and no mean, it is written as `scaling_factor`.
+    """
     one_scale = not any(latent_mean) and len(set(latent_std)) == 1
     scale = {"scaling_factor": round(1 / latent_std[0], 6)}
     each = {"scaling_factor": 1.0, "latents_mean": list(latent_mean), "latents_std": list(latent_std)}

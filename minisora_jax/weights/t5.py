@@ -1,4 +1,4 @@
-"""T5 v1.1, ByT5 and umT5 encoders, as `transformers` names them and as Wan's own repository does."""
+"""T5 v1.1, ByT5 and umT5 encoders in the layouts of `transformers` and of Wan's own repository."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ ABOUT = {
     "byt5": "Xue et al. 2021: bytes, any language",
     "umt5": "Chung et al. 2023: 107 languages; Wan's text encoder is umt5-xxl",
 }
-# Of whole encoder-decoder checkpoints, what the encoder has no use for.
+# Tensors of whole encoder-decoder checkpoints that the encoder does not need.
 IGNORED = ("decoder.", "lm_head.")
 
 _TRANSFORMERS = {
@@ -64,6 +64,7 @@ NAME_MAPS = {"transformers": _TRANSFORMERS, "wan": _WAN}
 
 
 def rules(cfg: T5Config, name_map: str = "transformers") -> list[Rule]:
+    """The rules of an encoder of any size, for a key of NAME_MAPS."""
     names = NAME_MAPS[name_map]
     heads = (("n", cfg.heads),)
     block = lambda ours, name, pattern="", sizes=(): Rule(
@@ -84,13 +85,13 @@ def rules(cfg: T5Config, name_map: str = "transformers") -> list[Rule]:
     ]
 
 
-def layout_of(tensor_names: list[str]) -> str:
-    """Which of LAYOUTS a checkpoint is in, by the name of its embedding."""
+def name_map_of(tensor_names: list[str]) -> str:
+    """The key of NAME_MAPS for a checkpoint, by the name of its embedding."""
     return "wan" if _WAN["embedding"] in tensor_names else "transformers"
 
 
 def published_config(cfg: T5Config) -> dict:
-    """config.json of transformers' T5EncoderModel (T5 v1.1, ByT5) or UMT5EncoderModel."""
+    """The config.json of transformers' T5EncoderModel (T5 v1.1, ByT5) or UMT5EncoderModel."""
     family = "T5" if cfg.shared_bias else "UMT5"
     return {
         "architectures": [f"{family}EncoderModel"],

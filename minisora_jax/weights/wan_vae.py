@@ -1,7 +1,7 @@
 """The video VAEs of Wan 2.1 and Wan 2.2 (Wan Team 2025, arXiv:2503.20314).
 
-Layouts: diffusers' `AutoencoderKLWan`, and Wan's own files (Wan2.1_VAE.pth, Wan2.2_VAE.pth). Wan 2.2's codec, of
-`is_residual=True`, groups its blocks by stage; Wan 2.1's counts them through.
+The layouts are diffusers' `AutoencoderKLWan` and Wan's own files (Wan2.1_VAE.pth, Wan2.2_VAE.pth). Wan 2.2's codec,
+`is_residual=True`, groups its blocks by stage. Wan 2.1's codec numbers its blocks through all stages.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ _WAN = _COMMON | {
     "moments": "conv1",
     "latents": "conv2",
 }
-# Where the blocks of the stages are: (layout, grouped by stage).
+# Names of the blocks of the stages, by (layout, whether they are grouped by stage).
 _BLOCKS = {
     ("diffusers", False): {
         "down": "down_blocks.{n}",
@@ -108,7 +108,11 @@ IGNORED = ()
 
 
 def rules(cfg: VAEConfig, name_map: str = "diffusers") -> list[Rule]:
-    """The name map of a codec of Wan's architecture, of any width; ValueError for one of another."""
+    """The rules of a codec of any width, for a key of NAME_MAPS.
+
+    Raises:
+        ValueError: The config has another architecture than Wan's.
+    """
     if cfg.images or not cfg.attention or cfg.multipliers[0] != 1 or cfg.shortcuts == cfg.halve_up:
         raise ValueError(
             f"images={cfg.images}, attention={cfg.attention}, multipliers={cfg.multipliers}, "
@@ -118,13 +122,13 @@ def rules(cfg: VAEConfig, name_map: str = "diffusers") -> list[Rule]:
     return vae_rules(cfg, NAME_MAPS[name_map] | _BLOCKS[name_map, cfg.shortcuts])
 
 
-def layout_of(tensor_names: list[str]) -> str:
-    """Which of LAYOUTS a checkpoint is in, by the name of its first convolution."""
+def name_map_of(tensor_names: list[str]) -> str:
+    """The key of NAME_MAPS for a checkpoint, by the name of its first convolution."""
     return "wan" if "encoder.conv1.weight" in tensor_names else "diffusers"
 
 
 def published_config(cfg: VAEConfig, latent_mean: list[float], latent_std: list[float]) -> dict:
-    """config.json of diffusers' AutoencoderKLWan."""
+    """The config.json of diffusers' AutoencoderKLWan."""
     return {
         "_class_name": "AutoencoderKLWan",
         "base_dim": cfg.base,
