@@ -8,10 +8,10 @@ import pytest
 
 from minisora_jax.models.dit import DiTConfig
 from minisora_jax.parallel.mesh import MeshConfig, make_mesh
-from minisora_jax.plan.compiled import Workload, _wanted, lower
-from minisora_jax.plan.cost_model import arithmetic, largest, meshes, reckon, search
+from minisora_jax.plan.compiled import Workload, _needed_bytes, lower
+from minisora_jax.plan.cost_model import arithmetic, estimate, largest, meshes, search
 from minisora_jax.plan.hardware import Topology
-from minisora_jax.plan.schedule import read
+from minisora_jax.plan.schedule import read_traffic
 from minisora_jax.plan.workload import clip_tokens, mesh_of, parameter_count, task_of, token_count
 from minisora_jax.train.diffusion_task import DiffusionTask
 
@@ -79,14 +79,14 @@ for number in "12":
 
 
 def test_what_goes_between_slices_is_read():
-    hidden, exposed = read(SLICES, {"data": 8, "ring": 2})
+    hidden, exposed = read_traffic(SLICES, {"data": 8, "ring": 2})
     assert [t.kind for t in (hidden, exposed)] == ["all-reduce"] * 2
     assert hidden.hidden and hidden.sent == 2 * 64 * 3 / 4 and hidden.network and hidden.axes == ("data",)
     assert not exposed.hidden and exposed.asynchronous and exposed.sent == 2 * 64 * 3 / 4
 
 
 def test_a_schedule_is_read():
-    traffic = {(t.kind, t.hidden): t for t in read(PROGRAM, {"ring": 2, "ulysses": 2})}
+    traffic = {(t.kind, t.hidden): t for t in read_traffic(PROGRAM, {"ring": 2, "ulysses": 2})}
     assert len(traffic) == 4
     hidden, exposed = traffic["collective-permute", True], traffic["collective-permute", False]
     assert hidden.asynchronous and exposed.asynchronous and hidden.axes == exposed.axes == ("ring",)
@@ -99,8 +99,8 @@ def test_a_schedule_is_read():
 
 def test_the_compilers_words_of_memory():
     said = "RESOURCE_EXHAUSTED: ... Ran out of memory in memory space hbm. Used 17.53G of 15.75G hbm. Exceeded ..."
-    assert _wanted(said) == int(17.53 * 2**30)
-    assert _wanted("INVALID_ARGUMENT: something else") is None
+    assert _needed_bytes(said) == int(17.53 * 2**30)
+    assert _needed_bytes("INVALID_ARGUMENT: something else") is None
 
 
 @pytest.mark.slow
@@ -157,7 +157,7 @@ def test_the_search_prefers_less_to_do_and_less_to_send():
 
 def test_more_chips_take_less_each():
     few, many = (
-        reckon(Workload(TINY, tokens=65_536), MeshConfig(data=1, ring=n), Topology.parse(f"v5p:{n}x1x1"), 10**9)
+        estimate(Workload(TINY, tokens=65_536), MeshConfig(data=1, ring=n), Topology.parse(f"v5p:{n}x1x1"), 10**9)
         for n in (4, 8)
     )
     assert many.total_bytes == pytest.approx(few.total_bytes / 2, rel=0.01) and many.step < few.step

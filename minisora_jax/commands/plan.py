@@ -62,7 +62,7 @@ def run(args, config_flags):
     )
     if args.search or not topology.is_tpu:
         best = print_search(
-            work, topology, parameter_count(task), max(args.search, 5), given=mesh_of(args.mesh, topology.chips)
+            work, topology, parameter_count(task), max(args.search, 5), default=mesh_of(args.mesh, topology.chips)
         )
         if not topology.is_tpu:
             return None

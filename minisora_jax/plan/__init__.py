@@ -1,1 +1,1 @@
-"""What a run would need on a pod: compiled for it where the pod is of TPUs, reckoned where it is of GPUs."""
+"""Plans of a run on a pod. Steps are compiled for TPU pods; for GPUs their cost is modelled from shapes."""

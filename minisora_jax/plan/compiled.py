@@ -1,8 +1,7 @@
-"""The real train step, or sampling step, compiled for a TPU pod on any machine: `libtpu` holds the compiler.
+"""The real train step or sampling step, compiled for a TPU pod on any machine. `libtpu` contains the compiler.
 
-Nothing is computed or allocated: state and batch are shapes with layouts on the topology's own mesh. What does not fit
-a chip's memory fails as it would on the pod. A process that has compiled for a topology should do nothing else: start
-it with JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1.
+Nothing is computed or allocated: state and batch are shapes with shardings on the topology's mesh. A step that does not
+fit a chip's memory fails as on the pod. Use a process of its own, started with JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1.
 """
 
 from __future__ import annotations
@@ -23,33 +22,33 @@ from minisora_jax.generate.sampling import sampling_step
 from minisora_jax.models.dit import abstract_batch
 from minisora_jax.parallel.mesh import TOKENS, MeshConfig, batch_specs, make_mesh, with_shardings
 from minisora_jax.plan.hardware import Topology
-from minisora_jax.plan.schedule import Traffic, read
+from minisora_jax.plan.schedule import Traffic, read_traffic
 from minisora_jax.train.diffusion_task import DiffusionTask, init_params, loss_of
 from minisora_jax.train.loop import jit_train_step
 from minisora_jax.train.optim import make_optimizer
 from minisora_jax.train.step import init_state
 
-IMAGE_TOKENS = 257  # of the image encoder of Wan's image-to-video
+IMAGE_TOKENS = 257  # of the image encoder in Wan's image-to-video
 
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
-    """What is to be run: `rows` rows, each of `clips` clips of so many tokens."""
+    """One step to plan."""
 
     task: DiffusionTask
     tokens: int  # of a clip
-    clips: int = 1
+    clips: int = 1  # of a row
     rows: int = 1
     text_tokens: int = 512  # of a clip's caption
-    sample: bool = False  # a step of Heun's sampler with guidance in place of a train step: each clip twice
+    sample: bool = False  # plan a step of Heun's sampler with guidance, which has each clip twice
 
     @property
     def segments(self) -> int:
-        """Of a row."""
+        """Segments of a row."""
         return self.clips * (2 if self.sample else 1)
 
     def row_tokens(self, mesh: jax.sharding.Mesh | MeshConfig) -> int:
-        """Tokens of a row, padded so that each device has whole lanes of 128 of them."""
+        """S: tokens of a row, padded so that each device has a multiple of 128 tokens."""
         sizes = mesh.shape if isinstance(mesh, jax.sharding.Mesh) else vars(mesh)
         unit = 128 * sizes["ring"] * sizes["ulysses"]
         return -(-self.segments * self.tokens // unit) * unit
@@ -57,23 +56,25 @@ class Workload:
 
 @dataclasses.dataclass(frozen=True)
 class CompiledStep:
-    """What the compiler said. Bytes are of one chip."""
+    """The compiler's numbers about a step. Bytes are of one chip."""
 
     parameters: int
-    seconds: float  # of compiling, here
+    seconds: float  # that compiling took on this machine
     state_bytes: dict[str, int]  # by kind: parameters, average, optimiser, batch
     temporary_bytes: int
     code_bytes: int
     traffic: list[Traffic]
-    wanted_bytes: int = 0  # where it does not fit: what it would take in all
+    needed_bytes: int = 0  # the total that a step needs if it does not fit; 0: it fits
 
     @property
     def fits(self) -> bool:
-        return not self.wanted_bytes
+        """Whether the step fits a chip's memory."""
+        return not self.needed_bytes
 
     @property
     def total_bytes(self) -> int:
-        return self.wanted_bytes or sum(self.state_bytes.values()) + self.temporary_bytes + self.code_bytes
+        """All memory of the step."""
+        return self.needed_bytes or sum(self.state_bytes.values()) + self.temporary_bytes + self.code_bytes
 
 
 def abstract_state(work: Workload, mesh: jax.sharding.Mesh) -> Any:
@@ -85,21 +86,24 @@ def abstract_state(work: Workload, mesh: jax.sharding.Mesh) -> Any:
 
 
 def lower(work: Workload, mesh: jax.sharding.Mesh) -> tuple[dict[str, Any], jax.stages.Lowered]:
-    """({kind: what a chip holds of it, as abstract arrays}, the lowered step)."""
+    """The step, lowered for a mesh.
+
+    Returns:
+        ({kind: abstract arrays on the chips}, the lowered step). Kinds are parameters, average, optimiser and batch.
+    """
     state, tokens = abstract_state(work, mesh), work.row_tokens(mesh)
     text = work.segments * work.text_tokens
     batch = abstract_batch(work.task.dit, work.rows, tokens, text, IMAGE_TOKENS, slots=work.segments)
-    batch, lead = batch.replace(max_segment_len=work.tokens), () if work.sample else (1,)
+    batch = batch.replace(max_segment_len=work.tokens)
+    lead = () if work.sample else (1,)  # a train step's batch has one microbatch
     on = lambda x, spec: jax.ShapeDtypeStruct((*lead, *x.shape), x.dtype, sharding=NamedSharding(mesh, spec))
     batch = jax.tree.map(on, batch, batch_specs(batch, accumulated=not work.sample))
     if work.sample:
         time_BS = on(jax.ShapeDtypeStruct((work.rows, tokens), jnp.float32), TOKENS)
         index_BS = on(jax.ShapeDtypeStruct((work.rows, tokens), jnp.int32), TOKENS)
         inputs = ((state.params,), batch, index_BS, index_BS, 3.0, (0.0, 1.0))
-        static, past = (
-            ((work.task.dit,), work.task.objective, GuidanceConfig().static),
-            SAMPLERS["heun"].begin(batch.tokens_BSP, time_BS),
-        )
+        static = (work.task.dit,), work.task.objective, GuidanceConfig().static
+        past = SAMPLERS["heun"].begin(batch.tokens_BSP, time_BS)
         with jax.set_mesh(mesh):
             lowered = sampling_step.lower(static, "heun", batch.tokens_BSP, time_BS, time_BS, past, None, 0.0, inputs)
         return {"parameters": state.params, "batch": batch}, lowered
@@ -114,7 +118,17 @@ def lower(work: Workload, mesh: jax.sharding.Mesh) -> tuple[dict[str, Any], jax.
 def compile_for(
     work: Workload, mesh_config: MeshConfig, topology: Topology, options: dict | None = None
 ) -> CompiledStep:
-    """Compile the workload's step for a TPU topology. What does not fit is returned with `wanted_bytes`."""
+    """Compile a step for a TPU topology. A step that does not fit is returned with `needed_bytes`.
+
+    Args:
+        work: The step.
+        mesh_config: The mesh.
+        topology: The chips.
+        options: Compiler options.
+
+    Raises:
+        ImportError: libtpu is not installed.
+    """
     mesh = make_mesh(mesh_config, topology.devices())
     kinds, lowered = lower(work, mesh)
     counts = {kind: bytes_held(tree) for kind, tree in kinds.items()}
@@ -123,23 +137,35 @@ def compile_for(
     try:
         compiled = lowered.compile(compiler_options=options)
     except jax.errors.JaxRuntimeError as error:
-        if (wanted := _wanted(str(error))) is None:
+        if (needed := _needed_bytes(str(error))) is None:
             raise
-        return CompiledStep(parameters, time.perf_counter() - begin, counts, 0, 0, [], wanted)
+        return CompiledStep(parameters, time.perf_counter() - begin, counts, 0, 0, [], needed)
     seconds = time.perf_counter() - begin
-    memory = compiled.memory_analysis()
-    traffic = read(compiled.as_text(), dict(mesh.shape))
+    memory = memory_of(compiled)
+    traffic = read_traffic(compiled.as_text() or "", dict(mesh.shape))
     return CompiledStep(
         parameters, seconds, counts, memory.temp_size_in_bytes, memory.generated_code_size_in_bytes, traffic
     )
 
 
-def bytes_held(tree) -> int:
-    """Bytes of one chip that a tree of abstract arrays takes there."""
+def memory_of(compiled: jax.stages.Compiled) -> Any:
+    """The compiler's memory statistics of a program.
+
+    Raises:
+        RuntimeError: The backend has none.
+    """
+    memory = compiled.memory_analysis()
+    if memory is None:
+        raise RuntimeError("this backend reports no memory statistics of a compiled program")
+    return memory
+
+
+def bytes_held(tree: Any) -> int:
+    """Bytes that a tree of abstract arrays takes on one chip."""
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
-def _wanted(message: str) -> int | None:
-    """The bytes of HBM that a program wanted, of the compiler's words that it does not fit; None of any others."""
+def _needed_bytes(message: str) -> int | None:
+    """The bytes of HBM that a program needs, from the compiler's out-of-memory error; None for other errors."""
     match = re.search(r"[Uu]sed ([\d.]+)([KMG]) of [\d.]+[KMG] hbm", message)
     return int(float(match[1]) * {"K": 2**10, "M": 2**20, "G": 2**30}[match[2]]) if match else None

@@ -1,11 +1,11 @@
-"""What a step costs, reckoned from shapes: arithmetic, memory, traffic and time. A model, where compiled.py has facts.
+"""A model of a step's cost from shapes: arithmetic, memory, traffic and time. compiled.py has the compiler's numbers.
 
-Time is the longest of computing and of what is sent meanwhile, and after that what is sent while nothing else runs:
+The time of a step is the longer of computing and hidden sending, plus the time of exposed sending:
 
     t = max(executed FLOPs / peak, hidden bytes / links) + exposed bytes / links
 
-Memory-bound work (norms, modulation, the optimiser) is not in it, nor is any inefficiency of kernels: so it bounds
-the MFU from above.
+Memory-bound work (norms, modulation, the optimiser) and the inefficiency of kernels are not included. So the model is a
+lower bound of the time and an upper bound of the MFU.
 """
 
 from __future__ import annotations
@@ -14,160 +14,187 @@ import dataclasses
 import itertools
 import math
 
-from minisora_jax.parallel.mesh import MeshConfig
+from minisora_jax.parallel.kernels import KERNELS
+from minisora_jax.parallel.mesh import SHARDS, MeshConfig
 from minisora_jax.parallel.ring import Ring
 from minisora_jax.plan.compiled import CompiledStep, Workload
 from minisora_jax.plan.hardware import Chip, Topology
 from minisora_jax.plan.schedule import Traffic
 from minisora_jax.train.flops import forward_flops
 
-ATTENTION_BACKWARD = 2.5  # five products where forward has two: the weights are computed again
+ATTENTION_BACKWARD = 2.5  # five products where forward has two, because the weights are recomputed
 
 
 @dataclasses.dataclass(frozen=True)
 class Arithmetic:
-    """FLOPs of a step on all chips together: what the clips need, and what the program does."""
+    """FLOPs of a step on all chips together."""
 
-    useful: float
-    executed: float
+    useful: float  # for the clips
+    executed: float  # with the recomputation of remat and of attention's backward pass
 
 
 def arithmetic(work: Workload) -> Arithmetic:
-    """Useful: forward once, and twice that backward. Executed: what remat computes again, and attention's own."""
+    """The FLOPs of a step. The backward pass has twice the useful FLOPs of the forward pass."""
     cfg, n, segments = work.task.dit, float(work.tokens), work.rows * work.segments
-    frame = n  # one clip of unknown frames: groups other than "joint" are not planned for
-    pairs = {"joint": n * n, "spatial": n * frame, "temporal": n * n}
+    # A workload has no frames, so "spatial" and "temporal" attention count as "joint", which is too much.
+    pairs = dict.fromkeys(("joint", "spatial", "temporal"), n * n)
     text = float(cfg.caption_tokens or work.text_tokens)
-    whole = segments * forward_flops(cfg, n, text, pairs, n * text, text * text)
-    attention = segments * 4.0 * cfg.depth * cfg.width * sum(pairs[g] for g in cfg.attention_pattern)
+    forward = segments * forward_flops(cfg, n, text, pairs, n * text, text * text)
+    attention = segments * 4.0 * cfg.depth * cfg.width * sum(pairs[kind] for kind in cfg.attention_pattern)
     if work.sample:
-        return Arithmetic(2 * whole, 2 * whole)  # Heun: two evaluations
-    again = {"none": 0.0, "matmuls": attention, "attention": whole - attention, "full": whole}[cfg.remat]
-    return Arithmetic(3 * whole, 3 * whole + (ATTENTION_BACKWARD - 2) * attention + again)
+        return Arithmetic(2 * forward, 2 * forward)  # Heun's sampler has two model calls a step
+    recomputed = {"none": 0.0, "matmuls": attention, "attention": forward - attention, "full": forward}[cfg.remat]
+    return Arithmetic(3 * forward, 3 * forward + (ATTENTION_BACKWARD - 2) * attention + recomputed)
 
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """Of one chip: bytes by kind, and the step's time in seconds by part."""
+    """The modelled cost of a step."""
 
-    bytes: dict[str, float]
-    seconds: dict[str, float]  # computing, hidden traffic, exposed traffic
+    bytes: dict[str, float]  # of one chip, by kind
+    seconds: dict[str, float]  # "computing", and "hidden" and "exposed" traffic
     arithmetic: Arithmetic
     chips: int
     chip: Chip
 
     @property
     def total_bytes(self) -> float:
+        """Bytes of one chip."""
         return sum(self.bytes.values())
 
     @property
     def step(self) -> float:
+        """Seconds of a step, a lower bound."""
         return max(self.seconds["computing"], self.seconds["hidden"]) + self.seconds["exposed"]
 
     @property
     def mfu(self) -> float:
-        """The bound on model FLOPs utilisation."""
+        """Model FLOPs utilisation, an upper bound."""
         return self.arithmetic.useful / (self.chips * self.chip.flops * self.step)
 
 
-def reckon(work: Workload, mesh: MeshConfig, topology: Topology, parameters: int, compiled: CompiledStep | None = None):
-    """An Estimate on a mesh whose sizes are all given. With `compiled`, memory and traffic are the compiler's."""
-    chip, done = topology.chip, arithmetic(work)
+def estimate(
+    work: Workload, mesh: MeshConfig, topology: Topology, parameters: int, compiled: CompiledStep | None = None
+) -> Estimate:
+    """The modelled cost of a step.
+
+    Args:
+        work: The step.
+        mesh: The mesh, with the size of every axis.
+        topology: The chips.
+        parameters: The number of the model's parameters.
+        compiled: The compiled step. If given, memory and traffic are the compiler's.
+    """
+    chip, flops = topology.chip, arithmetic(work)
     if compiled:
         memory = {k: float(v) for k, v in compiled.state_bytes.items()}
         memory |= {"temporaries": float(compiled.temporary_bytes), "program": float(compiled.code_bytes)}
         traffic = compiled.traffic
     else:
         memory, traffic = _memory(work, mesh, parameters), _traffic(work, mesh, parameters, topology.slices)
-    seconds = {"computing": done.executed / (topology.chips * chip.flops), "hidden": 0.0, "exposed": 0.0}
+    seconds = {"computing": flops.executed / (topology.chips * chip.flops), "hidden": 0.0, "exposed": 0.0}
     for t in traffic:
         seconds["hidden" if t.hidden else "exposed"] += seconds_of(t, mesh, chip)
-    return Estimate(memory, seconds, done, topology.chips, chip)
+    return Estimate(memory, seconds, flops, topology.chips, chip)
 
 
 def seconds_of(traffic: Traffic, mesh: MeshConfig, chip: Chip) -> float:
-    """Permutes use one link; the others the two of an axis, and all-to-all each byte's mean distance n / 4 as well.
+    """The seconds that a chip's traffic takes at peak rates.
 
-    What goes between slices uses the network.
+    A permute uses one link. Other collectives use the two links of an axis; in an all-to-all each byte also travels
+    n / 4 links on average. Traffic between slices uses the network.
     """
     if traffic.network:
         return traffic.sent / chip.network
     n = math.prod(getattr(mesh, axis) for axis in traffic.axes)
     if traffic.kind == "collective-permute":
         return traffic.sent / chip.link
-    far = max(1.0, n / 4) if traffic.kind == "all-to-all" else 1.0
-    return far * traffic.sent / (2 * chip.link)
+    distance = max(1.0, n / 4) if traffic.kind == "all-to-all" else 1.0
+    return distance * traffic.sent / (2 * chip.link)
 
 
 def _memory(work: Workload, mesh: MeshConfig, parameters: int) -> dict[str, float]:
-    cfg, (tokens, shards) = work.task.dit, _local(work, mesh)
-    held, wide = 4.0 * parameters / shards, cfg.mlp_ratio
+    """Bytes of one chip by kind, estimated from shapes."""
+    cfg, (tokens, shards) = work.task.dit, _per_chip(work, mesh)
+    weights, ratio = 4.0 * parameters / shards, cfg.mlp_ratio
     if work.sample:
-        return {"parameters": held, "temporaries": tokens * cfg.width * (2 * 20 + 12 + 4 * wide)}
-    # bfloat16 values a token and layer keeps for its gradient, in units of the width
-    kept = {"full": 1.0, "attention": 2.0, "matmuls": 8.0 + wide, "none": 22.0 + 3 * wide}[cfg.remat]
-    block = 2.0 * tokens * cfg.width * (kept * cfg.depth * len(cfg.attention_pattern) + 12 + 24 + 3 * wide + 8)
-    return {"parameters": held, "average": held, "optimiser": 2 * held, "gradient": held, "temporaries": block}
+        return {"parameters": weights, "temporaries": tokens * cfg.width * (2 * 20 + 12 + 4 * ratio)}
+    # bfloat16 values that each token keeps in each block for its gradient, in units of the width
+    kept = {"full": 1.0, "attention": 2.0, "matmuls": 8.0 + ratio, "none": 22.0 + 3 * ratio}[cfg.remat]
+    temporaries = 2.0 * tokens * cfg.width * (kept * cfg.depth * len(cfg.attention_pattern) + 12 + 24 + 3 * ratio + 8)
+    state = {"parameters": weights, "average": weights, "optimiser": 2 * weights, "gradient": weights}
+    return state | {"temporaries": temporaries}
 
 
-def _local(work: Workload, mesh: MeshConfig) -> tuple[float, int]:
-    """(tokens on a chip, chips that a parameter is cut over)."""
+def _per_chip(work: Workload, mesh: MeshConfig) -> tuple[float, int]:
+    """(tokens on a chip, chips that a parameter is sharded over)."""
     rows = max(1.0, work.rows / (mesh.data * mesh.fsdp))
     return rows * work.row_tokens(mesh) / (mesh.ring * mesh.ulysses), mesh.fsdp * mesh.ring * mesh.ulysses * mesh.tensor
 
 
 def _traffic(work: Workload, mesh: MeshConfig, parameters: int, slices: int = 1) -> list[Traffic]:
-    cfg, (tokens, shards) = work.task.dit, _local(work, mesh)
-    layers, passes = (
-        cfg.depth * len(cfg.attention_pattern),
-        2 if work.sample else 1 + (cfg.remat in ("full", "matmuls")),
-    )
-    made = []
+    """The traffic of a step, estimated from shapes."""
+    cfg, (tokens, shards) = work.task.dit, _per_chip(work, mesh)
+    layers = cfg.depth * len(cfg.attention_pattern)
+    passes = 2 if work.sample else 1 + (cfg.remat in ("full", "matmuls"))  # passes through attention's forward
+    traffic: list[Traffic] = []
 
-    def add(kind, axes, hidden, times, sent):
-        axes = tuple(a for a in axes if getattr(mesh, a) > 1)
+    def add(kind: str, axes: tuple[str, ...], hidden: bool, times: int, sent: float) -> None:
+        """Add collectives that run `times` times and send `sent` bytes each, along the axes above 1."""
+        axes = tuple(axis for axis in axes if getattr(mesh, axis) > 1)
         if axes and times:
-            made.append(Traffic(kind, axes, hidden, hidden, 0, int(times), times * sent))
+            traffic.append(Traffic(kind, axes, hidden, hidden, 0, times, times * sent))
 
     if mesh.ring > 1:
         kv = 2 * 2.0 * tokens * cfg.width / mesh.tensor
         block = work.row_tokens(mesh) // mesh.ring
-        hop_schedule = Ring(None, 1.0, size=mesh.ring, max_segment_len=work.tokens).hop_schedule(block)
-        hops, home = sum(j[1] for j in hop_schedule), sum(abs(j[2]) for j in hop_schedule)
+        ring = Ring(KERNELS["reference"], 1.0, size=mesh.ring, max_segment_len=work.tokens)
+        trips = ring.hop_schedule(block)
+        hops, home = sum(trip.hops for trip in trips), sum(abs(trip.hops_home) for trip in trips)
         add("collective-permute", ("ring",), True, layers * hops * passes, kv)
         if not work.sample:
             add("collective-permute", ("ring",), True, layers * hops, 3 * kv)
             add("collective-permute", ("ring",), False, layers * home, 2 * kv)
     exchanged = 2.0 * tokens * cfg.width / mesh.tensor * (mesh.ulysses - 1) / mesh.ulysses
     add("all-to-all", ("ulysses",), False, layers * 4 * (passes + (not work.sample)), exchanged)
-    weights, cut = 2.0 * parameters / mesh.tensor, ("fsdp", "ring", "ulysses")
-    add("all-gather", cut, False, passes, weights)
+    weights = 2.0 * parameters / mesh.tensor
+    add("all-gather", SHARDS, False, passes, weights)
     if not work.sample:
-        add("reduce-scatter", cut, False, 1, weights)
+        add("reduce-scatter", SHARDS, False, 1, weights)
         gradients = 2 * 2.0 * parameters / shards
         if mesh.data > slices:
             add("all-reduce", ("data",), False, 1, gradients)
         if slices > 1:
-            made.append(Traffic("all-reduce", ("data",), True, False, 0, 1, gradients * (slices - 1) / slices, True))
+            sent = gradients * (slices - 1) / slices
+            traffic.append(Traffic("all-reduce", ("data",), True, False, 0, 1, sent, True))
     add("all-reduce", ("tensor",), False, layers * 3 * (passes + (not work.sample)), 2 * 2.0 * tokens * cfg.width)
-    return made
+    return traffic
 
 
-def search(work: Workload, topology: Topology, parameters: int, remats=("full", "attention", "matmuls", "none")):
-    """(task's remat, mesh, Estimate) of every mesh and remat policy that fits the chips, the quickest first."""
-    found = []
+def search(work: Workload, topology: Topology, parameters: int) -> list[tuple[Workload, MeshConfig, Estimate]]:
+    """Every mesh and remat policy that fits 95 % of the chips' memory, the quickest first.
+
+    Args:
+        work: The step. Its remat policy is replaced, except in a sampling step.
+        topology: The chips.
+        parameters: The number of the model's parameters.
+
+    Returns:
+        [(the step with its remat policy, mesh, estimate)].
+    """
+    plans = []
     for mesh in meshes(topology.chips, work.rows, work.task.dit.heads, topology.slices):
-        for remat in remats if not work.sample else (work.task.dit.remat,):
+        for remat in ("full", "attention", "matmuls", "none") if not work.sample else (work.task.dit.remat,):
             dit = dataclasses.replace(work.task.dit, remat=remat)
-            tried = dataclasses.replace(work, task=dataclasses.replace(work.task, dit=dit))
-            estimate = reckon(tried, mesh, topology, parameters)
-            if estimate.total_bytes <= 0.95 * topology.chip.memory:
-                found.append((tried, mesh, estimate))
-    return sorted(found, key=lambda f: f[2].step)
+            candidate = dataclasses.replace(work, task=dataclasses.replace(work.task, dit=dit))
+            cost = estimate(candidate, mesh, topology, parameters)
+            if cost.total_bytes <= 0.95 * topology.chip.memory:
+                plans.append((candidate, mesh, cost))
+    return sorted(plans, key=lambda plan: plan[2].step)
 
 
 def meshes(chips: int, rows: int, heads: int, slices: int = 1) -> list[MeshConfig]:
-    """Every mesh of so many chips on which the rows and heads divide."""
+    """Every mesh of `chips` chips that divides the rows and heads. The tensor axis has at most 8 chips."""
     divisors = [n for n in range(1, chips + 1) if chips % n == 0]
     return [
         MeshConfig(data, fsdp, chips // (data * fsdp * ulysses * tensor), ulysses, tensor)
@@ -180,7 +207,7 @@ def meshes(chips: int, rows: int, heads: int, slices: int = 1) -> list[MeshConfi
     ]
 
 
-def largest(facts: list[tuple[int, float]], memory: float) -> int:
-    """Tokens of a clip that fill `memory`, on the line through two (tokens, bytes) that were compiled."""
-    (few, less), (many, more) = sorted(facts)
+def largest(points: list[tuple[int, float]], memory: float) -> int:
+    """The tokens of a clip that fill `memory`, on the line through two compiled points (tokens, bytes)."""
+    (few, less), (many, more) = sorted(points)
     return int(few + (memory - less) * (many - few) / (more - less))

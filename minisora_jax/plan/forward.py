@@ -1,4 +1,4 @@
-"""The transformer's forward pass alone, planned from a published checkpoint's header (compiled.py says how)."""
+"""The transformer's forward pass, compiled for a pod from a published checkpoint's header (see compiled.py)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding
 
 from minisora_jax.models.dit import DiT, DiTConfig, abstract_batch, abstract_params
 from minisora_jax.parallel.mesh import BATCH, MeshConfig, make_mesh, with_shardings
-from minisora_jax.plan.compiled import IMAGE_TOKENS, bytes_held
+from minisora_jax.plan.compiled import IMAGE_TOKENS, bytes_held, memory_of
 from minisora_jax.plan.hardware import Topology
 from minisora_jax.weights import dit
 from minisora_jax.weights.checkpoint import Checkpoint
@@ -22,18 +22,23 @@ from minisora_jax.weights.rules import planned_params
 
 @dataclasses.dataclass(frozen=True)
 class CompiledForward:
+    """The compiler's numbers about a forward pass."""
+
     parameters: int
-    tokens: int  # of one row
+    tokens: int  # of a row
     chips: int
-    seconds: float  # that the compiler took, here
+    seconds: float  # that compiling took on this machine
     parameter_bytes: int  # on each chip
-    temporary_bytes: int
+    temporary_bytes: int  # on each chip
 
 
 def parameters_on(config: DiTConfig, mesh: jax.sharding.Mesh, checkpoint: Checkpoint | None = None) -> Any:
-    """The transformer's parameters as `jax.ShapeDtypeStruct`s on the mesh, float32, cut over fsdp as in training.
+    """The transformer's parameters on the mesh as `jax.ShapeDtypeStruct`s, float32, sharded as in training.
 
-    From the header of a published `checkpoint`, if one is given: what importing it onto this mesh would hold.
+    Args:
+        config: The model.
+        mesh: The mesh.
+        checkpoint: A published checkpoint. If given, its header is checked against the model.
     """
     with jax.set_mesh(mesh):
         params = with_shardings(abstract_params(config), mesh)
@@ -49,10 +54,21 @@ def lower_forward(
     mesh: jax.sharding.Mesh,
     checkpoint: Checkpoint | None = None,
 ) -> tuple[Any, jax.stages.Lowered]:
-    """(`parameters_on` the mesh, the forward pass that takes them): a row for each device, one clip in each."""
-    rows, tokens, by_row = mesh.size, math.prod(size_thw) // math.prod(config.patch), NamedSharding(mesh, BATCH)
-    batch = abstract_batch(config, rows, tokens, text_tokens, IMAGE_TOKENS, by_row)
-    time_BS = jax.ShapeDtypeStruct((rows, tokens), jnp.float32, sharding=by_row)
+    """The forward pass of one row for each device, with one clip in each row.
+
+    Args:
+        config: The model.
+        size_thw: Latent size of the clip.
+        text_tokens: L.
+        mesh: The mesh.
+        checkpoint: See `parameters_on`.
+
+    Returns:
+        (`parameters_on` the mesh, the lowered forward pass).
+    """
+    rows, tokens, sharding = mesh.size, math.prod(size_thw) // math.prod(config.patch), NamedSharding(mesh, BATCH)
+    batch = abstract_batch(config, rows, tokens, text_tokens, IMAGE_TOKENS, sharding)
+    time_BS = jax.ShapeDtypeStruct((rows, tokens), jnp.float32, sharding=sharding)
     params = parameters_on(config, mesh, checkpoint)
     with jax.set_mesh(mesh):
         return params, jax.jit(DiT(config).apply).lower(params, batch.tokens_BSP, time_BS, batch)
@@ -66,14 +82,14 @@ def compile_forward(
     mesh: MeshConfig,
     checkpoint: Checkpoint | None = None,
 ) -> CompiledForward:
-    """The transformer's forward pass, one clip of size_thw latents in each row and a row on each chip.
+    """Compile the pass of `lower_forward` for a TPU topology, such as "v5p:4x4x4".
 
-    Parameters are `parameters_on` the topology's mesh; the computation is bfloat16.
+    Arguments are those of `lower_forward`.
     """
     devices = Topology.parse(topology).devices()
     begin = time.perf_counter()
     params, lowered = lower_forward(config, size_thw, text_tokens, make_mesh(mesh, devices), checkpoint)
-    memory = lowered.compile().memory_analysis()
+    memory = memory_of(lowered.compile())
     seconds = time.perf_counter() - begin
     return CompiledForward(
         parameters=sum(x.size for x in jax.tree.leaves(params)),

@@ -1,7 +1,7 @@
-"""Accelerators as plans see them: peak rates of one chip, from the makers' data sheets, none measured by us.
+"""Peak rates of one chip, from the makers' data sheets. None is measured.
 
 TPUs: cloud.google.com/tpu/docs/v5p, /v5e, /v6e and /tpu7x. GPUs: NVIDIA's data sheets of H100 SXM, H200 SXM and B200.
-The network is a host's, divided by its chips.
+The network rate is that of a host, divided by its chips.
 """
 
 from __future__ import annotations
@@ -9,14 +9,18 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+from collections.abc import Sequence
+from typing import Any
 
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    flops: float  # bfloat16, dense, per second
+    """Peak rates of one chip."""
+
+    flops: float  # dense bfloat16 FLOPs per second
     memory: float  # bytes
-    link: float  # to one neighbour and in one direction (GPU: to all others of its node together), bytes per second
-    network: float  # between slices (GPU: nodes), bytes per second
+    link: float  # bytes per second to one neighbour, one direction (GPUs: to all others of the node together)
+    network: float  # bytes per second between slices (GPUs: between nodes)
 
 
 CHIPS = {
@@ -32,7 +36,7 @@ CHIPS = {
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """`v5p:4x4x4` (one slice of TPUs), `v5e:16x16*2` (two slices), `h100:64` (that many GPUs)."""
+    """`v5p:4x4x4` (one slice of TPUs), `v5e:16x16*2` (two slices), `h100:64` (64 GPUs)."""
 
     kind: str
     shape: tuple[int, ...]
@@ -40,6 +44,11 @@ class Topology:
 
     @classmethod
     def parse(cls, text: str) -> Topology:
+        """The topology of a text.
+
+        Raises:
+            ValueError: The text has another form, or the chip is unknown.
+        """
         match = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)(?:\*(\d+))?", text)
         if not match or match[1] not in CHIPS:
             known = ", ".join(CHIPS)
@@ -52,24 +61,31 @@ class Topology:
 
     @property
     def chip(self) -> Chip:
+        """The rates of each chip."""
         return CHIPS[self.kind]
 
     @property
     def chips(self) -> int:
+        """Number of chips in all slices."""
         return math.prod(self.shape) * self.slices
 
     @property
     def is_tpu(self) -> bool:
+        """Whether the chips are TPUs."""
         return self.kind.startswith(("v", "tpu"))
 
-    def devices(self):
-        """The described devices of a TPU topology, for a mesh to compile for; ImportError without libtpu."""
+    def devices(self) -> Sequence[Any]:
+        """The described devices of a TPU topology. A mesh over them can be compiled for.
+
+        Raises:
+            ImportError: libtpu is not installed.
+        """
         from jax.experimental import topologies
 
         try:
             import libtpu  # noqa: F401
         except ImportError as error:
-            raise ImportError("plans for TPUs need their compiler: pip install libtpu (any machine will do)") from error
+            raise ImportError("plans for TPUs need the TPU compiler: pip install libtpu (it needs no TPU)") from error
         name = f"{self.kind}:{'x'.join(map(str, self.shape))}"
         options = {"num_slices": self.slices} if self.slices > 1 else {}
         return topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices

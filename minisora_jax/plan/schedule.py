@@ -1,9 +1,9 @@
-"""Reads a compiled TPU program: what is sent along which mesh axis, how often, and what runs meanwhile.
+"""Reads the collectives of a compiled TPU program: bytes by mesh axis, how often, and whether they are hidden.
 
-The text of a compiled module is its schedule: operations stand in the order they run in. An asynchronous collective is
-a pair, `-start` and `-done`; it is hidden where an operation that computes (a fusion, a kernel, a loop or a branch with
-one in it) stands between the two. Loops count as often as they turn, which their conditions say. What goes from
-slice to slice over the data centre's network is a `send` to the host and a `recv`, both naming the same rendezvous.
+The text of a compiled module is its schedule: operations are listed in the order in which they run. An asynchronous
+collective is a pair, `-start` and `-done`. It is hidden if an operation that computes (a fusion, a kernel, a loop or a
+branch) stands between the two. The operations of a loop count once for each iteration, by the loop's condition.
+Transfers between slices over the data centre's network are a `send` to the host and a `recv` of the same rendezvous.
 """
 
 from __future__ import annotations
@@ -13,53 +13,64 @@ import math
 import re
 from collections import defaultdict
 
+import numpy as np
+
 BYTES = {"pred": 1, "s8": 1, "u8": 1, "f8e4m3fn": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8}
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
-BETWEEN_SLICES = ("data",)  # the only axis over more than one slice (parallel/mesh.py)
-# What makes an operation worth waiting for; the rest moves or names data.
+BETWEEN_SLICES = ("data",)  # the only axis that spans slices (parallel/mesh.py)
+# Operations that compute. All others move or name data.
 COMPUTES = ("fusion", "custom-call", "convolution", "dot", "while", "conditional", "call")
 
 
 @dataclasses.dataclass(frozen=True)
 class Traffic:
-    """All collectives of one kind along the same axes of the mesh, in one run of the program."""
+    """All collectives of one kind along the same mesh axes, in one run of the program."""
 
-    kind: str
+    kind: str  # one of KINDS
     axes: tuple[str, ...]
     asynchronous: bool
-    hidden: bool  # computing goes on meanwhile
+    hidden: bool  # computation runs at the same time
     sites: int  # places in the program
-    times: int  # that they run
-    sent: float  # bytes that a chip sends, altogether
+    times: int  # executions
+    sent: float  # bytes that one chip sends, in all executions
     network: bool = False  # between slices, over the data centre's network
 
     @property
     def where(self) -> str:
+        """The axes in words."""
         return "slices" if self.network else "+".join(self.axes)
 
 
 @dataclasses.dataclass(frozen=True)
 class Operation:
+    """One operation of a module."""
+
     name: str
     opcode: str
-    text: str
+    text: str  # its line
 
 
 OPERATION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)$")
 SHAPE = re.compile(r"(\w+)\[([\d,]*)\]")
+CONSTANT = r"constant\((-?\d+)\)"
 
 
-def read(hlo: str, mesh_shape: dict[str, int]) -> list[Traffic]:
-    """The traffic of a compiled module's text (`compiled.as_text()`) on a mesh of that shape, ids in order."""
+def read_traffic(hlo: str, mesh_shape: dict[str, int]) -> list[Traffic]:
+    """The traffic of a compiled module, the largest first.
+
+    Args:
+        hlo: Text of the module (`compiled.as_text()`).
+        mesh_shape: Size of each mesh axis. Devices are numbered in the mesh's order.
+    """
     computations, entry = _computations(hlo)
     total: dict[tuple, list[float]] = defaultdict(lambda: [0, 0, 0.0])
-    seen: set[str] = set()
+    seen: set[tuple[str, str]] = set()
 
     def visit(name: str, times: int) -> None:
         operations = computations.get(name, [])
         for i, op in enumerate(operations):
             kind, network = next((k for k in KINDS if op.opcode in (k, f"{k}-start")), None), False
-            # XLA keeps a reduce-scatter as an all-reduce and a slice in a fusion of that name.
+            # XLA writes a reduce-scatter as a fusion "all-reduce-scatter" of an all-reduce and a slice.
             if op.opcode == "fusion" and "all-reduce-scatter" in op.text:
                 kind, inner = "reduce-scatter", computations.get(_called(op.text, "calls"), [])
                 source = next((o.text for o in inner if o.opcode == "all-reduce"), op.text)
@@ -70,15 +81,15 @@ def read(hlo: str, mesh_shape: dict[str, int]) -> list[Traffic]:
             if kind:
                 axes = BETWEEN_SLICES if network else _axes(source, mesh_shape)
                 n = _slices(source) if network else math.prod(mesh_shape[a] for a in axes)
-                begun = network or op.opcode.endswith("-start") or "async_collective" in op.text
-                hidden = begun and _covered(operations, i)
-                sums = total[kind, axes, begun, hidden, network]
+                asynchronous = network or op.opcode.endswith("-start") or "async_collective" in op.text
+                hidden = asynchronous and _is_hidden(operations, i)
+                sums = total[kind, axes, asynchronous, hidden, network]
                 sums[0] += (name, op.name) not in seen
                 sums[1] += times
                 sums[2] += times * _sent(kind, op.text if kind != "reduce-scatter" or network else source, n)
                 seen.add((name, op.name))
             elif op.opcode == "while":
-                visit(_called(op.text, "body"), times * _turns(op, operations, computations))
+                visit(_called(op.text, "body"), times * _iterations(op, operations, computations))
             elif op.opcode == "conditional":
                 for branch in _branches(op.text):
                     visit(branch, times)
@@ -87,8 +98,8 @@ def read(hlo: str, mesh_shape: dict[str, int]) -> list[Traffic]:
 
     visit(entry, 1)
     return [
-        Traffic(kind, axes, begun, hidden, int(sites), int(times), sent, network)
-        for (kind, axes, begun, hidden, network), (sites, times, sent) in sorted(
+        Traffic(kind, axes, asynchronous, hidden, int(sites), int(times), sent, network)
+        for (kind, axes, asynchronous, hidden, network), (sites, times, sent) in sorted(
             total.items(), key=lambda item: -item[1][2]
         )
         if axes
@@ -96,61 +107,70 @@ def read(hlo: str, mesh_shape: dict[str, int]) -> list[Traffic]:
 
 
 def _computations(hlo: str) -> tuple[dict[str, list[Operation]], str]:
-    found: dict[str, list[Operation]] = {}
+    """({computation: its operations in order}, the name of the entry computation)."""
+    computations: dict[str, list[Operation]] = {}
     entry = name = ""
     for line in hlo.splitlines():
         if line.startswith(("%", "ENTRY")) and line.rstrip().endswith("{"):
-            name = re.match(r"(?:ENTRY )?%?([\w.\-]+)", line)[1]
+            name = _search(r"^(?:ENTRY )?%?([\w.\-]+)", line)
             entry = name if line.startswith("ENTRY") else entry
-            found[name] = []
+            computations[name] = []
         elif name and (match := OPERATION.match(line)):
-            found[name].append(Operation(match[1], match[3], line))
-    return found, entry
+            computations[name].append(Operation(match[1], match[3], line))
+    return computations, entry
 
 
-def _called(text: str, what: str) -> str:
-    match = re.search(rf"{what}=%?([\w.\-]+)", text)
+def _search(pattern: str, text: str) -> str:
+    """The first group of the pattern's first match; "" without a match."""
+    match = re.search(pattern, text)
     return match[1] if match else ""
 
 
+def _called(text: str, attribute: str) -> str:
+    """The computation that an operation names in an attribute; "" if it has none."""
+    return _search(rf"{attribute}=%?([\w.\-]+)", text)
+
+
 def _branches(text: str) -> list[str]:
+    """The computations of a conditional."""
     if match := re.search(r"branch_computations=\{([^}]*)\}", text):
         return [b.strip().lstrip("%") for b in match[1].split(",")]
     return [b for b in (_called(text, "true_computation"), _called(text, "false_computation")) if b]
 
 
-def _turns(loop: Operation, operations: list[Operation], computations) -> int:
-    """How often a loop that counts up to a constant runs; 1 where it does something else."""
+def _iterations(loop: Operation, operations: list[Operation], computations: dict[str, list[Operation]]) -> int:
+    """The iterations of a loop that counts up to a constant; 1 for other loops."""
     condition = computations.get(_called(loop.text, "condition"), [])
     by_name = {op.name: op for op in condition}
     compare = next((op for op in condition if op.opcode == "compare" and "ROOT" in op.text), None)
     if compare is None or "direction=LT" not in compare.text:
         return 1
-    counter, limit = re.search(r"compare\(%?([\w.\-]+), %?([\w.\-]+)\)", compare.text).groups()
-    if limit not in by_name or counter not in by_name or by_name[limit].opcode != "constant":
+    operands = re.search(r"compare\(%?([\w.\-]+), %?([\w.\-]+)\)", compare.text)
+    counter, limit = (by_name.get(name) for name in operands.groups()) if operands else (None, None)
+    if counter is None or limit is None or limit.opcode != "constant":
         return 1
-    last = int(re.search(r"constant\((-?\d+)\)", by_name[limit].text)[1])
-    index = int(re.search(r"index=(\d+)", by_name[counter].text)[1])
+    end = int(_search(CONSTANT, limit.text))
+    index = int(_search(r"index=(\d+)", counter.text))
     outside = {op.name: op for op in operations}
-    state = outside.get(re.search(r"while\(%?([\w.\-]+)\)", loop.text)[1])
-    first = 0
+    state = outside.get(_search(r"while\(%?([\w.\-]+)\)", loop.text))
+    start = 0
     if state is not None and state.opcode == "tuple":
-        operands = re.findall(r"%([\w.\-]+)", state.text.partition(" tuple(")[2].partition(")")[0])
-        start = outside.get(operands[index]) if index < len(operands) else None
-        if start is not None and start.opcode in ("copy", "bitcast"):
-            start = outside.get(re.search(rf"{start.opcode}\(%?([\w.\-]+)", start.text)[1])
-        if start is not None and (constant := re.search(r"constant\((-?\d+)\)", start.text)):
-            first = int(constant[1])
-    return max(last - first, 0)
+        entries = re.findall(r"%([\w.\-]+)", state.text.partition(" tuple(")[2].partition(")")[0])
+        initial = outside.get(entries[index]) if index < len(entries) else None
+        if initial is not None and initial.opcode in ("copy", "bitcast"):
+            initial = outside.get(_search(rf"{initial.opcode}\(%?([\w.\-]+)", initial.text))
+        if initial is not None and (constant := _search(CONSTANT, initial.text)):
+            start = int(constant)
+    return max(end - start, 0)
 
 
-def _covered(operations: list[Operation], start: int) -> bool:
-    """Whether something computes between a collective's start and its end."""
-    begun, meeting = operations[start], _rendezvous(operations[start].text)
+def _is_hidden(operations: list[Operation], start: int) -> bool:
+    """Whether an operation computes between a collective's start and its end."""
+    rendezvous, operand = _rendezvous(operations[start].text), rf"\(%?{re.escape(operations[start].name)}\)"
     for op in operations[start + 1 :]:
-        if meeting and op.opcode == "recv" and _rendezvous(op.text) == meeting:
+        if rendezvous and op.opcode == "recv" and _rendezvous(op.text) == rendezvous:
             return False
-        if not meeting and op.opcode.endswith("-done") and re.search(rf"\(%?{re.escape(begun.name)}\)", op.text):
+        if not rendezvous and op.opcode.endswith("-done") and re.search(operand, op.text):
             return False
         if op.opcode in COMPUTES and "AllocateBuffer" not in op.text:
             return True
@@ -158,15 +178,14 @@ def _covered(operations: list[Operation], start: int) -> bool:
 
 
 def _rendezvous(text: str) -> str:
-    """By which a `send` between slices and its `recv` know each other."""
-    match = re.search(r'_xla_host_transfer_rendezvous="([^"]+)"', text)
-    return match[1] if match else ""
+    """The name that a `send` between slices shares with its `recv`; "" for other operations."""
+    return _search(r'_xla_host_transfer_rendezvous="([^"]+)"', text)
 
 
 def _slices(text: str) -> int:
-    """How many slices a transfer between slices is among."""
-    match = re.search(r'_xla_megascale_target="\{([\d,]+)\}', text)
-    return len(match[1].split(",")) if match else 2
+    """The number of slices that a transfer between slices connects."""
+    targets = _search(r'_xla_megascale_target="\{([\d,]+)\}', text)
+    return len(targets.split(",")) if targets else 2
 
 
 def _axes(text: str, mesh_shape: dict[str, int]) -> tuple[str, ...]:
@@ -175,7 +194,7 @@ def _axes(text: str, mesh_shape: dict[str, int]) -> tuple[str, ...]:
         named = re.findall(r"'(\w+)'", match[2])
         if set(named) <= set(mesh_shape):
             return tuple(axis for axis in mesh_shape if axis in named and mesh_shape[axis] > 1)
-        sizes = {axis: int(n) for axis, n in re.findall(r"'(\w+)'=(\d+)", match[1])}  # a mesh of XLA's own
+        sizes = {axis: int(n) for axis, n in re.findall(r"'(\w+)'=(\d+)", match[1])}  # a mesh that XLA made
         places = [_place(device, sizes) for device in range(math.prod(sizes.values()))]
         fixed = [i for i, axis in enumerate(sizes) if axis not in named]
         group = [device for device, place in enumerate(places) if all(place[i] == 0 for i in fixed)]
@@ -191,10 +210,8 @@ def _axes(text: str, mesh_shape: dict[str, int]) -> tuple[str, ...]:
     return tuple(a for i, a in enumerate(mesh_shape) if len({p[i] for p in places}) > 1)
 
 
-def _iota_group(match) -> list[int]:
+def _iota_group(match: re.Match[str]) -> list[int]:
     """The first group of `[groups,size]<=[dims]T(permutation)`."""
-    import numpy as np
-
     dims = [int(n) for n in match[3].split(",")]
     ids = np.arange(math.prod(dims)).reshape(dims)
     if match[4]:
@@ -203,6 +220,7 @@ def _iota_group(match) -> list[int]:
 
 
 def _place(device: int, mesh_shape: dict[str, int]) -> tuple[int, ...]:
+    """The index of a device along each mesh axis."""
     place = []
     for size in reversed(mesh_shape.values()):
         place.append(device % size)
@@ -211,14 +229,14 @@ def _place(device: int, mesh_shape: dict[str, int]) -> tuple[int, ...]:
 
 
 def _sent(kind: str, text: str, n: int) -> float:
-    """Bytes that a chip sends of a collective among n."""
+    """The bytes that one chip sends in a collective of n chips."""
     opcode = "send(" if "_xla_megascale" in text else kind
     result = text.partition(" = ")[2].partition(f" {opcode}")[0]
     sizes = [BYTES.get(t, 0) * math.prod(int(d) for d in dims.split(",") if d) for t, dims in SHAPE.findall(result)]
     if kind == "collective-permute":
-        return sizes[0] if sizes else 0  # of (input, output, two counters)
+        return sizes[0] if sizes else 0  # the result is (input, output, two counters)
     if "_xla_megascale" in text:
-        sizes = sizes[:1]  # of (input, a counter, a token)
+        sizes = sizes[:1]  # the result is (input, a counter, a token)
     if kind == "all-reduce":
         return 2 * sum(sizes) * (n - 1) / n
     if kind == "all-gather" and "-start" in text.partition("(")[0]:

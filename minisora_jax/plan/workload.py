@@ -1,4 +1,4 @@
-"""From the words of a command line to a workload: a model, a clip in tokens, a mesh."""
+"""Parses the flags of a plan: a model, the tokens of a clip, a mesh."""
 
 from __future__ import annotations
 
@@ -16,7 +16,17 @@ from minisora_jax.weights.presets import CODECS, TRANSFORMERS
 
 
 def task_of(preset: str | None, config_flags: list[str], remat: str | None, attention: str) -> DiffusionTask:
-    """The task of a preset, or of `--config=FILE`; with a remat policy and a kernel of attention for it."""
+    """The training task to plan.
+
+    Args:
+        preset: A key of TRANSFORMERS, or None.
+        config_flags: "--config=FILE" and its overrides, in place of a preset.
+        remat: Remat policy; None: "full" for a preset, the config's own otherwise.
+        attention: The attention kernel.
+
+    Raises:
+        ValueError: Both or none of preset and config are given, or the preset is unknown.
+    """
     if bool(preset) == any(f.startswith("--config=") for f in config_flags):
         raise ValueError("name the model by --preset=NAME or by --config=FILE.py, one of the two")
     if preset:
@@ -32,19 +42,37 @@ def task_of(preset: str | None, config_flags: list[str], remat: str | None, atte
 
 
 def parameter_count(task: DiffusionTask) -> int:
+    """The number of the transformer's parameters."""
     dit = dataclasses.replace(task.dit, attention="reference")
     return sum(x.size for x in jax.tree.leaves(abstract_params(dit)))
 
 
 def token_count(text: str) -> int:
-    """ "4096", "8k" (of 1024) or "16.8M" (of 1,000,000)."""
+    """The number in "4096", "8k" (k = 1024) or "16.8M" (M = 1,000,000).
+
+    Raises:
+        ValueError: The text has another form.
+    """
     if not (match := re.fullmatch(r"([\d.]+)([kM]?)", text)):
         raise ValueError(f"{text!r} must be a number of tokens, such as 4096, 8k or 16.8M")
     return round(float(match[1]) * {"": 1, "k": 1024, "M": 1e6}[match[2]])
 
 
 def clip_tokens(clip: str, fps: float, codec: str, patch: tuple[int, int, int]) -> tuple[int, str]:
-    """(tokens, the clip in words) of "60s@1080p", "5s@832x480", "16.8M", "8k" or "4096"."""
+    """The tokens of a clip.
+
+    Args:
+        clip: "60s@1080p", "5s@832x480" (width x height), or tokens such as "16.8M", "8k" or "4096".
+        fps: Frames per second.
+        codec: A key of CODECS.
+        patch: Latents of a token.
+
+    Returns:
+        (tokens, the clip in words).
+
+    Raises:
+        ValueError: The clip has another form, or the codec is unknown.
+    """
     if re.fullmatch(r"[\d.]+[kM]?", clip):
         return token_count(clip), "that length"
     match = re.fullmatch(r"([\d.]+)s@(?:(\d+)p|(\d+)x(\d+))", clip)
@@ -56,13 +84,13 @@ def clip_tokens(clip: str, fps: float, codec: str, patch: tuple[int, int, int]) 
     height = int(match[2] or match[4])
     width = int(match[3]) if match[3] else 2 * round(height * 16 / 9 / 2)
     cell = [vae.space_factor * p for p in patch[1:]]
-    h, w = (math.ceil(n / c) for n, c in zip((height, width), cell))
+    rows, columns = (math.ceil(n / c) for n, c in zip((height, width), cell))
     steps = round(float(match[1]) * fps / vae.time_factor)
-    frames = 1 + steps * vae.time_factor
-    t = 1 + steps
-    return t * h * w, f"{frames} frames of {w * cell[1]}x{h * cell[0]}, {t} x {h} x {w} tokens"
+    frames, t = 1 + steps * vae.time_factor, 1 + steps
+    size = f"{columns * cell[1]}x{rows * cell[0]}"
+    return t * rows * columns, f"{frames} frames of {size}, {t} x {rows} x {columns} tokens"
 
 
 def mesh_of(text: str, chips: int) -> MeshConfig:
-    """The mesh of that text (`MeshConfig.parse`) on so many chips, every size given."""
+    """The mesh of a text such as "ring=4,ulysses=2" on `chips` chips, with the size of every axis."""
     return MeshConfig(*MeshConfig.parse(text).sizes(chips))

@@ -90,7 +90,7 @@ def import_lazily(
     Raises:
         WeightsFileError: Tensors are missing or extra, or one has the wrong shape. No tensor is read for this check.
     """
-    targets = traverse_util.flatten_dict(abstract, sep="/")
+    targets: dict[str, Any] = traverse_util.flatten_dict(abstract, sep="/")
     _check_names(checkpoint, rules, targets, ignored)
     leaves = {rule.ours: _leaf(checkpoint, rule, targets[rule.ours], keep_dtype) for rule in rules}
     return traverse_util.unflatten_dict(leaves, sep="/")
