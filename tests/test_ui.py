@@ -49,7 +49,7 @@ def out(tmp_path_factory):
 def address(out):
     pipeline = VideoPipeline.load(MODEL, CODEC)
     model = {"model": None, "hash": pipeline.hash, "codec_hash": pipeline.codec.hash, "mesh": None}
-    app, line = application(pipeline, out, model)
+    app, queue = application(pipeline, out, model)
     with contextlib.closing(socket.socket()) as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -60,7 +60,7 @@ def address(out):
     while not server.started:
         time.sleep(0.05)
     yield f"http://127.0.0.1:{port}/"
-    line.close()
+    queue.close()
     server.should_exit = True
     thread.join(timeout=10)
 
@@ -89,7 +89,7 @@ class Page:
     def __init__(self, browser, address):
         self.browser = browser
         browser.get(address)
-        self.find("#make")
+        self.find("#generate")
 
     def wait(self, what):
         wait = WebDriverWait(self.browser, PATIENCE, 0.1, [StaleElementReferenceException])
@@ -99,8 +99,8 @@ class Page:
         return self.wait(lambda: next(iter(self.browser.find_elements(By.CSS_SELECTOR, css)), None))
 
     def choose(self, title):
-        self.wait(lambda: [e for e in self.browser.find_elements(By.CSS_SELECTOR, "#verb label") if e.text == title])
-        next(e for e in self.browser.find_elements(By.CSS_SELECTOR, "#verb label") if e.text == title).click()
+        self.wait(lambda: [e for e in self.browser.find_elements(By.CSS_SELECTOR, "#task label") if e.text == title])
+        next(e for e in self.browser.find_elements(By.CSS_SELECTOR, "#task label") if e.text == title).click()
 
     def write(self, where, text):
         """Into a field, as its value; Gradio hears of it by the event."""
@@ -131,14 +131,14 @@ class Page:
         self.write("steps", "2")
 
     def make(self):
-        self.find("#make").click()
+        self.find("#generate").click()
 
     def state(self):
         panel = self.browser.find_elements(By.CSS_SELECTOR, "#result .panel")
         return panel[0].get_attribute("data-state") if panel else ""
 
-    def sentence(self, css="#result .sorry"):
-        return self.wait(lambda: (found := self.browser.find_elements(By.CSS_SELECTOR, css)) and found[0].text)
+    def sentence(self, css="#result .error"):
+        return self.wait(lambda: (messages := self.browser.find_elements(By.CSS_SELECTOR, css)) and messages[0].text)
 
     def video(self):
         """(the file's name, its width in pixels), once the browser has its data."""
@@ -157,7 +157,7 @@ def test_a_clip_is_made_of_words_and_shown(page, out):
     page.little()
     page.make()
     seen = set()
-    page.wait(lambda: seen.add(page.state()) or page.state() == "made")
+    page.wait(lambda: seen.add(page.state()) or page.state() == "finished")
     page.wait(lambda: page.browser.find_elements(By.CSS_SELECTOR, "#gallery .tile video"))
     name, width = page.video()
     page.picture("2-made")
@@ -180,9 +180,9 @@ def test_a_picture_that_is_uploaded_is_animated(page, out, tmp_path):
     picture = np.zeros((48, 48, 3), np.uint8)
     picture[12:36, 12:36] = (215, 40, 40)
     Image.fromarray(picture).save(tmp_path / "square.png")
-    page.choose("Animate")
+    page.choose("Image to video")
     page.upload("image", tmp_path / "square.png")
-    assert "48 x 48 pixels" in page.sentence("#image-seen .file")
+    assert "48 x 48 pixels" in page.sentence("#image-check .file")
     page.little()
     page.write("prompt", "a large red square moves left on a black background")
     page.make()
@@ -195,19 +195,19 @@ def test_a_picture_that_is_uploaded_is_animated(page, out, tmp_path):
 
 def test_a_bad_upload_gets_its_sentence_and_so_does_making_it(page, tmp_path):
     (tmp_path / "cat.png").write_text("I am not a picture")
-    page.choose("Animate")
+    page.choose("Image to video")
     page.upload("image", tmp_path / "cat.png")
-    assert page.sentence("#image-seen .sorry").startswith("cat.png is text; a picture is wanted here")
+    assert page.sentence("#image-check .error").startswith("cat.png is text; choose a picture")
     page.make()
-    assert page.sentence().startswith("cat.png is text; a picture is wanted here")
+    assert page.sentence().startswith("cat.png is text; choose a picture")
     page.picture("4-refused")
     assert "Traceback" not in page.browser.page_source
 
 
-def test_examples_and_impossible_wishes(page):
+def test_examples_and_an_impossible_length(page):
     page.choose("Outpaint")
     page.find("#examples button").click()  # its clip comes with it
-    assert "17 frames, 64 x 48 pixels" in page.sentence("#video-seen .file")
+    assert "17 frames, 64 x 48 pixels" in page.sentence("#video-check .file")
     page.choose("Long video")
     page.wait(lambda: "[4s]" in page.find("#prompt textarea").get_attribute("value"))
     page.write("length", "2 minutes")
@@ -231,24 +231,24 @@ def test_eight_visitors_each_get_their_own(browser, address, out):
     for tab in tabs.values():
         browser.switch_to.window(tab)
         page.make()
-    found = {}
+    records = {}
     for prompt, tab in tabs.items():
         browser.switch_to.window(tab)
         name, _ = page.video()
         record = json.loads((out / f"{name}.json").read_text())
         caption = page.find("#result .caption").text
         assert record["job"]["prompt"] == caption == prompt and record["job"].get("seed", 0) == prompts.index(prompt)
-        found[name] = record
+        records[name] = record
     page.picture("6-eight")
-    assert len(found) == 8 and len({r["pixels"] for r in found.values()}) == 8
+    assert len(records) == 8 and len({r["pixels"] for r in records.values()}) == 8
 
 
 def test_no_file_but_what_was_made_is_handed_out(address, out):
     secret, ours = out / "secret.txt", Path(__file__).resolve()
     secret.write_text("secret")
     files = ("/etc/passwd", ours, secret, out / "uploads", f"{out}/incoming/../secret.txt")
-    paths = [f"gradio_api/file={path}" for path in files] + ["file=/etc/passwd", "made/../secret.txt"]
-    paths += ["made/..%2Fsecret.txt", "made/secret.txt", "made/%2e%2e/secret.txt"]
+    paths = [f"gradio_api/file={path}" for path in files] + ["file=/etc/passwd", "results/../secret.txt"]
+    paths += ["results/..%2Fsecret.txt", "results/secret.txt", "results/%2e%2e/secret.txt"]
     for path in paths:
         with pytest.raises(urllib.error.HTTPError) as refused:
             urllib.request.urlopen(f"{address}{path}")
@@ -258,10 +258,10 @@ def test_no_file_but_what_was_made_is_handed_out(address, out):
 def test_a_request_that_names_a_file_of_the_machine_is_refused(address, out):
     """Past the page, at Gradio's own interface: as somebody would who means harm."""
     with urllib.request.urlopen(f"{address}gradio_api/info") as answer:
-        inputs = json.load(answer)["named_endpoints"]["/make"]["parameters"]
+        inputs = json.load(answer)["named_endpoints"]["/generate"]["parameters"]
     values = {p["parameter_name"]: p.get("parameter_default") for p in inputs}
     named = {p["label"]: p["parameter_name"] for p in inputs}
-    values |= {inputs[0]["parameter_name"]: "image_to_video", named["What is to be seen"]: "a red circle"}
+    values |= {inputs[0]["parameter_name"]: "image_to_video", named["Prompt"]: "a red circle"}
     example = str(out / "incoming" / "examples" / "circle-right.png")  # such a request is otherwise in order
     others = (
         "/etc/passwd",
@@ -270,18 +270,20 @@ def test_a_request_that_names_a_file_of_the_machine_is_refused(address, out):
         f"{out}/incoming/../../a.png",
         "http://127.0.0.1:1/a.png",
     )
-    for field, path in [("Picture", example), *(("Picture", p) for p in others), ("What is to be seen", str(PICTURE))]:
+    for field, path in [("Picture", example), *(("Picture", p) for p in others), ("Prompt", str(PICTURE))]:
         file = {"path": path, "meta": {"_type": "gradio.FileData"}}
-        wish = values | {named["Size"]: "8x50", named[field]: file}
-        data = json.dumps({"data": list(wish.values())}).encode()
-        asked = urllib.request.Request(f"{address}gradio_api/call/make", data, {"Content-Type": "application/json"})
-        with urllib.request.urlopen(asked) as answer:
+        job = values | {named["Size"]: "8x50", named[field]: file}
+        data = json.dumps({"data": list(job.values())}).encode()
+        request = urllib.request.Request(
+            f"{address}gradio_api/call/generate", data, {"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(request) as answer:
             event = json.load(answer)["event_id"]
-        with urllib.request.urlopen(f"{address}gradio_api/call/make/{event}") as answer:
-            said = answer.read().decode()
+        with urllib.request.urlopen(f"{address}gradio_api/call/generate/{event}") as answer:
+            events = answer.read().decode()
         if path == example:
-            assert "16 pixels a side and more" in said, said
+            assert "16 pixels a side and more" in events, events
         else:
-            assert "event: error" in said, said
+            assert "event: error" in events, events
     copied = {p.name for p in (out / "incoming").rglob("*") if p.is_file()} | {p.name for p in out.glob("uploads/*")}
     assert "circle-right.png" in copied and not copied & {"passwd", PICTURE.name, "a.png"}

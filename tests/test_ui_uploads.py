@@ -16,6 +16,7 @@ from minisora_jax.io.video_writer import write_video
 from minisora_jax.ui import show
 from minisora_jax.ui.uploads import MOST_BYTES, InvalidInput, validate_upload
 
+LONG = np.zeros((601, 16, 16, 3), np.uint8)
 GREY = np.full((5, 32, 48, 3), 120, np.uint8)
 NOISE = np.random.default_rng(0).integers(0, 255, (24, 64, 64, 3), dtype=np.uint8)
 
@@ -66,29 +67,29 @@ def zipped(path):
 SVG = b'<?xml version="1.0"?>\n<svg xmlns="http://www.w3.org/2000/svg"><script>alert(1)</script></svg>'
 BAD = {  # name -> (how it is made, where it is put, what is said of it)
     "empty.mp4": (lambda p: p.write_bytes(b""), "video", "empty.mp4 is empty"),
-    "text.mp4": (lambda p: p.write_text("hello " * 40), "video", "text.mp4 is text; a video is wanted"),
-    "umlaut.png": (lambda p: p.write_text("ü" * 300), "picture", "umlaut.png is text; a picture is wanted"),
-    "bytes.mp4": (lambda p: p.write_bytes(bytes(range(256))), "video", "is nothing that is known here"),
+    "text.mp4": (lambda p: p.write_text("hello " * 40), "video", "text.mp4 is text; choose a video"),
+    "umlaut.png": (lambda p: p.write_text("ü" * 300), "picture", "umlaut.png is text; choose a picture"),
+    "bytes.mp4": (lambda p: p.write_bytes(bytes(range(256))), "video", "is of an unknown type"),
     "cut.mp4": (lambda p: cut(p, NOISE, 0.5), "video", "cut.mp4 stops before its end"),
     "head.mp4": (lambda p: cut(p, NOISE, 0.01), "video", "head.mp4 stops before its end"),
     "cut.webm": (lambda p: cut(p, NOISE, 0.6), "video", "cut.webm stops before its end"),
     "cut.gif": (lambda p: cut(p, NOISE, 0.6), "video", "cut.gif stops before its end"),
     "cut.png": (lambda p: cut(p, NOISE[:1], 0.5), "picture", "cut.png stops before its end"),
     "damaged.png": (lambda p: damaged(p, NOISE[:1]), "picture", "damaged.png is damaged"),
-    "wrong.png": (lambda p: p.write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(99)), "picture", "is no picture that can"),
-    "wrong.jpg": (lambda p: p.write_bytes(b"\xff\xd8\xff" + bytes(99)), "picture", "is no picture that can"),
+    "wrong.png": (lambda p: p.write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(99)), "picture", "is no readable picture"),
+    "wrong.jpg": (lambda p: p.write_bytes(b"\xff\xd8\xff" + bytes(99)), "picture", "is no readable picture"),
     "sound.mp4": (lambda p: sound(p, "mp4"), "video", "sound.mp4 has sound and no picture"),
-    "sound.wav": (lambda p: sound(p, "wav"), "video", "sound.wav is sound alone; a video is wanted"),
+    "sound.wav": (lambda p: sound(p, "wav"), "video", "sound.wav is a sound file; choose a video"),
     "bomb.png": (lambda p: png_header(p, 60000, 60000), "picture", "too large"),
-    "huge.png": (lambda p: png_header(p, 5000, 5000), "picture", "5000 x 5000 pixels, and at most 4096 x 4096"),
-    "dot.png": (lambda p: Image.new("RGB", (1, 1)).save(p), "picture", "1 x 1 pixels: at least 8 a side"),
+    "huge.png": (lambda p: png_header(p, 5000, 5000), "picture", "5000 x 5000 pixels: make it smaller"),
+    "dot.png": (lambda p: Image.new("RGB", (1, 1)).save(p), "picture", "1 x 1 pixels: it needs at least 8 a side"),
     "thin.png": (lambda p: Image.new("RGB", (400, 10)).save(p), "picture", "more than 8 times the other"),
-    "long.mp4": (lambda p: write_video(p, np.zeros((601, 16, 16, 3), np.uint8), 8), "video", "at most 600 frames"),
-    "long.webm": (lambda p: write_video(p, np.zeros((601, 16, 16, 3), np.uint8), 8), "video", "at most 600 frames"),
-    "fast.mp4": (lambda p: write_video(p, GREY, 1000), "video", "says 1e+03 frames a second"),
+    "long.mp4": (lambda p: write_video(p, LONG, 8), "video", "the limit is 600 frames"),
+    "long.webm": (lambda p: write_video(p, LONG, 8), "video", "the limit is 600 frames"),
+    "fast.mp4": (lambda p: write_video(p, GREY, 1000), "video", "has 1e+03 frames per second"),
     "none.gif": (lambda p: p.write_bytes(b"GIF89a\x10\0\x10\0\0\0\0;"), "video", "none.gif"),
     "zero.avi": (no_frames, "video", "zero.avi has no frame in it"),
-    "drawing.svg": (lambda p: p.write_bytes(SVG), "picture", "drawing.svg is an SVG drawing; a picture is wanted"),
+    "drawing.svg": (lambda p: p.write_bytes(SVG), "picture", "drawing.svg is an SVG drawing; choose a picture"),
     "page.html": (lambda p: p.write_text("<!doctype html><b>hi"), "video", "page.html is a web page"),
     "packed.zip": (zipped, "video", "packed.zip is a zip archive"),
     "letter.pdf": (lambda p: p.write_bytes(b"%PDF-1.7 "), "picture", "letter.pdf is a PDF"),
@@ -97,9 +98,9 @@ BAD = {  # name -> (how it is made, where it is put, what is said of it)
     "list.mp4": (lambda p: p.write_text("#EXTM3U\n#EXTINF:1,\nfile:///etc/passwd\n"), "video", "is a playlist"),
     "concat.mp4": (lambda p: p.write_text("ffconcat version 1.0\nfile /etc/passwd\n"), "video", "is text"),
     "clip.png": (lambda p: write_video(p.with_suffix(".mp4"), GREY, 8) or os.rename(p.with_suffix(".mp4"), p),
-                 "picture", "clip.png is a video; a picture is wanted"),
-    "photo.mp4": (lambda p: Image.new("RGB", (32, 32)).save(p, "png"), "video", "is a picture; a video is wanted"),
-    "large.mp4": (lambda p: p.write_bytes(b"") or os.truncate(p, MOST_BYTES + 1), "video", "at most 64 MiB are taken"),
+                 "picture", "clip.png is a video; choose a picture"),
+    "photo.mp4": (lambda p: Image.new("RGB", (32, 32)).save(p, "png"), "video", "is a picture; choose a video"),
+    "large.mp4": (lambda p: p.write_bytes(b"") or os.truncate(p, MOST_BYTES + 1), "video", "the limit is 64 MiB"),
     "folder.mp4": (lambda p: p.mkdir(), "video", "folder.mp4 was not uploaded here"),
     "gone.mp4": (lambda p: None, "video", "gone.mp4 was not uploaded here"),
 }  # fmt: skip
@@ -113,8 +114,9 @@ def test_a_bad_upload_gets_its_sentence(tmp_path, name):
     make(sent / name)
     with pytest.raises(InvalidInput) as refused:
         validate_upload(str(sent / name), kind, sent, ours)
-    said = str(refused.value)
-    assert words in said and name in said and str(tmp_path) not in said and "\n" not in said and len(said) < 200
+    message = str(refused.value)
+    assert words in message and name in message and str(tmp_path) not in message
+    assert "\n" not in message and len(message) < 200
     assert not ours.exists() or not list(ours.iterdir())
 
 
@@ -133,10 +135,10 @@ def test_good_files_are_named_by_what_they_hold(tmp_path):
         ("odd.jpg", "mask", (1, 47, 33), ".jpg"),
         ("a.mp4", "mask", (5, 32, 48), ".mp4"),
     ):
-        found = validate_upload(str(sent / name), kind, sent, ours)
-        assert (found.frames, found.height, found.width) == (frames, height, width)
-        assert os.path.dirname(found.path) == str(ours) and found.path.endswith(suffix)
-        assert found.thumbnail[8:12] == b"WEBP" and f"{width} x {height} pixels" in found.words
+        checked = validate_upload(str(sent / name), kind, sent, ours)
+        assert (checked.frames, checked.height, checked.width) == (frames, height, width)
+        assert os.path.dirname(checked.path) == str(ours) and checked.path.endswith(suffix)
+        assert checked.thumbnail[8:12] == b"WEBP" and f"{width} x {height} pixels" in checked.description
     assert len(list(ours.iterdir())) == 4  # what is sent twice is kept once
 
 
@@ -161,9 +163,9 @@ def test_odd_names_do_no_harm(tmp_path, name):
     (tmp_path / name).write_bytes(b"")
     with pytest.raises(InvalidInput) as refused:
         validate_upload(str(tmp_path / name), "picture", tmp_path, tmp_path / "ours")
-    said = show.sorry(str(refused.value))
-    assert len(str(refused.value)) < 80 and "\n" not in said and "\u202e" not in said
-    assert "<b>" not in said and "${" not in said and "{{" not in said
+    panel = show.error(str(refused.value))
+    assert len(str(refused.value)) < 80 and "\n" not in panel and "\u202e" not in panel
+    assert "<b>" not in panel and "${" not in panel and "{{" not in panel
 
 
 def test_a_name_that_is_no_text_is_taken(tmp_path):

@@ -1,3 +1,4 @@
-"""A page in the browser over generate/: uploads.py lets files in, forms.py makes jobs of what is filled in, line.py
-does them for everyone who waits, gallery.py keeps what was made, page.py is what one sees, server.py what one asks.
+"""The browser page. uploads.py checks files, form_fields.py has the form of each task, forms.py turns a filled-in form
+into a job, job_queue.py runs the jobs of all visitors, gallery.py stores results, show.py renders HTML, page.py lays
+out the page, and server.py serves it.
 """

@@ -1,4 +1,4 @@
-"""Pictures and clips to try each form with, drawn from the world that the bundled model knows."""
+"""Example pictures and clips for each form, such as the bundled model is trained on."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 from minisora_jax.io.video_writer import write_video
 from minisora_jax.toy.shapes import FPS, Object, Scene, render
 
-SETS = {  # the name of a set in forms.py -> which input of the form is which file
+SETS = {  # the name of a set in forms.py -> {input of the form: file}
     "picture": {"image": "circle-right.png"},
     "two pictures": {"image": "circle-left.png", "last": "circle-right.png"},
     "clip": {"video": "circle.mp4"},
@@ -19,7 +19,7 @@ SETS = {  # the name of a set in forms.py -> which input of the form is which fi
 
 
 def draw(folder: Path) -> dict[str, dict[str, str]]:
-    """SETS with whole paths; what is not in the folder yet is drawn."""
+    """`SETS` with full paths. Files that are missing in the folder are drawn."""
     folder.mkdir(parents=True, exist_ok=True)
     left, right = (18.0, 24.0), (46.0, 24.0)
     files = {
@@ -29,14 +29,14 @@ def draw(folder: Path) -> dict[str, dict[str, str]]:
         "circle-up.mp4": lambda: _clip(17, (32.0, 32.0), (32.0, 16.0)),
         "mask.png": lambda: np.pad(np.full((1, 48, 32, 3), 255, np.uint8), ((0, 0), (0, 0), (32, 0), (0, 0))),
     }
-    for name, make in files.items():
+    for name, draw_frames in files.items():
         if not (folder / name).is_file():
-            write_video(folder / name, make(), FPS)
-    return {name: {need: str(folder / file) for need, file in files.items()} for name, files in SETS.items()}
+            write_video(folder / name, draw_frames(), FPS)
+    return {name: {field: str(folder / file) for field, file in inputs.items()} for name, inputs in SETS.items()}
 
 
 def _clip(frames: int, start: tuple[float, float], end: tuple[float, float]) -> np.ndarray:
-    """A large red circle on black, 48x64, from one place to another."""
+    """Frames of 48x64 pixels: a large red circle moves from one place to another on black."""
     x, y = (np.linspace(a, b, frames) for a, b in zip(start, end))
     circle = Object("red", "circle", "still", "large", x_T=x, y_T=y, radius_T=np.full(frames, 13.0))
     return render(Scene((frames, 48, 64), (circle,), "black"))

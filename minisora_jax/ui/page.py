@@ -1,26 +1,38 @@
-"""The page: one form, which changes with what is to be made, the result beside it, and what was made below."""
+"""The page: one form, which changes with the task, the result beside it, and earlier results below."""
+
+# Without `from __future__ import annotations`: Gradio reads the annotations of the functions below.
 
 import asyncio
 import functools
 import os
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from minisora_jax.diffusion.sampler import SAMPLER_NAMES
 from minisora_jax.jobs.job import SIDES
 from minisora_jax.ui import examples, show
-from minisora_jax.ui.forms import FILES, FORMS, GROWN, spec
+from minisora_jax.ui.form_fields import FILES, FORMS, GROWN
+from minisora_jax.ui.forms import JobSpec, job_spec
 from minisora_jax.ui.gallery import Gallery
 from minisora_jax.ui.job_queue import JobQueue
-from minisora_jax.ui.uploads import InvalidInput, called, validate_upload
+from minisora_jax.ui.uploads import InvalidInput, display_name, validate_upload
+
+if TYPE_CHECKING:
+    import gradio
 
 SIZES = ("auto", "32x32", "48x48", "48x64", "64x64", "64x96", "256x256", "480x832", "1024x1024", "2048x2048")
-LOOK_EVERY = 0.4  # seconds, at a ticket
-SHOWN = 24  # results below
+REFRESH_EVERY = 0.4  # seconds between two looks at a ticket
+SHOWN = 24  # results in the gallery
 TASKS = [(form.title, name) for name, form in FORMS.items()]
 
 
-def build(line: JobQueue, gallery: Gallery, incoming: Path):
-    """The gradio.Blocks. incoming: the folder into which Gradio puts what browsers send."""
+def build(queue: JobQueue, gallery: Gallery, incoming: Path) -> "gradio.Blocks":
+    """The page.
+
+    Args:
+        incoming: the folder in which Gradio stores uploads.
+    """
     import gradio as gr
 
     examples.draw(incoming / "examples")
@@ -29,77 +41,75 @@ def build(line: JobQueue, gallery: Gallery, incoming: Path):
     with gr.Blocks(title="minisora", analytics_enabled=False, delete_cache=(600, 3600)) as page:
         ticket = gr.State(None)
         gr.HTML(
-            "<div id='title'><h1>minisora</h1><p>Videos and images from words, pictures and other videos.</p></div>"
+            "<div id='title'><h1>minisora</h1><p>Videos and images from prompts, pictures and other videos.</p></div>"
         )
-        task = gr.Radio(TASKS, value="words", show_label=False, container=False, elem_id="verb")
+        task = gr.Radio(TASKS, value="text_to_video", show_label=False, container=False, elem_id="task")
         with gr.Row(equal_height=False):
             with gr.Column(scale=5, min_width=340):
-                hint = gr.HTML(_hint("words"))
-                inputs = {"prompt": gr.Textbox(label="What is to be seen", lines=2, value=FORMS["words"].examples[0][0],
-                                               elem_id="prompt")}  # fmt: skip
-                tries = gr.HTML(_examples("words"), elem_id="examples", js_on_load=show.ON_EXAMPLES)
-                seen = {}
+                hint = gr.HTML(_hint("text_to_video"))
+                prompt = FORMS["text_to_video"].examples[0][0]
+                inputs: dict[str, Any] = {"prompt": gr.Textbox(label="Prompt", lines=2, value=prompt, elem_id="prompt")}
+                prompts = gr.HTML(_examples("text_to_video"), elem_id="examples", js_on_load=show.ON_EXAMPLES)
+                checks = {}
                 for name, (_, label) in FILES.items():
                     inputs[name] = gr.File(label=label, height=110, visible=False, elem_id=name)
-                    _only_sent(inputs[name], incoming)
-                    seen[name] = gr.HTML("", elem_id=f"{name}-seen", visible=False)
+                    _require_uploaded(inputs[name], incoming)
+                    checks[name] = gr.HTML("", elem_id=f"{name}-check", visible=False)
                 inputs["strength"] = gr.Slider(0.05, 1, 0.6, step=0.05, label="Strength", visible=False)
-                inputs["side"] = gr.Radio(SIDES, value="forward", label="Which side", visible=False, elem_id="side")
-                inputs["grow"] = gr.Dropdown(list(GROWN), value="half as large again", label="Frame", visible=False)
+                inputs["side"] = gr.Radio(SIDES, value="forward", label="Direction", visible=False, elem_id="side")
+                inputs["grow"] = gr.Dropdown(list(GROWN), value="1.5 times", label="Frame size", visible=False)
                 with gr.Row():
                     inputs["length"] = gr.Textbox(
-                        label="How long", value="17 frames", placeholder="2 s, or 17 frames", elem_id="length"
+                        label="Length", value="17 frames", placeholder="2 s, or 17 frames", elem_id="length"
                     )
                     inputs["size"] = gr.Dropdown(
                         SIZES, value="auto", label="Size", allow_custom_value=True, elem_id="size"
                     )
                     inputs["seed"] = gr.Number(0, precision=0, label="Seed", elem_id="seed", minimum=0)
                 with gr.Accordion("More", open=False, elem_id="more"):
-                    inputs["negative"] = gr.Textbox(label="What it should not be", placeholder="none")
+                    inputs["negative"] = gr.Textbox(label="Negative prompt", placeholder="none")
                     with gr.Row():
                         inputs["steps"] = gr.Number(20, precision=0, label="Steps", elem_id="steps")
                         inputs["guidance"] = gr.Number(3.0, label="Guidance")
                         inputs["fps"] = gr.Textbox(
-                            label="Frames a second", max_lines=1, placeholder="as the input, or 8"
+                            label="Frames per second", max_lines=1, placeholder="as the input, or 8"
                         )
                         inputs["sampler"] = gr.Dropdown(list(SAMPLER_NAMES), value="heun", label="Sampler")
                 with gr.Row():
-                    make = gr.Button("Make", variant="primary", elem_id="make", scale=3)
+                    generate = gr.Button("Generate", variant="primary", elem_id="generate", scale=3)
                     stop = gr.Button("Stop", elem_id="stop", scale=1, min_width=80)
             with gr.Column(scale=6, min_width=360, elem_id="right"):
-                result = gr.HTML(show.NOTHING, elem_id="result")
-        gr.Markdown("### Made here")
+                result = gr.HTML(show.EMPTY, elem_id="result")
+        gr.Markdown("### Results")
         shelf = gr.HTML(show.gallery([]), elem_id="gallery", js_on_load=show.ON_GALLERY)
-        gr.HTML("<p class='foot'>Everybody who can open this page sees what was made, with its words and its record."
+        gr.HTML("<p class='foot'>Everyone who can open this page sees all results, with their prompts and records."
                 "</p>")  # fmt: skip
 
-        def changed(task, prompt):
-            """Another thing is to be made: its inputs, its length, its examples."""
+        def on_task(task: str, prompt: str) -> list[Any]:
+            """Show the inputs, the default length and the examples of a task."""
             form = FORMS[task]
             shown = [gr.update(visible=name in form.needs) for name in (*FILES, *FILES, "strength", "side", "grow")]
-            length = gr.update(value=form.length, placeholder="all of it" if not form.length else "2 s, or 17 frames",
-                               visible=task != "image")  # fmt: skip
-            untouched = any(prompt == words for form in FORMS.values() for words, _ in form.examples)
+            placeholder = "2 s, or 17 frames" if form.length else "the whole video"
+            length = gr.update(value=form.length, placeholder=placeholder, visible=task != "text_to_image")
+            untouched = any(prompt == example for form in FORMS.values() for example, _ in form.examples)
             return [_hint(task), _examples(task), *shown, length, form.examples[0][0] if untouched else gr.skip()]
 
-        def chosen(task, index):
-            """An example: its words, and its files."""
-            prompt, files = FORMS[task].examples[index]
-            paths = examples.draw(incoming / "examples").get(files, {})  # Gradio clears that folder now and then
+        def on_example(task: str, event: gr.EventData) -> list[Any]:
+            """Fill in the prompt and the files of an example."""
+            number = event._data.get("number")
+            prompt, files = FORMS[task].examples[number if number in range(len(FORMS[task].examples)) else 0]
+            paths = examples.draw(incoming / "examples").get(files, {})  # Gradio clears this folder now and then
             return [prompt, *(paths.get(name) for name in FILES)]
 
-        def tried(task, event: gr.EventData):
-            number = event._data.get("number")
-            return chosen(task, number if number in range(len(FORMS[task].examples)) else 0)
-
-        quiet = {"show_progress": "hidden", "api_visibility": "private"}
-        needs = [*(inputs[n] for n in FILES), *seen.values(), *(inputs[n] for n in ("strength", "side", "grow"))]
+        quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+        needs = [*(inputs[n] for n in FILES), *checks.values(), *(inputs[n] for n in ("strength", "side", "grow"))]
         filled = [inputs["prompt"], *(inputs[name] for name in FILES)]
-        changes = [hint, tries, *needs, inputs["length"], inputs["prompt"]]
-        task.change(changed, [task, inputs["prompt"]], changes, **quiet)
-        tries.select(tried, [task], filled, **quiet)
+        changes = [hint, prompts, *needs, inputs["length"], inputs["prompt"]]
+        task.change(on_task, [task, inputs["prompt"]], changes, **quiet)
+        prompts.select(on_example, [task], filled, **quiet)
 
-        def look_at(kind, path):
+        def on_file(kind: str, path: str | None) -> str:
+            """Check an uploaded file, and show it or what is wrong with it."""
             if not path:
                 return ""
             try:
@@ -108,48 +118,52 @@ def build(line: JobQueue, gallery: Gallery, incoming: Path):
                 return show.upload(str(error))
 
         for name, (kind, _) in FILES.items():
-            inputs[name].change(functools.partial(look_at, kind), [inputs[name]], [seen[name]],
+            inputs[name].change(functools.partial(on_file, kind), [inputs[name]], [checks[name]],
                                 concurrency_limit=2, **quiet)  # fmt: skip
 
         names = list(inputs)
 
-        async def go(request: gr.Request, task, *values):
-            async for shown in served(request, spec, line.pipeline, task, dict(zip(names, values)), validate):
+        async def on_generate(request: gr.Request, task: str, *values: Any):
+            make_spec = functools.partial(job_spec, queue.pipeline, task, dict(zip(names, values)), validate)
+            async for shown in follow(request, make_spec):
                 yield shown
 
-        async def again(event: gr.EventData, request: gr.Request):
-            async for shown in served(request, line.spec_again, str(event._data.get("name"))):
+        async def on_reproduce(event: gr.EventData, request: gr.Request):
+            make_spec = functools.partial(queue.reproduction, str(event._data.get("name")))
+            async for shown in follow(request, make_spec):
                 yield shown
 
-        async def served(request, ask, *about):
-            """A ticket for what ask(*about) says is wanted, and how it fares, until it is over."""
+        async def follow(request: gr.Request, make_spec: Callable[[], JobSpec]) -> AsyncIterator[tuple[Any, Any, Any]]:
+            """Submit a job, and show its progress until it is over."""
             try:
-                mine = line.join(await asyncio.to_thread(ask, *about), request.session_hash or "")
+                mine = queue.submit(await asyncio.to_thread(make_spec), request.session_hash or "")
             except InvalidInput as error:
-                yield show.sorry(str(error)), gr.skip(), gr.skip()
+                yield show.error(str(error)), gr.skip(), gr.skip()
                 return
-            yield show.ticket(mine, line.before(mine)), mine.name, gr.skip()
+            yield show.ticket(mine, queue.jobs_ahead(mine)), mine.name, gr.skip()
             last = ""
             while not mine.over:
-                await asyncio.sleep(LOOK_EVERY)
-                now = show.ticket(mine, line.before(mine))
+                await asyncio.sleep(REFRESH_EVERY)
+                now = show.ticket(mine, queue.jobs_ahead(mine))
                 if now != last and not mine.over:
                     last = now
                     yield now, gr.skip(), gr.skip()
             yield show.ticket(mine, 0), None, show.gallery(gallery.items(SHOWN))
 
         outputs = [result, ticket, shelf]
-        asked = [task, *inputs.values()]
-        make.click(go, asked, outputs, api_name="make", concurrency_limit=None, show_progress="hidden")
-        inputs["prompt"].submit(go, asked, outputs, concurrency_limit=None, **quiet)
-        shelf.select(again, None, outputs, concurrency_limit=None, **quiet)
-        stop.click(line.stop_named, [ticket], None, **quiet)
+        fields = [task, *inputs.values()]
+        generate.click(
+            on_generate, fields, outputs, api_name="generate", concurrency_limit=None, show_progress="hidden"
+        )
+        inputs["prompt"].submit(on_generate, fields, outputs, concurrency_limit=None, **quiet)
+        shelf.select(on_reproduce, None, outputs, concurrency_limit=None, **quiet)
+        stop.click(queue.stop_named, [ticket], None, **quiet)
         page.load(lambda: show.gallery(gallery.items(SHOWN)), None, shelf, **quiet)
 
-        def left(request: gr.Request):
-            line.leave(request.session_hash or "")
+        def on_leave(request: gr.Request) -> None:
+            queue.leave(request.session_hash or "")
 
-        page.unload(left)
+        page.unload(on_leave)
     return page
 
 
@@ -161,13 +175,14 @@ def _examples(task: str) -> str:
     return show.examples([prompt for prompt, _ in FORMS[task].examples])
 
 
-def _only_sent(file, incoming: Path) -> None:
-    """Gradio is not to fetch what a request names, neither from this machine nor from another."""
+def _require_uploaded(file: "gradio.File", incoming: Path) -> None:
+    """Keep Gradio from fetching a file or URL that a request names and that was not uploaded."""
     fetch = file.async_move_resource_to_block_cache
 
-    async def checked(path):
+    async def checked(original_resource_path_or_url: Any) -> str | None:
+        path = original_resource_path_or_url
         if path is not None and not Path(os.path.realpath(path)).is_relative_to(incoming):
-            raise ValueError(f"{called(str(path))} was not uploaded here: choose it again")
+            raise ValueError(f"{display_name(str(path))} was not uploaded here: choose it again")
         return await fetch(path)
 
     file.async_move_resource_to_block_cache = checked

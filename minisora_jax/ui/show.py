@@ -1,4 +1,4 @@
-"""What the page shows, as HTML. Whatever a visitor wrote is escaped."""
+"""The HTML of the page. All text from visitors is escaped."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ CSS = """
 footer { display: none !important; }
 #title h1 { font-size: 1.5rem; font-weight: 650; margin: 0; letter-spacing: -0.01em; }
 #title p { margin: 2px 0 0; color: var(--neutral-500); }
-#verb .wrap { gap: 6px; }
-#verb label { border-radius: 999px; padding: 5px 14px; box-shadow: none; }
-#verb label.selected { background: var(--color-accent); color: white; border-color: transparent; }
-#verb input { display: none; }
-#verb label span { margin: 0; }
+#task .wrap { gap: 6px; }
+#task label { border-radius: 999px; padding: 5px 14px; box-shadow: none; }
+#task label.selected { background: var(--color-accent); color: white; border-color: transparent; }
+#task input { display: none; }
+#task label span { margin: 0; }
 #examples button { display: block; width: 100%; text-align: left; padding: 6px 10px; margin-top: 5px; cursor: pointer;
   font-size: 0.85rem; font-weight: 400; border: 1px solid var(--border-color-primary); border-radius: 8px;
   background: none; color: var(--body-text-color); }
@@ -35,7 +35,7 @@ footer { display: none !important; }
 .panel img.soft, .tile img, .tile video, .file img { image-rendering: pixelated; }
 .bar { width: 100%; height: 8px; border-radius: 4px; overflow: hidden; background: var(--border-color-primary); }
 .bar div { height: 100%; background: var(--color-accent); transition: width 0.4s; }
-.sorry { width: 100%; box-sizing: border-box; border-left: 4px solid #d9480f; border-radius: 6px; padding: 10px 14px;
+.error { width: 100%; box-sizing: border-box; border-left: 4px solid #d9480f; border-radius: 6px; padding: 10px 14px;
   text-align: left; background: color-mix(in srgb, #d9480f 9%, transparent); overflow-wrap: anywhere; }
 .links a, .tile a { margin: 0 4px; font-size: 0.85rem; }
 .panel .caption { font-size: 0.95rem; overflow-wrap: anywhere; }
@@ -52,7 +52,7 @@ footer { display: none !important; }
 details { text-align: left; width: 100%; font-size: 0.85rem; }
 details pre { white-space: pre-wrap; overflow-wrap: anywhere; max-height: 260px; overflow: auto; font-size: 0.75rem; }
 """
-NOTHING = '<div class="panel"><p class="hint">Choose what to make, say it in words, and press Make.</p></div>'
+EMPTY = '<div class="panel"><p class="hint">Choose a task, write a prompt, and press Generate.</p></div>'
 ON_EXAMPLES = """
 element.addEventListener('click', e => {
   const button = e.target.closest('button[data-number]');
@@ -61,106 +61,114 @@ element.addEventListener('click', e => {
 """
 ON_GALLERY = """
 element.addEventListener('click', e => {
-  const button = e.target.closest('button[data-again]');
-  if (button) trigger('select', {name: button.dataset.again});
+  const button = e.target.closest('button[data-reproduce]');
+  if (button) trigger('select', {name: button.dataset.reproduce});
 });
 """
 
 
 def escape(text: str) -> str:
-    """Also of what Gradio reads as a template."""
+    """The text as HTML, without the characters that Gradio reads as a template."""
     return html.escape(text).translate({ord(c): f"&#{ord(c)};" for c in "${}`"})
 
 
-def sorry(words: str) -> str:
-    return f'<div class="panel">{_sorry(words)}</div>'
+def error(message: str) -> str:
+    """The panel of an error."""
+    return f'<div class="panel">{_error(message)}</div>'
 
 
-def _sorry(words: str) -> str:
-    if "." not in words.split(" ", 1)[0]:  # not a file's name
-        words = words[:1].upper() + words[1:]
-    return f'<div class="sorry" role="alert">{escape(words.rstrip("."))}.</div>'
+def _error(message: str) -> str:
+    if "." not in message.split(" ", 1)[0]:  # a file's name keeps its first letter
+        message = message[:1].upper() + message[1:]
+    return f'<div class="error" role="alert">{escape(message.rstrip("."))}.</div>'
 
 
 def examples(prompts: list[str]) -> str:
+    """The buttons of example prompts."""
     buttons = (f'<button data-number="{i}">{escape(prompt)}</button>' for i, prompt in enumerate(prompts))
     return f'<p class="hint">Examples</p>{"".join(buttons)}'
 
 
-def upload(found: Upload | str) -> str:
-    """A file that was let in, or why it was not."""
-    if isinstance(found, str):
-        return _sorry(found)
-    return f'<div class="file"><img alt="" src="{_data(found.thumbnail)}"><span>{escape(found.words)}</span></div>'
+def upload(checked: Upload | str) -> str:
+    """A checked file, or the message of its error."""
+    if isinstance(checked, str):
+        return _error(checked)
+    thumbnail, description = _data(checked.thumbnail), escape(checked.description)
+    return f'<div class="file"><img alt="" src="{thumbnail}"><span>{description}</span></div>'
 
 
-def ticket(it: Ticket, before: int) -> str:
-    """Where a job is: in the line, at work, made."""
-    if it.state == "failed":
-        return sorry(it.words)
-    if it.state == "stopped":
+def ticket(job: Ticket, jobs_ahead: int) -> str:
+    """The panel of a job: its place in the queue, its progress, its result or its error."""
+    if job.state == "failed":
+        return error(job.message)
+    if job.state == "stopped":
         return '<div class="panel"><p class="hint">Stopped.</p></div>'
-    if it.state == "made":
-        return made(it.file, it.record, it.words)
-    said = f'<p class="caption">{escape(it.spec.job.prompt)}</p>'
-    if it.state == "waiting":
-        words = f"{before} before you" if before else "you are next"
-        return f'<div class="panel" data-state="waiting">{said}<p class="hint">In the line: {words}.</p></div>'
-    preview = f'<img class="soft" alt="as it seems so far" src="{_data(it.preview)}">' if it.preview else ""
-    percent = round(100 * it.done)
+    if job.state == "finished":
+        return result(job.file, job.record or {}, job.message, job.spec.hint)
+    caption = f'<p class="caption">{escape(job.spec.job.prompt)}</p>{_hint(job.spec.hint)}'
+    if job.state == "waiting":
+        place = f"{jobs_ahead} job{'s' if jobs_ahead > 1 else ''} ahead of yours" if jobs_ahead else "yours is next"
+        return f'<div class="panel" data-state="waiting">{caption}{_hint(f"Waiting: {place}.")}</div>'
+    preview = f'<img class="soft" alt="preview" src="{_data(job.preview)}">' if job.preview else ""
+    percent = round(100 * job.progress)
     return (
-        f'<div class="panel" data-state="running">{preview}{said}<div class="bar"><div style="width:{percent}%"></div>'
-        f'</div><p class="hint">{_pace(it)}</p></div>'
+        f'<div class="panel" data-state="running">{preview}{caption}'
+        f'<div class="bar"><div style="width:{percent}%"></div></div>{_hint(_pace(job))}</div>'
     )
 
 
-def _pace(it: Ticket) -> str:
-    words = [f"{round(100 * it.done)} %"]
-    if it.first_step:
-        steps = it.spec.sampling["sampler"].steps
-        spent = time.monotonic() - it.first_step
-        rate = (it.done * it.spec.rounds * steps - 1) / spent if spent > 0 else 0
-        words += [f"{rate:.3g} steps/s"] if rate > 0 else []
-        left = it.seconds_left()
-        words += [f"about {left:.0f} s left" if left < 90 else f"about {left / 60:.0f} min left"] if left else []
-        words += ["decoding"] if it.share >= 1 and it.done >= 1 else []
+def _hint(text: str) -> str:
+    return f'<p class="hint">{escape(text)}</p>' if text else ""
+
+
+def _pace(job: Ticket) -> str:
+    """The progress in words, such as "40 %, 12 steps/s, about 3 s left"."""
+    parts = [f"{round(100 * job.progress)} %"]
+    if job.first_step:
+        steps = job.spec.sampling["sampler"].steps
+        spent = time.monotonic() - job.first_step
+        rate = (job.progress * job.spec.rounds * steps - 1) / spent if spent > 0 else 0
+        parts += [f"{rate:.3g} steps/s"] if rate > 0 else []
+        left = job.seconds_left()
+        parts += [f"about {left:.0f} s left" if left < 90 else f"about {left / 60:.0f} min left"] if left else []
+        parts += ["decoding"] if job.share >= 1 and job.progress >= 1 else []
     else:
-        words = [f"preparing for {time.monotonic() - it.started:.0f} s (a new size is compiled for once)"]
-    if it.spec.rounds > 1:
-        words.append(f"part {min(it.round + 1, it.spec.rounds)} of about {it.spec.rounds}")
-    if it.company > 1:
-        words.append(f"together with {it.company - 1} other{'s' if it.company > 2 else ''}")
-    return ", ".join(words)
+        parts = [f"compiling for {time.monotonic() - job.started:.0f} s (once for each new size)"]
+    if job.spec.rounds > 1:
+        parts.append(f"part {min(job.round + 1, job.spec.rounds)} of about {job.spec.rounds}")
+    if job.group_size > 1:
+        parts.append(f"with {job.group_size - 1} other job{'s' if job.group_size > 2 else ''}")
+    return ", ".join(parts)
 
 
-def made(file: str, record: dict, words: str = "") -> str:
-    """A result, its downloads and its record."""
-    picture = f'<img alt="" class="result soft" src="made/{file}">'
+def result(file: str, record: dict, message: str = "", hint: str = "") -> str:
+    """The panel of a result, with its downloads and its record."""
+    picture = f'<img alt="" class="result soft" src="results/{file}">'
     if file.endswith(".mp4"):
-        picture = f'<video class="result" src="made/{file}" controls autoplay loop muted playsinline></video>'
-    job = record["job"]
+        picture = f'<video class="result" src="results/{file}" controls autoplay loop muted playsinline></video>'
     return (
-        f'<div class="panel" data-state="made">{picture}<p class="caption">{escape(job["prompt"])}</p>'
-        f'{f"<p class=hint>{escape(words)}</p>" if words else ""}<div class="links">{_links(file)}</div>'
-        f"<details><summary>How it was made</summary><pre>{escape(json.dumps(record, indent=1))}</pre></details></div>"
+        f'<div class="panel" data-state="finished">{picture}<p class="caption">{escape(record["job"]["prompt"])}</p>'
+        f'{_hint(hint)}{_hint(message)}<div class="links">{_links(file)}</div>'
+        f"<details><summary>Record</summary><pre>{escape(json.dumps(record, indent=1))}</pre></details></div>"
     )
 
 
 def _links(file: str) -> str:
     name, _, kind = file.partition(".")
     kinds = {"mp4": "mp4", "webm": "webm", "gif": "gif", "zip": "png frames"} if kind == "mp4" else {"png": "png"}
-    links = [f'<a href="made/{name}.{k}" download>{words}</a>' for k, words in kinds.items()]
-    return " ".join([*links, f'<a href="made/{file}.json" target="_blank">record</a>'])
+    links = [f'<a href="results/{name}.{k}" download>{label}</a>' for k, label in kinds.items()]
+    return " ".join([*links, f'<a href="results/{file}.json" target="_blank">record</a>'])
 
 
 def gallery(items: list[Item]) -> str:
+    """The tiles of earlier results."""
     if not items:
-        return '<p class="hint">Nothing has been made yet.</p>'
+        return '<p class="hint">There are no results yet.</p>'
     return f'<div class="gallery">{"".join(map(_tile, items))}</div>'
 
 
 def _tile(item: Item) -> str:
-    source = f'src="made/{item.file}"'
+    source = f'src="results/{item.file}"'
     picture = f"<img alt='' loading='lazy' {source}>"
     if item.suffix == ".mp4":
         hover = 'onmouseenter="this.play()" onmouseleave="this.pause()"'
@@ -168,11 +176,11 @@ def _tile(item: Item) -> str:
     job = item.record["job"]
     return (
         f'<div class="tile">{picture}<p title="{escape(str(job["prompt"]))}">{escape(str(job["prompt"]))}</p>'
-        f'<div><a href="made/{item.file}" download>{item.suffix[1:]}</a>'
-        f'<a href="made/{item.file}.json" target="_blank">record</a>'
-        f'<button data-again="{item.file}">make again</button></div></div>'
+        f'<div><a href="results/{item.file}" download>{item.suffix[1:]}</a>'
+        f'<a href="results/{item.file}.json" target="_blank">record</a>'
+        f'<button data-reproduce="{item.file}">Reproduce</button></div></div>'
     )
 
 
-def _data(picture: bytes) -> str:
-    return f"data:image/webp;base64,{base64.b64encode(picture).decode()}"
+def _data(webp: bytes) -> str:
+    return f"data:image/webp;base64,{base64.b64encode(webp).decode()}"
