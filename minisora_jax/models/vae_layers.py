@@ -27,7 +27,7 @@ class History:
         states: The states for the next chunk, which the layers append.
     """
 
-    def __init__(self, past: States | None = None):
+    def __init__(self, past: States | None = None) -> None:
         """`past` is `states` of the chunk before; None: this chunk starts the clip, with zeros before it."""
         self.first = past is None
         self._past = iter(past or ())

@@ -96,7 +96,7 @@ def import_lazily(
     return traverse_util.unflatten_dict(leaves, sep="/")
 
 
-def planned_params(checkpoint: Checkpoint, rules: Sequence[Rule], abstract: Any, **options) -> Any:
+def planned_params(checkpoint: Checkpoint, rules: Sequence[Rule], abstract: Any, **options: Any) -> Any:
     """The tree of `import_lazily` as `jax.ShapeDtypeStruct`s with the shardings of `abstract`.
 
     It reads only the names, shapes and dtypes in the checkpoint's header, so a pod can be planned from the header
