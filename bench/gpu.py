@@ -20,6 +20,7 @@ from pathlib import Path
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 BEGAN = time.monotonic()
+WAYS = ("",)
 
 
 def main() -> None:
@@ -27,9 +28,12 @@ def main() -> None:
     parser.add_argument("--out", default=os.environ.get("OUT", "."))
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--seconds", type=float, default=480)
-    parser.add_argument("--only", default="")
+    parser.add_argument("--only", default="", help="sections, such as parity,attention")
+    parser.add_argument("--ways", default="", help="ways to attend whose names begin so, such as triton,cudnn")
     parser.add_argument("--torch", action="store_true", help="torch's side (the script calls itself)")
     args = parser.parse_args()
+    global WAYS
+    WAYS = tuple(args.ways.split(",")) if args.ways else ("",)
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     report = functools.partial(write, out / "gpu.jsonl")
@@ -109,8 +113,8 @@ def ways():
 
     from minisora_jax.parallel.attention import attend
 
-    def ours(impl):
-        return lambda q, k, v, s: attend(q, k, v, s, s, impl=impl)
+    def ours(impl, slots=0):
+        return lambda q, k, v, s: attend(q, k, v, s, s, impl=impl, slots=slots)
 
     def cudnn(q, k, v, s):
         return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
@@ -123,47 +127,14 @@ def ways():
     found = {
         "triton": (ours("triton"), True, True),
         "cudnn dense": (cudnn, False, False),
-        "cudnn packed, 8 slots": (functools.partial(cudnn_packed, slots=8), True, False),
-        "cudnn packed, 64 slots": (functools.partial(cudnn_packed, slots=64), True, False),
+        "cudnn, 8 slots": (ours("cudnn", 8), True, False),
+        "cudnn, 64 slots": (ours("cudnn", 64), True, False),
         "tokamax mosaic": (functools.partial(tokamax, "PallasMosaicFlashAttention"), True, False),
         "tokamax triton": (functools.partial(tokamax, "PallasTritonFlashAttention"), True, False),
         "pallas mha": (pallas_mha, True, False),
         "blockwise": (ours("blockwise"), True, True),
     }
-    return found
-
-
-def bounds(segment_BS, slots: int):
-    """(start, length) of segments 1 .. slots in each row, (B, slots) each; -1 and 0 where there is none."""
-    import jax.numpy as jnp
-
-    is_id = segment_BS[:, None, :] == jnp.arange(1, slots + 1)[None, :, None]
-    length = jnp.sum(is_id, axis=-1).astype(jnp.int32)
-    return jnp.where(length > 0, jnp.argmax(is_id, axis=-1), -1).astype(jnp.int32), length
-
-
-def cudnn_packed(q, k, v, segment_BS, slots: int):
-    """cuDNN's packed form (ragged offsets), which jax wraps but does not show."""
-    import jax.numpy as jnp
-    from jax._src.cudnn.fused_attention_stablehlo import MaskType, dot_product_attention
-
-    start, length = bounds(segment_BS, slots)
-    end = jnp.where(jnp.arange(slots + 1) <= jnp.sum(length > 0, axis=1, keepdims=True), 0, -1)
-    cumulative = jnp.pad(jnp.cumsum(length, axis=1), ((0, 0), (1, 0)))
-    offsets = jnp.where(end == 0, cumulative, -1).astype(jnp.int32)
-    length = jnp.where(length > 0, length, -1)
-    scale = q.shape[-1] ** -0.5
-    return dot_product_attention(
-        q,
-        k,
-        v,
-        q_seqlen=length,
-        kv_seqlen=length,
-        q_offsets=offsets,
-        kv_offsets=offsets,
-        scale=scale,
-        mask_type=MaskType.PADDING,
-    )
+    return {name: way for name, way in found.items() if name.startswith(WAYS)}
 
 
 def tokamax(name: str, q, k, v, segment_BS):
@@ -375,7 +346,7 @@ def train_steps(tiny, report, left):
     image, clip = (1, 16, 16), (21, 30, 52)
     cases = {  # name: (model, grids of each row)
         "DiT-XL/2, 16 images of 256 px a row, 4 rows": (
-            dict(width=1152, depth=28, heads=16, remat="none"),
+            dict(width=1152, depth=28, heads=16, remat="attention"),
             [[image] * 16] * 4,
         ),
         "1.3B, mixed: 1 clip of 21x15x26 and 32 images a row": (
@@ -390,7 +361,7 @@ def train_steps(tiny, report, left):
     if tiny:
         cases = {"tiny": (dict(width=64, depth=2, heads=2, remat="none"), [[(1, 4, 4)] * 4, [(2, 4, 4)]])}
     for name, (model, rows) in cases.items():
-        for impl in ("triton", "blockwise"):
+        for impl in ("cudnn", "triton", "blockwise"):
             if impl == "blockwise" and "1.3B" in name or left() < 90:
                 continue
 

@@ -46,6 +46,7 @@ class BlockInputs:
     caption: tuple[jax.Array, jax.Array] | None  # (tokens_BLD, segment_BL)
     image: tuple[jax.Array, jax.Array] | None  # (tokens_BID, segment_BI)
     max_segment_len: int = struct.field(pytree_node=False, default=0)  # see PackedBatch
+    slots: int = struct.field(pytree_node=False, default=0)  # segments of a row, at most
 
 
 class Block(nn.Module):
@@ -62,12 +63,16 @@ class Block(nn.Module):
         h = LayerNorm(learned=False)(x_BSD) * (1 + scale_a) + shift_a
         attention = Attention(cfg.heads, cfg.qk_norm, impl=cfg.attention, name="self_attention")
         x_BSD = x_BSD + gate_a * attention(
-            h, inputs.segments[self.kind], inputs.angles_BSk, max_segment_len=inputs.max_segment_len
+            h,
+            inputs.segments[self.kind],
+            inputs.angles_BSk,
+            max_segment_len=inputs.max_segment_len,
+            slots=inputs.slots if self.kind == "joint" else 0,
         )
         if inputs.caption and self.kind != "temporal":
             h = LayerNorm(name="cross_norm")(x_BSD) if cfg.cross_norm else x_BSD
             cross = Attention(cfg.heads, cfg.qk_norm, out_scale=0.0, impl=cfg.attention, name="cross_attention")
-            x_BSD = x_BSD + cross(h, inputs.segments["joint"], None, inputs.caption, inputs.image)
+            x_BSD = x_BSD + cross(h, inputs.segments["joint"], None, inputs.caption, inputs.image, slots=inputs.slots)
         h = LayerNorm(learned=False)(x_BSD) * (1 + scale_m) + shift_m
         return x_BSD + gate_m * MLP(cfg.mlp_ratio, name="mlp")(h)
 
@@ -140,6 +145,7 @@ class DiT(nn.Module):
             caption=caption,
             image=ImageTokens(D, cfg.image_features, cfg.dtype, name="image")(batch) if cfg.image_features else None,
             max_segment_len=batch.max_segment_len,
+            slots=batch.fps_BG.shape[1],
         )
         blocks: Any = Blocks
         if cfg.remat != "none":

@@ -27,11 +27,11 @@ from __future__ import annotations
 
 import dataclasses
 
-from minisora_jax.parallel.kernels import KERNELS
+from minisora_jax.parallel.kernels import NAMES
 
 _CHOICES = {
     "remat": ("none", "matmuls", "attention", "full"),
-    "attention": ("auto", *KERNELS),
+    "attention": ("auto", *NAMES),
     "time_input": ("1000 t", "1 - t"),
     "modulation": ("shared", "single", "block"),
     "qk_norm": ("head", "all", "none"),

@@ -132,6 +132,7 @@ class Attention(nn.Module):
         caption: tuple[jax.Array, jax.Array] | None = None,
         image: tuple[jax.Array, jax.Array] | None = None,
         max_segment_len: int = 0,
+        slots: int = 0,
     ) -> jax.Array:
         """The attention's output (B, S, D).
 
@@ -142,6 +143,7 @@ class Attention(nn.Module):
             caption: (tokens_BLE, segment_BL) to attend to in place of x.
             image: (tokens_BIE, segment_BI) to attend to as well.
             max_segment_len: See `PackedBatch.max_segment_len`.
+            slots: Segment ids are 1 to `slots`, see `attend`; 0: unknown.
         """
         D = x_BSD.shape[-1]
         N, K = self.heads, D // self.heads
@@ -154,7 +156,8 @@ class Attention(nn.Module):
         k, v = norm("k_norm", project("k", context)), project("v", context)
         if angles_BSk is not None:
             q, k = rotate(q, angles_BSk), rotate(k, angles_BSk)
-        out = attend(q, k, v, segment_BS, context_segment, impl=self.impl, max_segment_len=max_segment_len)
+        bounds = {"max_segment_len": max_segment_len, "slots": slots}
+        out = attend(q, k, v, segment_BS, context_segment, impl=self.impl, **bounds)
         if image:
             k, v = norm("image_k_norm", project("image_k", image[0])), project("image_v", image[0])
             out = out + attend(q, k, v, segment_BS, image[1], impl=self.impl)

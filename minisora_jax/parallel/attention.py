@@ -15,11 +15,14 @@ from importlib.util import find_spec
 import jax
 import jax.numpy as jnp
 
-from minisora_jax.parallel.kernels import KERNELS, Kernel
+from minisora_jax.parallel.kernels import KERNELS, NAMES, Kernel
+from minisora_jax.parallel.kernels.cudnn import Cudnn
 from minisora_jax.parallel.mesh import SEQUENCE
 from minisora_jax.parallel.ring import Ring, ring_attention
 
 log = logging.getLogger("minisora")
+
+CUDNN_FROM = 1024  # tokens of the longest segment from which cuDNN is faster than our Triton kernel
 
 
 def attend(
@@ -32,6 +35,7 @@ def attend(
     impl: str = "auto",
     scale: float | None = None,
     max_segment_len: int = 0,
+    slots: int = 0,
     bias_NSM: jax.Array | None = None,
 ) -> jax.Array:
     """softmax(scale q k^T + bias) v within segments, bidirectional, with the softmax in float32.
@@ -46,6 +50,7 @@ def attend(
         scale: None: 1 / sqrt(K).
         max_segment_len: No segment has more tokens; 0: unknown. The ring sends blocks only as far as a segment
             reaches. Not checked: if a segment is longer, the result is silently wrong.
+        slots: Ids are 1 to `slots` and the tokens of a segment lie together, which cuDNN needs; 0: unknown.
         bias_NSM: Added to the logits; the first axis may be 1. Only for short rows that are not sharded.
 
     Returns:
@@ -61,7 +66,7 @@ def attend(
     # the masks of all hops ahead of the layers and keeps gigabytes of them.
     ids = jax.lax.optimization_barrier((jax.lax.stop_gradient(q_BSNK), q_segment_BS, kv_segment_BM))[1:]
     arrays = (q_BSNK, k_BMNK, v_BMNK, *ids)
-    ring = Ring(choose(impl), scale, max_segment_len=max_segment_len)
+    ring = Ring(choose(impl, q_BSNK, slots, max_segment_len), scale, max_segment_len=max_segment_len)
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.are_all_axes_manual:
         return ring_attention(*arrays, ring)
@@ -89,16 +94,26 @@ def attend(
     return jax.shard_map(on_device, in_specs=specs, out_specs=specs[0], check_vma=False)(*arrays)
 
 
-def choose(impl: str) -> Kernel:
-    """The kernel of that name. "auto": splash on TPUs with tokamax installed, triton on GPUs, else blockwise.
+def choose(impl: str, q_BSNK: jax.Array, slots: int, max_segment_len: int) -> Kernel:
+    """The kernel of that name. "auto": splash on TPUs with tokamax installed, cudnn or triton on GPUs, else blockwise.
+
+    cuDNN is chosen on Hopper GPUs and newer for 16-bit queries in long segments; see docs/benchmarks.md.
 
     Raises:
-        ValueError: There is no kernel of that name.
+        ValueError: There is no kernel of that name, or it cannot take these queries.
     """
     if impl == "auto":
         impl = _best(jax.default_backend())
+        if impl == "triton" and _is_hopper() and max_segment_len >= CUDNN_FROM and Cudnn(slots).fits(q_BSNK):
+            impl = "cudnn"
+    if impl == "cudnn":
+        kernel = Cudnn(slots)
+        if not kernel.fits(q_BSNK):
+            shape = f"{q_BSNK.dtype}{list(q_BSNK.shape)} with slots={slots}"
+            raise ValueError(f"attention='cudnn' cannot take {shape}: use attention='auto'")
+        return kernel
     if impl not in KERNELS:
-        raise ValueError(f"attention={impl!r} must be 'auto' or one of {', '.join(map(repr, KERNELS))}")
+        raise ValueError(f"attention={impl!r} must be 'auto' or one of {', '.join(map(repr, NAMES))}")
     return KERNELS[impl]
 
 
@@ -111,6 +126,11 @@ def _best(backend: str) -> str:
     if backend == "tpu":
         log.warning("attention: blockwise in XLA on this TPU; pip install 'minisora_jax[tpu]' for splash attention")
     return "blockwise"
+
+
+@functools.cache
+def _is_hopper() -> bool:
+    return float(getattr(jax.devices()[0], "compute_capability", 0)) >= 9.0
 
 
 def _dense(q_BSNK, k_BMNK, v_BMNK, q_segment_BS, kv_segment_BM, scale, bias_NSM):

@@ -61,3 +61,4 @@ KERNELS: dict[str, Kernel] = {
     "splash": splash,
     "triton": triton,
 }
+NAMES = (*KERNELS, "cudnn")  # kernels/cudnn.py needs the number of segments, so it is made for each call
