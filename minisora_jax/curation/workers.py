@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from multiprocessing.connection import Connection
+from multiprocessing.connection import _ConnectionBase as Connection
 from multiprocessing.process import BaseProcess
 from typing import Any
 

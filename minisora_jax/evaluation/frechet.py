@@ -117,15 +117,15 @@ def random_features(frames_THWC: np.ndarray) -> np.ndarray:
     return np.asarray(_random_network(kernels, jnp.asarray(frames_THWC, jnp.float32)[None] / 127.5 - 1.0))[0]
 
 
-def _random_kernels() -> list[np.ndarray]:
+def _random_kernels() -> list[jax.Array]:
     rng, kernels = np.random.default_rng(0), []
     for fan_in, fan_out in ((3, 16), (16, 32), (32, 32)):
         kernels.append(rng.standard_normal((3, 3, 3, fan_in, fan_out)).astype(np.float32) / np.sqrt(27 * fan_in / 2))
-    return kernels
+    return [jnp.asarray(kernel) for kernel in kernels]
 
 
 @jax.jit
-def _random_network(kernels: list[np.ndarray], x_BTHWC: jax.Array) -> jax.Array:
+def _random_network(kernels: list[jax.Array], x_BTHWC: jax.Array) -> jax.Array:
     for kernel, stride in zip(kernels, ((1, 2, 2), (2, 2, 2), (2, 2, 2))):
         x_BTHWC = jax.nn.relu(
             jax.lax.conv_general_dilated(x_BTHWC, kernel, stride, "SAME", dimension_numbers=("NDHWC", "DHWIO", "NDHWC"))

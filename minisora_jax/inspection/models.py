@@ -7,13 +7,14 @@ import math
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from flax import traverse_util
 
 from minisora_jax.inspection.datasets import short
 from minisora_jax.io.atomic import replacing
 from minisora_jax.io.model_dir import model_hash, open_model
-from minisora_jax.io.safetensors import StoredTensor
+
 from minisora_jax.train.metrics import read_rows
 
 
@@ -21,7 +22,7 @@ def model_facts(directory: Path) -> list[tuple[str, str]]:
     """The lines (name, value) of an exported model: kind, hash, parameters by module, and its config."""
     stored, config = open_model(directory)
     sizes, types = defaultdict(int), defaultdict(int)
-    tensors: dict[str, StoredTensor] = traverse_util.flatten_dict(stored, sep="/")
+    tensors: dict[str, Any] = traverse_util.flatten_dict(stored, sep="/")
     for name, tensor in tensors.items():
         count = math.prod(tensor.shape)
         sizes["/".join(name.removeprefix("params/").split("/")[:1])] += count
