@@ -339,9 +339,9 @@ def train_steps(tiny, report, left):
     from minisora_jax.diffusion.loss import diffusion_loss
     from minisora_jax.diffusion.time import TimeConfig
     from minisora_jax.models.dit import DiT, DiTConfig
-    from minisora_jax.train.flops import count_work
-    from minisora_jax.train.optim import OptimConfig, make_optimizer
-    from minisora_jax.train.step import init_state, train_step
+    from minisora_jax.training.flops import count_work
+    from minisora_jax.training.optim import OptimConfig, make_optimizer
+    from minisora_jax.training.step import init_state, train_step
 
     image, clip = (1, 16, 16), (21, 30, 52)
     cases = {  # name: (model, grids of each row)

@@ -11,8 +11,8 @@ PAGE = Path(__file__).with_name("configuration.md")
 
 
 def page() -> str:
-    from minisora_jax.train.codec_task import CodecTask
-    from minisora_jax.train.diffusion_task import DiffusionTask
+    from minisora_jax.training.codec_task import CodecTask
+    from minisora_jax.training.diffusion_task import DiffusionTask
 
     lines = [
         "# Configuration",

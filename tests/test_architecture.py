@@ -16,7 +16,7 @@ TIERS = (
     {"models", "sources"},
     {"data", "diffusion", "curation"},
     {"weights"},
-    {"generate", "train"},
+    {"generate", "training"},
     {"jobs", "api", "plan", "evaluation", "inspection"},
     {"ui"},
     {"commands"},

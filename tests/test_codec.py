@@ -13,9 +13,9 @@ from minisora_jax.models.codec import Codec, to_float
 from minisora_jax.models.vae import VAE as VideoVAE
 from minisora_jax.models.vae import VAEConfig
 from minisora_jax.toy.shapes import Shapes
-from minisora_jax.train.codec_task import CodecTask, reconstruct, train_codec
-from minisora_jax.train.loop import RunConfig
-from minisora_jax.train.optim import OptimConfig
+from minisora_jax.training.codec_task import CodecTask, reconstruct, train_codec
+from minisora_jax.training.loop import RunConfig
+from minisora_jax.training.optim import OptimConfig
 
 VAE = VAEConfig(base=4, multipliers=(1, 2), residual_blocks=1, time_down=(True,), latent_channels=4, patch=2)
 TASK = CodecTask(

@@ -12,8 +12,8 @@ from minisora_jax.models.codec import Codec, _decode
 from minisora_jax.models.vae import VAE, VAEConfig
 from minisora_jax.parallel.halo import fetch_frames, put_frames, put_params, shard_height
 from minisora_jax.parallel.mesh import BATCH, MeshConfig, make_mesh, to_global
-from minisora_jax.train.codec_task import CodecTask, loss_terms, train_codec
-from minisora_jax.train.loop import RunConfig
+from minisora_jax.training.codec_task import CodecTask, loss_terms, train_codec
+from minisora_jax.training.loop import RunConfig
 
 PLAIN = VAEConfig(base=4, multipliers=(1, 2), residual_blocks=1, time_down=(True,), latent_channels=3)
 WAN_21 = dataclasses.replace(PLAIN, multipliers=(1, 1, 2), time_down=(False, True), latent_channels=2)

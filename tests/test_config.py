@@ -5,8 +5,8 @@ import dataclasses
 import pytest
 
 from minisora_jax.config import build, parse_arg, read_config
-from minisora_jax.train.codec_task import CodecTask
-from minisora_jax.train.diffusion_task import DiffusionTask
+from minisora_jax.training.codec_task import CodecTask
+from minisora_jax.training.diffusion_task import DiffusionTask
 
 
 def test_every_config_builds_and_flags_reach_it():

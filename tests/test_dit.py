@@ -11,7 +11,7 @@ from minisora_jax.data.packing import PackConfig
 from minisora_jax.data.rows import Segment, pack_segments
 from minisora_jax.models.dit import DiT, DiTConfig, drop_variance
 from minisora_jax.models.text import encode_bytes
-from minisora_jax.train.flops import count_work
+from minisora_jax.training.flops import count_work
 
 CONFIG = DiTConfig(latent_channels=4, patch=(1, 2, 2), width=64, depth=2, heads=2, text_width=64, dtype="float32")
 SIZES = [(3, 2, 2), (1, 3, 2), (2, 2, 3), (1, 1, 1)]

@@ -26,9 +26,9 @@ from minisora_jax.models.text import encode_bytes  # noqa: E402
 from minisora_jax.models.vae import VAE  # noqa: E402
 from minisora_jax.parallel.mesh import SHARDS, MeshConfig, make_mesh, with_shardings  # noqa: E402
 from minisora_jax.toy.shapes import Shapes  # noqa: E402
-from minisora_jax.train.metrics import Metrics  # noqa: E402
-from minisora_jax.train.optim import OptimConfig, make_optimizer  # noqa: E402
-from minisora_jax.train.step import init_state  # noqa: E402
+from minisora_jax.training.metrics import Metrics  # noqa: E402
+from minisora_jax.training.optim import OptimConfig, make_optimizer  # noqa: E402
+from minisora_jax.training.step import init_state  # noqa: E402
 from minisora_jax.types import LatentClip  # noqa: E402
 from minisora_jax.weights import dit, sd_vae, t5, wan_vae  # noqa: E402
 from minisora_jax.weights.checkpoint import Checkpoint  # noqa: E402
@@ -232,7 +232,7 @@ def test_what_does_not_fit_is_said_before_anything_is_compiled(project, capsys, 
     codec_hash = Latents(at / "latents").codec_hash
     write(at / "bytes", codec_hash, 4)
     write(at / "wide", codec_hash, 16)
-    monkeypatch.setattr("minisora_jax.train.diffusion_task.train", None)
+    monkeypatch.setattr("minisora_jax.training.diffusion_task.train", None)
     said = refused(capsys, *finetune(at, "no", data="bytes"))
     assert (
         f"caption features of width 1: {at / 'wan'} reads 24" in said and "minisora encode --text-encoder=DIR" in said

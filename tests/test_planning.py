@@ -13,7 +13,7 @@ from minisora_jax.plan.cost_model import arithmetic, estimate, largest, meshes, 
 from minisora_jax.plan.hardware import Topology
 from minisora_jax.plan.schedule import read_traffic
 from minisora_jax.plan.workload import clip_tokens, mesh_of, parameter_count, task_of, token_count
-from minisora_jax.train.diffusion_task import DiffusionTask
+from minisora_jax.training.diffusion_task import DiffusionTask
 
 TINY = DiffusionTask(
     DiTConfig(latent_channels=4, width=64, depth=2, heads=4, text_features=8, text_width=64, text_depth=0, remat="full")

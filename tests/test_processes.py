@@ -55,7 +55,7 @@ TRAINING = (
 import argparse, sys, time
 from minisora_jax.cli import _run
 from minisora_jax.commands import train
-from minisora_jax.train import diffusion_task
+from minisora_jax.training import diffusion_task
 
 def slowly(*args, **options):
     for n, batch in enumerate(packed_batches(*args, **options)):

@@ -16,9 +16,9 @@ from minisora_jax.models.dit import DiT, DiTConfig
 from minisora_jax.models.text import encode_bytes
 from minisora_jax.models.vae import VAE, VAEConfig
 from minisora_jax.parallel.mesh import BATCH, SHARDS, MeshConfig, make_mesh, to_global
-from minisora_jax.train.codec_task import CodecTask, loss_terms
-from minisora_jax.train.optim import OptimConfig, learning_rate, make_optimizer
-from minisora_jax.train.step import init_state, train_step
+from minisora_jax.training.codec_task import CodecTask, loss_terms
+from minisora_jax.training.optim import OptimConfig, learning_rate, make_optimizer
+from minisora_jax.training.step import init_state, train_step
 
 DIT = DiTConfig(
     latent_channels=4, patch=(1, 1, 1), width=64, depth=2, heads=4, text_width=64, text_depth=1, dtype="float32"

@@ -21,10 +21,10 @@ from minisora_jax.data.loader import packed_batches
 from minisora_jax.io import retry
 from minisora_jax.io.retry import Damaged, DataError, StorageError
 from minisora_jax.parallel.processes import Preempted
-from minisora_jax.train.checkpoint import CheckpointError
-from minisora_jax.train.diffusion_task import pack_plan
-from minisora_jax.train.loop import NonFiniteLoss, RunConfig, batch_number, train
-from minisora_jax.train.optim import OptimConfig
+from minisora_jax.training.checkpoint import CheckpointError
+from minisora_jax.training.diffusion_task import pack_plan
+from minisora_jax.training.loop import NonFiniteLoss, RunConfig, batch_number, train
+from minisora_jax.training.optim import OptimConfig
 
 
 def loss(params, x_B, key):

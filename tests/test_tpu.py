@@ -37,7 +37,7 @@ from minisora_jax.models.dit import DiTConfig
 from minisora_jax.parallel.mesh import MeshConfig
 from minisora_jax.plan.compiled import Workload, compile_for
 from minisora_jax.plan.hardware import Topology
-from minisora_jax.train.diffusion_task import DiffusionTask
+from minisora_jax.training.diffusion_task import DiffusionTask
 text = {"text_features": 64, "text_width": 64, "text_depth": 0}
 dit = DiTConfig(width=512, depth=2, heads=4, remat="full", attention="splash", **text)
 work = Workload(DiffusionTask(dit), tokens=16_384, text_tokens=128)

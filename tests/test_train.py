@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from train_tiny import make_cache, run
 
-from minisora_jax.train.loop import NonFiniteLoss, RunConfig, train
-from minisora_jax.train.optim import OptimConfig
+from minisora_jax.training.loop import NonFiniteLoss, RunConfig, train
+from minisora_jax.training.optim import OptimConfig
 
 STEPS = 40
 

@@ -13,9 +13,9 @@ from minisora_jax.data.loader import DataConfig  # noqa: E402
 from minisora_jax.data.packing import PackConfig  # noqa: E402
 from minisora_jax.models.dit import DiTConfig  # noqa: E402
 from minisora_jax.models.text import encode_bytes  # noqa: E402
-from minisora_jax.train.diffusion_task import DiffusionTask, train_diffusion  # noqa: E402
-from minisora_jax.train.loop import RunConfig  # noqa: E402
-from minisora_jax.train.optim import OptimConfig  # noqa: E402
+from minisora_jax.training.diffusion_task import DiffusionTask, train_diffusion  # noqa: E402
+from minisora_jax.training.loop import RunConfig  # noqa: E402
+from minisora_jax.training.optim import OptimConfig  # noqa: E402
 from minisora_jax.types import LatentClip  # noqa: E402
 
 

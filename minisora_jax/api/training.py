@@ -14,9 +14,9 @@ from minisora_jax.io.contact_sheet import contact_sheet
 from minisora_jax.models.captions import captions_of
 from minisora_jax.models.codec import Codec
 from minisora_jax.sources.clips import hold_out, open_clips
-from minisora_jax.train import codec_task
-from minisora_jax.train.codec_task import CodecTask
-from minisora_jax.train.diffusion_task import DiffusionTask, settings_of, train_diffusion
+from minisora_jax.training import codec_task
+from minisora_jax.training.codec_task import CodecTask
+from minisora_jax.training.diffusion_task import DiffusionTask, settings_of, train_diffusion
 
 
 def train(

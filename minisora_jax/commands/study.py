@@ -51,7 +51,7 @@ def run(args, config_flags):
     from minisora_jax.plan import study
     from minisora_jax.plan.hardware import Topology
     from minisora_jax.plan.workload import mesh_of, task_of, token_count
-    from minisora_jax.train.diffusion_task import DiffusionTask
+    from minisora_jax.training.diffusion_task import DiffusionTask
 
     topology = Topology.parse(args.topology) if args.topology else None
     chips = topology.chips if topology else len(jax.devices())

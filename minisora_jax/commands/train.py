@@ -33,7 +33,7 @@ def add_arguments(parser):
 def run(args, config_flags):
     from minisora_jax.commands.options import print_settings
     from minisora_jax.config import read_config
-    from minisora_jax.train.diffusion_task import DiffusionTask, settings_of
+    from minisora_jax.training.diffusion_task import DiffusionTask, settings_of
 
     if args.list_config:
         return print_settings(DiffusionTask)

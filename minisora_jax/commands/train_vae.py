@@ -24,7 +24,7 @@ def add_arguments(parser):
 def run(args, config_flags):
     from minisora_jax.commands.options import print_settings
     from minisora_jax.config import read_config
-    from minisora_jax.train.codec_task import CodecTask
+    from minisora_jax.training.codec_task import CodecTask
 
     if args.list_config:
         return print_settings(CodecTask)

@@ -13,7 +13,7 @@ from minisora_jax.generate import Request, VideoPipeline
 from minisora_jax.models.codec import Codec
 from minisora_jax.toy.checker import check_all
 from minisora_jax.toy.shapes import FPS, Shapes
-from minisora_jax.train.codec_task import reconstruct
+from minisora_jax.training.codec_task import reconstruct
 from minisora_jax.types import ClipSequence
 
 Rows = list[tuple[np.ndarray, str]]  # (frames_THWC, label), for a contact sheet

@@ -96,6 +96,11 @@ class NativePipeline:
         """Sizes (frames, height, width) from a trained one up to `size_THW`, each at most twice the one before.
 
         Frames are added first, then pixels. A loop keeps its frames. Without a recorded `known_size`, only `size_THW`.
+
+        Example:
+            >>> import minisora_jax as ms
+            >>> ms.VideoPipeline.load().sizes_up_to((17, 128, 96))
+            [(17, 64, 48), (17, 128, 96)]
         """
         T, H, W = size_THW
         sizes = [(T, H, W)]
@@ -142,6 +147,13 @@ class NativePipeline:
 
         Raises:
             ValueError: if a request exceeds `known_size`. `VideoPipeline.generate` makes such sizes by upscaling.
+
+        Example:
+            >>> import minisora_jax as ms
+            >>> request = ms.Request("a red circle grows on a black background", (5, 48, 48))
+            >>> [video] = ms.VideoPipeline.load().sample_at_native_size([request], steps=2, progress=False)
+            >>> video.shape
+            (5, 48, 48, 3)
         """
         for request in requests:
             if self.known_size and any(n > most for n, most in zip(request.size_THW, self.known_size)):
@@ -226,7 +238,15 @@ class NativePipeline:
         return [(self.config, self.params)] + ([self.guide] if self.guide else [])
 
     def encode(self, clips: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Latents (t, h, w, c) of uint8 clips (1 + 4k, H, W, 3). Clips of one size go through the codec together."""
+        """Latents (t, h, w, c) of uint8 clips (1 + 4k, H, W, 3). Clips of one size go through the codec together.
+
+        Example:
+            >>> import numpy as np
+            >>> import minisora_jax as ms
+            >>> [latents] = ms.VideoPipeline.load().encode([np.zeros((9, 48, 64, 3), np.uint8)])
+            >>> latents.shape
+            (3, 6, 8, 16)
+        """
         encode = lambda same_size, _: self.codec.encode(np.stack(same_size))[0]
         return _by_size(encode, clips, [c.shape for c in clips])
 

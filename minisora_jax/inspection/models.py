@@ -14,8 +14,7 @@ from flax import traverse_util
 from minisora_jax.inspection.datasets import short
 from minisora_jax.io.atomic import replacing
 from minisora_jax.io.model_dir import model_hash, open_model
-
-from minisora_jax.train.metrics import read_rows
+from minisora_jax.training.metrics import read_rows
 
 
 def model_facts(directory: Path) -> list[tuple[str, str]]:

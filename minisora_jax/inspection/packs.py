@@ -12,7 +12,7 @@ import numpy as np
 from minisora_jax.data.packing import PackConfig, PackPlan, StagedPlan
 from minisora_jax.io.atomic import replacing
 from minisora_jax.models.dit import DiTConfig
-from minisora_jax.train.flops import count_work
+from minisora_jax.training.flops import count_work
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -23,10 +23,10 @@ from minisora_jax.models.dit import abstract_batch
 from minisora_jax.parallel.mesh import TOKENS, MeshConfig, batch_specs, make_mesh, with_shardings
 from minisora_jax.plan.hardware import Topology
 from minisora_jax.plan.schedule import Traffic, read_traffic
-from minisora_jax.train.diffusion_task import DiffusionTask, init_params, loss_of
-from minisora_jax.train.loop import jit_train_step
-from minisora_jax.train.optim import make_optimizer
-from minisora_jax.train.step import init_state
+from minisora_jax.training.diffusion_task import DiffusionTask, init_params, loss_of
+from minisora_jax.training.loop import jit_train_step
+from minisora_jax.training.optim import make_optimizer
+from minisora_jax.training.step import init_state
 
 IMAGE_TOKENS = 257  # of the image encoder in Wan's image-to-video
 

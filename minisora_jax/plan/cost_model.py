@@ -20,7 +20,7 @@ from minisora_jax.parallel.ring import Ring
 from minisora_jax.plan.compiled import CompiledStep, Workload
 from minisora_jax.plan.hardware import Chip, Topology
 from minisora_jax.plan.schedule import Traffic
-from minisora_jax.train.flops import forward_flops
+from minisora_jax.training.flops import forward_flops
 
 ATTENTION_BACKWARD = 2.5  # five products where forward has two, because the weights are recomputed
 

@@ -31,10 +31,10 @@ from minisora_jax.plan.compiled import Workload, compile_for, memory_of
 from minisora_jax.plan.cost_model import arithmetic, estimate
 from minisora_jax.plan.hardware import Topology
 from minisora_jax.plan.report import mesh_name
-from minisora_jax.train.diffusion_task import DiffusionTask, init_params, loss_of
-from minisora_jax.train.loop import jit_train_step
-from minisora_jax.train.optim import make_optimizer
-from minisora_jax.train.step import init_state
+from minisora_jax.training.diffusion_task import DiffusionTask, init_params, loss_of
+from minisora_jax.training.loop import jit_train_step
+from minisora_jax.training.optim import make_optimizer
+from minisora_jax.training.step import init_state
 from minisora_jax.types import PackedBatch
 
 BATCHING = ("packed", "padded", "bucketed")

@@ -11,7 +11,7 @@ import jax
 from minisora_jax.config import build, read_config
 from minisora_jax.models.dit import abstract_params
 from minisora_jax.parallel.mesh import MeshConfig
-from minisora_jax.train.diffusion_task import DiffusionTask
+from minisora_jax.training.diffusion_task import DiffusionTask
 from minisora_jax.weights.presets import CODECS, TRANSFORMERS
 
 

@@ -137,7 +137,9 @@ def _suffix(name: str, head: bytes, kind: str) -> str:
         raise InvalidInput(f"{name} is empty")
     """The suffix of a file's type, by its first bytes; InvalidInput if the type is not of this kind."""
     suffixes, advice = KINDS[kind]
-    file_type = next((file_type for at, signature, file_type in SIGNATURES if head[at : at + len(signature)] == signature), "")
+    file_type = next(
+        (file_type for at, signature, file_type in SIGNATURES if head[at : at + len(signature)] == signature), ""
+    )
     if file_type in suffixes:
         return file_type
     if file_type.startswith("."):

@@ -1,0 +1,185 @@
+"""Training of the codec: reconstruction of random crops, with a weak pull of the posterior towards N(0, 1).
+
+    loss = |x - y| + (x - y)^2 / 2 * l2 + kl * KL(q(z|x) || N(0, I))        each term a mean over its own elements
+
+The codec is convolutional and causal. So crops of one size train it for every size, and the first frame of each crop
+trains it for images.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import dm_pix as pix
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from minisora_jax.data.loader import ClipsConfig, crop_batches
+from minisora_jax.io.retry import Damaged
+from minisora_jax.models.codec import Codec, to_float
+from minisora_jax.models.vae import VAE, VAEConfig
+from minisora_jax.parallel.halo import require_whole_units, shard_height
+from minisora_jax.parallel.mesh import FRAMES, like, make_mesh, shard
+from minisora_jax.parallel.processes import barrier, gathered, is_main
+from minisora_jax.training.loop import RunConfig, train
+from minisora_jax.training.metrics import Metrics
+from minisora_jax.types import Clip, ClipSequence
+
+
+@dataclasses.dataclass(frozen=True)
+class CodecTask:
+    """The settings of a codec's training.
+
+    Raises:
+        ValueError: The codec's factors do not divide the crop, or two settings contradict each other.
+    """
+
+    vae: VAEConfig = VAEConfig()
+    run: RunConfig = RunConfig()
+    data: ClipsConfig = ClipsConfig()
+    crop_THW: tuple[int, int, int] = (9, 32, 32)
+    enlarge: float = 1.0  # above 1: half of the crops come from clips enlarged by up to this factor
+    batch: int = 8  # crops of a step, on all devices together
+    l2: float = 4.0
+    kl: float = 1e-4
+    export_dtype: str = "float32"
+    start: str = ""  # an exported codec to start from; "": random weights
+    decoder_only: bool = False  # keep the encoder of `start`, so its latents stay valid
+
+    def __post_init__(self) -> None:
+        self.vae.latent_size(self.crop_THW)
+        if self.enlarge < 1:
+            raise ValueError(f"enlarge={self.enlarge} must be at least 1 (1: clips keep their size)")
+        if self.decoder_only and not self.start:
+            raise ValueError("decoder_only=True needs a trained encoder: set start to an exported codec")
+
+
+def loss_terms(
+    task: CodecTask, params: Any, frames_BTHWC: jax.Array, key: jax.Array
+) -> dict[str, tuple[jax.Array, jax.Array]]:
+    """The loss terms of each clip: {name: (values (B,), weights (B,))}, all weights 1.
+
+    On a mesh the height of the crops is divided over the sequence axes.
+
+    Args:
+        task: The settings.
+        params: Parameters of the VAE.
+        frames_BTHWC: Crops, uint8.
+        key: For the posterior's sample.
+    """
+    vae, units = VAE(task.vae), task.vae.latent_size(task.crop_THW)[1]
+    x = to_float(shard(frames_BTHWC, FRAMES))
+    mean, logvar = shard_height(lambda p, x: vae.apply(p, x, method="encode")[:2], units, params, x)
+    if task.decoder_only:
+        mean, logvar = jax.lax.stop_gradient((mean, logvar))
+    z = mean + jnp.exp(0.5 * logvar) * like(jax.random.normal(key, mean.shape), mean)
+    y = shard_height(lambda p, z: vae.apply(p, z, method="decode")[0], units, params, z)
+    per_clip = lambda v: jnp.mean(v, axis=range(1, v.ndim))
+    l1, l2 = per_clip(jnp.abs(x - y)), per_clip((x - y) ** 2)
+    kl = per_clip(0.5 * (mean**2 + jnp.exp(logvar) - 1.0 - logvar))
+    terms = {"loss": l1 + 0.5 * task.l2 * l2 + task.kl * kl, "l1": l1, "mse": l2, "kl": kl}
+    return {name: (v, jnp.ones_like(v)) for name, v in terms.items()}
+
+
+def train_codec(task: CodecTask, workdir: Path, clips: ClipSequence, held_out: ClipSequence, run_config: dict) -> Codec:
+    """Train a codec and export it to WORKDIR/export.
+
+    Args:
+        task: The settings.
+        workdir: The work directory. A run with checkpoints there goes on from the newest.
+        clips: Training clips.
+        held_out: Clips whose reconstructions are logged.
+        run_config: The run's whole configuration, stored with the codec.
+
+    Returns:
+        The exported codec.
+
+    Raises:
+        ValueError: The crops do not divide over the mesh, or `task.start` has another shape.
+    """
+    require_whole_units(make_mesh(task.run.mesh), task.vae.latent_size(task.crop_THW)[1], "a crop")
+    start = Codec.load(task.start) if task.start else None
+    if start and start.config != task.vae:
+        raise ValueError(
+            f"the codec to start from, {task.start}, has another shape: {start.config}, and the config has {task.vae}"
+        )
+
+    def init_params(key: jax.Array) -> Any:
+        frames = jnp.zeros((1, *task.crop_THW, 3))
+        return jax.tree.map(jnp.asarray, start.params) if start else VAE(task.vae).init(key, frames)
+
+    damaged = Damaged(workdir / f"damaged_{jax.process_index()}.jsonl", strict=task.data.strict)
+
+    def batches(numbers: range) -> Iterator:
+        options = {"crop_THW": task.crop_THW, "batch": task.batch, "enlarge": task.enlarge}
+        options |= {"accumulate": task.run.optim.accumulate, "seed": task.run.seed}
+        for frames in crop_batches(clips, numbers, **options, damaged=damaged):
+            yield frames, {"clips": float(task.batch * task.run.optim.accumulate)}
+
+    def sample(step: int, params: Any, metrics: Metrics) -> None:
+        codec = Codec(task.vae, params, *_unit_stats(task.vae))
+        scores, pairs = reconstruct(codec, [held_out[i] for i in range(min(8, len(held_out)))])
+        metrics.scalars(step, {f"held_out/{k}": v for k, v in scores.items()})
+        clip, frames = pairs[0]
+        metrics.video(step, "reconstruction", np.concatenate([clip.frames_THWC, frames], axis=2), clip.fps)
+
+    state = train(
+        task.run,
+        workdir,
+        name="codec",
+        rows=task.batch,
+        init_params=init_params,
+        loss_fn=lambda params, frames, key: loss_terms(task, params, frames, key),
+        batches=batches,
+        run_config=run_config,
+        sample=sample,
+    )
+    raw = Codec(task.vae, gathered(state.ema), *_unit_stats(task.vae))
+    if is_main():
+        if start and task.decoder_only:
+            statistics = {"latent_mean": start.latent_mean, "latent_std": start.latent_std, "latents": start.latents}
+        else:
+            statistics = latent_statistics(raw, clips)
+        dataclasses.replace(raw, **statistics).export(workdir / "export", run_config, task.export_dtype)
+    barrier("export")
+    return Codec.load(workdir / "export")
+
+
+def latent_statistics(codec: Codec, clips: ClipSequence, count: int = 256) -> dict[str, np.ndarray]:
+    """{"latent_mean", "latent_std"}: mean and standard deviation (c,) of the latents of the first `count` clips."""
+    means = [codec.encode(clips[i].frames_THWC[None])[0] for i in range(min(count, len(clips)))]
+    flat = np.concatenate([m.reshape(-1, m.shape[-1]) for m in means])
+    return {"latent_mean": flat.mean(0), "latent_std": np.maximum(flat.std(0), 1e-6)}
+
+
+def reconstruct(codec: Codec, clips: ClipSequence) -> tuple[dict[str, float], list[tuple[Clip, np.ndarray]]]:
+    """Encode and decode clips.
+
+    Returns:
+        ({"psnr", "ssim"} averaged over clips, [(clip, its reconstruction (T, H, W, 3), uint8)]).
+    """
+    scores, pairs = [], []
+    for clip in clips:
+        mean, _ = codec.encode(clip.frames_THWC[None])
+        frames = codec.decode(mean)[0]
+        a, b = (np.asarray(f, np.float32) / 255.0 for f in (clip.frames_THWC, frames))
+        # PSNR is computed from the mean squared error of the whole clip, so one exact frame cannot make it infinite.
+        mse = max(float(np.mean((a - b) ** 2)), 1e-10)
+        scores.append({"psnr": -10.0 * np.log10(mse), "ssim": float(_ssim(a, b))})
+        pairs.append((clip, frames))
+    return {k: float(np.mean([s[k] for s in scores])) for k in ("psnr", "ssim")}, pairs
+
+
+@jax.jit
+def _ssim(a_THWC, b_THWC):
+    """The mean SSIM over frames. As one jitted program: `pix.ssim` by itself compiles about a hundred."""
+    return jnp.mean(pix.ssim(a_THWC, b_THWC))
+
+
+def _unit_stats(config: VAEConfig) -> tuple[np.ndarray, np.ndarray]:
+    c = config.latent_channels
+    return np.zeros(c, np.float32), np.ones(c, np.float32)

@@ -1,0 +1,230 @@
+"""Training of the diffusion transformer on a latent cache. Clips keep their own size and are packed into rows."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from minisora_jax.data.conditioning import ConditioningConfig
+from minisora_jax.data.epochs import Epochs, curriculum, within
+from minisora_jax.data.latents import Latents, Mixture
+from minisora_jax.data.loader import DataConfig, packed_batches
+from minisora_jax.data.packing import PackConfig, PackPlan, StagedPlan, token_counts
+from minisora_jax.data.rows import Segment, pack_segments
+from minisora_jax.diffusion.loss import diffusion_loss
+from minisora_jax.diffusion.objective import ObjectiveConfig
+from minisora_jax.diffusion.time import TimeConfig
+from minisora_jax.io.model_dir import (
+    check_shapes,
+    config_fields,
+    export_model,
+    load_config,
+    load_params_onto,
+    open_model,
+)
+from minisora_jax.io.retry import Damaged, DataError
+from minisora_jax.models.dit import DiT, DiTConfig, abstract_params
+from minisora_jax.models.text import encode_bytes
+from minisora_jax.parallel.processes import barrier
+from minisora_jax.training.flops import count_work
+from minisora_jax.training.loop import RunConfig, train
+from minisora_jax.training.step import LossFn
+from minisora_jax.types import PackedBatch
+
+log = logging.getLogger("minisora")
+
+
+@dataclasses.dataclass(frozen=True)
+class DiffusionTask:
+    """The settings of a transformer's training.
+
+    Raises:
+        ValueError: `caption_dropout` is not in [0, 1).
+    """
+
+    dit: DiTConfig = DiTConfig()
+    run: RunConfig = RunConfig()
+    data: DataConfig = DataConfig()
+    pack: PackConfig = PackConfig()
+    times: TimeConfig = TimeConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    conditioning: ConditioningConfig = ConditioningConfig()
+    caption_dropout: float = 0.1  # share of clips that are trained with the empty caption, for guidance
+    export_dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.caption_dropout < 1:
+            raise ValueError(f"caption_dropout={self.caption_dropout} must be in [0, 1)")
+
+
+def example_batch(task: DiffusionTask) -> PackedBatch:
+    """The smallest batch that can initialise the model: one token in one row."""
+    text = encode_bytes("") if task.dit.text_features == 1 else np.zeros((4, task.dit.text_features), np.float32)
+    segment = Segment(np.zeros((1, task.dit.token_width), np.float32), np.zeros(1, bool), (1, 1, 1), text, 8.0)
+    return pack_segments([[segment]], PackConfig(tokens=1, text_tokens=4, slots=1, rows=1))
+
+
+def init_params(task: DiffusionTask, key: jax.Array) -> Any:
+    """Random parameters of the task's model."""
+    batch = jax.tree.map(jnp.asarray, example_batch(task))
+    return DiT(task.dit).init(key, batch.tokens_BSP, jnp.zeros((1, 1)), batch)
+
+
+def loss_of(task: DiffusionTask) -> LossFn:
+    """The loss function of the task's model, times and objective."""
+    model = DiT(task.dit)
+    return lambda params, batch, key: diffusion_loss(model, task.times, params, batch, key, task.objective)
+
+
+def train_diffusion(
+    task: DiffusionTask,
+    workdir: Path,
+    latents: Latents | Mixture,
+    run_config: dict,
+    export: dict,
+    sample: Callable | None = None,
+    init: str | Path | None = None,
+) -> Path:
+    """Train on a latent cache and export the averaged weights to WORKDIR/export.
+
+    Args:
+        task: The settings.
+        workdir: The work directory. A run with checkpoints there goes on from the newest.
+        latents: The cache, or several.
+        run_config: The run's whole configuration, stored with the model.
+        export: Further entries of the exported config: the codec's hash, the text encoder.
+        sample: Writes sample videos, see `train.loop.train`.
+        init: An exported or imported model to start from. `task.dit` must have its shape, see `settings_of`.
+
+    Returns:
+        The path of the exported model.
+
+    Raises:
+        ValueError: The model cannot learn from these latents, or `init` has another shape.
+    """
+    _check_latents(task, latents, init)
+    if init:
+        check_shapes(open_model(init)[0], abstract_params(task.dit), init)
+
+    plan = pack_plan(task, latents, workdir)
+    plan.rows(0)  # raises here if the clips do not fill a step
+    damaged = Damaged(workdir / f"damaged_{jax.process_index()}.jsonl", strict=task.data.strict)
+
+    def batches(numbers: range) -> Iterator:
+        options = {"patch": task.dit.patch, "conditioning": task.conditioning, "caption_dropout": task.caption_dropout}
+        options["caption_tokens"] = task.dit.caption_tokens
+        for batch, rows in packed_batches(latents, plan, numbers, **options, damaged=damaged):
+            yield batch, count_work(task.dit, task.pack, rows)
+
+    state = train(
+        task.run,
+        workdir,
+        name="diffusion",
+        rows=task.pack.rows,
+        tokens=task.pack.tokens,
+        heads=task.dit.heads,
+        init_params=functools.partial(init_params, task),
+        loss_fn=loss_of(task),
+        batches=batches,
+        run_config=run_config,
+        start_params=functools.partial(load_params_onto, init) if init else None,
+        sample=sample,
+        clip_names=lambda number: [_name(latents, int(i)) for row in plan.rows(number) for i in row],
+    )
+    if damaged.count:
+        log.warning("damaged clips were skipped %d times, listed in %s", damaged.count, damaged.path)
+    config = {"kind": "dit", "latent_size": latents.sizes[:, :3].max(0).tolist()} | {
+        k: dataclasses.asdict(getattr(task, k)) for k in ("dit", "times", "objective")
+    }
+    export_model(workdir / "export", state.ema, config | export | {"training": run_config}, dtype=task.export_dtype)
+    barrier("export")
+    return workdir / "export"
+
+
+def pack_plan(task: DiffusionTask, latents: Latents | Mixture, workdir: Path | None = None) -> PackPlan | StagedPlan:
+    """The plan of which clips fill which row of which step.
+
+    Args:
+        task: Its `pack`, `data` and `run`.
+        latents: The cache, or several.
+        workdir: Where the plan of a large cache is stored as packing_N.json; None: it is not stored.
+    """
+    sizes = padded_sizes(task, latents)
+    tokens, text = token_counts(sizes, task.dit.patch)
+    rows_per_step = task.run.optim.accumulate * task.pack.rows
+    stages = []
+    for number, stage in enumerate(curriculum(task.data.curriculum, task.run.steps)):
+        small = within(sizes, stage)
+        members = () if small is None else _by_cache(small, latents.counts)
+        epochs = Epochs(latents.counts, task.run.seed, latents.weights, task.data.temperature, members)
+        remember = workdir / f"packing_{number}.json" if workdir and epochs.parts > 1 else None
+        stages.append((stage, PackPlan(tokens, text, task.pack, task.run.seed, rows_per_step, epochs, remember)))
+    return stages[0][1] if len(stages) == 1 else StagedPlan(stages)
+
+
+def padded_sizes(task: DiffusionTask, latents: Latents | Mixture) -> np.ndarray:
+    """(t, h, w, L) of each clip, int32 (clips, 4), with L at least the model's `caption_tokens`."""
+    return np.maximum(latents.sizes, np.array([0, 0, 0, task.dit.caption_tokens], np.int32))
+
+
+def _name(latents: Latents | Mixture, i: int) -> str:
+    try:
+        return latents[i].name
+    except DataError as error:
+        return str(error)
+
+
+def _by_cache(clips: np.ndarray, counts: tuple[int, ...]) -> tuple[np.ndarray, ...]:
+    """Sorted indices over concatenated caches, as indices within each cache."""
+    starts = np.cumsum([0, *counts])
+    edges = np.searchsorted(clips, starts)
+    return tuple(clips[a:b] - start for a, b, start in zip(edges, edges[1:], starts))
+
+
+def settings_of(model: str | Path) -> dict:
+    """The settings that a task takes over from the model that it starts from: "dit", "times" and "objective".
+
+    Raises:
+        ValueError: `model` is not a diffusion transformer.
+    """
+    config = load_config(model)
+    if config.get("kind") != "dit":
+        raise ValueError(f"{model} holds a {config.get('kind')!r} model, not a diffusion transformer ('dit')")
+    return {k: config_fields(config.get(k, {})) for k in ("dit", "times", "objective")}
+
+
+def _check_latents(task: DiffusionTask, latents: Latents | Mixture, init: str | Path | None) -> None:
+    """Raise ValueError if the model cannot learn from these latents. It runs before anything is compiled."""
+    dit, channels, features = task.dit, latents[0].mean_thwc.shape[-1], latents.empty_text_LE.shape[1]
+    if dit.image_features:
+        raise ValueError(
+            f"dit.image_features={dit.image_features}: latent caches hold no image features, so a model with them "
+            f"cannot be trained"
+        )
+    if dit.caption == "label":
+        raise ValueError(
+            "dit.caption='label' learns from classes, and latent caches hold captions: such a model cannot be trained"
+        )
+    if channels != dit.latent_channels:
+        fix = f"set dit.latent_channels={channels}"
+        if init:
+            fix = (
+                f"{init} takes {dit.latent_channels} channels: encode the clips with the codec that it was trained with"
+            )
+        raise ValueError(f"the latent cache has {channels} channels: {fix}")
+    if features != dit.text_features:
+        fix = f"set dit.text_features={features}"
+        if init:
+            fix = (
+                f"{init} reads {dit.text_features}: encode the clips with the text encoder that it was trained with "
+                f"(`minisora encode --text-encoder=DIR`)"
+            )
+        raise ValueError(f"the latent cache has caption features of width {features}: {fix}")

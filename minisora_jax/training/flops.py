@@ -1,0 +1,78 @@
+"""Floating-point operations of a training step, counted from shapes. A multiply-add is two operations.
+
+Useful work is the work for the clips: their tokens, and attention within each clip. Hardware work is the work of a
+dense program: all tokens of every row including padding, and attention between all pairs of tokens in a row.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from minisora_jax.data.packing import PackConfig
+from minisora_jax.models.dit import DiTConfig
+from minisora_jax.models.text import BYTES_PER_TOKEN
+
+
+def forward_flops(
+    cfg: DiTConfig, tokens: float, text: float, pairs: dict[str, float], cross_pairs: float, text_pairs: float
+) -> float:
+    """FLOPs of one forward pass.
+
+    Args:
+        cfg: The model.
+        tokens: Video tokens.
+        text: Caption tokens.
+        pairs: Query-key pairs of self-attention, for each kind in `attention_pattern`. A pair costs 4 K FLOPs a head.
+        cross_pairs: Pairs of cross-attention.
+        text_pairs: Pairs of self-attention in the caption's refiner.
+    """
+    D, E = cfg.width, cfg.text_width
+    blocks = len(cfg.attention_pattern)
+    cross_blocks = sum(kind != "temporal" and cfg.caption != "label" for kind in cfg.attention_pattern)
+    # A block: q, k, v and out; the MLP; adaLN
+    block = 4 * D * D + 2 * cfg.mlp_ratio * D * D + (6 * D * D if cfg.modulation == "block" else 0)
+    # Outside of the blocks: patch_in, patch_out, time1, position_in, time2; adaLN of all blocks and of the head
+    stem = (cfg.token_width + cfg.out_width + 256 + (192 if cfg.positions == "learned" else 0) + D) * D
+    stem += (0 if cfg.modulation == "block" else 6 * D * D) + (0 if cfg.modulation == "single" else 2 * D * D)
+    per_token = cfg.depth * (blocks * block + cross_blocks * 2 * D * D) + stem
+    if cfg.caption == "refined":
+        # Bytes: four of them a token, through the embedding (384 x 64), "words" and "tokens" of models/text.py
+        enter = 4 * (384 * 64 + 448 * 2 * E) + 2 * E * E if cfg.text_features == 1 else cfg.text_features * E
+        per_text = enter + 12 * E * E * cfg.text_depth + cfg.depth * cross_blocks * 2 * E * D
+    elif cross_blocks:
+        per_text = (cfg.text_features + D) * D + cfg.depth * cross_blocks * 2 * D * D
+    else:
+        per_text = 0
+    attention = cfg.depth * D * (sum(pairs[kind] for kind in cfg.attention_pattern) + cross_blocks * cross_pairs)
+    if cfg.caption == "refined":
+        attention += cfg.text_depth * E * text_pairs
+    return 2.0 * (tokens * per_token + text * per_text) + 4.0 * attention
+
+
+def count_work(cfg: DiTConfig, pack: PackConfig, rows_thwL: list[np.ndarray]) -> dict[str, float]:
+    """Counts of one training step. Backward costs two forward passes, and remat="full" adds one.
+
+    Args:
+        cfg: The model.
+        pack: The packing.
+        rows_thwL: For each row, the latent size and caption tokens (t, h, w, L) of its clips, (clips, 4).
+
+    Returns:
+        clips, tokens, useful_tokens, useful_flops, hardware_flops.
+    """
+    sizes = np.concatenate(rows_thwL).astype(np.float64)
+    frame = sizes[:, 1] * sizes[:, 2] / (cfg.patch[1] * cfg.patch[2])
+    n = sizes[:, 0] * frame
+    pooled = BYTES_PER_TOKEN if cfg.text_features == 1 and cfg.caption == "refined" else 1
+    text = sizes[:, 3] / pooled
+    B, S, L = len(rows_thwL), pack.tokens, pack.text_tokens / pooled
+    pairs = {"joint": (n * n).sum(), "spatial": (n * frame).sum(), "temporal": (n * sizes[:, 0]).sum()}
+    useful = forward_flops(cfg, n.sum(), text.sum(), pairs, (n * text).sum(), (text * text).sum())
+    dense = forward_flops(cfg, B * S, B * L, dict.fromkeys(pairs, B * S * S), B * S * L, B * L * L)
+    return {
+        "clips": float(len(sizes)),
+        "tokens": float(B * S),
+        "useful_tokens": float(n.sum()),
+        "useful_flops": 3.0 * useful,
+        "hardware_flops": (4.0 if cfg.remat == "full" else 3.0) * dense,
+    }

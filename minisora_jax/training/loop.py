@@ -1,0 +1,301 @@
+"""The training loop, from the mesh to the last save, in one function."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import json
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import optax
+
+from minisora_jax.config import with_current_names
+from minisora_jax.io.atomic import write_text
+from minisora_jax.parallel.mesh import MeshConfig, make_mesh, require_divisible, to_global, with_shardings
+from minisora_jax.parallel.processes import (
+    Preempted,
+    barrier,
+    gathered,
+    is_main,
+    preemption_handler,
+    require_started,
+    several,
+)
+from minisora_jax.training.checkpoint import Checkpoints
+from minisora_jax.training.metrics import Metrics
+from minisora_jax.training.optim import OptimConfig, learning_rate, make_optimizer
+from minisora_jax.training.step import LossFn, init_state, train_step
+from minisora_jax.types import TrainState
+
+log = logging.getLogger("minisora")
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """The settings of a run that do not depend on what is trained.
+
+    Raises:
+        ValueError: A number is too small.
+    """
+
+    steps: int = 1000
+    seed: int = 0
+    log_every: int = 10
+    save_every: int = 500
+    sample_every: int = 500  # steps between sample videos; 0: none
+    keep: int = 2  # the number of checkpoints that are kept
+    rollbacks: int = 0  # restarts from a checkpoint, without the bad batch, after a non-finite loss
+    optim: OptimConfig = OptimConfig()
+    mesh: MeshConfig = MeshConfig()
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "log_every", "save_every", "keep"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.rollbacks < 0:
+            raise ValueError(f"rollbacks={self.rollbacks} must be 0 or more")
+
+
+class NonFiniteLoss(RuntimeError):
+    """The loss or the gradient of a step was NaN or infinite. The checkpoint before it is intact.
+
+    Attributes:
+        batch: The number of the step's batch.
+    """
+
+    def __init__(self, message: str, batch: int) -> None:
+        super().__init__(message)
+        self.batch = batch
+
+
+def train(
+    config: RunConfig,
+    workdir: Path,
+    *,
+    name: str,
+    rows: int,
+    tokens: int = 0,
+    heads: int = 0,
+    init_params: Callable[[jax.Array], Any],
+    loss_fn: LossFn,
+    batches: Callable[[range], Iterator[tuple[Any, dict[str, float]]]],
+    run_config: dict,
+    start_params: Callable[[Any], Any] | None = None,
+    sample: Callable[[int, Any, Metrics], None] | None = None,
+    clip_names: Callable[[int], list[str]] | None = None,
+) -> TrainState:
+    """Train for `config.steps` steps, from the newest checkpoint of `workdir` if it has one.
+
+    With several processes, all of them call this function. After a non-finite loss the run goes on from its newest
+    checkpoint without that batch, up to `config.rollbacks` times.
+
+    Args:
+        config: The settings.
+        workdir: The work directory, which all processes share.
+        name: Label for the log and the progress bar.
+        rows: B on all devices together.
+        tokens: S, if batches have it.
+        heads: Attention heads, if the model has them.
+        init_params: Draws random parameters from a key.
+        loss_fn: The loss, see `train_step`.
+        batches: Yields for each number of a range a tree of NumPy arrays (A, B, ...) and its counts: tokens,
+            useful_tokens, useful_flops, hardware_flops where they are known.
+        run_config: The run's whole configuration. A work directory with another one is refused; the mesh may differ.
+        start_params: Returns the parameters to start from, given abstract arrays with shapes, dtypes and shardings.
+            None: random parameters.
+        sample: Writes sample videos of a step from averaged parameters on the host. Only the main process calls it.
+        clip_names: The names of the clips of a batch, for the report about a non-finite loss.
+
+    Returns:
+        The last state.
+
+    Raises:
+        Preempted: After SIGTERM, when the step in progress is finished and saved.
+        NonFiniteLoss: A loss or gradient is not finite. Nothing that it affected is saved.
+        ValueError: The batch or the model does not divide over the mesh, or `workdir` has another configuration.
+    """
+    # ---- Mesh
+    require_started()
+    mesh = make_mesh(config.mesh)
+    require_divisible(mesh, rows=rows, tokens=tokens, heads=heads)
+    with jax.set_mesh(mesh), contextlib.ExitStack() as stack:
+        # ---- State: from the newest checkpoint, else from given weights, else random
+        workdir.mkdir(parents=True, exist_ok=True)
+        _require_same_config(workdir, run_config)
+        stack.enter_context(preemption_handler())
+        key = jax.random.key(config.seed)
+        optimizer = make_optimizer(config.optim, config.steps)
+        # This program runs once. On CPUs, LLVM would spend minutes on optimising its random draws.
+        compiler_options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
+        init = jax.jit(lambda k: init_state(init_params(k), optimizer), compiler_options=compiler_options)
+        checkpoints = stack.enter_context(Checkpoints(workdir / "checkpoints", keep=config.keep))
+
+        def first_state() -> TrainState:
+            if checkpoints.latest() is not None:
+                state = checkpoints.restore(jax.eval_shape(init, key), mesh)
+                log.info("%s: resumed at step %d of %d", name, int(state.step), config.steps)
+                return state
+            if start_params:
+                params = start_params(with_shardings(jax.eval_shape(init, key).params, mesh))
+                return jax.jit(lambda p: init_state(p, optimizer), donate_argnums=0)(params)
+            return init(jax.random.fold_in(key, 2**31 - 1))
+
+        step_fn = jit_train_step(loss_fn, optimizer, config.optim)
+        schedule = jax.jit(learning_rate(config.optim, config.steps))
+
+        # ---- Steps
+        def run_steps(state: TrainState, skipped: list[int], metrics: Metrics) -> TrainState:
+            start, clock = int(state.step), metrics.clock
+            number = batch_number(start, skipped)
+            stream = iter(batches(range(number, config.steps + len(skipped))))
+            pending, window = None, []
+            for step in range(start + 1, config.steps + 1):
+                with clock.part("data"):
+                    batch, counts = next(stream)
+                    while number in skipped:
+                        (batch, counts), number = next(stream), number + 1
+                # The first call compiles.
+                with clock.part("compile" if step == start + 1 else "step"):
+                    state, values = step_fn(state, to_global(batch, mesh), key)
+                    # Check the values of the step before, so that the device never waits for the host.
+                    pending, previous = (step, number, values), pending
+                    _require_finite(previous)
+                number += 1
+                window.append(counts)
+                metrics.advance()
+                ending = checkpoints.preempted(step)
+                saving = step % config.save_every == 0 or step == config.steps or ending
+                if step % config.log_every == 0 or saving:
+                    with clock.part("step"):
+                        _require_finite(pending)
+                if step % config.log_every == 0 or step == config.steps:
+                    scalars = {k: float(v) for k, v in values.items()}
+                    scalars |= {"learning_rate": float(schedule(step - 1))}
+                    metrics.window(step, scalars, window)
+                    window = []
+                if config.sample_every and sample and (step % config.sample_every == 0 or step == config.steps):
+                    with clock.part("sample"):
+                        _sample_on_main(sample, step, state.ema, metrics)
+                if saving:
+                    with clock.part("save"):
+                        checkpoints.save(step, state)
+                if ending and step < config.steps:
+                    checkpoints.wait()
+                    raise Preempted(f"ended at step {step}, which is saved: the same command goes on from there")
+            return state
+
+        while True:
+            state, skipped = first_state(), _skipped_batches(workdir)
+            count = sum(p.size for p in jax.tree.leaves(state.params))
+            log.info("%s: %.2f M parameters, mesh %s", name, count / 1e6, dict(mesh.shape))
+            try:
+                with contextlib.closing(Metrics(workdir, int(state.step), config.steps, name)) as metrics:
+                    return run_steps(state, skipped, metrics)
+            except NonFiniteLoss as error:
+                del state
+                _report_nonfinite(workdir, error, clip_names)
+                checkpoints.wait()
+                if len(skipped) >= config.rollbacks:
+                    raise
+                log.warning("%s; skipping its batch (rollback %d of %d)", error, len(skipped) + 1, config.rollbacks)
+                _skip_batches(workdir, [*skipped, error.batch])
+
+
+def jit_train_step(loss_fn: LossFn, optimizer: optax.GradientTransformation, config: OptimConfig) -> Any:
+    """The jitted train step (state, batch, key) -> (state, metrics). It reuses the memory of the old state."""
+    step = functools.partial(train_step, loss_fn=loss_fn, optimizer=optimizer, config=config)
+    return jax.jit(step, donate_argnums=0)
+
+
+def batch_number(step: int, skipped: list[int]) -> int:
+    """The number of the batch of step `step + 1`. Batches count from 0, and the batches in `skipped` are not used."""
+    for number in sorted(skipped):
+        step += number <= step
+    return step
+
+
+def _sample_on_main(sample: Callable[[int, Any, Metrics], None], step: int, params: Any, metrics: Metrics) -> None:
+    """Call `sample` on the first device of the main process. Other processes only send their part of the parameters."""
+    params = gathered(params)
+    if is_main():
+        with jax.set_mesh(make_mesh(MeshConfig(), jax.local_devices()[:1])):
+            sample(step, params, metrics)
+
+
+def _require_finite(pending: tuple[int, int, dict[str, jax.Array]] | None) -> None:
+    """Raise NonFiniteLoss unless the values of (step, batch number, values) are finite."""
+    if pending is None:
+        return
+    step, batch, values = pending
+    for name in ("loss", "grad_norm"):
+        if not math.isfinite(value := float(values[name])):
+            raise NonFiniteLoss(
+                f"{name}={value} at step {step}: lower optim.learning_rate or optim.clip, or set run.rollbacks=3 to "
+                f"skip such batches; the newest checkpoint is from an earlier step",
+                batch,
+            )
+
+
+def _report_nonfinite(workdir: Path, error: NonFiniteLoss, clip_names: Callable[[int], list[str]] | None) -> None:
+    """Write WORKDIR/nonfinite_NUMBER.json: the error, and the names of the batch's clips."""
+    if is_main():
+        report = {"error": str(error), "batch": error.batch, "clips": clip_names(error.batch) if clip_names else []}
+        text = json.dumps(report, indent=1, ensure_ascii=False) + "\n"
+        write_text(workdir / f"nonfinite_{error.batch:07d}.json", text)
+
+
+def _skipped_batches(workdir: Path) -> list[int]:
+    path = workdir / "left_out.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+
+
+def _skip_batches(workdir: Path, batches: list[int]) -> None:
+    if is_main():
+        write_text(workdir / "left_out.json", json.dumps(batches))
+    barrier("left_out.json")
+
+
+def _require_same_config(workdir: Path, run_config: dict) -> None:
+    """Write WORKDIR/config.json, or raise ValueError if it differs from `run_config` in more than the mesh."""
+    path = workdir / "config.json"
+    text = json.dumps(run_config, indent=2, sort_keys=True) + "\n"
+    if path.exists():
+        before, now = (
+            _without_mesh(with_current_names(json.loads(t))) for t in (path.read_text(encoding="utf-8"), text)
+        )
+        if changed := _changes(before, now):
+            raise ValueError(
+                f"{workdir} was begun with another config ({'; '.join(changed)}): use a new --workdir or that config"
+            )
+    elif is_main():
+        write_text(path, text)
+    barrier("config.json")
+    deadline = time.monotonic() + 10  # some network file systems cache for seconds that a file does not exist
+    while several() and not path.exists():
+        if time.monotonic() > deadline:
+            raise ValueError(
+                f"process {jax.process_index()} does not see {path}, which process 0 wrote: --workdir must lie on a "
+                f"file system that all {jax.process_count()} processes share"
+            )
+        time.sleep(0.2)
+
+
+def _without_mesh(run_config: dict) -> dict:
+    """The config without its mesh. A run may go on with another mesh, which does not change the result."""
+    run = run_config.get("run")
+    return run_config | {"run": {k: v for k, v in run.items() if k != "mesh"}} if isinstance(run, dict) else run_config
+
+
+def _changes(old: Any, new: Any, at: str = "config") -> list[str]:
+    """The settings that differ, as "config.run.steps: 40 -> 3"."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = sorted(old.keys() | new.keys())
+        return [c for k in keys for c in _changes(old.get(k), new.get(k), f"{at}.{k}")]
+    return [] if old == new else [f"{at}: {old} -> {new}"]
