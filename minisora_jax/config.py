@@ -177,7 +177,7 @@ def build(cls: type, values: dict, at: str = "config") -> Any:
     arguments = {}
     for name, value in values.items():
         hint = hints[name]
-        if dataclasses.is_dataclass(hint):
+        if isinstance(hint, type) and dataclasses.is_dataclass(hint):
             if not isinstance(value, dict):
                 fields = ", ".join(f"{at}.{name}.{field.name}" for field in dataclasses.fields(hint))
                 raise ValueError(f"{at}.{name}={value!r} must be a group of settings: {fields}")
@@ -225,7 +225,11 @@ def settings(cls: type, prefix: str = "") -> Iterator[Setting]:
 def _comments(cls: type) -> dict[str, str]:
     """{field: its comment} of a dataclass: at the end of the field's line, and on comment lines right after it."""
     source = textwrap.dedent(inspect.getsource(cls))
-    fields = {n.end_lineno: n.target.id for n in ast.parse(source).body[0].body if isinstance(n, ast.AnnAssign)}
+    fields = {
+        node.end_lineno: node.target.id
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
+    }
     comments: dict[str, str] = {}
     name, last = "", 0
     for token in tokenize.generate_tokens(io.StringIO(source).readline):

@@ -1,10 +1,11 @@
 """A wrong config is refused in a sentence that names the entry and the fix; every config in configs/ is right."""
 
 import dataclasses
+import runpy
 
 import pytest
 
-from minisora_jax.config import build, parse_arg, read_config
+from minisora_jax.config import build, load, names, parse_arg, read_config, settings
 from minisora_jax.training.codec_task import CodecTask
 from minisora_jax.training.diffusion_task import DiffusionTask
 
@@ -95,3 +96,22 @@ def test_build_refuses_what_does_not_fit(values, message):
 def test_arguments_take_the_type_of_their_default():
     values = parse_arg("steps=3,lr=1e-3,fast=true,name=x", steps=1, lr=0.1, fast=False, name="")
     assert values == {"steps": 3, "lr": 1e-3, "fast": True, "name": "x"}
+
+
+def test_every_setting_has_a_meaning_and_the_page_is_that_of_the_code():
+    """`minisora train --list-config` and docs/configuration.md print what settings() gives."""
+    for cls in (DiffusionTask, CodecTask):
+        rows = list(settings(cls))
+        assert len(rows) > 40 and not [row.key for row in rows if not row.meaning]
+    page = runpy.run_path("docs/make_configuration.py")
+    assert page["PAGE"].read_text(encoding="utf-8") == page["page"](), "run docs/make_configuration.py"
+
+
+def test_a_shipped_config_is_found_by_name_from_anywhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert load("vae_tiny", steps=7).run.steps == 7
+    (tmp_path / "mine.py").write_text("def get_config(arg=None):\n    return {'arg': arg}\n")
+    assert load("mine.py:a=1") == {"arg": "a=1"}
+    with pytest.raises(FileNotFoundError, match="no config file nope; the shipped configs are dit_finetune, dit_tiny"):
+        load("nope")
+    assert set(names()) == {"dit_finetune", "dit_tiny", "vae_tiny"} and all(names().values())

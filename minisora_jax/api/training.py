@@ -103,7 +103,8 @@ def train_codec(config: str | Mapping[str, Any], workdir: str | Path) -> Codec:
 def _entries(config: str | Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(config, str):
         return load(config).to_dict()
-    return config.to_dict() if hasattr(config, "to_dict") else dict(config)
+    to_dict = getattr(config, "to_dict", None)  # a ConfigDict has one
+    return to_dict() if to_dict else dict(config)
 
 
 def _sampler(task: DiffusionTask, codec: Codec, captions, prompts: Sequence[Mapping[str, Any]], workdir: Path):

@@ -80,7 +80,7 @@ def crop_batches(
     Raises:
         ValueError: 1000 random clips in a row are smaller than the crop.
     """
-    damaged = damaged or Damaged(strict=True)
+    damage_log = damaged or Damaged(strict=True)
 
     def crop(step: int, row: int) -> np.ndarray:
         rng = np.random.default_rng([seed, step, row])
@@ -88,7 +88,7 @@ def crop_batches(
             try:
                 frames = clips[int(rng.integers(len(clips)))].frames_THWC
             except DataError as error:
-                damaged.add(error)
+                damage_log.add(error)
                 continue
             if all(n >= c for n, c in zip(frames.shape[1:], crop_THW[1:])):
                 break
@@ -133,7 +133,7 @@ def packed_batches(
     Raises:
         DataError: no clip of a step's rows of this host is readable.
     """
-    damaged = damaged or Damaged(strict=True)
+    damage_log = damaged or Damaged(strict=True)
     pack, seed, accumulate = plan.config, plan.seed, plan.per_step // plan.config.rows
     mine = [a * pack.rows + b for a in range(accumulate) for b in host_rows(pack.rows)]
 
@@ -143,7 +143,7 @@ def packed_batches(
         try:
             clip = latents[i]
         except DataError as error:
-            damaged.add(error)
+            damage_log.add(error)
             return None
         return training_segment(
             clip, patch, conditioning, caption_dropout, latents.empty_text_LE, caption_tokens, rng, shown
@@ -155,7 +155,7 @@ def packed_batches(
         shown = [conditioning.stretches(clips, size[:, 0], seed, epoch) for clips, size in zip(rows, sizes)]
         segments = [[s for i, span in zip(rows[r], shown[r]) if (s := segment(epoch, int(i), span))] for r in mine]
         if not any(segments):
-            raise DataError(f"no clip of step {step + 1} is readable; {damaged.count} clips were damaged so far")
+            raise DataError(f"no clip of step {step + 1} is readable; {damage_log.count} clips were damaged so far")
         packed = pack_segments(segments, pack, plan.max_segment_len)
         packed = jax.tree.map(lambda x: x.reshape(accumulate, -1, *x.shape[1:]), packed)
         for size, spans in zip(sizes, shown):

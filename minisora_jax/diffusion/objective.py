@@ -38,9 +38,9 @@ class ObjectiveConfig:
         ValueError: A key is unknown.
     """
 
-    path: str = "linear"
-    prediction: str = "velocity"
-    weight: str = "natural"
+    path: str = "linear"  # from data to noise: "linear", "gvp", "vp", "ddpm", "cosine" or "ve"
+    prediction: str = "velocity"  # or "noise", "clean", "v"
+    weight: str = "natural"  # of the loss over noise levels: "natural", "min-snr" or "edm"
 
     def __post_init__(self) -> None:
         for name, choices in (("path", PATHS), ("prediction", PREDICTIONS), ("weight", WEIGHTS)):

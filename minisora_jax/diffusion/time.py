@@ -43,7 +43,7 @@ class TimeConfig:
     """
 
     mean: float = 0.0  # of logit(t), or of log(sigma / alpha) with "edm"; higher values train more on noisy times
-    std: float = 1.0
+    std: float = 1.0  # of the logit of the time; of log sigma in "edm"
     base_tokens: int = 256  # n_base: clips of this many tokens are not shifted; 0: no shift
     per_frame: float = 0.1  # share of clips with a time for each frame (Diffusion Forcing: arXiv:2407.01392)
     distribution: str = "logit-normal"  # a key of DISTRIBUTIONS; "uniform" ignores mean and std

@@ -35,9 +35,9 @@ class Extractor:
     features: Callable[[np.ndarray], np.ndarray]  # uint8 (T, H, W, 3) -> (n, d)
 
 
-def frechet(ours: Iterable[np.ndarray], theirs: Iterable[np.ndarray], extractor: Extractor) -> float:
+def frechet(generated: Iterable[np.ndarray], reference: Iterable[np.ndarray], extractor: Extractor) -> float:
     """The distance between two sets of videos, each uint8 (T, H, W, 3) of any size."""
-    return distance(*(moments(videos, extractor) for videos in (ours, theirs)))
+    return distance(*(moments(videos, extractor) for videos in (generated, reference)))
 
 
 def moments(videos: Iterable[np.ndarray], extractor: Extractor) -> tuple[np.ndarray, np.ndarray]:

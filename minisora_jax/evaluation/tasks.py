@@ -278,9 +278,9 @@ def physics(pipeline: VideoPipeline, count: int, options: dict) -> Measured:
     truth = clips(count, suits=lambda motion: motion == "bounce")
     videos = pipeline.generate(requests(truth), **options)
     unevenness = lambda frames: [u for f in frames for o in observe(f) if (u := bounce(o)) is not None]
-    ours, theirs = unevenness(videos), unevenness([c.frames_THWC for c in truth])
-    more = {"bounces_seen": len(ours), "speed_spread": round(float(np.median(ours)), 3),
-            "speed_spread_true": round(float(np.median(theirs)), 3)}  # fmt: skip
+    spread, spread_true = unevenness(videos), unevenness([c.frames_THWC for c in truth])
+    more = {"bounces_seen": len(spread), "speed_spread": round(float(np.median(spread)), 3),
+            "speed_spread_true": round(float(np.median(spread_true)), 3)}  # fmt: skip
     return _checked(videos, truth, **more)
 
 

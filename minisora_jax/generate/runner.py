@@ -102,7 +102,9 @@ def run_tasks(
         if isinstance(needs[0], Decode):
             return pipeline.decode([need.latents_thwc for need in needs], [need.loop for need in needs])
         by_task = lambda look: lambda: {numbers[k]: latents for k, latents in look().items()}
-        watch_tasks = watch and (lambda share, look: watch(share, by_task(look)))
+        watch_tasks: Watch | None = None
+        if watch is not None:
+            watch_tasks = lambda share, look: watch(share, by_task(look))
         return pipeline.sample(needs, watch=watch_tasks, **options)
 
     for i in range(len(tasks)):

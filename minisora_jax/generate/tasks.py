@@ -240,5 +240,5 @@ def _token_mask(pipeline: NativePipeline, mask_THW: np.ndarray, grid_thw: tuple[
     """bool (t, h, w): tokens of which the mask marks any pixel."""
     t, h, w = grid_thw
     factor, cell = pipeline.codec.config.time_factor, pipeline.cell
-    in_space = mask_THW.reshape(-1, h, cell, w, cell).any((2, 4))
-    return np.concatenate([in_space[:1], in_space[1:].reshape(t - 1, factor, h, w).any(1)])
+    in_space = np.any(mask_THW.reshape(-1, h, cell, w, cell), axis=(2, 4))
+    return np.concatenate([in_space[:1], np.any(in_space[1:].reshape(t - 1, factor, h, w), axis=1)])

@@ -54,6 +54,7 @@ class LazyArray:
 
     @property
     def nbytes(self) -> int:
+        """The size in bytes."""
         return math.prod(self.shape) * np.dtype(self.dtype).itemsize
 
     def astype(self, dtype: npt.DTypeLike) -> LazyArray:

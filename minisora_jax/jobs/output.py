@@ -57,7 +57,10 @@ def record_of(jobs: Sequence[Job], index: int, model: dict, sampling: dict) -> d
         "job": jobs[index].to_dict(),
         "batch": [job.to_dict() for job in jobs] if len(jobs) > 1 else [],
         "index": index,
-        "sampling": {k: dataclasses.asdict(v) if dataclasses.is_dataclass(v) else v for k, v in sampling.items()},
+        "sampling": {
+            name: dataclasses.asdict(value) if isinstance(value, SamplerConfig | GuidanceConfig) else value
+            for name, value in sampling.items()
+        },
         "model": model,
         "inputs": {path: sha256(Path(path)) for path in jobs[index].inputs},
         "machine": machine(),

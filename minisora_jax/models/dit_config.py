@@ -48,13 +48,13 @@ class DiTConfig:
         ValueError: A switch has an unknown value, or two settings contradict each other.
     """
 
-    latent_channels: int = 16
+    latent_channels: int = 16  # channels of the codec's latents
     out_channels: int | None = None  # None: latent_channels; 2 * latent_channels: a mean and a variance (DiT, PixArt)
     patch: tuple[int, int, int] = (1, 2, 2)  # latents of a token along t, y, x
-    width: int = 384
+    width: int = 384  # of a token in the blocks (D)
     depth: int = 12  # repeats of `attention_pattern`
-    heads: int = 6
-    mlp_ratio: float = 4.0
+    heads: int = 6  # of attention (N); width / heads is even
+    mlp_ratio: float = 4.0  # hidden width of the mlp over width (F / D)
     text_features: int = 1  # width of the caption features; 1: byte ids, or with caption="label" a class
     text_width: int = 256  # width of the refined caption's tokens
     text_depth: int = 2  # layers of the refiner

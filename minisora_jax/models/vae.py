@@ -53,7 +53,7 @@ class VAEConfig:
     multipliers: tuple[int, ...] = (1, 2, 4, 4)  # channels of each stage, in units of base
     residual_blocks: int = 2  # per encoder stage; the decoder has one more
     time_down: tuple[bool, ...] = (False, True, True)  # whether the step after stage i also halves time
-    latent_channels: int = 16
+    latent_channels: int = 16  # of the latents (c)
     patch: int = 1  # pixels along each side that are folded into channels before the encoder
     attention: bool = True  # single-head attention within a frame, in the middle
     shortcuts: bool = False  # parameter-free paths around each resampling stage, as in Wan 2.2 and DC-AE

@@ -59,11 +59,11 @@ class MeshConfig:
         ValueError: A size is 0 or below -1, or several sizes are -1.
     """
 
-    data: int = -1
-    fsdp: int = 1
-    ring: int = 1
-    ulysses: int = 1
-    tensor: int = 1
+    data: int = -1  # replicas; on several slices the slow network between them
+    fsdp: int = 1  # replicas that share the states: each device holds a part
+    ring: int = 1  # a row's tokens, by ring attention
+    ulysses: int = 1  # a row's tokens, exchanged for heads in attention
+    tensor: int = 1  # heads and mlp
 
     def __post_init__(self) -> None:
         sizes = dataclasses.asdict(self)

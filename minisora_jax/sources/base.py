@@ -63,9 +63,10 @@ class Media:
     @property
     def content(self) -> Path | bytes | np.ndarray:
         """The data; raises its VideoError if there is none."""
-        if isinstance(self.data, VideoError):
-            raise self.data
-        return self.data
+        data = self.data
+        if isinstance(data, VideoError):
+            raise data
+        return data
 
 
 class Source(Protocol):

@@ -43,6 +43,7 @@ class Parquets(Sharded):
         super().__init__(files, need_caption=need_caption, strict=strict)
 
     def index(self, file: File, report: SkipReport) -> list[Entry]:
+        """The entries of a file; see `Sharded.index`."""
         import pyarrow as pa
 
         entries, taken = [], set()
@@ -90,6 +91,7 @@ class Parquets(Sharded):
         return media, caption, "path" in _fields(schema.field(media).type)
 
     def read(self, file: File, entry: Entry) -> Media:
+        """The clip of an entry; see `Sharded.read`."""
         import pyarrow as pa
 
         name, caption, group, row = entry

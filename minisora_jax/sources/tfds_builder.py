@@ -16,6 +16,7 @@ import os
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -41,7 +42,7 @@ class VideoClips(tfds.core.GeneratorBasedBuilder):
     VERSION = tfds.core.Version("1.0.0")
     __module__ = "minisora_jax.sources.tfds_builder"  # the same name when this file runs as a program
 
-    def __init__(self, *, sources: dict[str, Source] | None = None, file_format: str = "array_record", **options):
+    def __init__(self, *, sources: dict[str, Source] | None = None, file_format: str = "array_record", **options: Any):
         self.sources, self.reports = sources or {}, {}
         super().__init__(file_format=file_format, **options)
 

@@ -27,6 +27,7 @@ class Tars(Sharded):
     kind = "tar"
 
     def index(self, file: File, report: SkipReport) -> list[Entry]:
+        """The entries of a file; see `Sharded.index`."""
         with file.open() as opened:
             places = members(opened, file, report)
 
@@ -41,6 +42,7 @@ class Tars(Sharded):
         return [(name, caption, *places[name]) for name, caption in names]
 
     def read(self, file: File, entry: Entry) -> Media:
+        """The clip of an entry; see `Sharded.read`."""
         name, caption, start, size = entry
         data = file.read(start, start + size)
         if len(data) != size:

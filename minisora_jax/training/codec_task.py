@@ -41,12 +41,12 @@ class CodecTask:
     vae: VAEConfig = VAEConfig()
     run: RunConfig = RunConfig()
     data: ClipsConfig = ClipsConfig()
-    crop_THW: tuple[int, int, int] = (9, 32, 32)
+    crop_THW: tuple[int, int, int] = (9, 32, 32)  # frames, height and width of a training crop
     enlarge: float = 1.0  # above 1: half of the crops come from clips enlarged by up to this factor
     batch: int = 8  # crops of a step, on all devices together
-    l2: float = 4.0
-    kl: float = 1e-4
-    export_dtype: str = "float32"
+    l2: float = 4.0  # weight of half the squared error, beside the absolute error
+    kl: float = 1e-4  # weight of the KL divergence to a standard normal, per latent
+    export_dtype: str = "float32"  # of the exported weights
     start: str = ""  # an exported codec to start from; "": random weights
     decoder_only: bool = False  # keep the encoder of `start`, so its latents stay valid
 

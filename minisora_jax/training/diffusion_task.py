@@ -58,7 +58,7 @@ class DiffusionTask:
     objective: ObjectiveConfig = ObjectiveConfig()
     conditioning: ConditioningConfig = ConditioningConfig()
     caption_dropout: float = 0.1  # share of clips that are trained with the empty caption, for guidance
-    export_dtype: str = "float32"
+    export_dtype: str = "float32"  # of the exported weights
 
     def __post_init__(self) -> None:
         if not 0 <= self.caption_dropout < 1:

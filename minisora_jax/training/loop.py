@@ -45,10 +45,10 @@ class RunConfig:
         ValueError: A number is too small.
     """
 
-    steps: int = 1000
-    seed: int = 0
-    log_every: int = 10
-    save_every: int = 500
+    steps: int = 1000  # optimiser steps of the whole run
+    seed: int = 0  # of weights, batches and noise
+    log_every: int = 10  # steps between lines of metrics
+    save_every: int = 500  # steps between checkpoints
     sample_every: int = 500  # steps between sample videos; 0: none
     keep: int = 2  # the number of checkpoints that are kept
     rollbacks: int = 0  # restarts from a checkpoint, without the bad batch, after a non-finite loss

@@ -32,8 +32,8 @@ class OptimConfig:
     final: float = 0.1  # learning rate of the last step as a share of the peak (cosine decay)
     weight_decay: float = 0.0  # on parameters of rank 2 and above only, so not on norms and biases
     clip: float = 1.0  # largest global norm of the gradient
-    b1: float = 0.9
-    b2: float = 0.99
+    b1: float = 0.9  # decay of the first moment; of the momentum in muon
+    b2: float = 0.99  # decay of the second moment
     ema: float = 0.999  # decay of the averaged weights, ramped up over the first steps
     accumulate: int = 1  # microbatches that are summed into one step
 
