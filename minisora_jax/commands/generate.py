@@ -29,6 +29,7 @@ HEIGHTxWIDTH in pixels. Each file has a record beside it and within it, from whi
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from minisora_jax.commands import options
 
@@ -121,7 +122,7 @@ def _jobs(args) -> list:
     prompts = _expanded(args.prompts, args.expand) if args.expand else args.prompts
     names = "negative frames seconds fps image last video strength mask extend transition loop".split()
     size = options.parse_size(args.size) if args.size else None
-    values = {name: getattr(args, name) for name in names} | {"size": size}
+    values: dict[str, Any] = {name: getattr(args, name) for name in names} | {"size": size}
     if args.extend:
         values["extend"], *seconds = args.extend
         values["seconds"] = _number("--extend", seconds) if seconds else args.seconds

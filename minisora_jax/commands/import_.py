@@ -76,8 +76,8 @@ def import_codec(name: str, path: str, out: str, dtype: str | None) -> tuple[str
     frames = jax.ShapeDtypeStruct((1, 1, side, side, 3), jnp.float32)
     abstract = jax.eval_shape(VAE(preset.config).init, jax.random.key(0), frames)
     params = read(Checkpoint(path).within(preset.within), preset.family, preset.config, abstract)
-    statistics = (np.asarray(s, np.float32) for s in (preset.latent_mean, preset.latent_std))
-    return "codec", Codec(preset.config, params, *statistics).export(out, {"imported": name}, dtype, "importing")
+    mean, std = (np.asarray(s, np.float32) for s in (preset.latent_mean, preset.latent_std))
+    return "codec", Codec(preset.config, params, mean, std).export(out, {"imported": name}, dtype, "importing")
 
 
 def import_transformer(name: str, path: str, out: str, dtype: str | None) -> tuple[str, str]:
@@ -99,6 +99,7 @@ def import_text_encoder(name: str, path: str, out: str, dtype: str | None) -> tu
     import jax
     import jax.numpy as jnp
 
+    from minisora_jax.models.clip import CLIPConfig
     from minisora_jax.models.encoder import TextEncoder
     from minisora_jax.weights import clip
     from minisora_jax.weights.checkpoint import Checkpoint
@@ -106,7 +107,7 @@ def import_text_encoder(name: str, path: str, out: str, dtype: str | None) -> tu
 
     preset = TEXT_ENCODERS[name]
     checkpoint, config = Checkpoint(path).within(preset.within), preset.config
-    if preset.family is clip:
+    if preset.family is clip and isinstance(config, CLIPConfig):
         config = clip.fit(config, checkpoint.names)
         if config != preset.config:
             logger.info("%s holds no text_projection: the pooled features stay unprojected", path)

@@ -106,7 +106,7 @@ def run(args, _):
 
     limits = {name: getattr(args, name) for name in (*LIMITS, "min_aesthetic", "aesthetic")}
     limits = {name: value for name, value in limits.items() if value is not None}
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     report = prepare(
         args.source,
         args.out,

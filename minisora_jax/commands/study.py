@@ -66,13 +66,13 @@ def run(args, config_flags):
         raise ValueError("--topology compiles packed rows only: leave out --batching")
     attention = args.attention or ("splash" if topology else "auto")
     cases = [
-        study.Case(token_count(context), clips, way, args.mixed, impl, remat, mesh)
+        study.Case(token_count(context), int(clips), way, args.mixed, impl, remat, mesh_of(mesh, chips))
         for mesh, impl, remat, way, clips, context in itertools.product(
-            [mesh_of(m, chips) for m in args.meshes.split() or [""]],
+            args.meshes.split() or [""],
             attention.split(","),
             args.remat.split(","),
             batching,
-            [int(n) for n in args.clips.split(",")],
+            args.clips.split(","),
             args.contexts.split(","),
         )
     ]

@@ -131,7 +131,7 @@ TIME_SCHEDULES: dict[str, Callable[[int, NoisePath], jax.Array | np.ndarray]] = 
     "even": lambda n, path: jnp.linspace(1.0, 0.0, n + 1),
     # Wan's schedule (UniPC over flow sigmas in diffusers): even, for a model whose lowest sigma is 1 / 1000
     "wan": lambda n, path: np.append(np.linspace(1.0, 1 / 1000, n + 1)[:-1], 0.0),
-    "karras": lambda n, path: np.append(path.time_of(karras_levels(n, *_ratio_range(path))[:-1]), 0.0),
+    "karras": lambda n, path: np.append(path.time_of(jnp.asarray(karras_levels(n, *_ratio_range(path))[:-1])), 0.0),
     # Whole timesteps of DDPM (Lin et al. 2023, arXiv:2305.08891, table 2), as in diffusers' DDPM and DDIM. Its
     # DPM-Solver and UniPC differ in the first two.
     "leading": lambda n, path: _ddpm_times(np.arange(n)[::-1] * (DDPM_STEPS // n)),
@@ -146,8 +146,8 @@ def latest_time(path: NoisePath, prediction: str) -> float:
     The second is for noise prediction on a path with alpha = 0 at time 1, where the prediction does not determine the
     data.
     """
-    if prediction == "noise" and path.alpha(1.0) < 1e-3:
-        return float(path.time_of(SIGMA_MAX))
+    if prediction == "noise" and path.alpha(jnp.float32(1.0)) < 1e-3:
+        return float(path.time_of(jnp.float32(SIGMA_MAX)))
     return 1.0
 
 

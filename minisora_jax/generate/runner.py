@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
@@ -102,10 +103,8 @@ def run_tasks(
         if isinstance(needs[0], Decode):
             return pipeline.decode([need.latents_thwc for need in needs], [need.loop for need in needs])
         by_task = lambda look: lambda: {numbers[k]: latents for k, latents in look().items()}
-        watch_tasks: Watch | None = None
-        if watch is not None:
-            watch_tasks = lambda share, look: watch(share, by_task(look))
-        return pipeline.sample(needs, watch=watch_tasks, **options)
+        on_step = watch and functools.partial(lambda watch, share, look: watch(share, by_task(look)), watch)
+        return pipeline.sample(needs, watch=on_step, **options)
 
     for i in range(len(tasks)):
         go_on(i, None)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -186,7 +187,9 @@ def _turned(batch: PackedBatch, circle_BS: jax.Array, share) -> PackedBatch:
     by_BS = jnp.round(share * circle_BS).astype(jnp.int32)
     turned_BS = 1 + (t_BS - 1 + by_BS) % jnp.maximum(circle_BS, 1)
     t_BS = jnp.where(circle_BS > 0, turned_BS, t_BS)
-    return batch.replace(position_BS3=jnp.concatenate([t_BS[..., None], batch.position_BS3[..., 1:]], axis=-1))
+    return dataclasses.replace(
+        batch, position_BS3=jnp.concatenate([t_BS[..., None], batch.position_BS3[..., 1:]], axis=-1)
+    )
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -229,7 +232,8 @@ def _denoiser(static, inputs) -> Denoiser:
 
     def predict(x_BSP, time_BS):
         seen = path.model_input(x_BSP, time_BS)
-        good_BSP, *guide_BSP = (drop_variance(c, DiT(c).apply(p, *seen, batch)) for c, p in zip(configs, params))
+        outputs: list[Any] = [DiT(c).apply(p, *seen, batch) for c, p in zip(configs, params)]
+        good_BSP, *guide_BSP = (drop_variance(c, y) for c, y in zip(configs, outputs))
         if guide_BSP:
             guide_BSP = guide_BSP[0]
         else:

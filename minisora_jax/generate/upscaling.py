@@ -25,11 +25,11 @@ IN_BETWEEN_STRENGTH = 0.3  # noise for frames between frames: enough to make one
 def upscaled(pipeline: NativePipeline, frames_THWC: np.ndarray, larger: Sequence[Request]) -> Task:
     """Returns the frames at the size of each request of `larger` in turn: frames are added first, then pixels."""
     for request in larger:
-        T, *size_HW = request.size_THW
+        T, H, W = request.size_THW
         if T > len(frames_THWC):
             frames_THWC = yield from _with_frames_between(pipeline, request, frames_THWC)
-        if frames_THWC.shape[1:3] != tuple(size_HW):
-            latents = yield from _encoded(pipeline, request, resized(frames_THWC, size_HW))
+        if frames_THWC.shape[1:3] != (H, W):
+            latents = yield from _encoded(pipeline, request, resized(frames_THWC, (H, W)))
             frames_THWC = yield Decode(latents, request.loop)
     return frames_THWC
 

@@ -252,7 +252,8 @@ def _encode(config: VAEConfig, units: int, params, frames_BTHWC, past):
     """((mean_Bthwc, std_Bthwc), new states) of the next chunk of frames, `units` latent rows high."""
 
     def encode(params, frames_BTHWC, past):
-        mean, logvar, past = VAE(config).apply(params, to_float(frames_BTHWC), past, method="encode")
+        encoded: Any = VAE(config).apply(params, to_float(frames_BTHWC), past, method="encode")
+        mean, logvar, past = encoded
         return (mean, jnp.exp(0.5 * logvar)), past
 
     return shard_height(encode, units, params, frames_BTHWC, past)

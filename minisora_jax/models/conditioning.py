@@ -94,7 +94,7 @@ class ClipCondition(nn.Module):
         D = cfg.width
         if cfg.caption == "label":
             return pooled_BGE
-        if cfg.micro_conditioning:
+        if cfg.micro_conditioning and pooled_BGE is not None:  # a refined caption, as the config requires
             micro_BG4 = jnp.concatenate([batch.size_BG3.astype(jnp.float32), batch.fps_BG[..., None]], axis=-1)
             micro_BGx = sinusoids(micro_BG4, 64, max_period=1000.0).reshape(*batch.fps_BG.shape, 4 * 64)
             pooled = Einsum("bge,ed->bgd", (cfg.text_width, D), name="pooled_text")(pooled_BGE)

@@ -252,7 +252,7 @@ def abstract_batch(
     """
     floats = lambda *shape: jax.ShapeDtypeStruct((rows, *shape), jnp.float32, sharding=sharding)
     ids = lambda *shape: jax.ShapeDtypeStruct((rows, *shape), jnp.int32, sharding=sharding)
-    return PackedBatch(
+    fields: dict[str, Any] = dict(
         tokens_BSP=floats(tokens, config.token_width),
         segment_BS=ids(tokens),
         position_BS3=ids(tokens, 3),
@@ -264,6 +264,7 @@ def abstract_batch(
         image_BIE=floats(image_tokens, config.image_features) if config.image_features else None,
         image_segment_BI=ids(image_tokens) if config.image_features else None,
     )
+    return PackedBatch(**fields)
 
 
 def abstract_params(config: DiTConfig) -> Any:

@@ -156,8 +156,7 @@ class Attention(nn.Module):
         k, v = norm("k_norm", project("k", context)), project("v", context)
         if angles_BSk is not None:
             q, k = rotate(q, angles_BSk), rotate(k, angles_BSk)
-        bounds = {"max_segment_len": max_segment_len, "slots": slots}
-        out = attend(q, k, v, segment_BS, context_segment, impl=self.impl, **bounds)
+        out = attend(q, k, v, segment_BS, context_segment, impl=self.impl, max_segment_len=max_segment_len, slots=slots)
         if image:
             k, v = norm("image_k_norm", project("image_k", image[0])), project("image_v", image[0])
             out = out + attend(q, k, v, segment_BS, image[1], impl=self.impl)

@@ -59,14 +59,14 @@ def attend(
     Raises:
         ValueError: The heads of a device do not divide over the ulysses axis, or `impl` is unknown.
     """
-    scale = q_BSNK.shape[-1] ** -0.5 if scale is None else scale
+    factor: float = q_BSNK.shape[-1] ** -0.5 if scale is None else scale
     if bias_NSM is not None:
-        return _dense(q_BSNK, k_BMNK, v_BMNK, q_segment_BS, kv_segment_BM, scale, bias_NSM)
+        return _dense(q_BSNK, k_BMNK, v_BMNK, q_segment_BS, kv_segment_BM, factor, bias_NSM)
     # The barrier makes the ids depend on the queries. Ids are the same in all layers: without the barrier JAX computes
     # the masks of all hops ahead of the layers and keeps gigabytes of them.
     ids = jax.lax.optimization_barrier((jax.lax.stop_gradient(q_BSNK), q_segment_BS, kv_segment_BM))[1:]
     arrays = (q_BSNK, k_BMNK, v_BMNK, *ids)
-    ring = Ring(choose(impl, q_BSNK, slots, max_segment_len), scale, max_segment_len=max_segment_len)
+    ring = Ring(choose(impl, q_BSNK, slots, max_segment_len), factor, max_segment_len=max_segment_len)
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.are_all_axes_manual:
         return ring_attention(*arrays, ring)
@@ -80,7 +80,7 @@ def attend(
             f"{heads} heads a device cannot be divided over mesh.ulysses={ulysses}: "
             f"mesh.ulysses x mesh.tensor must divide the model's {q_BSNK.shape[2]} heads; use mesh.ring for the rest"
         )
-    ring = Ring(ring.kernel, scale, size=ring_size, max_segment_len=max_segment_len)
+    ring = Ring(ring.kernel, factor, size=ring_size, max_segment_len=max_segment_len)
 
     def on_device(q, k, v, q_ids, kv_ids):
         if ulysses == 1:

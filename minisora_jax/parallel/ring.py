@@ -89,7 +89,7 @@ def ring_attention(
 
 
 def _forward(q, k, v, q_ids, kv_ids, ring: Ring):
-    visit = lambda block: ring.kernel.forward(q, *block[:2], q_ids, block[2], ring.scale)
+    visit = lambda block: ring.kernel.forward(q, block[0], block[1], q_ids, block[2], ring.scale)
     block = (k, v, kv_ids)
     o, lse = visit(block)
     trips = ring.hop_schedule(k.shape[1])
@@ -125,7 +125,7 @@ def _travel(state, block, direction, hops, join, ring):
 
 def _backward(ring: Ring, saved, d_o):
     q, k, v, q_ids, kv_ids, o, lse = saved
-    visit = lambda block: ring.kernel.backward(q, *block[:2], q_ids, block[2], o, lse, d_o, ring.scale)
+    visit = lambda block: ring.kernel.backward(q, block[0], block[1], q_ids, block[2], o, lse, d_o, ring.scale)
     block = (k, v, kv_ids)
     d_q, *d_kv = visit(block)
     trips = ring.hop_schedule(k.shape[1])

@@ -94,12 +94,12 @@ def lower(work: Workload, mesh: jax.sharding.Mesh) -> tuple[dict[str, Any], jax.
     state, tokens = abstract_state(work, mesh), work.row_tokens(mesh)
     text = work.segments * work.text_tokens
     batch = abstract_batch(work.task.dit, work.rows, tokens, text, IMAGE_TOKENS, slots=work.segments)
-    batch = batch.replace(max_segment_len=work.tokens)
+    batch = dataclasses.replace(batch, max_segment_len=work.tokens)
     lead = () if work.sample else (1,)  # a train step's batch has one microbatch
     on = lambda x, spec: jax.ShapeDtypeStruct((*lead, *x.shape), x.dtype, sharding=NamedSharding(mesh, spec))
     batch = jax.tree.map(on, batch, batch_specs(batch, accumulated=not work.sample))
     if work.sample:
-        time_BS = on(jax.ShapeDtypeStruct((work.rows, tokens), jnp.float32), TOKENS)
+        time_BS: Any = on(jax.ShapeDtypeStruct((work.rows, tokens), jnp.float32), TOKENS)
         index_BS = on(jax.ShapeDtypeStruct((work.rows, tokens), jnp.int32), TOKENS)
         inputs = ((state.params,), batch, index_BS, index_BS, 3.0, (0.0, 1.0))
         static = (work.task.dit,), work.task.objective, GuidanceConfig().static

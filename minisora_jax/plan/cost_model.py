@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+from collections.abc import Sequence
 
 from minisora_jax.parallel.kernels import KERNELS
 from minisora_jax.parallel.mesh import SHARDS, MeshConfig
@@ -37,7 +38,7 @@ def arithmetic(work: Workload) -> Arithmetic:
     """The FLOPs of a step. The backward pass has twice the useful FLOPs of the forward pass."""
     cfg, n, segments = work.task.dit, float(work.tokens), work.rows * work.segments
     # A workload has no frames, so "spatial" and "temporal" attention count as "joint", which is too much.
-    pairs = dict.fromkeys(("joint", "spatial", "temporal"), n * n)
+    pairs: dict[str, float] = {kind: n * n for kind in ("joint", "spatial", "temporal")}
     text = float(cfg.caption_tokens or work.text_tokens)
     forward = segments * forward_flops(cfg, n, text, pairs, n * text, text * text)
     attention = segments * 4.0 * cfg.depth * cfg.width * sum(pairs[kind] for kind in cfg.attention_pattern)
@@ -207,7 +208,7 @@ def meshes(chips: int, rows: int, heads: int, slices: int = 1) -> list[MeshConfi
     ]
 
 
-def largest(points: list[tuple[int, float]], memory: float) -> int:
+def largest(points: Sequence[tuple[float, float]], memory: float) -> int:
     """The tokens of a clip that fill `memory`, on the line through two compiled points (tokens, bytes)."""
     (few, less), (many, more) = sorted(points)
     return int(few + (memory - less) * (many - few) / (more - less))

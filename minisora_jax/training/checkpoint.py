@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import absl.logging
 import jax
@@ -77,7 +78,8 @@ class Checkpoints:
         target = with_shardings(abstract, mesh)
         step = self.latest() if step is None else step
         with self._checkpoint_errors("read", step):
-            return self._manager.restore(step, args=ocp.args.StandardRestore(target))
+            state: Any = self._manager.restore(step, args=ocp.args.StandardRestore(target))
+            return state
 
     def wait(self) -> None:
         """Wait until all saves are on disk.

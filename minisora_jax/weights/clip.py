@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
+from typing import Any
 
 from minisora_jax.models.clip import CLIPConfig
 from minisora_jax.weights.rules import Rule
@@ -73,7 +74,7 @@ def rules(cfg: CLIPConfig, name_map: str = "transformers") -> list[Rule]:
     """The rules of an encoder of any size, for a key of NAME_MAPS."""
     names, openclip = NAME_MAPS[name_map], name_map == "openclip"
     heads = (("n", cfg.heads),)
-    qkv = dict(sizes=(*heads, ("p", 3)), layers=cfg.depth, fuses=() if openclip else ("q", "k", "v"))
+    qkv: dict[str, Any] = dict(sizes=(*heads, ("p", 3)), layers=cfg.depth, fuses=() if openclip else ("q", "k", "v"))
     joined = lambda rest: f"(p n k){rest}" if openclip else f"p (n k){rest}"
 
     def layer(ours: str, kernel: str, pattern: str, sizes: tuple[tuple[str, int], ...] = ()) -> list[Rule]:

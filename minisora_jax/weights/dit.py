@@ -12,11 +12,13 @@ from minisora_jax.diffusion.time import TimeConfig
 from minisora_jax.models.dit import DiTConfig
 from minisora_jax.weights.rules import Rule
 
-_XL = dict(latent_channels=4, out_channels=8, width=1152, depth=28, heads=16, qk_norm="none", rope=False)
+_XL: dict[str, Any] = dict(
+    latent_channels=4, out_channels=8, width=1152, depth=28, heads=16, qk_norm="none", rope=False
+)
 _XL |= dict(positions="fixed", cross_norm=False, micro_conditioning=False)
-_CLASSES = _XL | dict(modulation="block", caption="label", classes=1001)
-_CAPTIONS = _XL | dict(modulation="single", caption="projected", text_features=4096)
-_WAN = dict(
+_CLASSES: dict[str, Any] = _XL | dict(modulation="block", caption="label", classes=1001)
+_CAPTIONS: dict[str, Any] = _XL | dict(modulation="single", caption="projected", text_features=4096)
+_WAN: dict[str, Any] = dict(
     modulation="single",
     qk_norm="all",
     positions="none",
@@ -25,7 +27,7 @@ _WAN = dict(
     text_features=4096,
 )
 _WAN |= dict(caption_tokens=512)
-_WAN_14B = _WAN | dict(width=5120, depth=40, heads=40, mlp_ratio=13_824 / 5120)
+_WAN_14B: dict[str, Any] = _WAN | dict(width=5120, depth=40, heads=40, mlp_ratio=13_824 / 5120)
 
 CONFIGS = {
     "dit-xl-2-256": DiTConfig(**_CLASSES),

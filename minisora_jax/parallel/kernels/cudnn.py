@@ -46,20 +46,44 @@ class Cudnn:
         small = B * self.slots * N * S <= MOST_STATISTICS
         return q_BSNK.dtype.itemsize == 2 and K % 8 == 0 and K <= 256 and self.slots > 0 and small
 
-    def forward(self, q_BSNK, k_BMNK, v_BMNK, q_segment_BS, kv_segment_BM, scale):
+    def forward(
+        self,
+        q_BSNK: jax.Array,
+        k_BMNK: jax.Array,
+        v_BMNK: jax.Array,
+        q_segment_BS: jax.Array,
+        kv_segment_BM: jax.Array,
+        scale: float,
+        /,
+    ) -> tuple[jax.Array, jax.Array]:
+        """As `Kernel.forward`."""
         sequences = sequences_of(q_segment_BS, kv_segment_BM, self.slots)
         o, statistics = _call("fwd", scale, q_BSNK, k_BMNK, v_BMNK, sequences)
         seen_BS = _of_tokens(sequences.exists_BG, q_segment_BS) & (q_segment_BS > 0)
         lse_BNS = jnp.where(seen_BS[:, None], to_rows(statistics, sequences, q_segment_BS), EMPTY)
         return jnp.where(seen_BS[..., None, None], o, 0), lse_BNS
 
-    def backward(self, q_BSNK, k_BMNK, v_BMNK, q_segment_BS, kv_segment_BM, o_BSNK, lse_BNS, d_o_BSNK, scale):
+    def backward(
+        self,
+        q_BSNK: jax.Array,
+        k_BMNK: jax.Array,
+        v_BMNK: jax.Array,
+        q_segment_BS: jax.Array,
+        kv_segment_BM: jax.Array,
+        o_BSNK: jax.Array,
+        lse_BNS: jax.Array,
+        d_o_BSNK: jax.Array,
+        scale: float,
+        /,
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """As `Kernel.backward`."""
         sequences = sequences_of(q_segment_BS, kv_segment_BM, self.slots)
         statistics = to_sequences(lse_BNS, sequences)
         gradients = _call("bwd", scale, q_BSNK, k_BMNK, v_BMNK, sequences, statistics, o_BSNK, d_o_BSNK)
         ids = (q_segment_BS, kv_segment_BM, kv_segment_BM)
         seen = (_of_tokens(sequences.exists_BG, x) & (x > 0) for x in ids)
-        return tuple(jnp.where(s[..., None, None], d, 0) for s, d in zip(seen, gradients))
+        d_q, d_k, d_v = (jnp.where(s[..., None, None], d, 0) for s, d in zip(seen, gradients))
+        return d_q, d_k, d_v
 
 
 def sequences_of(q_segment_BS: jax.Array, kv_segment_BM: jax.Array, slots: int) -> Sequences:
