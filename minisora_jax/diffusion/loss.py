@@ -36,8 +36,8 @@ def diffusion_loss(
         objective: Noise path, prediction and weight w(t).
 
     Returns:
-        {"loss": (values_BS, weights_BS)}. training/step.py averages by the weights: 1 for tokens to predict, 0 for padding
-        and for tokens that are given.
+        {"loss": (values_BS, weights_BS)}. training/step.py averages by the weights: 1 for tokens to predict, 0 for
+        padding and for tokens that are given.
     """
     path = objective.noise_path
     noise_key, time_key = jax.random.split(key)
