@@ -64,7 +64,7 @@ class Media:
     def content(self) -> Path | bytes | np.ndarray:
         """The data; raises its VideoError if there is none."""
         data = self.data
-        if isinstance(data, VideoError):
+        if isinstance(data, Exception):
             raise data
         return data
 

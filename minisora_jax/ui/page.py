@@ -179,8 +179,8 @@ def _require_uploaded(file: "gradio.File", incoming: Path) -> None:
     """Keep Gradio from fetching a file or URL that a request names and that was not uploaded."""
     fetch = file.async_move_resource_to_block_cache
 
-    async def checked(original_resource_path_or_url: Any) -> str | None:
-        path = original_resource_path_or_url
+    async def checked(url_or_file_path: str | Path | None) -> str | None:
+        path = url_or_file_path
         if path is not None and not Path(os.path.realpath(path)).is_relative_to(incoming):
             raise ValueError(f"{display_name(str(path))} was not uploaded here: choose it again")
         return await fetch(path)

@@ -30,6 +30,7 @@ def application(pipeline: VideoPipeline, out: Path, model: dict) -> tuple[FastAP
     import gradio as gr
     from fastapi import FastAPI, HTTPException
     from fastapi.responses import FileResponse
+    from gradio.themes import Default
 
     from minisora_jax.ui import page, show
 
@@ -45,7 +46,7 @@ def application(pipeline: VideoPipeline, out: Path, model: dict) -> tuple[FastAP
         return FileResponse(path, media_type=TYPES[path.suffix], headers={"X-Content-Type-Options": "nosniff"})
 
     plain = ["system-ui", "sans-serif"]  # no downloaded fonts
-    theme = gr.themes.Default(primary_hue="indigo", font=plain, font_mono=["ui-monospace", "monospace"])
+    theme = Default(primary_hue="indigo", font=plain, font_mono=["ui-monospace", "monospace"])
     theme = theme.set(block_title_background_fill="none", block_title_text_color="*body_text_color")
     theme = theme.set(block_title_padding="0", block_title_text_weight="600", block_title_text_size="*text_sm")
     blocks = page.build(queue, gallery, incoming).queue(default_concurrency_limit=4, max_size=256)
