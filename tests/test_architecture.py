@@ -2,6 +2,7 @@
 
 import ast
 import re
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -92,3 +93,44 @@ def test_no_room_is_above_a_tenth_and_no_file_above_350_lines():
         rooms[room(module)] += n
     largest, n = rooms.most_common(1)[0]
     assert n <= 0.1 * sum(rooms.values()), f"{largest}/ has {n} of {sum(rooms.values())} lines"
+
+
+def test_a_prompt_walks_straight_from_the_command_to_the_sampler(tmp_path):
+    """docs/prompt-walk.svg: the files through which a prompt is passed as an argument, up to the sampler's loop."""
+    prompt, walk, pipeline = "a red circle grows on a black background", [], "generate/native.py"
+
+    def carries(value) -> bool:
+        if isinstance(value, list | tuple):
+            return any(carries(item) for item in value[:4])
+        return value == prompt if isinstance(value, str) else getattr(value, "prompt", None) == prompt
+
+    def profile(frame, event, _):
+        code = frame.f_code
+        if event != "call" or not code.co_filename.startswith(str(PACKAGE)) or code.co_name.startswith("<"):
+            return
+        owner = frame.f_locals.get("self")
+        if isinstance(getattr(type(owner), code.co_name, None), property) or code.co_name.startswith("__"):
+            return  # reading an attribute is no visit
+        names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+        if any(carries(frame.f_locals.get(name)) for name in names):
+            file = str(Path(code.co_filename).relative_to(PACKAGE))
+            if walk[-1:] != [file]:
+                walk.append(file)
+            if file == "generate/sampling.py":
+                raise Arrived
+
+    class Arrived(Exception):
+        pass
+
+    from minisora_jax.cli import main
+
+    sys.setprofile(profile)
+    try:
+        with pytest.raises(Arrived):
+            main(["generate", prompt, "--steps", "1", "--frames", "5", "--out", str(tmp_path)])
+    finally:
+        sys.setprofile(None)
+    others = [file for file in walk if file not in ("cli.py", pipeline)]
+    assert len(others) == len(set(others)), walk  # no file is visited again after it was left
+    assert len({*others, pipeline, "commands/generate.py"}) <= 8, walk
+    assert walk[-1] == "generate/sampling.py"

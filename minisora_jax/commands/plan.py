@@ -1,4 +1,4 @@
-"""What a run needs on a pod: compiled for TPUs without one (`pip install libtpu`), reckoned for GPUs.
+"""What a run needs on a pod: compiled for TPUs without one (`pip install libtpu`), estimated for GPUs.
 
 examples:
   minisora plan --topology v5p:4x4x4 --preset wan2.1-t2v-14b --clip 60s@1080p --mesh ring=16,ulysses=4

@@ -38,8 +38,8 @@ SEAMLESS, TRIES = 2.0, 3  # a transition is made up to TRIES times, until its la
 
 def text_to_video(pipeline: NativePipeline, request: Request) -> Task:
     """Text to video, to an image, or to a loop. Sizes beyond training are upscaled from a trained size."""
-    pipeline.grid(request)
     native, *larger = _requests_up_to(pipeline, request)
+    pipeline.grid(request)
     frames = yield Decode((yield native), request.loop)
     yield Frames((yield from upscaled(pipeline, frames, larger)))
 
