@@ -30,7 +30,7 @@ def get_config(arg=None):
             dit=dict(remat="full"),
             # A row holds 81 frames of 480x832 (21 x 30 x 52 tokens), or several smaller clips.
             pack=dict(tokens=32_768, text_tokens=8192, slots=16, rows=arg["rows"]),
-            # Text to video, as published. Shares here teach it to animate and to extend clips.
+            # Text to video only, as published. Shares here teach it image_to_video, extend and the like.
             conditioning=dict(
                 first=0.0, last=0.0, ends=0.0, prefix=0.0, suffix=0.0, frames=0.0, box=0.0, outside=0.0, middle=0.0
             ),

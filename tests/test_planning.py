@@ -1,4 +1,4 @@
-"""`minisora plan`: what is read of a compiled schedule, what is reckoned, and the words it is asked in."""
+"""`minisora plan`: what it reads from a compiled schedule, its cost model, and its arguments."""
 
 import dataclasses
 import math

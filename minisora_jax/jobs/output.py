@@ -3,8 +3,8 @@
     minisora-out/a-red-circle-0.mp4         its own comment is the same record
     minisora-out/a-red-circle-0.mp4.json    the job, the sampling, what it was packed with, hashes of model and inputs
 
-Rounding depends on what goes through the model together, so a record names all jobs of its group, and `remake` makes
-the whole group again: bit for bit on the same kind of machine and versions.
+Rounding depends on what goes through the model together, so a record names all jobs of its batch, and `reproduce` makes
+the whole batch again: bit for bit on the same kind of machine and versions.
 """
 
 from __future__ import annotations
