@@ -1,11 +1,11 @@
-"""Benchmark one GPU in about nine minutes: correctness of the kernels, their speed, and train steps against the ceiling.
+"""Benchmark one GPU in about nine minutes: correct kernels, their speed, and train steps against the ceiling.
 
-    PYTHONPATH=. python bench/gpu.py --out DIR                               # on the GPU; needs jax, flax, optax, einops, tqdm
+    PYTHONPATH=. python bench/gpu.py --out DIR            # on the GPU; needs jax, flax, optax, einops, tqdm
     JAX_PLATFORMS=cpu PYTHONPATH=. python bench/gpu.py --out DIR --tiny      # the rehearsal on a CPU
 
-Each line of DIR/gpu.jsonl is one finding, written as soon as it is made. A finding that fails is reported with its error, and
-the script goes on. Sections run in the order of their worth and stop at --seconds. Torch's attention and matmul on the same
-card come last, in a process of their own. tokamax is measured where it is installed.
+Each line of DIR/gpu.jsonl is one finding, written as soon as it is made. A finding that fails is reported with its
+error, and the script goes on. Sections run in the order of their worth and stop at --seconds. Torch's attention and
+matmul on the same card come last, in a process of their own. tokamax is measured where it is installed.
 """
 
 import argparse
@@ -532,7 +532,7 @@ def torch_side(tiny, report):
     work = 3 * (2 * 64 * 256 * 28 * 12 * 1152**2 + 4 * 64 * 256 * 256 * 1152 * 28)
     report(
         section="torch",
-        case="28 plain encoder layers of DiT-XL/2's width, 64 x 256 tokens, torch.compile, bf16 weights (no adaLN, no caption)",
+        case="28 plain encoder layers of DiT-XL/2's width, 64 x 256 tokens, torch.compile, bf16 weights, no adaLN",
         step_ms=took * 1e3,
         useful_tflops=work / took / 1e12,
     )

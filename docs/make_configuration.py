@@ -1,6 +1,6 @@
 """Writes docs/configuration.md: every key of the configs, its type, default and meaning.
 
-    uv run python docs/make_configuration.py
+uv run python docs/make_configuration.py
 """
 
 from pathlib import Path

@@ -2,8 +2,8 @@
 
 A model that is asked for twice its size at once makes rubble. So new frames are sampled between frames, at most twice
 as many at a time, each from the blend of its two neighbours and some noise (SDEdit: arXiv:2108.01073), at the positions
-of training (position interpolation: arXiv:2306.15595). Then pixels are added by the codec alone: its decoder was trained
-on enlarged clips and draws them with sharp edges.
+of training (position interpolation: arXiv:2306.15595). Then pixels are added by the codec alone: its decoder was
+trained on enlarged clips and draws them with sharp edges.
 """
 
 from __future__ import annotations
