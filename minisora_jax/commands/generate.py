@@ -12,7 +12,7 @@ examples:
   minisora generate "..." --video cat.mp4 --extend forward 2       # seconds; or backward, or both
   minisora generate "..." --transition cat.mp4 dog.mp4             # a transition from one to the other
   minisora generate "..." --loop                                   # a seamless loop; with --video, of that video
-  minisora generate "a red circle grows on a black background [4s] a blue square on a black background" --seconds 9
+  minisora generate "a red circle grows on a navy background [4s] a red circle shrinks on a navy background" --seconds 9
   minisora generate --batch jobs.jsonl --out made                  # one a line: {"prompt": "...", "image": "cat.png"}
   minisora generate --reproduce made/00003-a-cat-0.mp4             # make it again, and compare bit for bit
   minisora generate "..." --negative "blurry" --guidance 5 --guidance-schedule cosine --sampler unipc --steps 12
