@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import io
 import json
 import tempfile
 from collections.abc import Sequence
@@ -92,8 +93,20 @@ def show(videos: np.ndarray | Sequence[np.ndarray], captions: str | Sequence[str
     return Videos(clips, texts, fps)
 
 
-def plot_metrics(workdir: str | Path, names: Sequence[str] = ("loss",)) -> Figure:
-    """A plot of a run's metrics over its steps.
+class Plot:
+    """A matplotlib `figure`, which a notebook displays as a picture without any setting of matplotlib."""
+
+    def __init__(self, figure: Figure):
+        self.figure = figure
+
+    def _repr_png_(self) -> bytes:
+        buffer = io.BytesIO()
+        self.figure.savefig(buffer, format="png", dpi=100)
+        return buffer.getvalue()
+
+
+def plot_metrics(workdir: str | Path, names: Sequence[str] = ("loss",)) -> Plot:
+    """A plot of a run's metrics over its steps; `.figure` is the matplotlib figure.
 
     Args:
         workdir: the work directory of `ms.train` or `ms.train_codec`.
@@ -108,7 +121,7 @@ def plot_metrics(workdir: str | Path, names: Sequence[str] = ("loss",)) -> Figur
         >>> import minisora_jax as ms
         >>> work = pathlib.Path(tempfile.mkdtemp())
         >>> _ = (work / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}')
-        >>> len(ms.plot_metrics(work).axes)
+        >>> len(ms.plot_metrics(work).figure.axes)
         1
     """
     from matplotlib.figure import Figure
@@ -122,4 +135,4 @@ def plot_metrics(workdir: str | Path, names: Sequence[str] = ("loss",)) -> Figur
         points = [(row["step"], row[name]) for row in rows if name in row]
         axes.plot(*zip(*points))
         axes.set(xlabel="step", ylabel=name)
-    return figure
+    return Plot(figure)
