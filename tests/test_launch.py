@@ -147,3 +147,12 @@ def test_a_command_runs_on_every_slice_and_fails_where_one_does(gcloud):
     assert gcloud(*run, NAME="two", SLICES="2", FAILS="two-1")[0].returncode == 1
     out, calls = gcloud("install", NAME="one")
     assert out.returncode == 0 and " scp " in calls[0] and "one:minisora.tar.gz" in calls[0] and " ssh one " in calls[1]
+
+
+def test_the_workflow_of_github_fits_its_schema_and_runs_the_same_script():
+    workflow = LAUNCH.parent / ".github/workflows/ci.yml"
+    check = tool("check-jsonschema")
+    done = subprocess.run([check, "--builtin-schema", "vendor.github-workflows", str(workflow)], capture_output=True)
+    assert done.returncode == 0, done.stdout.decode()
+    steps = yaml.safe_load(workflow.read_text())["jobs"]["ci"]["steps"]
+    assert steps[-1]["run"] == "bash .ci/run"
