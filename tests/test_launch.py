@@ -84,7 +84,7 @@ def test_jobsets_have_what_gke_needs_for_a_slice(path):
     data = int(re.search(r"mesh\.data=(\d+)", command + "mesh.data=1").group(1))
     assert (slices > 1) == (path.stem == "jobset_multislice") and data % slices == 0
     config = re.search(r"--config=([^:]+):", command).group(1)
-    assert (LAUNCH.parent / config).exists() and (LAUNCH.parent / "launch/env/tpu.sh").exists()
+    assert (LAUNCH.parent / "configs" / f"{config}.py").exists() and (LAUNCH.parent / "launch/env/tpu.sh").exists()
 
 
 def test_flags_are_put_before_those_of_the_user():
