@@ -64,6 +64,8 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
+    if name == "Generator":
+        raise AttributeError("minisora_jax.Generator is now minisora_jax.VideoPipeline")
     if name not in _HOMES:
         raise AttributeError(f"minisora_jax has no {name!r}; it has {', '.join(__all__)}")
     module = importlib.import_module(f"minisora_jax.{_HOMES[name]}")

@@ -15,7 +15,7 @@ VERBS = {
     "encode": "turn a data set into a latent cache with a trained codec",
     "train": "train the diffusion transformer on a latent cache",
     "generate": "make videos and images from prompts",
-    "ui": "a page in the browser for all that",
+    "ui": "a web page for generating",
     "import": "turn published weights into a model of this project",
     "export": "write a model in the published layout",
     "inspect": "look into a data set, a latent cache, a run, a model, or how clips are packed",
@@ -86,6 +86,9 @@ def _run(command, args: argparse.Namespace, config_flags: list[str]) -> int:
 
                 stack.enter_context(started())
             return command.run(args, config_flags) or 0
+    except BrokenPipeError:  # the reader of a pipe, such as `head`, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (ValueError, OSError, RuntimeError, ImportError) as error:
         # What a user can mend is said in a sentence; MINISORA_TRACEBACK=1 shows where it came from.
         if os.environ.get("MINISORA_TRACEBACK") and not hasattr(error, "exit_code"):

@@ -143,16 +143,24 @@ def read_config(flags: list[str], cls: type, example: str, settled: dict | None 
         raise ValueError(f"no --config=NAME given; for example --config={example}. Configs: {', '.join(names())}")
     config = ConfigDict(complete(load(files[-1]).to_dict(), cls, settled))
     values = absl_flags.FlagValues()
-    rest = ["minisora", *(f for f in flags if not f.startswith("--config="))]
+    rest = ["minisora", *(_with_current_key(f) for f in flags if not f.startswith("--config="))]
     try:
         config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=rest)
         extra = values(rest)[1:]
     except (absl_flags.Error, KeyError, AttributeError, TypeError) as error:
-        message = " ".join(str(error.args[0]).split())
-        raise ValueError(f"in {' '.join(rest[1:])}: {message}. --list-config prints every key") from error
+        message = " ".join(str(error.args[0]).split()).rstrip("?.")
+        if isinstance(error, KeyError | AttributeError) and " " not in message.strip("'\""):
+            message = f"there is no setting {message}"
+        raise ValueError(f"in {' '.join(rest[1:])}: {message}. `--list-config` prints every setting") from error
     if extra:
         raise ValueError(f"unrecognised arguments: {' '.join(extra)}")
     return values.config.to_dict()
+
+
+def _with_current_key(flag: str) -> str:
+    """--config.times.distribution=x of --config.times.law=x: names before 0.2 are taken for one release."""
+    key, equals, value = flag.partition("=")
+    return ".".join(RENAMED.get(part, part) for part in key.split(".")) + equals + value
 
 
 def _over(defaults: dict, entries: dict) -> dict:

@@ -47,4 +47,7 @@ def run(args, _):
         rows.append((frames, request.prompt))
     contact_sheet(out / "contact-sheet.png", rows)
     print(f"\n{out / 'contact-sheet.png'}: all clips at a glance ({time.perf_counter() - since:.0f} s in all)")
+    print(
+        "A model makes mistakes; NO marks what the checker did not find. In a checkout, commands start with `uv run`."
+    )
     print('next: minisora generate "a large red circle moves left slowly on a black background"; minisora --help')

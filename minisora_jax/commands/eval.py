@@ -1,4 +1,4 @@
-"""Measure a codec, a model, or everything that one can ask of a model; numbers, and the pictures to look at.
+"""Measure a codec, a model, or every task of a model: numbers, and pictures to look at.
 
 examples:
   minisora eval codec --data shapes:heldout:256
@@ -24,17 +24,26 @@ from minisora_jax.commands import options
 
 
 def add_arguments(parser):
-    parser.add_argument("what", choices=("codec", "model", "tasks", "frechet"))
+    parser.add_argument("what", type=_current, choices=("codec", "model", "tasks", "frechet"))
     parser.add_argument("--data", default=None, help="clips for `codec` and `frechet` (default shapes:heldout:256)")
     parser.add_argument("--against", default=None, help="clips for `frechet` in place of generated ones")
     parser.add_argument("--extractor", default=None, help="of `frechet`: random, i3d:FILE, inception:FILE, FILE.py:F")
     parser.add_argument("--lpips", default=None, metavar="FILE.py:F", help="of `codec`: F(frames, frames) -> distance")
-    parser.add_argument("--only", nargs="*", default=None, metavar="TASK", help="of `tasks`: which (default: all)")
+    parser.add_argument(
+        "--only", nargs="*", type=_current, default=None, metavar="TASK", help="of `tasks`: which (default: all)"
+    )
     parser.add_argument("--count", type=int, default=206, help="videos made, of each task (default 206)")
     parser.add_argument("--split", default="heldout", choices=("train", "heldout"), help="of the captions for `model`")
     options.add_model(parser)
     options.add_sampling(parser)
     parser.add_argument("--out", default="eval", help="directory for the numbers and pictures (default eval)")
+
+
+def _current(word: str) -> str:
+    """A name before 0.2, which is taken for one release, as it is now."""
+    renamed = {"verbs": "tasks", "animate": "image-to-video", "join": "interpolate", "restyle": "video-to-video"}
+    renamed |= {"connect": "transition", "connect-strangers": "transition-strangers"}
+    return renamed.get(word, word)
 
 
 def run(args, _):
@@ -77,8 +86,8 @@ def _tasks(args, out: Path) -> dict:
     if unknown := set(names) - set(TASKS):
         raise ValueError(f"--only {', '.join(sorted(unknown))}: the tasks are {', '.join(TASKS)}")
     pipeline, sampling = options.pipeline_of(args), options.sampling_options(args)
-    facts = {"model": pipeline.hash, "codec": pipeline.codec.hash, "videos of each": args.count, **machine()}
-    facts |= {k: str(v) for k, v in sampling.items()}
+    settings = {"model": pipeline.hash, "codec": pipeline.codec.hash, "videos of each": args.count, **machine()}
+    settings |= {k: str(v) for k, v in sampling.items()}
     results = {}
     for name in names:
         since = time.perf_counter()
@@ -87,8 +96,8 @@ def _tasks(args, out: Path) -> dict:
         short = {k: v for k, v in results[name][0].items() if not isinstance(v, dict)}
         print(f"{name}: {json.dumps(short)}", flush=True)
         # Written anew after each, so that what took an hour is not lost with the last one.
-        write_report(out / "report.html", "What one model does", facts, results)
-    return facts | {name: scores for name, (scores, _) in results.items()}
+        write_report(out / "report.html", "What one model does", settings, results)
+    return settings | {name: scores for name, (scores, _) in results.items()}
 
 
 def _frechet(args, out: Path) -> dict:

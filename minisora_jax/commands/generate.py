@@ -38,12 +38,14 @@ FORMATS = ("mp4", "webm", "gif", "frames")
 
 def add_arguments(parser):
     parser.add_argument("prompts", nargs="*", help="one video each; [4s] within one: what comes from then on")
-    parser.add_argument("--negative", default="", help="what the video shall not show: guidance goes away from it")
+    parser.add_argument("--negative", default="", help="a prompt for what the video shall not show")
     parser.add_argument("--size", default=None, help="HEIGHTxWIDTH in pixels, any (default: the input's, or 48x48)")
     parser.add_argument(
-        "--frames", type=int, default=None, help="1 + 4k frames; 1: an image; 4k of a loop (default 17)"
+        "--frames", type=int, default=None, help="1 + 4k frames, 1 for an image, 4k for a loop (default 17)"
     )
-    parser.add_argument("--seconds", type=float, default=None, help="how long, or how much longer; up to 60")
+    parser.add_argument(
+        "--seconds", type=float, default=None, help="length of the video, or of the new part; at most 60"
+    )
     parser.add_argument("--fps", type=float, default=None, help="frames per second (default: the input's, or 8)")
     parser.add_argument("--seed", type=int, default=0, help="of the first prompt; the next ones count up (default 0)")
     given = parser.add_argument_group("inputs")
@@ -54,7 +56,13 @@ def add_arguments(parser):
         "--strength", type=float, default=None, help="video to video: the share of noise to start from, 0 to 1"
     )
     given.add_argument("--mask", default=None, help="inpaint: a picture or a video, white where to make it anew")
-    given.add_argument("--extend", default=None, nargs="+", metavar="SIDE [SECONDS]", help="forward, backward or both")
+    given.add_argument(
+        "--extend",
+        default=None,
+        nargs="+",
+        metavar="SIDE [SECONDS]",
+        help="extend the video: forward, backward or both, by so many seconds (default 1)",
+    )
     given.add_argument("--transition", default=None, nargs="+", metavar="VIDEO", help="two videos, or one and --video")
     options.renamed(given, "--connect", "--transition", nargs="+")
     given.add_argument("--loop", action="store_true", help="the end meets the beginning")
@@ -65,7 +73,9 @@ def add_arguments(parser):
     files.add_argument(
         "--format", default="mp4", choices=FORMATS, help="of videos (default mp4; frames: a folder of png)"
     )
-    files.add_argument("--upscale", type=int, default=4, help="repeat pixels this many times in files (default 4)")
+    files.add_argument(
+        "--upscale", type=int, default=4, help="show small videos larger: repeat each pixel in files (default 4)"
+    )
     files.add_argument(
         "--batch", default=None, metavar="FILE", help="jobs as JSON lines; a batch that was stopped goes on"
     )
@@ -128,7 +138,7 @@ def _jobs(args) -> list:
         values["seconds"] = _number("--extend", seconds) if seconds else args.seconds
     if args.transition:
         *first, values["transition"] = args.transition
-        if len(first) > 1 or (first and args.video):
+        if len(first) > 1 or bool(first) == bool(args.video):
             raise ValueError(f"--transition {' '.join(args.transition)}: give the two videos, or one and --video")
         values["video"] = first[0] if first else args.video
     return [Job(prompt=prompt, seed=args.seed + i, **values) for i, prompt in enumerate(prompts)]

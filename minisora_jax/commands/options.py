@@ -80,7 +80,10 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--steps", type=int, default=20, help="sampler steps (default 20)")
     group.add_argument(
-        "--schedule", default="even", choices=TIME_SCHEDULES, help="the times of the steps (default even)"
+        "--schedule",
+        default="even",
+        choices=TIME_SCHEDULES,
+        help="how the sampler spaces its steps in time (default even)",
     )
     renamed(group, "--grid", "--schedule")
     group.add_argument(
@@ -104,7 +107,7 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
         "--guidance-schedule",
         default="constant",
         choices=GUIDANCE_SCHEDULES,
-        help="guidance over time at the same mean: linear and cosine start weak",
+        help="how the guidance scale changes over time: linear and cosine start weak; its mean is --guidance",
     )
 
 

@@ -26,7 +26,7 @@ def add_arguments(parser):
     parser.add_argument(
         "--init",
         default=None,
-        help="a model to start from, trained here or imported. Its shape and objective hold where the config is silent",
+        help="a model to start from, trained here or imported. The config overrides its shape and objective",
     )
 
 

@@ -251,8 +251,8 @@ class PackPlan:
                 rows = self._part(part)
                 if len(rows) < self.per_step:
                     raise ValueError(
-                        f"{len(self.tokens)} clips fill only {len(rows)} rows of {self.config.tokens} tokens, and a "
-                        f"step needs {self.per_step}: lower pack.rows or pack.tokens, or add clips"
+                        f"{len(self.tokens)} clips fill {len(rows)} of the {self.per_step} rows of a step, at "
+                        f"{self.config.tokens} tokens each: set --config.pack.rows={max(len(rows), 1)}, or add clips"
                     )
                 self._first_step.append(self._first_step[-1] + len(rows) // self.per_step)
             if self._step_cache and len(self._first_step) > planned:

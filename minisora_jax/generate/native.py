@@ -156,6 +156,8 @@ class NativePipeline:
             (5, 48, 48, 3)
         """
         for request in requests:
+            if not isinstance(request, Request):
+                raise TypeError(f"{request!r} is no Request; `VideoPipeline.generate` takes prompts, too")
             if self.known_size and any(n > most for n, most in zip(request.size_THW, self.known_size)):
                 asked, known = ("x".join(map(str, size)) for size in (request.size_THW, self.known_size))
                 raise ValueError(

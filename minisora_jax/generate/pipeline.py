@@ -19,6 +19,8 @@ from minisora_jax.generate.native import NativePipeline
 from minisora_jax.generate.request import Request
 from minisora_jax.generate.runner import Task, run_tasks
 
+SAMPLING_OPTIONS = ("steps", "guidance", "sampler", "tokens_at_once", "progress", "watch")
+
 
 class VideoPipeline(NativePipeline):
     """A trained model with its codec, which performs every task of `generate/tasks.py`.
@@ -105,14 +107,20 @@ class VideoPipeline(NativePipeline):
             Request(x, (frames, *size), seed + i, **common) if isinstance(x, str) else x for i, x in enumerate(items)
         ]
         started = [tasks.text_to_video(self, x) if isinstance(x, Request) else x for x in requests]
-        return run_tasks(self, started, **sampling)
+        return self._run(started, sampling)
 
-    def text_to_video(self, prompt: str, **options) -> np.ndarray:
-        """A video from words; with `frames=1` an image of shape (1, H, W, 3).
-
-        Args:
-            prompt: what the video shows; for a model of classes the number of a class.
-            **options: frames, size, seed, fps, negative and sampling, as in `generate`.
+    def text_to_video(
+        self,
+        prompt: str,
+        *,
+        frames: int = 17,
+        size: tuple[int, int] = (48, 48),
+        seed: int = 0,
+        fps: float = 8.0,
+        negative: str = "",
+        **sampling,
+    ) -> np.ndarray:
+        """A video from words; with `frames=1` an image of shape (1, H, W, 3). See `generate` for the arguments.
 
         Example:
             >>> import minisora_jax as ms
@@ -120,8 +128,8 @@ class VideoPipeline(NativePipeline):
             >>> ms.VideoPipeline.load().text_to_video(photo, frames=1, steps=2).shape
             (1, 48, 48, 3)
         """
-        [video] = self.generate(prompt, **options)
-        return video
+        request = Request(prompt, (frames, *size), seed, fps, negative)
+        return self._one(tasks.text_to_video(self, request), sampling)
 
     def image_to_video(
         self, prompt: str, image: np.ndarray, *, frames: int = 17, seed: int = 0, fps: float = 8.0, **sampling
@@ -198,9 +206,7 @@ class VideoPipeline(NativePipeline):
             prompt: what the whole video shows.
             video: uint8 (1 + 4k, H, W, 3).
             mask: bool (H, W) or (T, H, W), True where to make it anew.
-            seed: seed of the noise.
-            fps: frames per second.
-            **sampling: steps, guidance, sampler, progress.
+            seed, fps, **sampling: as in `generate`.
 
         Example:
             >>> import numpy as np
@@ -315,11 +321,10 @@ class VideoPipeline(NativePipeline):
         """A video of any length, made window by window.
 
         Args:
-            prompt: a prompt, or a storyboard such as "a red circle grows on a black background [4s] a red circle moves
-                up on a black background".
+            prompt: a prompt, or a storyboard "... [4s] ..." whose second prompt begins at 4 s.
             frames: number of frames.
             size: height and width in pixels.
-            first: the first frame, uint8 (H, W, 3), if it is given.
+            first: the first frame, uint8 (H, W, 3), or None.
             seed: seed of the noise.
             fps: frames per second, which the times of a storyboard refer to.
             **sampling: steps, guidance, sampler, progress.
@@ -335,5 +340,10 @@ class VideoPipeline(NativePipeline):
         return self._one(tasks.long_video(self, request, frames, prompts, first), sampling)
 
     def _one(self, task: Task, sampling: dict) -> np.ndarray:
-        [video] = run_tasks(self, [task], **sampling)
+        [video] = self._run([task], sampling)
         return video
+
+    def _run(self, started: Sequence[Task], sampling: dict) -> list[np.ndarray]:
+        if unknown := sorted(set(sampling) - set(SAMPLING_OPTIONS)):
+            raise TypeError(f"unknown option {unknown[0]!r}; sampling has {', '.join(SAMPLING_OPTIONS)}")
+        return run_tasks(self, started, **sampling)

@@ -82,6 +82,9 @@ def video_to_video(pipeline: NativePipeline, request: Request, video_THWC: np.nd
 def inpaint(pipeline: NativePipeline, request: Request, video_THWC: np.ndarray, mask: np.ndarray) -> Task:
     """What the mask (H, W) or (T, H, W) marks is made anew. All other pixels stay as they are."""
     _require_size(request, video_THWC, "the whole video")
+    T, H, W = video_THWC.shape[:3]
+    if mask.shape not in ((T, H, W), (1, H, W), (H, W)):
+        raise ValueError(f"the mask is {mask.shape}, the video {video_THWC.shape[:3]}: give (H, W) or (T, H, W)")
     mask_THW = np.broadcast_to(mask.astype(bool), video_THWC.shape[:3])
     if not mask_THW.any():
         raise ValueError("the mask marks nothing: white is what is made anew")

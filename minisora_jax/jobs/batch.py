@@ -148,8 +148,7 @@ def _done(out: Path, jobs: Sequence[Job]) -> set[int]:
         line = json_or_none(text)
         if not isinstance(line, dict) or line.get("number", -1) not in range(len(jobs)):
             continue  # a line half written, or of a longer batch
-        same = line.get("job") == json.loads(json.dumps(jobs[line["number"]].to_dict()))
-        if not same:
+        if _job_of(line) != jobs[line["number"]]:
             raise ValueError(
                 f"{manifest}: job {line['number']} was {line.get('job')} and is now {jobs[line['number']].to_dict()}: "
                 f"use another --out for other jobs"
@@ -157,6 +156,14 @@ def _done(out: Path, jobs: Sequence[Job]) -> set[int]:
         if "error" in line or (out / line["file"]).exists():
             done.add(line["number"])
     return done
+
+
+def _job_of(line: dict) -> Job | None:
+    """The job of a manifest line, also of one that an older version wrote; None if it is no job."""
+    try:
+        return Job.from_dict(line.get("job"))
+    except (ValueError, TypeError):
+        return None
 
 
 def reproduce(pipeline: VideoPipeline, record: dict, path: Path, **options) -> dict:

@@ -61,6 +61,8 @@ class Job:
         """The job in a line of a batch file. Raises ValueError, which names what it does not know."""
         if not isinstance(values, dict):
             raise ValueError(f'a job is an object, such as {{"prompt": "..."}}, and not {values!r}')
+        if twice := [f"{old} and {new}" for old, new in _RENAMED.items() if old in values and new in values]:
+            raise ValueError(f"a job has both {twice[0]}, which are the same field: give the second only")
         values = {_RENAMED.get(name, name): value for name, value in values.items()}
         names = [f.name for f in dataclasses.fields(cls)]
         if unknown := sorted(set(values) - set(names)):
@@ -90,7 +92,9 @@ class Job:
         for name, needs in (("last", "image"), ("strength", "video"), ("mask", "video"), ("extend", "video"),
                             ("transition", "video")):  # fmt: skip
             if getattr(self, name) is not None and not getattr(self, needs):
-                raise ValueError(f"{name}={getattr(self, name)!r} needs {needs}")
+                raise ValueError(
+                    f'{name}={getattr(self, name)!r} needs {needs}: give --{needs} (in a job "{needs}") too'
+                )
         if self.extend is not None and self.extend not in SIDES:
             raise ValueError(f"extend={self.extend!r} must be one of {', '.join(SIDES)}")
         if names:
