@@ -11,6 +11,7 @@ import ast
 import dataclasses
 import inspect
 import io
+import re
 import runpy
 import sys
 import textwrap
@@ -148,9 +149,10 @@ def read_config(flags: list[str], cls: type, example: str, settled: dict | None 
         config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=rest)
         extra = values(rest)[1:]
     except (absl_flags.Error, KeyError, AttributeError, TypeError) as error:
-        message = " ".join(str(error.args[0]).split()).rstrip("?.")
-        if isinstance(error, KeyError | AttributeError) and " " not in message.strip("'\""):
-            message = f"there is no setting {message}"
+        message = " ".join(str(error.args[0]).split())
+        if isinstance(error, KeyError | AttributeError) and (key := re.search(r"\w+", message)):
+            near = re.search(r'Did you mean "(\w+)"', message)
+            message = f"there is no setting {key[0]!r}" + (f"; did you mean {near[1]!r}?" if near else "")
         raise ValueError(f"in {' '.join(rest[1:])}: {message}. `--list-config` prints every setting") from error
     if extra:
         raise ValueError(f"unrecognised arguments: {' '.join(extra)}")

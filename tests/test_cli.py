@@ -90,3 +90,9 @@ def test_unknown_verbs_and_flags_are_refused(capsys):
         assert stop.value.code == 2
     error = capsys.readouterr().err
     assert "unknown verb 'fly'; the verbs are demo" in error and "--speed=3" in error
+
+
+def test_a_closed_pipe_is_no_error():
+    command = f"{sys.executable} -m minisora_jax.cli train --list-config | head -n 1"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert done.stdout.startswith("--config.dit.") and not done.stderr

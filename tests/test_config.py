@@ -115,3 +115,11 @@ def test_a_shipped_config_is_found_by_name_from_anywhere(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match="no config file nope; the shipped configs are dit_finetune, dit_tiny"):
         load("nope")
     assert set(names()) == {"dit_finetune", "dit_tiny", "vae_tiny"} and all(names().values())
+
+
+def test_old_keys_are_taken_for_one_release_and_unknown_ones_named():
+    flags = ["--config=dit_tiny:data=d", "--config.times.law=uniform", "--config.known.box=0"]
+    config = read_config(flags, DiffusionTask, "x")
+    assert config["times"]["distribution"] == "uniform" and config["conditioning"]["box"] == 0
+    with pytest.raises(ValueError, match=r"there is no setting 'speed'; did you mean 'seed'\?. `--list-config`"):
+        read_config(["--config=dit_tiny:data=d", "--config.run.speed=3"], DiffusionTask, "x")

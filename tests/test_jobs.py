@@ -235,3 +235,16 @@ def test_flags_are_jobs():
     ):
         with pytest.raises(ValueError, match=words):
             jobs(*argv)
+
+
+def test_a_batch_of_an_older_version_goes_on(pipeline, tmp_path):
+    """Its manifest names the field `connect`, which is `transition` now."""
+    from minisora_jax.jobs.batch import run_batch
+
+    job = {"prompt": RED, "video": "a.mp4", "connect": "b.mp4"}
+    line = {"number": 0, "job": job, "error": "FileNotFoundError: a.mp4 does not exist"}
+    (tmp_path / "manifest.jsonl").write_text(json.dumps(line) + "\n")
+    counts = run_batch(pipeline, [Job.from_dict(job)], tmp_path, ".mp4", 8, model={}, sampling={})
+    assert counts == {"made": 0, "failed": 0, "before": 1}
+    with pytest.raises(ValueError, match="both connect and transition"):
+        Job.from_dict(job | {"transition": "c.mp4"})

@@ -49,8 +49,8 @@ def train(
         >>> import tempfile
         >>> import minisora_jax as ms
         >>> work = tempfile.mkdtemp()
-        >>> latents = ms.encode("shapes:train:40", f"{work}/latents", progress=False)
-        >>> config = ms.configs.load("dit_tiny", data=latents, steps=2, rows=1, prompts=False)
+        >>> latents = ms.encode("shapes:train:80", f"{work}/latents", progress=False)
+        >>> config = ms.configs.load("dit_tiny", data=latents, steps=2, prompts=False)
         >>> config.dit.width, config.dit.depth, config.dit.heads = 64, 1, 1
         >>> export = ms.train(config, f"{work}/model")
         >>> ms.VideoPipeline.load(export).known_size[0]
@@ -89,7 +89,7 @@ def train_codec(config: str | Mapping[str, Any], workdir: str | Path) -> Codec:
         >>> import tempfile
         >>> import minisora_jax as ms
         >>> config = ms.configs.load("vae_tiny", data="shapes:train:40", held_out="shapes:heldout:4", steps=1)
-        >>> config.vae.base, config.batch, config.crop_THW, config.run.sample_every = 4, 1, (5, 32, 32), 0
+        >>> config.vae.base, config.crop_THW, config.run.sample_every = 4, (5, 32, 32), 0
         >>> ms.train_codec(config, tempfile.mkdtemp()).config.time_factor
         4
     """
