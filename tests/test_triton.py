@@ -30,7 +30,7 @@ def small_tiles(**sides):
         jax.clear_caches()
 
 
-@settings(max_examples=4)
+@settings(max_examples=2)
 @given(
     seed=st.integers(0, 10_000),
     tile=st.sampled_from([32, 64, 128]),

@@ -251,10 +251,11 @@ def test_a_job_is_watched_while_it_is_made(pipeline, ask, open_queue, monkeypatc
             shown.add((ticket.preview, show.ticket(ticket, 0)))
         time.sleep(0.02)
     assert ticket.state == "finished" and len({p for p, _ in shown}) >= 2
-    preview, panel = shown.pop()
+    preview, _ = shown.pop()
     image = Image.open(io.BytesIO(preview))
     assert image.format == "WEBP" and image.n_frames == 5 and image.size == (160, 160)
-    assert "steps/s" in panel and "s left" in panel
+    # The first look may come before there is a rate to show.
+    assert any("steps/s" in panel and "s left" in panel for _, panel in shown)
 
 
 # ---- What is kept

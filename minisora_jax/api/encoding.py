@@ -54,9 +54,9 @@ def encode(
     Example:
         >>> import tempfile
         >>> import minisora_jax as ms
-        >>> latents = ms.open_latents(ms.encode("shapes:train:4", tempfile.mkdtemp() + "/latents", progress=False))
+        >>> latents = ms.open_latents(ms.encode("shapes:train:1", tempfile.mkdtemp() + "/latents", progress=False))
         >>> len(latents), latents[0].mean_thwc.shape[-1]
-        (4, 16)
+        (1, 16)
     """
     if clips_per_part < 1:
         raise ValueError(f"clips_per_part={clips_per_part} must be at least 1")
