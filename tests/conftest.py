@@ -23,6 +23,7 @@ FIRST = ("test_main_job.py", "test_train.py", "test_processes.py", "test_step.py
 
 # Long cases of parametrised tests. A shorter case of the same test stays among the quick ones.
 SLOW_CASES = (
+    "test_source_kinds.py::test_every_kind_of_source_gives_the_same_prepared_bytes[parquet_of_datasets",
     "test_step.py::test_eight_devices_step_as_one",
     "test_checker.py::test_true_clips_pass[heldout]",
     "test_captions.py::test_byt5",

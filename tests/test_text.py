@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from needs import needs
@@ -10,6 +11,7 @@ from needs import needs
 from minisora_jax.models.text import BYTES_PER_TOKEN, TextRefiner, encode_bytes, shift_within
 
 
+@pytest.mark.slow
 def test_ids_are_those_of_the_byt5_tokenizer():
     ByT5Tokenizer = needs("transformers").ByT5Tokenizer
 
