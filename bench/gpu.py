@@ -139,22 +139,17 @@ def ways():
 
 def tokamax(name: str, q, k, v, segment_BS):
     """tokamax's kernels, told for each query where its segment's keys begin and end."""
+    import jax
     import jax.numpy as jnp
     from tokamax._src.ops.attention.base import Mask
     from tokamax.ops import gpu
 
     same_before = jnp.concatenate([jnp.zeros_like(segment_BS[:, :1], bool), segment_BS[:, 1:] == segment_BS[:, :-1]], 1)
     index = jnp.arange(segment_BS.shape[1], dtype=jnp.int32)
-    start = jnp.asarray(cumulative_max(jnp.where(same_before, 0, index)), jnp.int32)
+    start = jnp.asarray(jax.lax.cummax(jnp.where(same_before, 0, index), axis=1), jnp.int32)
     same_after = jnp.concatenate([same_before[:, 1:], jnp.zeros_like(same_before[:, :1])], 1)
-    end = -cumulative_max(jnp.where(same_after, -(2**30), -(index + 1))[:, ::-1])[:, ::-1]
+    end = -jax.lax.cummax(jnp.where(same_after, -(2**30), -(index + 1))[:, ::-1], axis=1)[:, ::-1]
     return getattr(gpu, name)()(q, k, v, mask=Mask(k_start=start[:, None], k_end=end[:, None].astype(jnp.int32)))
-
-
-def cumulative_max(x):
-    import jax
-
-    return jax.lax.cummax(x, axis=1)
 
 
 # ---- Right?

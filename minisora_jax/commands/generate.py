@@ -28,10 +28,13 @@ HEIGHTxWIDTH in pixels. Each file has a record beside it and within it, from whi
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
 from minisora_jax.commands import options
+
+log = logging.getLogger("minisora")
 
 FORMATS = ("mp4", "webm", "gif", "frames")
 
@@ -107,8 +110,8 @@ def run(args, _):
     jobs = read_jobs(Path(args.batch)) if args.batch else _jobs(args)
     pipeline = options.pipeline_of(args)
     for job in jobs:
-        if words := pipeline.unknown_words(job.prompt):
-            _warn_unknown(job.prompt, words)
+        if hint := pipeline.unknown_words_hint(job.prompt):
+            log.warning("%r: %s `minisora generate --captions` lists its words.", job.prompt, hint)
     out, suffix = Path(args.out), "" if args.format == "frames" else f".{args.format}"
     common = {"model": model_record(args, pipeline), "sampling": options.sampling_options(args)}
     common["upscale"] = args.upscale
@@ -189,21 +192,6 @@ def _expanded(prompts: list[str], spec: str) -> list[str]:
     for prompt, caption in zip(prompts, captions):
         print(f"{prompt} -> {caption}")
     return captions
-
-
-def _warn_unknown(prompt: str, words: list[str]) -> None:
-    import logging
-
-    from minisora_jax.toy.shapes import example_captions
-
-    log = logging.getLogger("minisora")
-    log.warning(
-        "%r: the bundled model does not know %s. It was trained on coloured shapes in motion, such as %r; "
-        "`minisora generate --captions` lists its words.",
-        prompt,
-        ", ".join(map(repr, words)),
-        example_captions()[0],
-    )
 
 
 def _list_captions() -> None:

@@ -22,7 +22,9 @@ from minisora_jax.models.captions import BYTES, Captions
 from minisora_jax.models.codec import Codec
 from minisora_jax.models.dit import DiTConfig, abstract_params
 from minisora_jax.parallel.mesh import cuts, params_on_mesh
+from minisora_jax.toy.shapes import example_captions
 
+MOST_UNKNOWN = 5  # unknown words that a hint names
 CODEC_BATCH = 16  # clips that go through the codec together
 
 # watch(share of the steps done, look); look() gives the latents as they seem at this step, by number of request.
@@ -134,6 +136,22 @@ class NativePipeline:
         text = re.sub(r"\[\s*[\d.]+\s*s\s*\]", " ", prompt.lower())
         words = re.findall(r"[^\W_]+(?:[-'][^\W_]+)*", text)
         return list(dict.fromkeys(word for word in words if word not in self.vocabulary))
+
+    def unknown_words_hint(self, prompt: str) -> str:
+        """A sentence about the words of a prompt that the bundled model does not know; "" for none.
+
+        Example:
+            >>> import minisora_jax as ms
+            >>> ms.VideoPipeline.load().unknown_words_hint("a red cat moves left")[:40]
+            'The bundled model does not know "cat". I'
+        """
+        words = self.unknown_words(prompt)
+        if not words:
+            return ""
+        rest = ", ..." if len(words) > MOST_UNKNOWN else ""
+        shown = ", ".join(f'"{word}"' for word in words[:MOST_UNKNOWN]) + rest
+        trained = f'It was trained on coloured shapes in motion, such as "{example_captions()[0]}".'
+        return f"The bundled model does not know {shown}. {trained}"
 
     def sample_at_native_size(self, requests: Sequence[Request], **options) -> list[np.ndarray]:
         """Sample requests in one pass of the model, without upscaling.

@@ -21,7 +21,6 @@ from minisora_jax.io.model_dir import model_hash
 from minisora_jax.io.video import STILL_FPS
 from minisora_jax.jobs.job import MOST_SECONDS, SIDES, Job
 from minisora_jax.jobs.starting import on_grid, start
-from minisora_jax.toy.shapes import example_captions
 from minisora_jax.ui.form_fields import FILES, FORMS, GROWN, MISSING
 from minisora_jax.ui.uploads import InvalidInput, Upload, display_name
 
@@ -29,7 +28,6 @@ MOST_SIDE = 2048  # pixels
 MOST_VOLUME = 2**26  # pixels of all frames of a result
 MOST_STEPS = 100
 MOST_CHARACTERS = 600  # of a prompt
-MOST_UNKNOWN = 5  # unknown words that a hint names
 SHOWN_SIDE = 256  # small results are enlarged by a whole factor to at most so many pixels a side
 
 
@@ -58,16 +56,6 @@ def without_paths(error: Exception, names: Iterable[tuple[str, str]]) -> str:
     for path, name in names:
         text = text.replace(path, name)
     return text
-
-
-def unknown_words_hint(pipeline: VideoPipeline, prompt: str) -> str:
-    """A sentence about the words of a prompt that the bundled model does not know; "" for none."""
-    words = pipeline.unknown_words(prompt)
-    if not words:
-        return ""
-    shown = ", ".join(f'"{word}"' for word in words[:MOST_UNKNOWN]) + (", ..." if len(words) > MOST_UNKNOWN else "")
-    trained = f'It was trained on coloured shapes in motion, such as "{example_captions()[0]}".'
-    return f"The bundled model does not know {shown}. {trained}"
 
 
 def job_spec(
@@ -103,7 +91,7 @@ def job_spec(
         raise InvalidInput(without_paths(error, names)) from error
     if sampling["sampler"].name == "dopri5" and job.loop and not job.video:
         raise InvalidInput("dopri5 has no fixed steps, which a loop needs: choose another sampler")
-    rounds, hint = _rounds(pipeline, job, fps), unknown_words_hint(pipeline, job.prompt)
+    rounds, hint = _rounds(pipeline, job, fps), pipeline.unknown_words_hint(job.prompt)
     return JobSpec(job, sampling, volume, upscaled(values["size"]), rounds, tuple(names), hint=hint)
 
 

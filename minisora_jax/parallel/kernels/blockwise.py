@@ -50,8 +50,13 @@ def _near(ids, other_ids) -> tuple[jax.Array, jax.Array]:
     Every tile in between counts as near, because a clip's tokens are contiguous in a row.
     """
     near = meet(jax.tree.map(lambda x: x[:, None], extent(ids)), extent(other_ids))  # extents are (tiles, B)
-    first, after = jnp.argmax(near, axis=1), near.shape[1] - jnp.argmax(near[:, ::-1], axis=1)
-    return first, jnp.where(jnp.any(near, axis=1), after, first)
+    return span(near)
+
+
+def span(near: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(first, last + 1) of the True entries along the last axis; equal if there is none."""
+    first, after = jnp.argmax(near, axis=-1), near.shape[-1] - jnp.argmax(near[..., ::-1], axis=-1)
+    return first, jnp.where(jnp.any(near, axis=-1), after, first)
 
 
 def _attend_tile(q_BNSK, q_ids, near, k_tiles, v_tiles, id_tiles, scale):

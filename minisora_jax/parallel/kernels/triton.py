@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from minisora_jax.parallel.kernels.blockwise import extent, meet
+from minisora_jax.parallel.kernels.blockwise import extent, meet, span
 from minisora_jax.parallel.kernels.reference import EMPTY
 
 SMALLEST = 16  # the smallest side of a matrix that tensor cores multiply
@@ -220,8 +220,8 @@ def _near(ids, other_ids):
     """
     extents, other_extents = (jax.tree.map(lambda x: x[..., None], extent(x)) for x in (ids, other_ids))
     near = meet(jax.tree.map(lambda x: x[:, :, None], extents), jax.tree.map(lambda x: x[:, None], other_extents))
-    first, after = jnp.argmax(near, axis=2), near.shape[2] - jnp.argmax(near[..., ::-1], axis=2)
-    return first.astype(jnp.int32), jnp.where(jnp.any(near, axis=2), after, first).astype(jnp.int32)
+    first, after = span(near)
+    return first.astype(jnp.int32), after.astype(jnp.int32)
 
 
 def _near_of(shape, side):
