@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from minisora_jax.data.latents import open_latents
     from minisora_jax.generate.pipeline import VideoPipeline
     from minisora_jax.generate.request import Request
-    from minisora_jax.io.video_writer import write_video
+    from minisora_jax.media.video_writer import write_video
     from minisora_jax.models.codec import Codec
     from minisora_jax.sources.clips import open_clips
 
@@ -59,7 +59,7 @@ _HOMES = {
     "show": "api.notebook",
     "train": "api.training",
     "train_codec": "api.training",
-    "write_video": "io.video_writer",
+    "write_video": "media.video_writer",
 }
 
 

@@ -170,7 +170,7 @@ def elastic(count: int, seed: int, steps: int, at: Path) -> None:
 
 
 def _write_clips(folder: Path, count: int) -> None:
-    from minisora_jax.io.video_writer import write_video
+    from minisora_jax.media.video_writer import write_video
     from minisora_jax.toy.shapes import Shapes
 
     folder.mkdir(parents=True, exist_ok=True)

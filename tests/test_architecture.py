@@ -14,6 +14,7 @@ TIERS = (
     {"types", "config", "bundled"},
     {"parallel"},
     {"io", "toy"},
+    {"media"},
     {"models", "sources"},
     {"data", "diffusion", "curation"},
     {"weights"},

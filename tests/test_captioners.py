@@ -21,7 +21,7 @@ from minisora_jax.curation.captioners import EXPAND, LONG, SHORT, CaptionRefused
 from minisora_jax.curation.endpoint import Endpoint
 from minisora_jax.curation.prepare import prepare
 from minisora_jax.io.retry import DataError
-from minisora_jax.io.video_writer import write_video
+from minisora_jax.media.video_writer import write_video
 from minisora_jax.sources.clips import Records, choose_caption, open_clips
 
 COLOURS = {"red": (200, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 200)}

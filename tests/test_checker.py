@@ -5,7 +5,7 @@ import collections
 import numpy as np
 import pytest
 
-from minisora_jax.io.resize import resized
+from minisora_jax.media.resize import resized
 from minisora_jax.toy.checker import check
 from minisora_jax.toy.shapes import COLOURS, MOTIONS, PHRASES, SHAPES, Shapes, parse_caption
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from minisora_jax.io.contact_sheet import contact_sheet
+from minisora_jax.media.contact_sheet import contact_sheet
 
 FRAMES = np.full((9, 16, 16, 3), 90, np.uint8)
 

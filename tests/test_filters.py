@@ -14,8 +14,8 @@ from minisora_jax.curation import filters, shots
 from minisora_jax.curation.duplicates import BITS, clip_hash, repeated
 from minisora_jax.curation.filters import CURATED, MEASURES, Filters, load_function, measure
 from minisora_jax.curation.stages import Curation, Drop, Sizes, clips_of
-from minisora_jax.io.video import read_clip_frames
-from minisora_jax.io.video_writer import write_video
+from minisora_jax.media.video import read_clip_frames
+from minisora_jax.media.video_writer import write_video
 from minisora_jax.sources.base import Media
 
 FPS = 12.0

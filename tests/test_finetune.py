@@ -18,8 +18,8 @@ from random_weights import draw  # noqa: E402
 from minisora_jax.cli import main  # noqa: E402
 from minisora_jax.data.latents import Latents, write_latents  # noqa: E402
 from minisora_jax.io.model_dir import load_model, load_params_onto  # noqa: E402
-from minisora_jax.io.video import read_clip_frames  # noqa: E402
-from minisora_jax.io.video_writer import write_video  # noqa: E402
+from minisora_jax.media.video import read_clip_frames  # noqa: E402
+from minisora_jax.media.video_writer import write_video  # noqa: E402
 from minisora_jax.models.dit import DiT, abstract_batch, abstract_params  # noqa: E402
 from minisora_jax.models.t5 import T5Config, T5Encoder  # noqa: E402
 from minisora_jax.models.text import encode_bytes  # noqa: E402

@@ -17,10 +17,10 @@ from minisora_jax.generate import Request, VideoPipeline, run_tasks
 from minisora_jax.generate.sampling import PackedRequests
 from minisora_jax.generate.tasks import inpaint, text_to_video
 from minisora_jax.io.model_dir import export_model, load_model
-from minisora_jax.io.video_writer import write_video
 from minisora_jax.jobs.batch import run_jobs
 from minisora_jax.jobs.job import Job
 from minisora_jax.jobs.starting import start
+from minisora_jax.media.video_writer import write_video
 from minisora_jax.parallel.mesh import MeshConfig, make_mesh
 
 RED = Request("a large red circle moves left slowly on a black background", (5, 32, 48), seed=1)

@@ -12,12 +12,12 @@ from minisora_jax.cli import main
 from minisora_jax.evaluation.frames import psnr
 from minisora_jax.generate import VideoPipeline
 from minisora_jax.generate.runner import run_tasks
-from minisora_jax.io.video import read_clip_frames, read_note
-from minisora_jax.io.video_writer import VideoWriter, write_video
 from minisora_jax.jobs.batch import run_batch, run_jobs
 from minisora_jax.jobs.job import Job
 from minisora_jax.jobs.output import read_record
 from minisora_jax.jobs.starting import start
+from minisora_jax.media.video import read_clip_frames, read_note
+from minisora_jax.media.video_writer import VideoWriter, write_video
 from minisora_jax.toy.shapes import Shapes
 
 FAST = ["--steps", "2", "--frames", "5", "--size", "32x32", "--upscale", "1"]

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from minisora_jax.cli import main
-from minisora_jax.io.video import read_clip_frames
-from minisora_jax.io.video_writer import write_video
+from minisora_jax.media.video import read_clip_frames
+from minisora_jax.media.video_writer import write_video
 from minisora_jax.toy.shapes import Shapes
 
 

@@ -19,7 +19,7 @@ from minisora_jax.curation.parts import is_held_out
 from minisora_jax.curation.prepare import prepare
 from minisora_jax.curation.workers import Died, Worker, run_here
 from minisora_jax.io.retry import DataError
-from minisora_jax.io.video_writer import write_video
+from minisora_jax.media.video_writer import write_video
 from minisora_jax.sources.clips import Records
 
 FPS = 8

@@ -17,7 +17,7 @@ from minisora_jax.curation.prepare import prepare
 from minisora_jax.data.latents import Latents, write_latents
 from minisora_jax.io.object_store import Mirror
 from minisora_jax.io.retry import DataError
-from minisora_jax.io.video_writer import write_video
+from minisora_jax.media.video_writer import write_video
 from minisora_jax.sources.clips import Records, open_clips
 from minisora_jax.sources.spec import open_source
 from minisora_jax.types import LatentClip

@@ -20,8 +20,8 @@ from PIL import Image
 
 from minisora_jax.curation.prepare import prepare
 from minisora_jax.io.filesystem import expand_braces, find
-from minisora_jax.io.video import VideoError
-from minisora_jax.io.video_writer import write_video
+from minisora_jax.media.video import VideoError
+from minisora_jax.media.video_writer import write_video
 from minisora_jax.sources.base import BadClip, Media, SkipReport, header
 from minisora_jax.sources.clips import Records
 from minisora_jax.sources.spec import open_source, split_options

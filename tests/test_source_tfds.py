@@ -19,8 +19,8 @@ tfds = needs("tensorflow_datasets")
 pytestmark = pytest.mark.slow
 
 from minisora_jax.curation.prepare import prepare  # noqa: E402
-from minisora_jax.io.video import VideoError, read_clip_frames  # noqa: E402
-from minisora_jax.io.video_writer import write_video  # noqa: E402
+from minisora_jax.media.video import VideoError, read_clip_frames  # noqa: E402
+from minisora_jax.media.video_writer import write_video  # noqa: E402
 from minisora_jax.sources.spec import open_source  # noqa: E402
 from minisora_jax.sources.tfds_builder import VideoClips, as_file, build  # noqa: E402
 

@@ -12,8 +12,8 @@ from PIL import Image
 from minisora_jax.curation.prepare import prepare
 from minisora_jax.curation.stages import Curation, Drop, Sizes, clip_length, clips_of, crop_to_cells
 from minisora_jax.io.retry import DataError
-from minisora_jax.io.video import read_clip_frames
-from minisora_jax.io.video_writer import write_video
+from minisora_jax.media.video import read_clip_frames
+from minisora_jax.media.video_writer import write_video
 from minisora_jax.sources.base import BadClip, Folder, Media
 from minisora_jax.sources.clips import Records
 from minisora_jax.sources.spec import open_source

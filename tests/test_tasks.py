@@ -11,7 +11,7 @@ from minisora_jax.generate import Given, Request, VideoPipeline, tasks
 from minisora_jax.generate.frame_ops import EASE, FAITHFUL, FEATHER, eased, evened, largest_step, steps
 from minisora_jax.generate.runner import Decode, Encode, Frames, run_tasks
 from minisora_jax.generate.windows import WINDOW_SEED
-from minisora_jax.io.resize import resized
+from minisora_jax.media.resize import resized
 from minisora_jax.toy.shapes import FPS, Shapes
 
 OPTIONS = dict(steps=2, progress=False)

@@ -30,7 +30,7 @@ from selenium.webdriver.support.ui import WebDriverWait  # noqa: E402
 
 from minisora_jax.bundled import CODEC, MODEL  # noqa: E402
 from minisora_jax.generate import VideoPipeline  # noqa: E402
-from minisora_jax.io.video import read_clip_frames  # noqa: E402
+from minisora_jax.media.video import read_clip_frames  # noqa: E402
 from minisora_jax.ui.server import application  # noqa: E402
 
 FLAGS = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"

@@ -14,8 +14,8 @@ from PIL import Image
 
 from minisora_jax.bundled import CODEC, MODEL
 from minisora_jax.generate import VideoPipeline
-from minisora_jax.io.video import read_clip_frames
-from minisora_jax.io.video_writer import write_video
+from minisora_jax.media.video import read_clip_frames
+from minisora_jax.media.video_writer import write_video
 from minisora_jax.ui import examples, forms, gallery, job_queue, show
 from minisora_jax.ui.form_fields import FILES, FORMS
 from minisora_jax.ui.forms import job_spec

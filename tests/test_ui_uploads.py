@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from minisora_jax.io.video_writer import write_video
+from minisora_jax.media.video_writer import write_video
 from minisora_jax.ui import show
 from minisora_jax.ui.uploads import MOST_BYTES, InvalidInput, validate_upload
 

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from minisora_jax.io import video, video_writer
-from minisora_jax.io.contact_sheet import contact_sheet
-from minisora_jax.io.video_writer import write_video
+from minisora_jax.media import video, video_writer
+from minisora_jax.media.contact_sheet import contact_sheet
+from minisora_jax.media.video_writer import write_video
 
 
 def moving_square(T=9, H=48, W=64):

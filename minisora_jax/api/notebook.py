@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from minisora_jax.io.video import read_clip_frames
-from minisora_jax.io.video_writer import write_video
+from minisora_jax.media.video import read_clip_frames
+from minisora_jax.media.video_writer import write_video
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -10,7 +10,7 @@ from minisora_jax.bundled import CODEC
 from minisora_jax.config import build, complete, load
 from minisora_jax.data.latents import open_latents
 from minisora_jax.generate import Request, VideoPipeline
-from minisora_jax.io.contact_sheet import contact_sheet
+from minisora_jax.media.contact_sheet import contact_sheet
 from minisora_jax.models.captions import captions_of
 from minisora_jax.models.codec import Codec
 from minisora_jax.sources.clips import hold_out, open_clips

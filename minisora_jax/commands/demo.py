@@ -26,8 +26,8 @@ def run(args, _):
     since = time.perf_counter()
     from minisora_jax.bundled import CODEC, MODEL
     from minisora_jax.generate import Request, VideoPipeline
-    from minisora_jax.io.contact_sheet import contact_sheet
-    from minisora_jax.io.video_writer import write_video
+    from minisora_jax.media.contact_sheet import contact_sheet
+    from minisora_jax.media.video_writer import write_video
     from minisora_jax.toy.checker import check
     from minisora_jax.toy.shapes import FPS, caption, sample_scene
 

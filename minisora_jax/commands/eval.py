@@ -58,7 +58,7 @@ def run(args, _):
 def _codec(args, out: Path) -> dict:
     from minisora_jax.bundled import CODEC
     from minisora_jax.evaluation.models import evaluate_codec
-    from minisora_jax.io.contact_sheet import contact_sheet
+    from minisora_jax.media.contact_sheet import contact_sheet
     from minisora_jax.models.codec import Codec
     from minisora_jax.sources.clips import open_clips
 
@@ -70,7 +70,7 @@ def _codec(args, out: Path) -> dict:
 
 def _model(args, out: Path) -> dict:
     from minisora_jax.evaluation.models import evaluate_model
-    from minisora_jax.io.contact_sheet import contact_sheet
+    from minisora_jax.media.contact_sheet import contact_sheet
 
     scores, rows = evaluate_model(options.pipeline_of(args), args.split, args.count, **options.sampling_options(args))
     contact_sheet(out / "model.png", rows[:32])

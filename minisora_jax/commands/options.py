@@ -197,8 +197,8 @@ def write_sheet(out: Path, paths: list[Path], prompts: list[str]) -> Path:
     """OUT/contact-sheet.png of at most 32 videos; of a long one its first 256 frames."""
     import numpy as np
 
-    from minisora_jax.io.contact_sheet import contact_sheet
-    from minisora_jax.io.video import read_clip_frames
+    from minisora_jax.media.contact_sheet import contact_sheet
+    from minisora_jax.media.video import read_clip_frames
 
     rows = []
     for path, prompt in list(zip(paths, prompts))[:32]:

@@ -21,7 +21,7 @@ import numpy as np
 from minisora_jax.curation import shots
 from minisora_jax.curation.duplicates import clip_hash
 from minisora_jax.curation.filters import Filters, measure
-from minisora_jax.io.video import STILL_FPS, VideoError, VideoInfo, is_image, open_frames
+from minisora_jax.media.video import STILL_FPS, VideoError, VideoInfo, is_image, open_frames
 from minisora_jax.sources.base import Media, header
 
 

@@ -19,8 +19,8 @@ from minisora_jax.data.epochs import curriculum
 from minisora_jax.data.latents import Latents, Mixture
 from minisora_jax.data.packing import PackPlan, StagedPlan
 from minisora_jax.data.rows import Segment, pack_segments, training_segment
-from minisora_jax.io.resize import resized
 from minisora_jax.io.retry import Damaged, DataError
+from minisora_jax.media.resize import resized
 from minisora_jax.parallel.mesh import host_rows
 from minisora_jax.types import ClipSequence, PackedBatch
 

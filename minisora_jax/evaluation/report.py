@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from minisora_jax.io.atomic import write_text
-from minisora_jax.io.contact_sheet import contact_sheet
+from minisora_jax.media.contact_sheet import contact_sheet
 
 SHOWN = 8  # rows of a contact sheet on the page
 

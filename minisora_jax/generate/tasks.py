@@ -30,7 +30,7 @@ from minisora_jax.generate.request import Given, Request
 from minisora_jax.generate.runner import Decode, Encode, Frames, Task
 from minisora_jax.generate.upscaling import regenerated, upscaled, upscaled_stream
 from minisora_jax.generate.windows import continued, frames_of, led_to, window_request, windowed, with_known
-from minisora_jax.io.resize import resized
+from minisora_jax.media.resize import resized
 
 SETTLE_STRENGTH = 0.6  # of the second pass of a transition, which knows what the second video looks like with a past
 SEAMLESS, TRIES = 2.0, 3  # a transition is made up to TRIES times, until its largest step is SEAMLESS median steps

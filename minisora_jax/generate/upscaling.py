@@ -17,7 +17,7 @@ from minisora_jax.generate.frame_ops import stretched
 from minisora_jax.generate.native import NativePipeline
 from minisora_jax.generate.request import Given, Request
 from minisora_jax.generate.runner import Decode, Encode, Task, altered
-from minisora_jax.io.resize import resized
+from minisora_jax.media.resize import resized
 
 IN_BETWEEN_STRENGTH = 0.3  # noise for frames between frames: enough to make one picture of two blended ones
 

@@ -16,7 +16,7 @@ from minisora_jax.generate.frame_ops import eased, first_frames, last_frames
 from minisora_jax.generate.native import NativePipeline
 from minisora_jax.generate.request import Given, Request
 from minisora_jax.generate.runner import Decode, Encode, Frames, Task
-from minisora_jax.io.resize import resized
+from minisora_jax.media.resize import resized
 
 WINDOW_SEED = 1_000_003  # the distance of the seeds of two windows
 

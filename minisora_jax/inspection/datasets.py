@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from minisora_jax.io.atomic import replacing
-from minisora_jax.io.contact_sheet import contact_sheet
 from minisora_jax.io.records import Shards
+from minisora_jax.media.contact_sheet import contact_sheet
 from minisora_jax.types import ClipSequence
 
 SHOWN = 12  # clips on a contact sheet

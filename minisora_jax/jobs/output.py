@@ -27,9 +27,9 @@ from minisora_jax.io.atomic import write_text
 from minisora_jax.io.filesystem import json_or_none
 from minisora_jax.io.model_dir import config_fields
 from minisora_jax.io.records import sha256
-from minisora_jax.io.video import VideoError, read_note
-from minisora_jax.io.video_writer import VideoWriter
 from minisora_jax.jobs.job import Job
+from minisora_jax.media.video import VideoError, read_note
+from minisora_jax.media.video_writer import VideoWriter
 
 
 @dataclasses.dataclass

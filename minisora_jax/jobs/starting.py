@@ -12,9 +12,9 @@ from minisora_jax.generate import tasks
 from minisora_jax.generate.pipeline import VideoPipeline
 from minisora_jax.generate.request import Request
 from minisora_jax.generate.runner import Task, altered
-from minisora_jax.io.resize import resized
-from minisora_jax.io.video import read_clip_frames
 from minisora_jax.jobs.job import Job
+from minisora_jax.media.resize import resized
+from minisora_jax.media.video import read_clip_frames
 
 log = logging.getLogger("minisora")
 

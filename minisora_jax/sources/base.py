@@ -31,7 +31,7 @@ import numpy as np
 
 from minisora_jax.io.atomic import write_text
 from minisora_jax.io.filesystem import json_or_none
-from minisora_jax.io.video import IMAGE_SUFFIXES, STILL_FPS, VIDEO_SUFFIXES, VideoError, VideoInfo, probe
+from minisora_jax.media.video import IMAGE_SUFFIXES, STILL_FPS, VIDEO_SUFFIXES, VideoError, VideoInfo, probe
 
 PREPROCESSING_VERSION = 1  # changes when the same file gives other pixels; caches store it
 TABLES = ("captions.jsonl", "captions.csv")  # caption tables at the top of a folder

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from minisora_jax.io.filesystem import File
-from minisora_jax.io.video import VideoError
+from minisora_jax.media.video import VideoError
 from minisora_jax.sources.base import CAPTION_KEYS, BadClip, Media, SkipReport, clean_caption
 from minisora_jax.sources.sharded import Entry, Sharded
 

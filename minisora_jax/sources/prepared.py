@@ -8,7 +8,7 @@ import numpy as np
 
 from minisora_jax.io.filesystem import is_url
 from minisora_jax.io.retry import DataError
-from minisora_jax.io.video import VideoError
+from minisora_jax.media.video import VideoError
 from minisora_jax.sources.base import Media, SkipReport, reopened
 from minisora_jax.sources.clips import Records
 

@@ -9,7 +9,7 @@ from typing import Any
 from urllib.parse import parse_qsl
 
 from minisora_jax.io.filesystem import File, filesystem, find, is_hidden, is_url, json_or_none, listing, read_url
-from minisora_jax.io.video import IMAGE_SUFFIXES, VIDEO_SUFFIXES
+from minisora_jax.media.video import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 from minisora_jax.sources.base import Folder, ProceduralShapes, Source
 
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")  # compressed ones get an error

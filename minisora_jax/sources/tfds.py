@@ -33,7 +33,7 @@ import numpy as np
 
 from minisora_jax.io.concat_index import ConcatIndex
 from minisora_jax.io.filesystem import File, find
-from minisora_jax.io.video import VideoError
+from minisora_jax.media.video import VideoError
 from minisora_jax.sources.base import BadClip, Media, SkipReport, clean_caption, reopened
 from minisora_jax.sources.tfds_features import builder_of, find_features, import_tfds, texts_of, undecoded, value_of
 

@@ -22,7 +22,7 @@ import av
 import numpy as np
 from PIL import Image
 
-from minisora_jax.io.video import STILL_FPS, VideoError
+from minisora_jax.media.video import STILL_FPS, VideoError
 from minisora_jax.sources.base import Media, SkipReport, Source, header
 from minisora_jax.sources.spec import open_source
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from minisora_jax.io.video import VideoError, read_clip_frames
+from minisora_jax.media.video import VideoError, read_clip_frames
 
 CAPTIONS = (  # names of features, the likeliest first
     *("language_instruction", "natural_language_instruction", "instruction"),

@@ -13,7 +13,7 @@ import tarfile
 from typing import BinaryIO
 
 from minisora_jax.io.filesystem import File, is_hidden
-from minisora_jax.io.video import VideoError
+from minisora_jax.media.video import VideoError
 from minisora_jax.sources.base import Media, SkipReport, scan_names
 from minisora_jax.sources.sharded import Entry, Sharded
 

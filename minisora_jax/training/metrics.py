@@ -18,7 +18,7 @@ from tensorboardX.proto import summary_pb2
 from tqdm import tqdm
 
 from minisora_jax.io.atomic import write_text
-from minisora_jax.io.video_writer import write_video
+from minisora_jax.media.video_writer import write_video
 from minisora_jax.parallel.processes import is_main
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from minisora_jax.io.video_writer import write_video
+from minisora_jax.media.video_writer import write_video
 from minisora_jax.toy.shapes import FPS, Object, Scene, render
 
 SETS = {  # the name of a set in forms.py -> {input of the form: file}

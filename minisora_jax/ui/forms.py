@@ -18,9 +18,9 @@ from minisora_jax.diffusion.guidance import GuidanceConfig
 from minisora_jax.diffusion.sampler import SAMPLER_NAMES, SamplerConfig
 from minisora_jax.generate.pipeline import VideoPipeline
 from minisora_jax.io.model_dir import model_hash
-from minisora_jax.io.video import STILL_FPS
 from minisora_jax.jobs.job import MOST_SECONDS, SIDES, Job
 from minisora_jax.jobs.starting import on_grid, start
+from minisora_jax.media.video import STILL_FPS
 from minisora_jax.ui.form_fields import FILES, FORMS, GROWN, MISSING
 from minisora_jax.ui.uploads import InvalidInput, Upload, display_name
 

@@ -22,9 +22,9 @@ from PIL import Image
 
 from minisora_jax.io.atomic import replacing
 from minisora_jax.io.filesystem import json_or_none
-from minisora_jax.io.video import open_frames, read_note
-from minisora_jax.io.video_writer import VideoWriter
 from minisora_jax.jobs.output import batch_of, beside
+from minisora_jax.media.video import open_frames, read_note
+from minisora_jax.media.video_writer import VideoWriter
 
 KEPT = 200  # results; older ones are deleted
 NAME = re.compile(r"\d{8}-\d{6}-[0-9a-f]{8}")

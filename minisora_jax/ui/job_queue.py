@@ -18,10 +18,10 @@ import numpy as np
 from PIL import Image
 
 from minisora_jax.generate.pipeline import VideoPipeline
-from minisora_jax.io.video import STILL_FPS
 from minisora_jax.jobs.batch import reproduce, run_jobs, suffix_of
 from minisora_jax.jobs.job import Job
 from minisora_jax.jobs.output import sampling_of
+from minisora_jax.media.video import STILL_FPS
 from minisora_jax.ui.forms import JobSpec, upscaled, without_paths
 from minisora_jax.ui.gallery import Gallery
 from minisora_jax.ui.uploads import InvalidInput, animated_webp

@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 from minisora_jax.io.records import sha256
-from minisora_jax.io.video import VideoError, open_frames, probe
+from minisora_jax.media.video import VideoError, open_frames, probe
 
 MOST_BYTES = 64 * 2**20
 MOST_PICTURE = 2**24  # pixels of one frame: 4096x4096
@@ -36,7 +36,7 @@ KINDS = {  # kind -> (allowed suffixes, the advice for another file)
     "video": (VIDEOS, "choose a video: MP4, MOV, WebM, MKV, AVI or GIF"),
     "mask": (PICTURES + VIDEOS, "choose a black and white picture or video"),
 }
-SIGNATURES = (  # (offset, bytes, the suffix for io/video.py or, without a dot, the name of a refused type)
+SIGNATURES = (  # (offset, bytes, the suffix for media/video.py or, without a dot, the name of a refused type)
     (0, b"\x89PNG", ".png"),
     (0, b"\xff\xd8\xff", ".jpg"),
     (8, b"WEBP", ".webp"),

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from minisora_jax.io.atomic import replacing
-from minisora_jax.io.fonts import FontStack
+from minisora_jax.media.fonts import FontStack
 
 
 def contact_sheet(
@@ -22,7 +22,7 @@ def contact_sheet(
 ) -> None:
     """Write a PNG with a row per clip: its label, and under it frames that are evenly spaced in time.
 
-    Labels may be in any script; see io/fonts.py.
+    Labels may be in any script; see media/fonts.py.
 
     Args:
         clips: (uint8 frames (T, H, W, 3), label) pairs, of any sizes.
