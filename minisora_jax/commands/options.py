@@ -89,6 +89,12 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--eta", type=float, default=None, help="share of noise renewed by ddim (default 0), ddpm, sde (1)"
     )
+    group.add_argument(
+        "--shift",
+        type=float,
+        default=None,
+        help="shift of the times towards noise, above 0 (default: the model's own: 5 for Wan, 1, none, for the others)",
+    )
     group.add_argument("--tolerance", type=float, default=1e-3, help="error of a step of dopri5 (default 1e-3)")
     group.add_argument("--guidance", type=float, default=3.0, help="guidance scale (default 3; 1 is none)")
     group.add_argument(
@@ -109,6 +115,13 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
         choices=GUIDANCE_SCHEDULES,
         help="how the guidance scale changes over time: linear and cosine start weak; its mean is --guidance",
     )
+    group.add_argument(
+        "--guidance-channels",
+        type=int,
+        default=None,
+        metavar="N",
+        help="guide the first N channels of the latents only; the authors of DiT and SiT guide 3 (default: all)",
+    )
 
 
 def sampling_options(args: argparse.Namespace) -> dict[str, Any]:
@@ -118,8 +131,10 @@ def sampling_options(args: argparse.Namespace) -> dict[str, Any]:
 
     interval = parse_interval(args.guidance_interval)
     return {
-        "sampler": SamplerConfig(args.sampler, args.steps, args.schedule, args.eta, args.tolerance),
-        "guidance": GuidanceConfig(args.guidance, interval, args.guidance_rescale, args.guidance_schedule),
+        "sampler": SamplerConfig(args.sampler, args.steps, args.schedule, args.eta, args.tolerance, args.shift),
+        "guidance": GuidanceConfig(
+            args.guidance, interval, args.guidance_rescale, args.guidance_schedule, args.guidance_channels
+        ),
     }
 
 

@@ -18,6 +18,8 @@ class Denoiser:
     model: Callable[[jax.Array, jax.Array], jax.Array]  # (x_BSP, time_BS) -> prediction_BSP
     path: NoisePath = PATHS["linear"]
     prediction: str = "velocity"
+    # The model where it learned the variance of DDPM's steps: (prediction_BSP, variance_BSP), the second from -1 to 1.
+    with_variance: Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]] | None = None
 
     def velocity(self, x_BSP: jax.Array, time_BS: jax.Array) -> jax.Array:
         """dx_t/dt (B, S, P). One model call."""

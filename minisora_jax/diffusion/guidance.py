@@ -50,6 +50,8 @@ class GuidanceConfig:
     # all) to 1 (Lin et al. 2023, arXiv:2305.08891, section 3.4).
     rescale: float = 0.0
     schedule: str = "constant"  # w over time, with the same mean
+    # Only this many of the latents' first channels are guided; None: all. The authors of DiT and SiT guide 3.
+    channels: int | None = None
 
     def __post_init__(self) -> None:
         if self.schedule not in SCHEDULES:
@@ -59,11 +61,13 @@ class GuidanceConfig:
             raise ValueError(f"guidance interval {low}-{high} must be two rising times from 0 (clean) to 1 (noise)")
         if not 0 <= self.rescale <= 1:
             raise ValueError(f"guidance rescale={self.rescale} must be in [0, 1]")
+        if self.channels is not None and self.channels < 1:
+            raise ValueError(f"guidance channels={self.channels} must be at least 1; scale=1 guides none")
 
     @property
-    def static(self) -> tuple[float, str]:
-        """The settings that a sampling step is compiled for: (rescale, schedule)."""
-        return self.rescale, self.schedule
+    def static(self) -> tuple[float, str, int | None]:
+        """The settings that a sampling step is compiled for: (rescale, schedule, channels)."""
+        return self.rescale, self.schedule, self.channels
 
 
 def twins(p_BSP: jax.Array, with_caption_BS: jax.Array, without_BS: jax.Array) -> tuple[jax.Array, jax.Array]:

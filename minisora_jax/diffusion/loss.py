@@ -44,7 +44,7 @@ def diffusion_loss(
     noise_BSP = draw(jax.random.normal, noise_key, batch.tokens_BSP)
     time_BS = training_times(times, batch, time_key, path)
     x_BSP = path.mix(batch.tokens_BSP, noise_BSP, time_BS[..., None])
-    y_BSP: Any = model.apply(params, *path.model_input(x_BSP, time_BS), batch)
+    y_BSP: Any = model.apply(params, *objective.model_input(x_BSP, time_BS), batch)
     p_BSP = drop_variance(model.config, y_BSP)
     target_BSP = target(path, objective.prediction, batch.tokens_BSP, noise_BSP, time_BS[..., None])
     error_BS = jnp.mean((p_BSP - target_BSP) ** 2, axis=-1) * weight(objective, time_BS)

@@ -40,6 +40,7 @@ class NoisePath:
     sigma: Callable[[jax.Array], jax.Array]
     time_of: Callable[[jax.Array], jax.Array]  # the time at which sigma / alpha has a given value
     explodes: bool = False  # whether the variance of x_t grows far beyond the data's
+    told_before: float = 0.0  # the model is told the time minus this, at least 0
 
     def slopes(self, time: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The derivatives (a', s') by time. s' of "vp" and "cosine" is infinite at 0, so times are at least 1e-6."""
@@ -60,7 +61,13 @@ class NoisePath:
         return self.alpha(time) * x + self.sigma(time) * noise
 
     def model_input(self, x_BSP: jax.Array, time_BS: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """The model's inputs for x_t and t. On an exploding path they are x_t at unit variance and t = s / (1 + s)."""
+        """The model's inputs for x_t and t.
+
+        On an exploding path they are x_t at unit variance and t = s / (1 + s). On "ddpm" the model is told timestep k,
+        that is t - 1/1000, as the authors of DiT, PixArt and Latte tell it; clean tokens have timestep 0 too.
+        """
+        if self.told_before:
+            return x_BSP, jnp.maximum(time_BS - self.told_before, 0.0)
         if not self.explodes:
             return x_BSP, time_BS
         sigma_BS = self.sigma(time_BS)
@@ -98,7 +105,7 @@ def _cosine_time(ratio):
     return (jnp.arccos(math.cos(_start) / jnp.sqrt(1.0 + jnp.square(ratio))) - _start) / _turn
 
 
-# ---- DDPM's table of 1000 steps. Timestep k of diffusers is t = (k + 1) / 1000. Between steps sigma / alpha is linear.
+# ---- DDPM's table of 1000 steps. Timestep k (0 to 999) is t = (k + 1) / 1000. Between steps sigma / alpha is linear.
 
 DDPM_STEPS = 1000
 
@@ -150,6 +157,7 @@ PATHS = {
         lambda t: jax.lax.rsqrt(1.0 + jnp.square(_ddpm_ratio(t))),
         lambda t: _ddpm_ratio(t) * jax.lax.rsqrt(1.0 + jnp.square(_ddpm_ratio(t))),
         _ddpm_time,
+        told_before=1 / DDPM_STEPS,
     ),
     # Nichol & Dhariwal 2021, arXiv:2102.09672, eq. 17
     "cosine": NoisePath(_cosine_alpha, _cosine_sigma, _cosine_time),

@@ -18,7 +18,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from minisora_jax.diffusion.noise_path import PATHS, PREDICTIONS, NoisePath, determinant
+from minisora_jax.diffusion.noise_path import DDPM_STEPS, PATHS, PREDICTIONS, NoisePath, determinant
 
 MAX_SNR = 5.0  # Hang et al.'s gamma
 
@@ -32,7 +32,7 @@ WEIGHTS: dict[str, Callable[[jax.Array, jax.Array, jax.Array], jax.Array]] = {
 
 @dataclasses.dataclass(frozen=True)
 class ObjectiveConfig:
-    """Keys of PATHS, PREDICTIONS and WEIGHTS. The default is flow matching.
+    """Keys of PATHS, PREDICTIONS and WEIGHTS, and how the model is told the time. The default is flow matching.
 
     Raises:
         ValueError: A key is unknown.
@@ -41,6 +41,7 @@ class ObjectiveConfig:
     path: str = "linear"  # from data to noise: "linear", "gvp", "vp", "ddpm", "cosine" or "ve"
     prediction: str = "velocity"  # or "noise", "clean", "v"
     weight: str = "natural"  # of the loss over noise levels: "natural", "min-snr" or "edm"
+    whole_timesteps: bool = False  # whether the model is told int(1000 t) in place of 1000 t, as Wan's authors do
 
     def __post_init__(self) -> None:
         for name, choices in (("path", PATHS), ("prediction", PREDICTIONS), ("weight", WEIGHTS)):
@@ -51,6 +52,13 @@ class ObjectiveConfig:
     def noise_path(self) -> NoisePath:
         """The path of that name."""
         return PATHS[self.path]
+
+    def model_input(self, x_BSP: jax.Array, time_BS: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The model's inputs for x_t and t: those of the path, with whole timesteps if the model wants such."""
+        x_BSP, time_BS = self.noise_path.model_input(x_BSP, time_BS)
+        if self.whole_timesteps:  # an error of t in float32, 3e-8, is no reason to round 42 down to 41
+            time_BS = jnp.floor(DDPM_STEPS * time_BS + 1e-4) / DDPM_STEPS
+        return x_BSP, time_BS
 
 
 def weight(objective: ObjectiveConfig, time: jax.Array) -> jax.Array:

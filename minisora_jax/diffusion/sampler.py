@@ -21,7 +21,7 @@ import jax.numpy as jnp
 
 from minisora_jax.diffusion.denoiser import Denoiser, where_moving
 from minisora_jax.diffusion.multistep import Past, begin, dpmpp_2m, unipc
-from minisora_jax.diffusion.noise_path import DDPM_STEPS
+from minisora_jax.diffusion.noise_path import DDPM_STEPS, solve
 from minisora_jax.diffusion.time import TIME_SCHEDULES
 
 Step = tuple[jax.Array, tuple[Past, ...]]  # (x_BSP, past)
@@ -103,6 +103,39 @@ def ddim(
     return where_moving(time_BS, next_BS, moved, x_BSP), past
 
 
+def ddpm(
+    denoiser: Denoiser,
+    x_BSP: jax.Array,
+    time_BS: jax.Array,
+    next_BS: jax.Array,
+    past: tuple[Past, ...] = (),
+    noise_BSP: jax.Array | None = None,
+    eta: jax.Array | float = 1.0,
+) -> Step:
+    """DDIM with eta = 1. A model that learned the variance of its steps renews as much noise as that says.
+
+    The learned variance lies between the posterior's (that of `ddim`) and the forward step's, v = -1 to 1, on the line
+    of logarithms (Nichol & Dhariwal 2021, arXiv:2102.09672, eq. 15):
+
+        log variance = (1 + v) / 2 log b + (1 - v) / 2 log b~,   b = 1 - (a / a')^2,   b~ = b s'^2 / s^2
+    """
+    if denoiser.with_variance is None or noise_BSP is None:
+        return ddim(denoiser, x_BSP, time_BS, next_BS, past, noise_BSP, eta)
+    p_BSP, v_BSP = denoiser.with_variance(x_BSP, time_BS)
+    clean_BSP, e_BSP = solve(denoiser.path, denoiser.prediction, p_BSP, x_BSP, time_BS[..., None])
+    ratio, next_ratio = (denoiser.path.ratio(t)[..., None] for t in (time_BS, next_BS))
+    b = (ratio**2 - next_ratio**2) / (1.0 + ratio**2)  # a and s by sigma / alpha: no difference of near numbers
+    falls = denoiser.sigma_alpha_decay(time_BS, next_BS) ** 2
+    smaller = b * falls * (1.0 + ratio**2) / (1.0 + next_ratio**2)
+    share = 0.5 * (1.0 + v_BSP)
+    log = lambda variance: jnp.log(jnp.maximum(variance, 1e-30))
+    spread = jnp.exp(0.5 * (share * log(b) + (1.0 - share) * log(smaller)))
+    kept = jnp.sqrt(1.0 - eta**2 * (1.0 - falls))
+    moved = denoiser.path.mix(clean_BSP, kept * e_BSP, next_BS[..., None])
+    moved = moved + jnp.where((next_BS > 0)[..., None], eta * spread * noise_BSP, 0.0)
+    return where_moving(time_BS, next_BS, moved, x_BSP), past
+
+
 def euler_maruyama(
     denoiser: Denoiser,
     x_BSP: jax.Array,
@@ -149,7 +182,7 @@ SAMPLERS = {
     "euler": Sampler(euler),
     "heun": Sampler(heun),
     "ddim": Sampler(ddim, eta=0.0),
-    "ddpm": Sampler(ddim, eta=1.0),
+    "ddpm": Sampler(ddpm, eta=1.0),
     "sde": Sampler(euler_maruyama, eta=1.0),
     "dpm++2m": Sampler(dpmpp_2m, memory=1),
     "unipc": Sampler(unipc, memory=2),
@@ -171,6 +204,7 @@ class SamplerConfig:
     time_schedule: str = "even"  # the times at which it steps, see diffusion/time.py
     eta: float | None = None  # share of the noise that a stochastic sampler renews; None: the sampler's default
     tolerance: float = 1e-3  # error of a step of "dopri5"
+    shift: float | None = None  # of the times towards noise, see `TimeConfig.sampling_shift`; None: the model's own
 
     def __post_init__(self) -> None:
         if self.name not in SAMPLER_NAMES:
@@ -183,6 +217,8 @@ class SamplerConfig:
             raise ValueError(
                 f"steps={self.steps} must be at most {DDPM_STEPS} with time_schedule={self.time_schedule!r}"
             )
+        if self.shift is not None and not 0 < self.shift < float("inf"):
+            raise ValueError(f"shift={self.shift} must be a number above 0 (1: no shift)")
         if self.tolerance <= 0:
             raise ValueError(f"tolerance={self.tolerance} must be above 0")
         if self.eta is not None:

@@ -2,6 +2,7 @@
 
     t = sigmoid(u),  u ~ N(mean, std)                "logit-normal" (Esser et al. 2024, arXiv:2403.03206, eq. 19)
     t ~ U(0, 1)                                      "uniform"
+    t = (k + 1) / 1000,  k ~ U{0, ..., 999}          "timesteps" (Ho et al. 2020, arXiv:2006.11239)
     sigma / alpha at t = exp(u),  u ~ N(mean, std)   "edm" (Karras et al. 2022, arXiv:2206.00364: -1.2, 1.2)
 
     t' = s t / (s t + 1 - t),   s = sqrt(n / n_base)   shift by token count (Esser et al., eq. 23): a clip of more
@@ -31,35 +32,43 @@ DISTRIBUTIONS: dict[str, Callable[[jax.Array, jax.Array, NoisePath], jax.Array]]
     "logit-normal": lambda u, z, path: jax.nn.sigmoid(u),
     "uniform": lambda u, z, path: jax.scipy.special.ndtr(z),
     "edm": lambda u, z, path: jnp.minimum(path.time_of(jnp.exp(u)), 1.0),
+    "timesteps": lambda u, z, path: jnp.maximum(jnp.ceil(DDPM_STEPS * jax.scipy.special.ndtr(z)), 1.0) / DDPM_STEPS,
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class TimeConfig:
-    """The distribution of training times.
+    """The distribution of training times, and the shift of the times to sample at.
 
     Raises:
-        ValueError: The distribution is unknown, or `std` is negative.
+        ValueError: The distribution is unknown, or a number is out of range.
     """
 
     mean: float = 0.0  # of logit(t), or of log(sigma / alpha) with "edm"; higher values train more on noisy times
     std: float = 1.0  # of the logit of the time; of log sigma in "edm"
     base_tokens: int = 256  # n_base: clips of this many tokens are not shifted; 0: no shift
     per_frame: float = 0.1  # share of clips with a time for each frame (Diffusion Forcing: arXiv:2407.01392)
-    distribution: str = "logit-normal"  # a key of DISTRIBUTIONS; "uniform" ignores mean and std
+    distribution: str = "logit-normal"  # a key of DISTRIBUTIONS; "uniform" and "timesteps" ignore mean and std
+    sampling_shift: float = 1.0  # the shift s of sampling only, beside that by token count; 1: none (Wan: 5)
 
     def __post_init__(self) -> None:
         if self.distribution not in DISTRIBUTIONS:
             raise ValueError(f"times.distribution={self.distribution!r} must be one of {', '.join(DISTRIBUTIONS)}")
         if self.std < 0:
             raise ValueError(f"times.std={self.std} must not be negative")
+        if not 0 < self.sampling_shift < float("inf"):
+            raise ValueError(f"the sampling shift {self.sampling_shift} must be a number above 0 (1: no shift)")
 
 
 def shift(time: jax.Array, tokens: jax.Array, base_tokens: int) -> jax.Array:
     """Time shifted for a clip of `tokens` tokens. 0 and 1 stay as they are, and `base_tokens` = 0 shifts nothing."""
     if not base_tokens:
         return time
-    s = jnp.sqrt(jnp.maximum(tokens, 1) / base_tokens)
+    return shift_by(jnp.sqrt(jnp.maximum(tokens, 1) / base_tokens), time)
+
+
+def shift_by(s: jax.Array | float, time: jax.Array) -> jax.Array:
+    """s t / (s t + 1 - t): more noise for s above 1."""
     return s * time / (s * time + (1.0 - time))
 
 
@@ -109,6 +118,13 @@ def token_times(config: TimeConfig, time: jax.Array, batch: PackedBatch) -> jax.
 # ---- Sampling
 
 
+def sampling_token_times(config: TimeConfig, time: jax.Array, batch: PackedBatch) -> jax.Array:
+    """`token_times` with the shift of sampling."""
+    if config.sampling_shift != 1:
+        time = shift_by(config.sampling_shift, time)
+    return token_times(config, time, batch)
+
+
 def karras_levels(steps: int, largest: float, smallest: float, rho: float = 7.0) -> np.ndarray:
     """sigma / alpha of each step, with 0 at the end, (steps + 1,): EDM's schedule (Karras et al. 2022, eq. 5)."""
     ramp = np.linspace(largest ** (1 / rho), smallest ** (1 / rho), steps)
@@ -129,8 +145,8 @@ def _ddpm_times(timesteps: np.ndarray) -> np.ndarray:
 # (steps, path) -> times from the noisiest to 0, (steps + 1,), before the shift
 TIME_SCHEDULES: dict[str, Callable[[int, NoisePath], jax.Array | np.ndarray]] = {
     "even": lambda n, path: jnp.linspace(1.0, 0.0, n + 1),
-    # Wan's schedule (UniPC over flow sigmas in diffusers): even, for a model whose lowest sigma is 1 / 1000
-    "wan": lambda n, path: np.append(np.linspace(1.0, 1 / 1000, n + 1)[:-1], 0.0),
+    # That of Wan's authors: even from the highest sigma of their table, 0.999 in float32, to 0
+    "wan": lambda n, path: np.linspace(np.float64(np.float32(0.999)), 0.0, n + 1),
     "karras": lambda n, path: np.append(path.time_of(jnp.asarray(karras_levels(n, *_ratio_range(path))[:-1])), 0.0),
     # Whole timesteps of DDPM (Lin et al. 2023, arXiv:2305.08891, table 2), as in diffusers' DDPM and DDIM. Its
     # DPM-Solver and UniPC differ in the first two.
@@ -160,12 +176,12 @@ def sampling_times(
     latest: float = 1.0,
     start_BS: jax.Array | float = 1.0,
 ) -> jax.Array:
-    """The falling times of each token, (steps + 1, B, S), shifted as in training.
+    """The falling times of each token, (steps + 1, B, S), shifted as in training and by `config.sampling_shift`.
 
     The last time is 0. Tokens that are given have time 0 at all steps.
 
     Args:
-        config: The shift.
+        config: The shifts.
         steps: Number of steps.
         batch: Packed clips.
         path: Noise path.
@@ -179,4 +195,4 @@ def sampling_times(
     if time_schedule not in TIME_SCHEDULES:
         raise ValueError(f"time_schedule={time_schedule!r} must be one of {', '.join(TIME_SCHEDULES)}")
     times = jnp.asarray(TIME_SCHEDULES[time_schedule](steps, path), jnp.float32)[:, None, None] * start_BS
-    return jnp.minimum(token_times(config, times, batch), latest)
+    return jnp.minimum(sampling_token_times(config, times, batch), latest)

@@ -24,10 +24,10 @@ from minisora_jax.diffusion.denoiser import Denoiser
 from minisora_jax.diffusion.guidance import GuidanceConfig, guide, rescale, twins
 from minisora_jax.diffusion.noise_path import NoisePath
 from minisora_jax.diffusion.sampler import SAMPLERS, SamplerConfig
-from minisora_jax.diffusion.time import TimeConfig, latest_time, sampling_times, token_times
+from minisora_jax.diffusion.time import TimeConfig, latest_time, sampling_times, sampling_token_times
 from minisora_jax.generate.request import Request
-from minisora_jax.models.dit import DiT, DiTConfig, drop_variance
-from minisora_jax.parallel.mesh import TOKENS, put_batch
+from minisora_jax.models.dit import DiT, DiTConfig, split_variance
+from minisora_jax.parallel.mesh import TOKENS, put_batch, take_in_row
 from minisora_jax.types import PackedBatch
 
 CUTS = 2  # cuts of a circle at each step; their results are averaged
@@ -130,7 +130,16 @@ def sample(
     sampler: SamplerConfig,
     on_step,
 ) -> dict[int, np.ndarray]:
-    """latents_thwc by number of request. After each step, on_step(k, look); look() estimates the clean latents."""
+    """latents_thwc by number of request. After each step, on_step(k, look); look() estimates the clean latents.
+
+    Raises:
+        ValueError: guidance has more channels than the latents, or "dopri5" is to make a loop.
+    """
+    channels = packed.config.latent_channels
+    if (guidance.channels or 1) > channels:
+        raise ValueError(f"guidance of {guidance.channels} channels: the latents have {channels}")
+    if sampler.shift is not None:
+        times = dataclasses.replace(times, sampling_shift=sampler.shift)
     path, latest = objective.noise_path, latest_time(objective.noise_path, objective.prediction)
     batch = put_batch(packed.batch(captions))
     tokens = lambda values: put_batch(values, TOKENS)
@@ -147,14 +156,16 @@ def sample(
     if sampler.name == "dopri5":
         if any(circle):
             raise ValueError("a loop is cut elsewhere at each step, and dopri5 has no fixed steps: use --sampler heun")
-        first = jnp.minimum(token_times(times, start_BS, batch), latest)
+        first = jnp.minimum(sampling_token_times(times, start_BS, batch), latest)
         x = _begin(path, batch, tokens(packed.noise(0)), first, start_BS)
         x = _integrate(static, times, latest, sampler.tolerance, x, start_BS, inputs(batch)).block_until_ready()
         on_step(1, lambda: packed.latents(np.asarray(x)))
         return packed.latents(np.asarray(x))
 
     times_BS = sampling_times(times, sampler.steps, batch, path, sampler.time_schedule, latest, start_BS)
-    x = _begin(path, batch, tokens(packed.noise(0)), times_BS[0], start_BS)
+    # Wan's authors begin at time 0.9998 with the noise itself.
+    pure = jnp.full_like(times_BS[0], latest) if sampler.time_schedule == "wan" else times_BS[0]
+    x = _begin(path, batch, tokens(packed.noise(0)), times_BS[0], start_BS, pure)
     past = SAMPLERS[sampler.name].begin(x, times_BS[0])
     for k in range(sampler.steps):
         fresh = tokens(packed.noise(k + 1)) if sampler.noise else None
@@ -173,11 +184,15 @@ def sample(
     return packed.latents(np.asarray(x))
 
 
-def _begin(path: NoisePath, batch: PackedBatch, noise_BSP, time_BS, start_BS) -> jax.Array:
-    """Noise at the spread of noisy data; latents that are known or have strength below 1, with noise of their time."""
+def _begin(path: NoisePath, batch: PackedBatch, noise_BSP, time_BS, start_BS, pure_BS=None) -> jax.Array:
+    """Noise at the spread of noisy data; latents that are known or have strength below 1, with noise of their time.
+
+    pure_BS: the time whose spread noise alone has; None: time_BS.
+    """
+    pure_BS = time_BS if pure_BS is None else pure_BS
     given_BS1 = (batch.cond_mask_BS | (start_BS < 1))[..., None]
     mixed_BSP = path.mix(batch.tokens_BSP, noise_BSP, time_BS[..., None])
-    return jnp.where(given_BS1, mixed_BSP, noise_BSP * path.spread(time_BS)[..., None])
+    return jnp.where(given_BS1, mixed_BSP, noise_BSP * path.spread(pure_BS)[..., None])
 
 
 @jax.jit
@@ -225,26 +240,33 @@ def features(captions, requests: Sequence[Request], copies: int, padded_to: int)
 
 
 def _denoiser(static, inputs) -> Denoiser:
-    """The guided model. static: (configs, objective, (rescale, schedule)); a guide model's config comes second."""
-    configs, objective, (share, schedule) = static
+    """The guided model. static: (configs, objective, settings of guidance); a guide model's config comes second."""
+    configs, objective, (share, schedule, channels) = static
     params, batch, with_caption_BS, without_BS, scale, interval = inputs
     path = objective.noise_path
 
     def predict(x_BSP, time_BS):
-        seen = path.model_input(x_BSP, time_BS)
+        """(the prediction, the variance of the model with its caption or None)."""
+        seen = objective.model_input(x_BSP, time_BS)
         outputs: list[Any] = [DiT(c).apply(p, *seen, batch) for c, p in zip(configs, params)]
-        good_BSP, *guide_BSP = (drop_variance(c, y) for c, y in zip(configs, outputs))
-        if guide_BSP:
-            guide_BSP = guide_BSP[0]
+        (good_BSP, variance_BSP), *others = (split_variance(c, y) for c, y in zip(configs, outputs))
+        if others:
+            guide_BSP = others[0][0]
         else:
             good_BSP, guide_BSP = twins(good_BSP, with_caption_BS, without_BS)
+            variance_BSP = None if variance_BSP is None else take_in_row(variance_BSP, with_caption_BS)
         p_BSP = guide(good_BSP, guide_BSP, time_BS, scale, interval, schedule)
+        if channels:
+            guided_P = np.arange(p_BSP.shape[-1]) % configs[0].latent_channels < channels
+            p_BSP = jnp.where(guided_P, p_BSP, good_BSP)
         if share:
             unknown_BS, slots = jnp.where(batch.cond_mask_BS, 0, batch.segment_BS), batch.fps_BG.shape[1]
             p_BSP = rescale(path, objective.prediction, p_BSP, good_BSP, x_BSP, time_BS, unknown_BS, slots, share)
-        return p_BSP
+        return p_BSP, variance_BSP
 
-    return Denoiser(predict, path, objective.prediction)
+    learned = objective.path == "ddpm" and configs[0].out_channels == 2 * configs[0].latent_channels
+    prediction = lambda x_BSP, time_BS: predict(x_BSP, time_BS)[0]
+    return Denoiser(prediction, path, objective.prediction, predict if learned else None)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -255,5 +277,5 @@ def sampling_step(static, sampler: str, x_BSP, time_BS, next_BS, past, noise_BSP
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _integrate(static, times: TimeConfig, latest, tolerance, x_BSP, start_BS, inputs):
     batch = inputs[1]
-    time_at = lambda u: jnp.minimum(token_times(times, u * start_BS, batch), latest)
+    time_at = lambda u: jnp.minimum(sampling_token_times(times, u * start_BS, batch), latest)
     return dopri5(_denoiser(static, inputs), x_BSP, time_at, tolerance)[0]

@@ -213,21 +213,27 @@ def attention_segments(attention_pattern: tuple[str, ...], batch: PackedBatch) -
     return ids
 
 
-def drop_variance(config: DiTConfig, y_BSP: jax.Array) -> jax.Array:
-    """The prediction without the variance that DiT, PixArt and Latte output beside it (arXiv:2102.09672).
+def split_variance(config: DiTConfig, y_BSP: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+    """The prediction, and the variance that DiT, SiT, PixArt and Latte output beside it (arXiv:2102.09672, eq. 15).
 
     Args:
-        config: The model's config. Without a variance, y is returned as it is.
+        config: The model's config.
         y_BSP: The model's output (B, S, out_width).
 
     Returns:
-        The prediction (B, S, P).
+        (the prediction (B, S, P), the variance's place from -1 to 1 between its bounds (B, S, P) or None).
     """
     c = config.latent_channels
     if config.out_channels != 2 * c:
-        return y_BSP
+        return y_BSP, None
     latents = config.patch[1] * config.patch[2]
-    return jnp.concatenate([y_BSP[..., 2 * c * i : 2 * c * i + c] for i in range(latents)], axis=-1)
+    part = lambda first: jnp.concatenate([y_BSP[..., i : i + c] for i in range(first, 2 * c * latents, 2 * c)], axis=-1)
+    return part(0), part(c)
+
+
+def drop_variance(config: DiTConfig, y_BSP: jax.Array) -> jax.Array:
+    """The prediction (B, S, P) of `split_variance`."""
+    return split_variance(config, y_BSP)[0]
 
 
 def abstract_batch(

@@ -1,6 +1,6 @@
 """Diffusion transformers in diffusers' layout and in their authors' own: DiT, SiT, PixArt-alpha, Latte and Wan 2.1.
 
-Each layout has a table from our modules to its names. `rules` reads it for any size of the family.
+weights/dit_names.py has a table of names for each layout. `rules` reads it for any size of the family.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from typing import Any
 from minisora_jax.diffusion.objective import ObjectiveConfig
 from minisora_jax.diffusion.time import TimeConfig
 from minisora_jax.models.dit import DiTConfig
+from minisora_jax.weights.dit_names import NAME_MAPS
 from minisora_jax.weights.rules import Rule
 
 _XL: dict[str, Any] = dict(
@@ -42,11 +43,18 @@ CONFIGS = {
     "wan2.1-i2v-14b": DiTConfig(**_WAN_14B, latent_channels=36, out_channels=16, image_features=1280),
 }
 
-# DiT, PixArt and Latte predict DDPM's noise; SiT and Wan predict the velocity of a flow. Times are not shifted.
-_NOISE, _FLOW = ObjectiveConfig(path="ddpm", prediction="noise"), ObjectiveConfig()
-OBJECTIVES = {name: _FLOW if name.startswith(("sit", "wan")) else _NOISE for name in CONFIGS}
+# DiT, PixArt and Latte predict DDPM's noise at whole timesteps. SiT and Wan predict the velocity of a flow, and Wan is
+# told whole timesteps. Times are not shifted in training. Wan's authors shift those of sampling by 5 (by 3 for image to
+# video at 480x832).
+_OBJECTIVES = {"sit": ObjectiveConfig(), "wan2.1": ObjectiveConfig(whole_timesteps=True)}
+_NOISE = ObjectiveConfig(path="ddpm", prediction="noise")
+OBJECTIVES = {name: _OBJECTIVES.get(name.split("-")[0], _NOISE) for name in CONFIGS}
+_TIMES: dict[str, dict[str, Any]] = {
+    "sit": dict(distribution="uniform"),
+    "wan2.1": dict(distribution="logit-normal", sampling_shift=5.0),
+}
 TIMES = {
-    name: TimeConfig(base_tokens=0, per_frame=0.0, distribution="logit-normal" if name.startswith("wan") else "uniform")
+    name: TimeConfig(base_tokens=0, per_frame=0.0, **_TIMES.get(name.split("-")[0], dict(distribution="timesteps")))
     for name in CONFIGS
 }
 # The presets (codec, text encoder) that each family was trained with.
@@ -65,118 +73,15 @@ ABOUT = {
     "wan2.1": "video: transformer/ of Wan2.1-*-Diffusers, or Wan's own diffusion_pytorch_model*.safetensors",
 }
 
-_PIXART = {
-    "patch_in": "pos_embed.proj",
-    "time1": "adaln_single.emb.timestep_embedder.linear_1",
-    "time2": "adaln_single.emb.timestep_embedder.linear_2",
-    "modulation": "adaln_single.linear",
-    "text/up": "caption_projection.linear_1",
-    "text/down": "caption_projection.linear_2",
-    "clip/sides/up": "adaln_single.emb.resolution_embedder.linear_1",
-    "clip/sides/down": "adaln_single.emb.resolution_embedder.linear_2",
-    "clip/aspect/up": "adaln_single.emb.aspect_ratio_embedder.linear_1",
-    "clip/aspect/down": "adaln_single.emb.aspect_ratio_embedder.linear_2",
-    "modulation_out": "scale_shift_table",
-    "patch_out": "proj_out",
-    "joint": "transformer_blocks.{i}.",
-    "spatial": "transformer_blocks.{i}.",
-    "temporal": "temporal_transformer_blocks.{i}.",
-    "block modulation": "scale_shift_table",
-    "self_attention/q": "attn1.to_q",
-    "self_attention/k": "attn1.to_k",
-    "self_attention/v": "attn1.to_v",
-    "self_attention/out": "attn1.to_out.0",
-    "cross_attention/q": "attn2.to_q",
-    "cross_attention/k": "attn2.to_k",
-    "cross_attention/v": "attn2.to_v",
-    "cross_attention/out": "attn2.to_out.0",
-    "mlp/up": "ff.net.0.proj",
-    "mlp/down": "ff.net.2",
-}
-_DIT = _PIXART | {
-    "time1": "transformer_blocks.{i}.norm1.emb.timestep_embedder.linear_1",
-    "time2": "transformer_blocks.{i}.norm1.emb.timestep_embedder.linear_2",
-    "labels": "transformer_blocks.{i}.norm1.emb.class_embedder.embedding_table.weight",
-    "modulation_out": "proj_out_1",
-    "patch_out": "proj_out_2",
-    "block modulation": "norm1.linear",
-}
-_DIT_OWN = {
-    "patch_in": "x_embedder.proj",
-    "time1": "t_embedder.mlp.0",
-    "time2": "t_embedder.mlp.2",
-    "labels": "y_embedder.embedding_table.weight",
-    "modulation_out": "final_layer.adaLN_modulation.1",
-    "patch_out": "final_layer.linear",
-    "joint": "blocks.{i}.",
-    "block modulation": "adaLN_modulation.1",
-    "self_attention/qkv": "attn.qkv",
-    "self_attention/out": "attn.proj",
-    "mlp/up": "mlp.fc1",
-    "mlp/down": "mlp.fc2",
-}
-_WAN_DIFFUSERS = _PIXART | {
-    "patch_in": "patch_embedding",
-    "time1": "condition_embedder.time_embedder.linear_1",
-    "time2": "condition_embedder.time_embedder.linear_2",
-    "modulation": "condition_embedder.time_proj",
-    "text/up": "condition_embedder.text_embedder.linear_1",
-    "text/down": "condition_embedder.text_embedder.linear_2",
-    "image/norm_in": "condition_embedder.image_embedder.norm1",
-    "image/up": "condition_embedder.image_embedder.ff.net.0.proj",
-    "image/down": "condition_embedder.image_embedder.ff.net.2",
-    "image/norm_out": "condition_embedder.image_embedder.norm2",
-    "joint": "blocks.{i}.",
-    "self_attention/q_norm": "attn1.norm_q",
-    "self_attention/k_norm": "attn1.norm_k",
-    "cross_norm": "norm2",
-    "cross_attention/q_norm": "attn2.norm_q",
-    "cross_attention/k_norm": "attn2.norm_k",
-    "cross_attention/image_k": "attn2.add_k_proj",
-    "cross_attention/image_v": "attn2.add_v_proj",
-    "cross_attention/image_k_norm": "attn2.norm_added_k",
-    "mlp/up": "ffn.net.0.proj",
-    "mlp/down": "ffn.net.2",
-}
-_WAN_OWN = {
-    "patch_in": "patch_embedding",
-    "time1": "time_embedding.0",
-    "time2": "time_embedding.2",
-    "modulation": "time_projection.1",
-    "text/up": "text_embedding.0",
-    "text/down": "text_embedding.2",
-    "image/norm_in": "img_emb.proj.0",
-    "image/up": "img_emb.proj.1",
-    "image/down": "img_emb.proj.3",
-    "image/norm_out": "img_emb.proj.4",
-    "modulation_out": "head.modulation",
-    "patch_out": "head.head",
-    "joint": "blocks.{i}.",
-    "block modulation": "modulation",
-    **{f"self_attention/{x}": f"self_attn.{x}" for x in ("q", "k", "v")},
-    **{f"cross_attention/{x}": f"cross_attn.{x}" for x in ("q", "k", "v")},
-    "self_attention/out": "self_attn.o",
-    "cross_attention/out": "cross_attn.o",
-    "self_attention/q_norm": "self_attn.norm_q",
-    "self_attention/k_norm": "self_attn.norm_k",
-    "cross_norm": "norm3",
-    "cross_attention/q_norm": "cross_attn.norm_q",
-    "cross_attention/k_norm": "cross_attn.norm_k",
-    "cross_attention/image_k": "cross_attn.k_img",
-    "cross_attention/image_v": "cross_attn.v_img",
-    "cross_attention/image_k_norm": "cross_attn.norm_k_img",
-    "mlp/up": "ffn.0",
-    "mlp/down": "ffn.2",
-}
-
-NAME_MAPS = {"pixart": _PIXART, "dit": _DIT, "dit-own": _DIT_OWN, "wan": _WAN_DIFFUSERS, "wan-own": _WAN_OWN}
 # Fixed tables that some files store. Our model computes them.
-IGNORED = ("pos_embed", "temp_pos_embed", "freqs")
+# The features of "no caption" too: ours are those of the empty caption, as in diffusers' pipelines.
+IGNORED = ("pos_embed", "temp_pos_embed", "freqs", "caption_projection.y_embedding", "y_embedder.y_embedding")
 
 
 def name_map_of(tensor_names: list[str]) -> str:
     """The key of NAME_MAPS for a checkpoint, by the names of its first and last layers."""
     name_maps = {
+        "t_block.1.weight": "pixart-own",
         "x_embedder.proj.weight": "dit-own",
         "head.head.weight": "wan-own",
         "proj_out_1.weight": "dit",
@@ -266,9 +171,10 @@ def _block(cfg: DiTConfig, kind: str, names: dict[str, str]) -> list[Rule]:
 
     def attention(name: str, image: bool) -> list[Rule]:
         attention_rules = []
-        for i, part in enumerate(("q", "k", "v", *(("image_k", "image_v") if image else ()))):
-            fused = f"{name}/qkv" in names
-            key, options = (f"{name}/qkv", {"part": (i, 3)}) if fused else (f"{name}/{part}", {})
+        for part in ("q", "k", "v", *(("image_k", "image_v") if image else ())):
+            fused = next((f for f in ("qkv", "kv") if part in f and f"{name}/{f}" in names), "")
+            options = {"part": (fused.index(part), len(fused))} if fused else {}
+            key = f"{name}/{fused or part}"
             attention_rules.append(rule(f"{name}/{part}/kernel", "weight", key, "(n k) d -> d n k", **options))
             attention_rules.append(rule(f"{name}/{part}/bias", "bias", key, "(n k) -> n k", **options))
         attention_rules.append(rule(f"{name}/out/kernel", "weight", f"{name}/out", "d (n k) -> n k d"))

@@ -1,0 +1,177 @@
+"""Whole samplings against the authors' and diffusers' pipelines: from a published file to latents, and to pixels.
+
+tests/parity/cases holds results of the authors' own code (DiT, Wan). The fixtures of diffusers' pipelines are made by
+tests/parity/make_trajectories.py.
+"""
+
+import dataclasses
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent / "parity"))
+
+from minisora_jax.cli import main  # noqa: E402
+from minisora_jax.data.rows import patchify  # noqa: E402
+from minisora_jax.diffusion.denoiser import Denoiser  # noqa: E402
+from minisora_jax.diffusion.guidance import GuidanceConfig  # noqa: E402
+from minisora_jax.diffusion.noise_path import PATHS  # noqa: E402
+from minisora_jax.diffusion.objective import ObjectiveConfig  # noqa: E402
+from minisora_jax.diffusion.sampler import SAMPLERS, SamplerConfig  # noqa: E402
+from minisora_jax.diffusion.time import TIME_SCHEDULES, TimeConfig, sampling_times  # noqa: E402
+from minisora_jax.generate.loading import _load_dit  # noqa: E402
+from minisora_jax.generate.request import Request  # noqa: E402
+from minisora_jax.generate.sampling import PackedRequests, sample  # noqa: E402
+from minisora_jax.io.model_dir import config_fields  # noqa: E402
+from minisora_jax.weights.dit import OBJECTIVES, TIMES  # noqa: E402
+from minisora_jax.weights.presets import TRANSFORMERS  # noqa: E402
+
+CASES = Path(__file__).parent / "parity/cases"
+
+
+@dataclasses.dataclass(frozen=True)
+class WithNoise(PackedRequests):
+    """One request whose noise is given: `draws[step]` of shape (c, t, h, w); step 0 is the start."""
+
+    draws: tuple[np.ndarray, ...] = ()
+
+    def noise(self, step: int) -> np.ndarray:
+        patches = patchify(np.moveaxis(self.draws[step], 0, -1), self.config.patch)
+        return np.tile(patches.reshape(1, -1, self.config.token_width), (1, self.copies, 1)).astype(np.float32)
+
+
+def sampled(folder, draws, captions, guidance: GuidanceConfig, sampler: SamplerConfig) -> np.ndarray:
+    """Latents (c, t, h, w) of the model in a folder, with its own objective and times."""
+    params, dit, config = _load_dit(folder)
+    grid = tuple(n // p for n, p in zip(draws[0].shape[1:], dit.patch))
+    packed = WithNoise([Request("", (1, 8, 8))], [grid], [[0]], 2, 2 * int(np.prod(grid)), dit, draws=tuple(draws))
+    objective = ObjectiveConfig(**config_fields(config["objective"]))
+    times = TimeConfig(**config_fields(config["times"]))
+    latents = sample(packed, [captions], [(dit, params)], times, objective, guidance, sampler, lambda *_: None)
+    return np.moveaxis(latents[0], -1, 0)
+
+
+def imported(preset: str, small, file, tmp_path, monkeypatch) -> Path:
+    """The folder that `minisora import` makes of a small model's file."""
+    config = dataclasses.replace(TRANSFORMERS[preset].config, dtype="float32", **small)
+    monkeypatch.setitem(TRANSFORMERS, preset, dataclasses.replace(TRANSFORMERS[preset], config=config))
+    assert main(["import", preset, str(file), f"--out={tmp_path / 'model'}"]) == 0
+    return tmp_path / "model"
+
+
+@pytest.mark.parametrize("case, channels", [("three_channels", 3), ("all_channels", None)])
+def test_dit_samples_what_its_authors_code_does(case, channels, tmp_path, monkeypatch, parity):
+    theirs = np.load(CASES / "dit_ddim.npz")
+    folder = imported("dit-xl-2-256", dict(width=144, depth=3, heads=2), CASES / "dit_small.pt", tmp_path, monkeypatch)
+    captions = [np.array([[207]], np.int32), np.array([[1000]], np.int32)]
+    guidance, sampler = GuidanceConfig(1.5, channels=channels), SamplerConfig("ddim", 10, "linspace")
+    ours = sampled(folder, [theirs["noise"][0][:, None]], captions, guidance, sampler)
+    parity("DiT sampling, authors' DDIM", "trajectory", ours[:, 0], theirs[case][0], case)
+
+
+# The closed form of tests/parity/cases/wan_unipc.npz: each number by itself is a mixture of two Gaussians.
+def wan_velocity(x, s):
+    weights, means, variances = np.array([0.3, 0.7]), np.array([-1.0, 1.5]), np.array([0.04, 0.16])
+    x = x[..., None]
+    total = (1 - s) ** 2 * variances + s**2
+    off = x - (1 - s) * means
+    share = jax.nn.softmax(jnp.log(weights) - 0.5 * jnp.log(total) - 0.5 * off**2 / total, axis=-1)
+    clean = (share * (means + (1 - s) * variances / total * off)).sum(-1)
+    return (x[..., 0] - clean) / s[..., 0]
+
+
+@pytest.mark.parametrize("told", ["sigma", "int"])
+@pytest.mark.parametrize("steps", [10, 50])
+def test_wan_steps_as_its_authors_unipc_does(steps, told, parity):
+    theirs = np.load(CASES / "wan_unipc.npz")
+    from test_diffusion import batch  # one clip
+
+    config = TIMES["wan2.1-t2v-1.3b"]
+    times = sampling_times(config, steps, batch([(1, 2, 2)], tokens=4), time_schedule="wan")
+    np.testing.assert_allclose(times[:, 0, 0], theirs[f"{steps}_shift5_sigmas"], atol=1e-6)
+    objective = dataclasses.replace(OBJECTIVES["wan2.1-t2v-1.3b"], whole_timesteps=told == "int")
+
+    def model(x_BSP, time_BS):
+        x_BSP, time_BS = objective.model_input(x_BSP, time_BS)
+        seen.append(float(time_BS[0, 0]))
+        return wan_velocity(x_BSP, time_BS[..., None, None])
+
+    seen: list[float] = []
+    denoiser, x = Denoiser(model), jnp.asarray(theirs["start"], jnp.float32)[None]
+    past, states = SAMPLERS["unipc"].begin(x, times[0]), [x]
+    for now, then in zip(times, times[1:]):
+        x, past = SAMPLERS["unipc"].step(denoiser, x, now, then, past, None, 0.0)
+        states.append(x)
+    if told == "int":
+        np.testing.assert_allclose(1000 * np.array(seen), theirs[f"{steps}_shift5_timesteps"], atol=1e-3)
+    ours = np.concatenate(states)
+    case = f"{steps} steps, {told}"
+    parity("Wan sampling, authors' UniPC", "trajectory", ours, theirs[f"{steps}_shift5_{told}"], case)
+    # Each number, not only the largest.
+    np.testing.assert_allclose(ours, theirs[f"{steps}_shift5_{told}"], atol=1e-4)
+
+
+def authors_ddpm(x, noises, timesteps, predict):
+    """p_sample_loop of guided-diffusion and DiT with ModelVarType.LEARNED_RANGE, in float64; respaced to `timesteps`."""
+    kept = np.cumprod(1.0 - np.linspace(1e-4, 0.02, 1000))[timesteps[::-1]]  # of the respaced process, rising
+    before = np.append(1.0, kept[:-1])
+    betas = 1.0 - kept / before
+    posterior = betas * (1.0 - before) / (1.0 - kept)
+    smallest, largest = np.log(np.append(posterior[1], posterior[1:])), np.log(betas)
+    for i, noise in zip(range(len(kept))[::-1], noises):
+        eps, v = predict(x, timesteps[::-1][i])
+        clean = np.sqrt(1 / kept[i]) * x - np.sqrt(1 / kept[i] - 1) * eps
+        mean = betas[i] * np.sqrt(before[i]) / (1 - kept[i]) * clean
+        mean = mean + (1 - before[i]) * np.sqrt(1 - betas[i]) / (1 - kept[i]) * x
+        share = (v + 1) / 2
+        x = mean + (i > 0) * np.exp(0.5 * (share * largest[i] + (1 - share) * smallest[i])) * noise
+    return x
+
+
+@pytest.mark.parametrize("schedule, steps", [("linspace", 10), ("linspace", 250), ("trailing", 8), ("leading", 1000)])
+def test_ddpm_renews_the_noise_that_the_model_learned(schedule, steps, parity):
+    rng = np.random.default_rng(steps)
+    timesteps = np.round(1000 * np.asarray(TIME_SCHEDULES[schedule](steps, PATHS["ddpm"]))[:-1]).astype(int) - 1
+    start, noises = rng.standard_normal((1, 3, 4)), rng.standard_normal((steps, 1, 3, 4))
+    # Any smooth functions will do: the samplers are compared, not the samples.
+    predict = lambda x, k, xp: (0.9 * x + 0.3 * xp.sin(3 * x + k / 500), xp.sin(2 * x - k / 300))
+    theirs = authors_ddpm(start, noises, timesteps, lambda x, k: predict(x, k, np))
+    told = lambda x, t: predict(x, 1000 * PATHS["ddpm"].model_input(x, t)[1][..., None], jnp)
+    denoiser = Denoiser(lambda x, t: told(x, t)[0], PATHS["ddpm"], "noise", with_variance=told)
+    times = jnp.asarray(np.append((timesteps + 1) / 1000, 0.0))[:, None, None] * jnp.ones((1, 3))
+    with jax.enable_x64(steps == 1000):  # float32 sums a thousand steps to 2e-4
+        x = jnp.asarray(start, float)
+        step = jax.jit(lambda x, now, then, noise: SAMPLERS["ddpm"].step(denoiser, x, now, then, (), noise, 1.0)[0])
+        for i in range(steps):
+            x = step(x, times[i].astype(x.dtype), times[i + 1].astype(x.dtype), jnp.asarray(noises[i], x.dtype))
+    parity("DDPM sampling, learned variance", "trajectory", x, theirs, f"{schedule} {steps}")
+
+
+def test_the_model_is_told_the_timestep_of_ddpm():
+    """Also in the loss; tokens that are given clean are told 0."""
+    from test_diffusion import batch
+
+    from minisora_jax.diffusion.loss import diffusion_loss
+
+    class Told:
+        config = dataclasses.replace(TRANSFORMERS["dit-xl-2-256"].config, latent_channels=1, out_channels=None)
+
+        def apply(self, params, x_BSP, time_BS, batch):
+            seen.append(1000 * np.asarray(time_BS))
+            return jnp.zeros_like(x_BSP)
+
+    seen: list[np.ndarray] = []
+    known = lambda i, n: np.arange(n) < 4
+    clips = batch([(2, 16, 16)] * 4, tokens=2048, known=known)
+    preset = TRANSFORMERS["dit-xl-2-256"]
+    for seed in range(20):
+        diffusion_loss(Told(), preset.times, {}, clips, jax.random.key(seed), preset.objective)
+    given = np.asarray(clips.cond_mask_BS)
+    told = np.stack([t[~given & (np.asarray(clips.segment_BS) > 0)] for t in seen])
+    np.testing.assert_allclose(told, np.round(told), atol=1e-3)
+    assert told.min() >= 0 and told.min() < 40 and told.max() <= 999 and told.max() > 960
+    assert all((t[given] == 0).all() for t in seen)
