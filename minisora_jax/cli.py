@@ -77,7 +77,17 @@ def _run(command, args: argparse.Namespace, config_flags: list[str]) -> int:
     import contextlib
     import logging
 
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    from minisora_jax.io.filesystem import printable
+
+    class Printable(logging.Formatter):
+        """Messages name files, whose names may hold control codes of the terminal."""
+
+        def format(self, record: logging.LogRecord) -> str:
+            return printable(super().format(record), keep="\n\t")
+
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(Printable("%(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     logging.getLogger("minisora").setLevel(logging.INFO)
     try:
         with contextlib.ExitStack() as stack:
@@ -93,7 +103,7 @@ def _run(command, args: argparse.Namespace, config_flags: list[str]) -> int:
         # What a user can mend is said in a sentence; MINISORA_TRACEBACK=1 shows where it came from.
         if os.environ.get("MINISORA_TRACEBACK") and not hasattr(error, "exit_code"):
             raise
-        print(f"minisora: {type(error).__name__}: {error}", file=sys.stderr)
+        print(printable(f"minisora: {type(error).__name__}: {error}", keep="\n\t"), file=sys.stderr)
         return getattr(error, "exit_code", 2)
 
 

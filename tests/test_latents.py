@@ -68,7 +68,7 @@ def test_sizes_need_no_record(copy):
     [
         (dict(codec_hash="other"), "codec_hash should be 'other' and is 'c0ffee'"),
         (dict(text={"encoder": "t5"}), "text should be {'encoder': 't5'} and is {'encoder': 'bytes'}"),
-        (dict(preprocessing_version=99), "preprocessing_version should be 99 and is 1"),
+        (dict(preprocessing_version=99), "preprocessing_version should be 99 and is 2"),
     ],
 )
 def test_a_cache_made_with_something_else_is_refused(cache, expect, message):

@@ -138,7 +138,7 @@ def test_prepared_shapes_are_the_shapes(tmp_path):
         assert (back[i].caption, back[i].fps, back[i].name) == (shapes[i].caption, shapes[i].fps, shapes[i].name)
         assert tuple(back.sizes[i]) == (*shapes[i].size_THW, len(shapes[i].caption))
     manifest = json.loads((tmp_path / "out/manifest.json").read_text())
-    assert manifest["settings"]["preprocessing_version"] == 1 and manifest["skipped"]["counts"] == {}
+    assert manifest["settings"]["preprocessing_version"] == 2 and manifest["skipped"]["counts"] == {}
     prepare("shapes", tmp_path / "again", count=5, split="heldout")
     prepare("shapes", tmp_path / "other", count=5, split="train")
     assert back.identity == Records(tmp_path / "again").identity != Records(tmp_path / "other").identity

@@ -22,8 +22,9 @@ from minisora_jax.curation.prepare import prepare
 from minisora_jax.io.filesystem import expand_braces, find
 from minisora_jax.media.video import VideoError
 from minisora_jax.media.video_writer import write_video
-from minisora_jax.sources.base import BadClip, Media, SkipReport, header
+from minisora_jax.sources.base import Media, header
 from minisora_jax.sources.clips import Records
+from minisora_jax.sources.skips import BadClip, SkipReport
 from minisora_jax.sources.spec import open_source, split_options
 from minisora_jax.sources.webdataset import Tars, members
 

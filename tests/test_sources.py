@@ -14,8 +14,9 @@ from minisora_jax.curation.stages import Curation, Drop, Sizes, clip_length, cli
 from minisora_jax.io.retry import DataError
 from minisora_jax.media.video import read_clip_frames
 from minisora_jax.media.video_writer import write_video
-from minisora_jax.sources.base import BadClip, Folder, Media
+from minisora_jax.sources.base import Folder, Media
 from minisora_jax.sources.clips import Records
+from minisora_jax.sources.skips import BadClip
 from minisora_jax.sources.spec import open_source
 
 GOOD = {  # name -> the clip's T, H, W, with cells of 8

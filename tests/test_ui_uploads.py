@@ -93,7 +93,7 @@ BAD = {  # name -> (how it is made, where it is put, what is said of it)
     "page.html": (lambda p: p.write_text("<!doctype html><b>hi"), "video", "page.html is a web page"),
     "packed.zip": (zipped, "video", "packed.zip is a zip archive"),
     "letter.pdf": (lambda p: p.write_bytes(b"%PDF-1.7 "), "picture", "letter.pdf is a PDF"),
-    "phone.heic": (lambda p: p.write_bytes(b"\0\0\0\x18ftypheic" + bytes(80)), "picture", "a HEIC or AVIF picture"),
+    "phone.heic": (lambda p: p.write_bytes(b"\0\0\0\x18ftypheic" + bytes(80)), "picture", "a HEIC picture; choose"),
     "program.mp4": (lambda p: p.write_bytes(b"\x7fELF" + bytes(80)), "video", "program.mp4 is a program"),
     "list.mp4": (lambda p: p.write_text("#EXTM3U\n#EXTINF:1,\nfile:///etc/passwd\n"), "video", "is a playlist"),
     "concat.mp4": (lambda p: p.write_text("ffconcat version 1.0\nfile /etc/passwd\n"), "video", "is text"),

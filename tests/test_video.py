@@ -45,7 +45,9 @@ def test_an_avi_with_places_left_empty_has_the_rate_of_the_frames_that_are_there
             frame.pts = 6 * t
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
-    assert video.probe(path).fps == pytest.approx(2.5) and video.probe(path).frames > 9  # empty ones are counted too
+    assert (
+        video.probe(path).fps == pytest.approx(2.5) and video.probe(path).frames == 9
+    )  # its header counts the empty ones too
     back, fps = video.read_clip_frames(path, start=2)
     assert fps == pytest.approx(2.5) and difference(back, moving_square()[2:]) < 4.0
 

@@ -221,7 +221,15 @@ def aesthetic(clip: SampledClip) -> float:
     """The value of the user's function."""
     if clip.filters.aesthetic is None:
         raise ValueError("there is no function for the aesthetic score: set aesthetic='FILE.py:FUNCTION'")
-    return float(load_function(clip.filters.aesthetic)(clip.sampled_THWC))
+    function = load_function(clip.filters.aesthetic)
+    try:
+        return float(function(clip.sampled_THWC))
+    except Exception as error:
+        raise UserFunctionError(f"{clip.filters.aesthetic} raised {type(error).__name__}: {error}") from error
+
+
+class UserFunctionError(RuntimeError):
+    """A function that the user names fails. That is no fault of the clip, so the run stops."""
 
 
 MEASURES = (

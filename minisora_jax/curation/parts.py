@@ -28,7 +28,8 @@ from minisora_jax.io.atomic import write_text
 from minisora_jax.io.record_writer import PARTS, ShardWriter
 from minisora_jax.io.records import RANDOM_ACCESS, pack_record, unpack_record
 from minisora_jax.io.retry import DataError
-from minisora_jax.sources.base import BadClip, Source
+from minisora_jax.sources.base import Source
+from minisora_jax.sources.skips import BadClip
 
 SPLITS = ("train", "heldout")
 SHOWN = 24  # the report's pictures of the kept clips, and of each reason to drop, over all parts; at least 4 a part

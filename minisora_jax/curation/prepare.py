@@ -32,7 +32,8 @@ from minisora_jax.curation.workers import Inline, Worker, run_here
 from minisora_jax.io import record_writer
 from minisora_jax.io.records import sha256
 from minisora_jax.io.retry import DataError
-from minisora_jax.sources.base import PREPROCESSING_VERSION, SkipReport
+from minisora_jax.sources.base import PREPROCESSING_VERSION
+from minisora_jax.sources.skips import SkipReport
 from minisora_jax.sources.spec import open_source
 
 SKIPPED = "skipped.jsonl"

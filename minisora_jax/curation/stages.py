@@ -2,27 +2,27 @@
 
     Media -> probe -> shots -> decode -> filters -> Candidate | Drop ...           clips_of(media, curation)
 
-Clips are cut, not resized. In time a clip has the first 1 + 4k frames of a shot (or of the file), at most `max_frames`.
-In space a centre crop removes less than one `cell` of height and of width. With shots on, a file gives a clip for each
-shot, and for each `max_frames` of a longer shot.
+Clips are cut; they are resized or thinned only if `Sizes` says so. In time a clip has the first 1 + 4k frames of a shot
+(or of the file), at most `max_frames`. In space a centre crop removes less than one `cell` of height and of width. With
+shots on, a file gives a clip for each shot, and for each `max_frames` of a longer shot.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
-import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 
 from minisora_jax.curation import shots
 from minisora_jax.curation.duplicates import clip_hash
-from minisora_jax.curation.filters import Filters, measure
-from minisora_jax.media.video import STILL_FPS, VideoError, VideoInfo, is_image, open_frames
-from minisora_jax.sources.base import Media, header
+from minisora_jax.curation.filters import Filters, UserFunctionError, measure
+from minisora_jax.io.filesystem import open_regular
+from minisora_jax.media.video import Video, VideoError, collected
+from minisora_jax.sources.base import Media, open_media
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +36,7 @@ class Candidate:
     source: str = ""  # sha256 of its file
     still: bool = False  # an image, which has no motion to measure
     shortened: bool = False  # the file has more frames, which are not used
+    remarks: tuple[str, ...] = ()  # of its file, such as that it is interlaced
     scores: dict[str, float] = dataclasses.field(default_factory=dict)  # the measurements of curation/filters.py
     hash: str = ""  # the perceptual hash, if the filter of duplicates is on
 
@@ -60,18 +61,38 @@ class Sizes:
         cell: heights and widths become multiples of so many pixels (the codec's factor times the patch).
         max_frames: the frames of the longest clip, 1 + 4k; longer files are cut.
         max_pixels: height * width of the largest frame; larger files are skipped.
+        max_side: pixels of the longer side; larger clips are made smaller, with their aspect ratio. None: as they are.
+        fps: frames per second; clips of a higher rate are thinned to it. None: as they are.
     """
 
     cell: int = 8
     max_frames: int = 121
     max_pixels: int = 4096 * 4096
+    max_side: int | None = None
+    fps: float | None = None
 
     def __post_init__(self):
+        if self.max_side is not None and self.max_side < self.cell:
+            raise ValueError(f"max_side={self.max_side} must be at least one cell, {self.cell} pixels")
+        if self.fps is not None and not 0 < self.fps < float("inf"):
+            raise ValueError(f"fps={self.fps:g} must be above 0")
         if self.cell < 1 or self.max_pixels < self.cell * self.cell:
             raise ValueError(f"cell={self.cell} must be at least 1, and max_pixels={self.max_pixels} at least one cell")
         if self.max_frames != clip_length(self.max_frames):
             low = clip_length(self.max_frames) if self.max_frames > 0 else 1
             raise ValueError(f"max_frames={self.max_frames} must be 1 + 4*k; use {low} or {low + 4}")
+
+    def fit(self, height: int, width: int) -> tuple[int, int]:
+        """The height and width at which a clip is read."""
+        longest = max(height, width)
+        if self.max_side is None or longest <= self.max_side:
+            return height, width
+        scale = self.max_side / longest
+        return max(1, round(height * scale)), max(1, round(width * scale))
+
+    def rate(self, fps: float) -> float | None:
+        """The rate at which a clip is read; None for its own."""
+        return self.fps if self.fps is not None and fps > self.fps else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,51 +111,67 @@ class Curation:
 
 
 def clips_of(media: Media, curation: Curation, alive: Callable[[], None] = lambda: None) -> Iterator[Candidate | Drop]:
-    """The clips of a file and its drops, in order. `alive` is called at each frame, and more often."""
+    """The clips of a file and its drops, in order. `alive` is called at each frame, and more often.
+
+    This is the one place where an error is the file's: whatever a decoder, a filter or any other library raises here
+    drops this file, with the error's name as the detail.
+    """
+    stage = "probe"
     try:
-        info = probed(media, curation.sizes)
+        with open_media(media) as video:
+            check_size(video.info.height, video.info.width, curation.sizes)
+            stage = "decode"
+            source = content_hash(media)
+            spans = spans_of(video, curation, alive)
+            for clip in decoded(video, media, spans, curation.sizes, alive):
+                stage = "filter"
+                yield filtered(dataclasses.replace(clip, source=source), curation.filters)
+                stage = "decode"
+                alive()
     except VideoError as error:
-        yield Drop(media.name, "probe", error.reason, error.detail)
-        return
-    content = media.content
-    still = info.frames == 1 and (isinstance(content, np.ndarray) or is_image(content))
-    try:
-        source = content_hash(media)
-        spans = spans_of(media, curation, still, alive)
-        for clip in decoded(media, spans, curation.sizes, alive):
-            shortened = not curation.shots and info.frames > curation.sizes.max_frames
-            clip = dataclasses.replace(clip, source=source, still=still, shortened=shortened)
-            yield filtered(clip, curation.filters)
-            alive()
-    except VideoError as error:
-        yield Drop(media.name, "decode", error.reason, error.detail)
+        yield Drop(media.name, stage, error.reason, error.detail)
+    except (ImportError, UserFunctionError):
+        raise  # these are no fault of the file
+    except Exception as error:
+        yield Drop(media.name, stage, "unexpected error", f"{type(error).__name__}: {error}")
 
 
-def probed(media: Media, sizes: Sizes) -> VideoInfo:
-    """The header of a file; VideoError if it cannot become a clip."""
-    info = header(media)
-    check_size(info.height, info.width, sizes)
-    return info
-
-
-def spans_of(media: Media, curation: Curation, still: bool, alive: Callable[[], None]) -> list[tuple[int, int]]:
+def spans_of(video: Video, curation: Curation, alive: Callable[[], None]) -> list[tuple[int, int]]:
     """The frames [start, end) of each clip of a file. Finding shots decodes the whole file, a frame at a time."""
-    if still or not curation.shots:
-        return [(0, curation.sizes.max_frames)]
-    with opened(media, alive) as (frames, fps):
-        return shots.pieces(shots.find_shots(frames, fps), curation.sizes.max_frames)
+    sizes = curation.sizes
+    if video.still or not curation.shots:
+        return [(0, sizes.max_frames)]
+    rate = sizes.rate(video.info.fps)
+    frames = _watched(video.frames(fps=rate, fit=sizes.fit), alive)
+    return shots.pieces(shots.find_shots(frames, rate or video.info.fps), sizes.max_frames)
 
 
-def decoded(media: Media, spans: list[tuple[int, int]], sizes: Sizes, alive: Callable[[], None]) -> Iterator[Candidate]:
+def decoded(
+    video: Video, media: Media, spans: list[tuple[int, int]], sizes: Sizes, alive: Callable[[], None]
+) -> Iterator[Candidate]:
     """The clips of a file's spans, cropped to cells, in one pass over the file. Memory holds one clip."""
-    with opened(media, alive) as (frames, fps):
-        for start, end in spans:
-            frames_THWC = np.stack(list(itertools.islice(frames, end - start)))
-            _, H, W, _ = frames_THWC.shape
-            check_size(H, W, sizes)  # the header may state another size
-            frames_THWC = crop_to_cells(frames_THWC[: clip_length(len(frames_THWC))], sizes.cell)
-            name = media.name if len(spans) == 1 else f"{media.name}#{start}-{end}"
-            yield Candidate(name, media.caption, np.ascontiguousarray(frames_THWC), fps)
+    rate = None if video.still else sizes.rate(media.fps or video.info.fps)
+    # The source may state another rate than the file; the file's own time is what it is thinned by.
+    own = rate * video.info.fps / (media.fps or video.info.fps) if rate else None
+    total = video.count(own)
+    frames = (crop_to_cells(frame, sizes.cell) for frame in _watched(video.frames(fps=own, fit=sizes.fit), alive))
+    for start, end in spans:
+        count = clip_length(max(min(end, total) - start, 1))
+        frames_THWC = collected(frames, count, media.name)
+        for _ in range(min(end, total) - start - count):
+            next(frames, None)
+        frames_THWC = frames_THWC[: clip_length(len(frames_THWC))]
+        check_size(frames_THWC.shape[1], frames_THWC.shape[2], sizes)
+        name = media.name if len(spans) == 1 else f"{media.name}#{start}-{end}"
+        fps = rate or media.fps or video.info.fps
+        shortened = len(spans) == 1 and total > sizes.max_frames
+        yield Candidate(name, media.caption, frames_THWC, fps, "", video.still, shortened, video.info.remarks)
+
+
+def _watched(frames: Iterator[np.ndarray], alive: Callable[[], None]) -> Iterator[np.ndarray]:
+    for frame in frames:
+        alive()
+        yield frame
 
 
 def filtered(clip: Candidate, filters: Filters) -> Candidate | Drop:
@@ -150,23 +187,6 @@ def filtered(clip: Candidate, filters: Filters) -> Candidate | Drop:
 # ---- Files, frames in memory, and their sizes
 
 
-@contextlib.contextmanager
-def opened(media: Media, alive: Callable[[], None]) -> Iterator[tuple[Iterator[np.ndarray], float]]:
-    """(iterator over frames, each uint8 (H, W, 3); frames per second) of a file of any length."""
-
-    def watched(frames: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-        for frame in frames:
-            alive()
-            yield frame
-
-    content = media.content
-    if isinstance(content, np.ndarray):
-        yield watched(content), media.fps or STILL_FPS
-        return
-    with open_frames(content) as (frames, fps):
-        yield watched(frames), media.fps or fps
-
-
 def check_size(height: int, width: int, sizes: Sizes) -> None:
     """Raise VideoError for a frame that is smaller than a cell or larger than `max_pixels`."""
     if min(height, width) < sizes.cell:
@@ -179,8 +199,8 @@ def content_hash(media: Media) -> str:
     """The sha256 of the file, or of frames without a file."""
     content = media.content
     if isinstance(content, Path):
-        with open(content, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        with open_regular(content) as file:
+            return hashlib.file_digest(cast(Any, file), "sha256").hexdigest()
     return hashlib.sha256(content).hexdigest()
 
 
@@ -189,8 +209,8 @@ def clip_length(frames: int) -> int:
     return 1 + 4 * ((frames - 1) // 4)
 
 
-def crop_to_cells(frames_THWC: np.ndarray, cell: int) -> np.ndarray:
-    """A view of the centre of each frame, whose height and width are multiples of `cell`."""
-    H, W = frames_THWC.shape[1:3]
+def crop_to_cells(frames: np.ndarray, cell: int) -> np.ndarray:
+    """A view of the centre of each frame (..., H, W, 3), whose height and width are multiples of `cell`."""
+    H, W = frames.shape[-3:-1]
     top, left = H % cell // 2, W % cell // 2
-    return frames_THWC[:, top : top + H // cell * cell, left : left + W // cell * cell]
+    return frames[..., top : top + H // cell * cell, left : left + W // cell * cell, :]

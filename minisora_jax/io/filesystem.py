@@ -13,12 +13,15 @@ import itertools
 import json
 import os
 import re
-from collections.abc import Iterator
+import stat
+import unicodedata
+from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO, cast
 
 import fsspec
 
 BLOCK = 4 * 2**20  # bytes that are read ahead of a remote file
+DIRECTIONS = "\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"  # marks of text direction
 SHOWN = 3  # missing files that an error names
 # Keys of a listing that change with the contents, the best first.
 VERSIONS = ("ETag", "etag", "md5Hash", "crc32c", "mtime", "LastModified", "last_modified", "updated", "created")
@@ -34,13 +37,52 @@ class File:
 
     def read(self, start: int = 0, stop: int | None = None) -> bytes:
         """The bytes [start, stop) of the file; OSError where the storage fails."""
+        end = self.size if stop is None else stop
+        if not is_url(self.url):
+            with open_regular(self.url) as file:
+                file.seek(start)
+                return file.read(max(0, end - start))
         fs, path = filesystem(self.url)
-        return cast(bytes, fs.cat_file(path, start=start, end=self.size if stop is None else stop))
+        return cast(bytes, fs.cat_file(path, start=start, end=end))
 
     def open(self) -> BinaryIO:
         """The file, opened for reading with random access."""
+        if not is_url(self.url):
+            return open_regular(self.url)
         fs, path = filesystem(self.url)
-        return cast(BinaryIO, fs.open(path, "rb", block_size=BLOCK) if is_url(self.url) else fs.open(path, "rb"))
+        return cast(BinaryIO, fs.open(path, "rb", block_size=BLOCK))
+
+
+class NotAFile(OSError):
+    """A path is no plain file. `kind` says what it is, such as "a named pipe"."""
+
+    def __init__(self, path: str, kind: str):
+        super().__init__(f"{path} is {kind}, not a plain file")
+        self.kind = kind
+
+
+def open_regular(path: str | os.PathLike) -> BinaryIO:
+    """A plain file, opened for reading. A pipe, device or socket, whose reading may never end, is refused.
+
+    Raises:
+        NotAFile: the path is none.
+        OSError: the file cannot be opened.
+    """
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)
+    file = open(path, "rb", opener=lambda name, _: os.open(name, flags | getattr(os, "O_BINARY", 0)))
+    mode = os.fstat(file.fileno()).st_mode
+    if not stat.S_ISREG(mode):
+        file.close()
+        raise NotAFile(os.fspath(path), next((name for test, name in _KINDS if test(mode)), "no file"))
+    return file
+
+
+_KINDS = (
+    (stat.S_ISFIFO, "a named pipe"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+    (stat.S_ISSOCK, "a socket"),
+)
 
 
 def is_url(spec: str | os.PathLike) -> bool:
@@ -104,14 +146,69 @@ def listing(folder: str | os.PathLike) -> dict[str, File]:
     """All files under a folder except hidden ones, sorted: their names within it, with forward slashes -> `File`."""
     fs, root = filesystem(os.fspath(folder))
     root = root.rstrip("/")
-    infos = cast(dict[str, dict[str, Any]], fs.find(root, detail=True)).values()
+    if is_url(folder):
+        infos = cast(dict[str, dict[str, Any]], fs.find(root, detail=True)).values()
+    else:
+        infos = [fs.info(f"{root}/{name}") for name in walk(root)]
     names = {info["name"][len(root) + 1 :]: _file(fs, info) for info in infos}
     return {name: names[name] for name in sorted(names) if not is_hidden(name)}
+
+
+def walk(
+    folder: str | os.PathLike,
+    is_file: Callable[[str], bool] = lambda name: False,
+    failed: Callable[[str, str], None] = lambda name, detail: None,
+) -> Iterator[str]:
+    """The names of the visible files under a local folder, with forward slashes, in no special order.
+
+    Linked folders are followed, but for those whose files the walk meets anyway.
+
+    Args:
+        is_file: whether a folder of this name counts as a file.
+        failed: called with the name of a folder that is not listed, and the reason.
+    """
+    root = os.path.realpath(folder)
+    followed: list[str] = []
+    name_of = lambda path: os.path.relpath(path, folder).replace(os.sep, "/")
+    within = lambda path, top: path == top or path.startswith(top.rstrip(os.sep) + os.sep)
+
+    def follow(path: str) -> bool:
+        target = os.path.realpath(path)
+        if within(root, target):
+            failed(name_of(path), "it links to a folder above itself")
+            return False
+        if any(within(target, top) for top in (root, *followed)):
+            return False
+        followed.append(target)
+        return True
+
+    pending = [os.fspath(folder)]
+    while pending:
+        top = pending.pop()
+        try:
+            entries = sorted(os.scandir(top), key=lambda entry: entry.name)
+        except OSError as error:
+            failed(name_of(top), str(error.strerror))
+            continue
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir() and not is_file(entry.name):
+                if not entry.is_symlink() or follow(entry.path):
+                    pending.append(entry.path)
+            else:
+                yield name_of(entry.path)
 
 
 def is_hidden(name: str) -> bool:
     """Whether a path belongs to the operating system, such as .DS_Store, ._cat.mp4 and files in __MACOSX."""
     return any((part.startswith(".") and part.strip(".")) or part == "__MACOSX" for part in name.split("/"))
+
+
+def printable(text: str, keep: str = "") -> str:
+    """The text for a terminal: control characters, marks of direction and undecodable bytes become escapes."""
+    hidden = lambda c: (unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") or c in DIRECTIONS) and c not in keep
+    return "".join(c.encode("unicode_escape", "surrogatepass").decode() if hidden(c) else c for c in text)
 
 
 def expand_braces(text: str) -> Iterator[str]:

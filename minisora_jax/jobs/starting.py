@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -13,8 +14,7 @@ from minisora_jax.generate.pipeline import VideoPipeline
 from minisora_jax.generate.request import Request
 from minisora_jax.generate.runner import Task, altered
 from minisora_jax.jobs.job import Job
-from minisora_jax.media.resize import resized
-from minisora_jax.media.video import read_clip_frames
+from minisora_jax.media.video import collected, open_video, probe
 
 log = logging.getLogger("minisora")
 
@@ -94,11 +94,10 @@ def _video_to_video(pipeline: VideoPipeline, job: Job) -> Started:
 
 def _inpaint(pipeline: VideoPipeline, job: Job) -> Started:
     frames, fps = _whole_video(pipeline, job, job.size)
-    marks, _ = read_clip_frames(str(job.mask), max_frames=len(frames))
+    marks = _mask(pipeline, job, frames.shape[1:3], len(frames), fps)
     if len(marks) not in (1, len(frames)):
         raise ValueError(f"the mask {job.mask} has {len(marks)} frames, the video {len(frames)}: give one, or as many")
-    mask = resized(marks, frames.shape[1:3]).mean(-1) > 127
-    return tasks.inpaint(pipeline, _request_like(job, frames, fps), frames, mask), fps
+    return tasks.inpaint(pipeline, _request_like(job, frames, fps), frames, marks.mean(-1) > 127), fps
 
 
 def _outpaint(pipeline: VideoPipeline, job: Job) -> Started:
@@ -117,7 +116,7 @@ def _extend(pipeline: VideoPipeline, job: Job) -> Started:
 def _transition(pipeline: VideoPipeline, job: Job) -> Started:
     first, fps = _video(pipeline, job, job.size)
     size_HW = (first.shape[1], first.shape[2])
-    second = first if job.loop else _fitted(pipeline, read_clip_frames(str(job.transition))[0], size_HW)
+    second = first if job.loop else _read(pipeline, str(job.transition), size_HW, fps=fps)[0]
     between = max(1, round((job.seconds or 1.5) * fps))
     request = _request(job, 1, size_HW, fps)
     return tasks.transition(pipeline, request, first, second, between=between, loop=job.loop), fps
@@ -160,44 +159,75 @@ def _frames(pipeline: VideoPipeline, job: Job) -> int:
 
 
 def _image(pipeline: VideoPipeline, path: str | None, size_HW: tuple[int, int] | None) -> np.ndarray:
-    frames, _ = read_clip_frames(str(path), max_frames=1)
-    return _fitted(pipeline, frames, size_HW)[0]
+    return _read(pipeline, str(path), size_HW, most=1)[0][0]
 
 
 def _whole_video(pipeline: VideoPipeline, job: Job, size_HW: tuple[int, int] | None) -> tuple[np.ndarray, float]:
     """As `_video`, with at most `job.frames` frames, cut at the end to 1 + 4k."""
-    frames, fps = _video(pipeline, job, size_HW, max_frames=job.frames)
+    frames, fps = _video(pipeline, job, size_HW, most=job.frames)
     factor = pipeline.codec.config.time_factor
     return frames[: 1 + (len(frames) - 1) // factor * factor], fps
 
 
 def _video(
-    pipeline: VideoPipeline, job: Job, size_HW: tuple[int, int] | None, max_frames: int | None = None
+    pipeline: VideoPipeline, job: Job, size_HW: tuple[int, int] | None, most: int | None = None
 ) -> tuple[np.ndarray, float]:
-    """(frames in whole cells, the job's frames per second, or else the file's)."""
-    frames, fps = read_clip_frames(str(job.video), max_frames=max_frames)
-    fitted, known = _fitted(pipeline, frames, size_HW), pipeline.known_size
-    H, W = job.size or fitted.shape[1:3]
+    """(frames in whole cells, at the job's rate or else the file's; that rate)."""
+    frames, fps = _read(pipeline, str(job.video), size_HW, most=most, fps=job.fps)
+    known = pipeline.known_size
+    H, W = job.size or frames.shape[1:3]
     if known and (H > known[1] or W > known[2]):
         log.warning(
             "%s: %dx%d is more than the %dx%d of training, and given videos are not upscaled from a trained size: "
             "expect little of it, or give --size %dx%d",
             job.video, H, W, *known[1:], *known[1:],
         )  # fmt: skip
-    return fitted, job.fps or fps
+    return frames, fps
 
 
-def _fitted(pipeline: VideoPipeline, frames_THWC: np.ndarray, size_HW: tuple[int, int] | None) -> np.ndarray:
-    """Frames scaled to cover the size and cropped to it in the middle; without a size, cropped to whole cells."""
-    H, W = frames_THWC.shape[1:3]
-    cell = pipeline.cell
-    if size_HW is None:
-        if min(H, W) < cell:
-            raise ValueError(f"{H}x{W} pixels are fewer than one cell of the model, {cell}x{cell}: give a size")
-        return _cropped(frames_THWC, (H // cell * cell, W // cell * cell))
+def _mask(pipeline: VideoPipeline, job: Job, size_HW: tuple[int, int], most: int, fps: float) -> np.ndarray:
+    """The frames of the mask, brought to the video's size by the same rule as the video, so that it stays in place."""
+    video = probe(str(job.video))
+    scaled_HW = _covering(video.height, video.width, job.size) if job.size else (video.height, video.width)
+    return _cropped(_read(pipeline, str(job.mask), scaled_HW, most=most, fps=fps)[0], size_HW)
+
+
+def _read(
+    pipeline: VideoPipeline,
+    path: str,
+    size_HW: tuple[int, int] | None,
+    *,
+    most: int | None = None,
+    fps: float | None = None,
+) -> tuple[np.ndarray, float]:
+    """(the first frames of a file, at most `most`; their rate), the file's frames shown at `fps`, or at its own rate.
+
+    Frames are scaled to cover the size and cropped to it in the middle, one by one as they are decoded. Without a size
+    they are cropped to whole cells.
+    """
+    with open_video(path) as video:
+        info, cell = video.info, pipeline.cell
+        for remark in info.remarks:
+            log.info("%s: %s", path, remark)
+        if size_HW is None and min(info.height, info.width) < cell:
+            raise ValueError(
+                f"{path}: {info.height}x{info.width} pixels are fewer than one cell of the model, {cell}x{cell}: "
+                f"give a size"
+            )
+        fit = None if size_HW is None else lambda H, W: _covering(H, W, size_HW)
+        crop_HW = size_HW or (info.height // cell * cell, info.width // cell * cell)
+        rate = None if video.still else fps
+        if rate and not math.isclose(rate, info.fps, rel_tol=1e-3):
+            log.info("%s: shown at %g frames per second, which is %g in the file", path, rate, info.fps)
+        frames = (_cropped(frame[None], crop_HW)[0] for frame in video.frames(fps=rate, fit=fit))
+        count = video.count(rate) if most is None else min(most, video.count(rate))
+        return collected(frames, count, path), rate or fps or info.fps
+
+
+def _covering(H: int, W: int, size_HW: tuple[int, int]) -> tuple[int, int]:
+    """The smallest height and width that cover the size, at the aspect ratio of H and W."""
     scale = max(size_HW[0] / H, size_HW[1] / W)
-    scaled = (max(size_HW[0], round(H * scale)), max(size_HW[1], round(W * scale)))
-    return _cropped(frames_THWC if scaled == (H, W) else resized(frames_THWC, scaled), size_HW)
+    return max(size_HW[0], round(H * scale)), max(size_HW[1], round(W * scale))
 
 
 def _cropped(frames_THWC: np.ndarray, size_HW: tuple[int, int]) -> np.ndarray:

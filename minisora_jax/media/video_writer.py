@@ -16,6 +16,7 @@ from PIL.PngImagePlugin import PngInfo
 from minisora_jax.io.atomic import replacing, replacing_folder
 
 WRITTEN = (".mp4", ".webm", ".gif", ".png")
+# Paths are made absolute for FFmpeg, which takes `x:` at the beginning of a relative one for a protocol.
 BT709 = 1  # FFmpeg's number of the colour matrix in use
 X264 = {"crf": "14", "x264-params": "mbtree=0"}  # mbtree makes the bytes of small videos vary from run to run
 VP9 = {"crf": "16", "b": "0", "cpu-used": "4"}
@@ -120,7 +121,7 @@ class VideoWriter:
             mp4 = self.suffix == ".mp4"
             codec, options = ("libx264", X264) if mp4 else ("libvpx-vp9", VP9)
             flags = {"movflags": "+faststart"} if mp4 else {"fflags": "+bitexact"}  # bitexact: no random id in a webm
-            self._container = av.open(os.fspath(self._temporary), "w", options=flags)
+            self._container = av.open(os.path.abspath(self._temporary), "w", options=flags)
             self._container.metadata["comment"] = self.note
             rate = Fraction(self.fps).limit_denominator(1001)
             self._stream = stream = self._container.add_stream(codec, rate=rate, options=options)
@@ -143,7 +144,7 @@ def _save_png(path: Path, frame_HWC: np.ndarray, note: str) -> None:
 def _write_gif(path: Path, frames_THWC, fps: float, upscale: int, note: str) -> None:
     """Write a gif with one palette, which FFmpeg's palettegen makes from all frames. A gif counts time in 1/100 s."""
     height, width = (n * upscale for n in frames_THWC.shape[1:3])
-    with av.open(os.fspath(path), "w", options={"final_delay": str(round(100 / fps))}) as container:
+    with av.open(os.path.abspath(path), "w", options={"final_delay": str(round(100 / fps))}) as container:
         stream = container.add_stream("gif", rate=100)
         stream.height, stream.width, stream.pix_fmt = height, width, "pal8"
         graph = Graph()

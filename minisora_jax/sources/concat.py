@@ -6,7 +6,8 @@ import hashlib
 import re
 
 from minisora_jax.io.concat_index import ConcatIndex
-from minisora_jax.sources.base import Media, SkipReport, Source
+from minisora_jax.sources.base import Media, Source
+from minisora_jax.sources.skips import SkipReport
 
 
 class ConcatSource:

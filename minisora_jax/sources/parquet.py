@@ -9,15 +9,16 @@ streamed: reading rows in order takes the memory of a page, which is at most a r
 
 from __future__ import annotations
 
-import json
 import threading
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from minisora_jax.io.filesystem import File
+from minisora_jax.io.filesystem import File, is_url, json_or_none
 from minisora_jax.media.video import VideoError
-from minisora_jax.sources.base import CAPTION_KEYS, BadClip, Media, SkipReport, clean_caption
+from minisora_jax.sources.base import Media
+from minisora_jax.sources.captions import CAPTION_KEYS, clean_caption
 from minisora_jax.sources.sharded import Entry, Sharded
+from minisora_jax.sources.skips import BadClip, SkipReport
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -61,14 +62,17 @@ class Parquets(Sharded):
                 try:
                     if columns:
                         texts = table.read_row_group(group, columns=columns)
-                        captions = texts[caption].to_pylist() if caption else captions
-                        paths = [p and p["path"] for p in texts[media].to_pylist()] if path else paths
-                except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+                        captions = _values(texts[caption]) if caption else captions
+                        paths = _values(texts[media]) if path else paths
+                except Exception as error:  # pyarrow raises many kinds at damaged bytes
                     report.add("", "corrupt row group", f"rows {first} to {first + rows - 1} of {file.url}: {error}")
                     captions = paths = []
                 for row, (text, stored_path) in enumerate(zip(captions, paths)):
+                    stored_path = stored_path.get("path") if isinstance(stored_path, dict) else None
                     name = _name(stored_path, first + row, taken)
                     try:
+                        if isinstance(text, Exception):
+                            raise BadClip(name, "caption not UTF-8", f"row {first + row} of {file.url}: {text}")
                         if text is None and self.need_caption:
                             raise BadClip(name, "no caption", f"row {first + row} of {file.url}, column {caption!r}")
                         entries.append((name, clean_caption(name, text or "", self.need_caption), group, row))
@@ -92,14 +96,14 @@ class Parquets(Sharded):
 
     def read(self, file: File, entry: Entry) -> Media:
         """The clip of an entry; see `Sharded.read`."""
-        import pyarrow as pa
-
         name, caption, group, row = entry
         with self._reading:
             try:
                 data = self._stream(file, group, row)
-            except (pa.ArrowException, OSError) as error:
+            except Exception as error:  # pyarrow raises many kinds at damaged bytes
                 self._at = None
+                if isinstance(error, OSError) and is_url(file.url):
+                    raise  # the storage fails, not the file
                 return Media(
                     name, caption, VideoError("corrupt row group", f"row group {group} of {file.url}: {error}")
                 )
@@ -132,6 +136,18 @@ class Parquets(Sharded):
         self._rows: Iterator[pa.RecordBatch] | None = None
 
 
+def _values(column: pa.ChunkedArray) -> list[Any]:
+    """The values of a column; one that is damaged, such as a text that is no UTF-8, is the error that it raises."""
+
+    def value(scalar: pa.Scalar) -> Any:
+        try:
+            return scalar.as_py()
+        except Exception as error:
+            return error
+
+    return [value(scalar) for scalar in column]
+
+
 def splits(names: list[str]) -> list[str]:
     """The splits in the file names of a Hugging Face directory, such as 'train' of data/train-00000-of-00009.parquet
     or of train/0.parquet."""
@@ -154,9 +170,12 @@ def _name(path: str | None, row: int, taken: set[str]) -> str:
 def _media_columns(schema: pa.Schema) -> list[str]:
     import pyarrow.types as types
 
-    note = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
-    features = note.get("info", {}).get("features", {})
-    declared = [name for name in schema.names if features.get(name, {}).get("_type") in ("Video", "Image")]
+    value: object = json_or_none((schema.metadata or {}).get(b"huggingface", b"{}").decode("utf-8", "replace"))
+    for key in ("info", "features"):  # notes that are damaged say nothing
+        value = value.get(key) if isinstance(value, dict) else None
+    features = value if isinstance(value, dict) else {}
+    kinds = {name: feature.get("_type") for name, feature in features.items() if isinstance(feature, dict)}
+    declared = [name for name in schema.names if kinds.get(name) in ("Video", "Image")]
     structs = [field.name for field in schema if "bytes" in _fields(field.type)]
     binary = [f.name for f in schema if types.is_binary(f.type) or types.is_large_binary(f.type)]
     return declared or structs or binary

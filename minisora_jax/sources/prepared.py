@@ -9,8 +9,9 @@ import numpy as np
 from minisora_jax.io.filesystem import is_url
 from minisora_jax.io.retry import DataError
 from minisora_jax.media.video import VideoError
-from minisora_jax.sources.base import Media, SkipReport, reopened
+from minisora_jax.sources.base import Media, reopened
 from minisora_jax.sources.clips import Records
+from minisora_jax.sources.skips import SkipReport
 
 
 class Prepared:

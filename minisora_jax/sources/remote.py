@@ -7,7 +7,9 @@ import json
 from typing import Any
 
 from minisora_jax.io.filesystem import File, filesystem, listing
-from minisora_jax.sources.base import METADATA, TABLES, Media, SkipReport, reopened, scan_names
+from minisora_jax.sources.base import Media, reopened
+from minisora_jax.sources.captions import is_table, scan_names
+from minisora_jax.sources.skips import SkipReport
 
 CAPTIONS = (".txt", ".json")
 
@@ -22,7 +24,7 @@ class RemoteFolder:
     def __init__(self, url: str, *, need_caption: bool = True, strict: bool = False):
         self.url, self.need_caption, self.report = url, need_caption, SkipReport(strict)
         files = listing(url)
-        texts = _read_all({name: f for name, f in files.items() if name.endswith(CAPTIONS) or _is_table(name)})
+        texts = _read_all({name: f for name, f in files.items() if name.endswith(CAPTIONS) or is_table(name)})
         entries = scan_names(list(files), texts.__getitem__, need_caption, self.report)
         self.entries: list[tuple[str, str, File]] = [(name, caption, files[name]) for name, caption in entries]
         digest = hashlib.sha256()
@@ -39,10 +41,6 @@ class RemoteFolder:
 
     def __reduce__(self):
         return reopened, (RemoteFolder, (self.url,), self.need_caption, self.identity)
-
-
-def _is_table(name: str) -> bool:
-    return name in TABLES or name.rpartition("/")[2] in METADATA
 
 
 def _read_all(files: dict[str, File]) -> dict[str, bytes]:

@@ -18,7 +18,8 @@ from pathlib import PurePosixPath
 
 from minisora_jax.io.concat_index import ConcatIndex
 from minisora_jax.io.filesystem import File
-from minisora_jax.sources.base import Media, SkipReport
+from minisora_jax.sources.base import Media
+from minisora_jax.sources.skips import SkipReport
 
 KEPT = 3  # indices that a process keeps
 THREADS = 8  # files that are indexed at a time; most of the time is waiting for storage
@@ -40,11 +41,14 @@ class Sharded(abc.ABC):
         self.report = SkipReport(strict)
         with ThreadPoolExecutor(THREADS) as pool:
             scans = list(pool.map(self._scanned, range(len(files))))
-        for rows, _, _ in scans:
+        errors = [error for *_, error in scans if error is not None]
+        if errors and len(errors) == len(files):
+            raise errors[0]  # an option is wrong, or no file is readable
+        for rows, *_ in scans:
             for row in rows:
                 self.report.add(row["name"], row["reason"], row["detail"])
-        self.digests = [digest for _, digest, _ in scans]
-        self.concat_index = ConcatIndex(count for _, _, count in scans)
+        self.digests = [digest for _, digest, _, _ in scans]
+        self.concat_index = ConcatIndex(count for _, _, count, _ in scans)
         metadata = json.dumps([*zip(self.prefixes, self.digests)])
         self.identity = f"{self.kind}:{hashlib.sha256(metadata.encode('utf-8')).hexdigest()}"
         self._forget()
@@ -69,16 +73,27 @@ class Sharded(abc.ABC):
         shard, at = self.concat_index.locate(i)
         return self.read(self.files[shard], self._entries(shard)[at])
 
-    def _scanned(self, shard: int) -> tuple[list[dict[str, str]], str, int]:
-        entries, report = self._index(shard)
-        return report.skipped, self._digest(shard, entries), len(entries)
+    def _scanned(self, shard: int) -> tuple[list[dict[str, str]], str, int, ValueError | None]:
+        """(skipped rows, digest, number of clips, the error of a file that has none)."""
+        entries, report, error = self._index(shard)
+        return report.skipped, self._digest(shard, entries), len(entries), error
 
-    def _index(self, shard: int) -> tuple[list[Entry], SkipReport]:
-        report, prefix = SkipReport(), self.prefixes[shard]
-        entries = [(prefix + name, *rest) for name, *rest in self.index(self.files[shard], report)]
+    def _index(self, shard: int) -> tuple[list[Entry], SkipReport, ValueError | None]:
+        """The entries of a file. Whatever a library raises at its bytes is the fault of this file, which then has none.
+
+        A ValueError about the whole file, such as a missing column, comes back too.
+        """
+        report, prefix, entries, failed = SkipReport(), self.prefixes[shard], [], None
+        try:
+            entries = [(prefix + name, *rest) for name, *rest in self.index(self.files[shard], report)]
+        except ImportError:
+            raise
+        except Exception as error:
+            failed = error if isinstance(error, ValueError) else None
+            report.add("", "unreadable file", f"{type(error).__name__}: {error}")
         for row in report.skipped:
             row["name"] = prefix + row["name"] if row["name"] else self.files[shard].url
-        return entries, report
+        return entries, report, failed
 
     def _digest(self, shard: int, entries: list[Entry]) -> str:
         file = self.files[shard]
@@ -90,7 +105,7 @@ class Sharded(abc.ABC):
     def _entries(self, shard: int) -> list[Entry]:
         with self._lock:
             if shard not in self._indices:
-                entries, _ = self._index(shard)
+                entries, *_ = self._index(shard)
                 if self._digest(shard, entries) != self.digests[shard]:
                     raise RuntimeError(f"{self.files[shard].url} has changed since this run began")
                 self._indices[shard] = entries

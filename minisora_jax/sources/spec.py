@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
 from typing import Any
 from urllib.parse import parse_qsl
 
-from minisora_jax.io.filesystem import File, filesystem, find, is_hidden, is_url, json_or_none, listing, read_url
+from minisora_jax.io.filesystem import File, filesystem, find, is_hidden, is_url, json_or_none, listing, read_url, walk
 from minisora_jax.media.video import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 from minisora_jax.sources.base import Folder, ProceduralShapes, Source
 
@@ -113,7 +112,7 @@ def _only_parquets(where: str) -> list[File]:
         ValueError: the files have several splits.
     """
     parquets = []
-    for name in listing(where) if is_url(where) else _names(where):
+    for name in listing(where) if is_url(where) else filter(lambda name: not is_hidden(name), walk(where)):
         if name.lower().endswith(VIDEO_SUFFIXES + IMAGE_SUFFIXES):
             return []
         parquets += [name] if name.endswith(".parquet") else []
@@ -127,13 +126,6 @@ def _only_parquets(where: str) -> list[File]:
         )
     files = listing(where)
     return [files[name] for name in sorted(parquets)]
-
-
-def _names(folder: str) -> Iterator[str]:
-    for top, _, files in os.walk(folder):
-        for file in files:
-            if not is_hidden(name := os.path.relpath(os.path.join(top, file), folder)):
-                yield name
 
 
 def _parquets(files: list[File], options: dict, rules: dict[str, Any]) -> Source:

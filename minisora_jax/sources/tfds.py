@@ -34,7 +34,9 @@ import numpy as np
 from minisora_jax.io.concat_index import ConcatIndex
 from minisora_jax.io.filesystem import File, find
 from minisora_jax.media.video import VideoError
-from minisora_jax.sources.base import BadClip, Media, SkipReport, clean_caption, reopened
+from minisora_jax.sources.base import Media, reopened
+from minisora_jax.sources.captions import clean_caption
+from minisora_jax.sources.skips import BadClip, SkipReport
 from minisora_jax.sources.tfds_features import builder_of, find_features, import_tfds, texts_of, undecoded, value_of
 
 VERSION = re.compile(r"\d+\.\d+\.\d+")

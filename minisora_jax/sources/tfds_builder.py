@@ -22,8 +22,10 @@ import av
 import numpy as np
 from PIL import Image
 
+from minisora_jax.io.filesystem import open_regular
 from minisora_jax.media.video import STILL_FPS, VideoError
-from minisora_jax.sources.base import Media, SkipReport, Source, header
+from minisora_jax.sources.base import Media, Source, header
+from minisora_jax.sources.skips import SkipReport
 from minisora_jax.sources.spec import open_source
 
 try:
@@ -93,7 +95,8 @@ def as_file(media: Media) -> bytes:
     """The bytes of a clip's file; for frames a lossless file: FFV1 in Matroska, or PNG for a single frame."""
     content = media.content
     if isinstance(content, Path):
-        return content.read_bytes()
+        with open_regular(content) as plain:
+            return plain.read()
     if isinstance(content, bytes):
         return content
     file = io.BytesIO()

@@ -14,11 +14,12 @@ from typing import BinaryIO
 
 from minisora_jax.io.filesystem import File, is_hidden
 from minisora_jax.media.video import VideoError
-from minisora_jax.sources.base import Media, SkipReport, scan_names
+from minisora_jax.sources.base import Media
+from minisora_jax.sources.captions import MAX_CAPTION, scan_names
 from minisora_jax.sources.sharded import Entry, Sharded
+from minisora_jax.sources.skips import SkipReport
 
 COMPRESSED = {b"\x1f\x8b": "gunzip", b"BZ": "bunzip2", b"\xfd7": "unxz", b"(\xb5": "unzstd"}
-MAX_CAPTION = 2**24  # bytes; a longer file is not read as a caption
 
 
 class Tars(Sharded):

@@ -123,11 +123,11 @@ def _values(
     elif task in ("image_to_video", "interpolate"):
         values["frames"] = on_grid(pipeline, max(frames, 9 if task == "interpolate" else 5))
     elif task in ("video_to_video", "inpaint", "outpaint"):
-        total = min(files["video"].frames, frames or files["video"].frames)
-        values["frames"] = total
+        shown = files["video"].frames_at(rate)
+        values["frames"] = total = min(shown, frames or shown)
     else:
         values["seconds"] = seconds
-        total = frames * 2 + sum(f.frames for f in files.values())
+        total = frames * 2 + sum(f.frames_at(rate) for f in files.values())
     values |= {name: files[need].path for need, name in _PATHS if need in files}
     values |= {"strength": _number(fields, "strength", 0.05, 1, 0.6)} if task == "video_to_video" else {}
     values |= {"loop": True} if task == "loop" else {}

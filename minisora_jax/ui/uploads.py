@@ -1,7 +1,7 @@
 """Check the files that visitors upload. A file is copied under a generated name, or refused with a sentence.
 
-The first bytes tell the type of a file, not its name: FFmpeg would follow a playlist called .mp4 to other files and
-hosts. Sizes are read from headers before anything is decoded. Every file is decoded once, so that no job fails on a
+The first bytes tell the type of a file, not its name (media/opening.py). Sizes are read from headers before anything
+is decoded. Every file is decoded once, so that no job fails on a
 damaged file later.
 """
 
@@ -14,11 +14,11 @@ import secrets
 import shutil
 from pathlib import Path
 
-import numpy as np
 from PIL import Image
 
 from minisora_jax.io.records import sha256
-from minisora_jax.media.video import VideoError, open_frames, probe
+from minisora_jax.media.sniff import HEAD, sniff
+from minisora_jax.media.video import VideoError, open_video
 
 MOST_BYTES = 64 * 2**20
 MOST_PICTURE = 2**24  # pixels of one frame: 4096x4096
@@ -29,32 +29,14 @@ MOST_ASPECT = 8  # the longer side over the shorter
 MOST_RATE = 120  # frames per second
 THUMBNAIL = 160  # pixels of its longer side
 
-PICTURES = (".png", ".jpg", ".webp", ".bmp")
+PICTURES = (".png", ".jpg", ".webp", ".bmp", ".avif")
 VIDEOS = (".mp4", ".mov", ".avi", ".webm", ".gif")
+ANIMATED = (".png", ".webp", ".avif")  # pictures that may be videos
 KINDS = {  # kind -> (allowed suffixes, the advice for another file)
-    "picture": (PICTURES, "choose a picture: PNG, JPEG, WebP or BMP"),
+    "picture": (PICTURES, "choose a picture: PNG, JPEG, WebP, AVIF or BMP"),
     "video": (VIDEOS, "choose a video: MP4, MOV, WebM, MKV, AVI or GIF"),
     "mask": (PICTURES + VIDEOS, "choose a black and white picture or video"),
 }
-SIGNATURES = (  # (offset, bytes, the suffix for media/video.py or, without a dot, the name of a refused type)
-    (0, b"\x89PNG", ".png"),
-    (0, b"\xff\xd8\xff", ".jpg"),
-    (8, b"WEBP", ".webp"),
-    (8, b"AVI ", ".avi"),
-    (8, b"WAVE", "a sound file"),
-    (0, b"GIF8", ".gif"),
-    (0, b"\x1a\x45\xdf\xa3", ".webm"),
-    *((4, b"ftyp" + brand, "a HEIC or AVIF picture") for brand in (b"heic", b"heix", b"mif1", b"avif", b"avis")),
-    (4, b"ftypM4A", "a sound file"),
-    (4, b"ftypqt", ".mov"),
-    *((4, atom, ".mp4") for atom in (b"ftyp", b"moov", b"mdat", b"wide", b"free")),
-    (0, b"BM", ".bmp"),
-    *((0, signature, "a sound file") for signature in (b"ID3", b"fLaC", b"OggS", b"\xff\xfb", b"\xff\xf1")),
-    (0, b"PK", "a zip archive, or a document"),
-    (0, b"%PDF", "a PDF"),
-    (0, b"\x7fELF", "a program"),
-    (0, b"#EXTM3U", "a playlist"),
-)
 REASONS = {
     "empty file": "is empty",
     "not a video": "is no readable video",
@@ -83,6 +65,10 @@ class Upload:
     fps: float
     thumbnail: bytes = dataclasses.field(repr=False)  # webp, animated for a video
 
+    def frames_at(self, fps: float) -> int:
+        """The number of frames at a rate."""
+        return self.frames if self.frames == 1 else max(1, round(self.frames * fps / self.fps))
+
     @property
     def description(self) -> str:
         """The size, and the number and rate of frames, in words."""
@@ -110,12 +96,12 @@ def validate_upload(sent: str, kind: str, come_from: Path, folder: Path) -> Uplo
     if size > MOST_BYTES:
         raise InvalidInput(f"{name} has {size / 2**20:.0f} MiB: the limit is {MOST_BYTES // 2**20} MiB")
     with path.open("rb") as file:
-        suffix = _suffix(name, file.read(512), kind)
+        suffix = _suffix(name, file.read(HEAD), kind)
     folder.mkdir(parents=True, exist_ok=True)
     copy = folder / f".{secrets.token_hex(8)}{suffix}"
     try:
         shutil.copyfile(path, copy)
-        frames, height, width, fps, thumbnail = _read(copy, name, suffix in PICTURES)
+        frames, height, width, fps, thumbnail = _read(copy, name, kind)
         stored = folder / f"{sha256(copy)[:20]}{suffix}"
         os.replace(copy, stored)
     except VideoError as error:
@@ -133,68 +119,52 @@ def display_name(sent: str) -> str:
 
 
 def _suffix(name: str, head: bytes, kind: str) -> str:
+    """The suffix of a file's type, by its first bytes; InvalidInput if the type is not of this kind."""
     if not head:
         raise InvalidInput(f"{name} is empty")
-    """The suffix of a file's type, by its first bytes; InvalidInput if the type is not of this kind."""
     suffixes, advice = KINDS[kind]
-    file_type = next(
-        (file_type for at, signature, file_type in SIGNATURES if head[at : at + len(signature)] == signature), ""
-    )
-    if file_type in suffixes:
-        return file_type
-    if file_type.startswith("."):
-        file_type = "a picture" if file_type in PICTURES else "a video"
-    if not file_type:
-        begins = head.lstrip(b"\xef\xbb\xbf \r\n\t").lower()
-        markup = begins.startswith(b"<")
-        file_type = "an SVG drawing" if markup and b"<svg" in begins else "a web page" if markup else ""
-        file_type = file_type or ("of an unknown type" if b"\0" in head or not _is_text(head) else "text")
-    raise InvalidInput(f"{name} is {file_type}; {advice}")
+    file_format = sniff(head)
+    if file_format.suffix in suffixes or (kind == "video" and file_format.suffix in ANIMATED):
+        return file_format.suffix
+    what = "a picture" if file_format.pillow else "a video" if file_format.demuxer else file_format.name
+    raise InvalidInput(f"{name} is {what}; {advice}")
 
 
-def _is_text(head: bytes) -> bool:
-    try:
-        head.decode("utf-8")
-    except UnicodeDecodeError as error:
-        return error.start > len(head) - 4  # the last character is cut
-    return True
-
-
-def _read(path: Path, name: str, picture: bool) -> tuple[int, int, int, float, bytes]:
+def _read(path: Path, name: str, kind: str) -> tuple[int, int, int, float, bytes]:
     """(frames, height, width, frames per second, thumbnail). All frames are decoded, one at a time."""
-    info = probe(path)
-    H, W = info.height, info.width
-    if H * W > MOST_PICTURE:
-        raise InvalidInput(f"{name} has {W} x {H} pixels: make it smaller, to at most 4096 x 4096")
-    if min(H, W) < LEAST_SIDE:
-        raise InvalidInput(f"{name} has {W} x {H} pixels: it needs at least {LEAST_SIDE} a side")
-    if max(H, W) > MOST_ASPECT * min(H, W):
-        raise InvalidInput(f"{name} has {W} x {H} pixels: one side is more than {MOST_ASPECT} times the other")
-    most = min(MOST_FRAMES, MOST_VIDEO // (H * W))
-    if info.frames > most and not picture:
-        raise InvalidInput(_too_long(name, most, H, W))
-    count, small = 0, []
-    with open_frames(path) as (frames, fps):
-        if not 0.1 <= fps <= MOST_RATE:
-            raise InvalidInput(f"{name} has {fps:.3g} frames per second: it needs 0.1 to {MOST_RATE}")
-        for frame in frames:
+    with open_video(path) as video:
+        info = video.info
+        H, W = info.height, info.width
+        if H * W > MOST_PICTURE:
+            raise InvalidInput(f"{name} has {W} x {H} pixels: make it smaller, to at most 4096 x 4096")
+        if min(H, W) < LEAST_SIDE:
+            raise InvalidInput(f"{name} has {W} x {H} pixels: it needs at least {LEAST_SIDE} a side")
+        if max(H, W) > MOST_ASPECT * min(H, W):
+            raise InvalidInput(f"{name} has {W} x {H} pixels: one side is more than {MOST_ASPECT} times the other")
+        if kind == "video" and video.still:
+            raise InvalidInput(f"{name} is a picture; {KINDS[kind][1]}")
+        most = min(MOST_FRAMES, MOST_VIDEO // (H * W))
+        if info.frames > most and kind != "picture":
+            raise InvalidInput(_too_long(name, most, H, W))
+        if not 0.1 <= info.fps <= MOST_RATE:
+            raise InvalidInput(f"{name} has {info.fps:.3g} frames per second: it needs 0.1 to {MOST_RATE}")
+        count, small = 0, []
+        for frame in video.frames(fit=_thumbnail_size):
             count += 1
-            if count > most and not picture:
-                raise InvalidInput(_too_long(name, most, H, W))
-            H, W = frame.shape[:2]  # after rotation
             if count <= 64:
-                small.append(_small(frame))
-    return count, H, W, fps, animated_webp(small, fps)
+                small.append(Image.fromarray(frame))
+            if kind == "picture":
+                break
+    return count, H, W, info.fps, animated_webp(small, info.fps)
 
 
 def _too_long(name: str, most: int, H: int, W: int) -> str:
     return f"{name} is too long: the limit is {most} frames of {W} x {H} pixels; cut it, or make it smaller"
 
 
-def _small(frame_HWC: np.ndarray) -> Image.Image:
-    image = Image.fromarray(np.ascontiguousarray(frame_HWC))
-    image.thumbnail((THUMBNAIL, THUMBNAIL))
-    return image
+def _thumbnail_size(H: int, W: int) -> tuple[int, int]:
+    scale = min(1.0, THUMBNAIL / max(H, W))
+    return max(1, round(H * scale)), max(1, round(W * scale))
 
 
 def animated_webp(frames: list[Image.Image], fps: float) -> bytes:
