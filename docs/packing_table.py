@@ -7,7 +7,8 @@ import numpy as np
 
 from minisora_jax.data.packing import PackConfig, pack_rows, token_counts
 from minisora_jax.models.text import encode_bytes
-from minisora_jax.toy.shapes import caption, sample_scene
+from minisora_jax.toy.grammar import caption
+from minisora_jax.toy.scenes import sample_scene
 
 S = 4096
 

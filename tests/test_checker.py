@@ -1,13 +1,16 @@
 """The checker is right about true clips, and can say no."""
 
 import collections
+import itertools
 
 import numpy as np
 import pytest
 
 from minisora_jax.media.resize import resized
 from minisora_jax.toy.checker import check
-from minisora_jax.toy.shapes import COLOURS, MOTIONS, PHRASES, SHAPES, Shapes, parse_caption
+from minisora_jax.toy.ghosts import ghosts
+from minisora_jax.toy.grammar import COLOURS, MOTIONS, PHRASES, SHAPES, Object, Scene, parse_caption
+from minisora_jax.toy.shapes import Shapes, render
 
 
 @pytest.mark.parametrize("split", ["train", "heldout"])
@@ -68,3 +71,37 @@ def test_noise_shows_nothing():
     noise = np.random.default_rng(0).integers(0, 255, (9, 48, 48, 3)).astype(np.uint8)
     answer = check(noise, "a large red circle moves left slowly on a black background")
     assert not answer["shape"] and not answer["motion"]
+
+
+def _true_clips(count):
+    world = Shapes("train", 10**6, size_THW=(17, 48, 48))
+    seen = (c for c in map(world.__getitem__, range(10**6)) if len(c.frames_THWC) == 17 and "behind" not in c.caption)
+    return list(itertools.islice(seen, count))
+
+
+def _colours(caption):
+    return [o.colour for o in parse_caption(caption)[0]]
+
+
+def test_true_clips_have_no_ghosts_and_cross_fades_have():
+    clips = _true_clips(60)
+    assert [ghosts(c.frames_THWC, _colours(c.caption)) for c in clips] == [{}] * 60
+    moving = [c for c in clips if "moves" in c.caption]
+    fades = [np.round(c.frames_THWC * 0.5 + c.frames_THWC[::-1] * 0.5).astype(np.uint8) for c in moving]
+    found = [ghosts(f, _colours(c.caption)) for f, c in zip(fades, moving)]
+    assert np.mean(["transparent" in faults for faults in found]) > 0.9  # objects that pass each other overlap
+
+
+def test_each_kind_of_ghost_is_named():
+    path = {"x_T": np.linspace(10, 38, 17), "y_T": np.full(17, 24.0), "radius_T": np.full(17, 8.0)}
+    frames = render(Scene((17, 48, 48), (Object("red", "circle", "right", "small", **path),), "black"))
+    colours, fourth = ["red"], np.arange(17)[:, None, None, None] == 4
+    empty = np.broadcast_to(np.median(frames, axis=(0, 1, 2)), frames.shape).astype(np.uint8)
+    assert ghosts(np.where(fourth, empty, frames), colours)["missing"] == [4]
+    assert ghosts(np.where(fourth, frames // 2 + empty // 2, frames), colours) == {"transparent": [4]}
+    assert ghosts(np.where(fourth, np.maximum(frames[:1], frames[-1:]), frames), colours)["doubled"] == [4]
+    assert ghosts(np.concatenate([frames[:2], frames[-2:]]), colours) == {"jump": [1]}
+    assert ghosts(frames, colours) == {} and ghosts(frames, colours, loop=True) == {"jump": [16]}
+    stranger = frames.copy()
+    stranger[3, :14, :14] = COLOURS["cyan"]
+    assert "stranger" in ghosts(stranger, colours)

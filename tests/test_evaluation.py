@@ -10,7 +10,8 @@ from minisora_jax.evaluation import frames as F
 from minisora_jax.evaluation.frechet import Extractor, distance, frechet, moments, open_extractor
 from minisora_jax.generate.frame_ops import largest_step
 from minisora_jax.toy.checker import observe
-from minisora_jax.toy.shapes import Shapes, parse_caption
+from minisora_jax.toy.grammar import parse_caption
+from minisora_jax.toy.shapes import Shapes
 
 
 def test_frechet_of_gaussians_is_the_formula():

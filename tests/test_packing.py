@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minisora_jax.data.conditioning import ConditioningConfig
-from minisora_jax.data.epochs import Epochs, _shuffled, curriculum, within
+from minisora_jax.data.epochs import Epochs, _shuffled, curriculum, parse_mixture, within
 from minisora_jax.data.packing import PackConfig, PackPlan, StagedPlan, pack_rows, token_counts
 from minisora_jax.data.rows import Segment, pack_segments, patchify, unpatchify
 
@@ -224,9 +224,37 @@ def test_a_row_is_laid_out_clip_after_clip():
 @settings(deadline=None, max_examples=60)
 @given(st.integers(1, 6), st.integers(1, 4), st.integers(1, 4), st.integers(0, 10_000))
 def test_known_tokens_always_leave_something_to_learn(t, h, w, seed):
-    every = ConditioningConfig(0.2, 0.1, 0.1, 0.2, 0.1, 0.1, 0.1, 0.1)
+    every = ConditioningConfig(0.1, 0.1, 0.1, 0.2, 0.1, 0.1, 0.1, 0.1, 0.1)
     cond_mask = every.draw((t, h, w), np.random.default_rng(seed))
     assert cond_mask.shape == (t, h, w) and not cond_mask.all()
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(1, 7), st.integers(0, 10_000))
+def test_a_data_set_may_fix_its_masks_to_both_ends(t, seed):
+    known_t = ConditioningConfig().draw((t, 1, 1), np.random.default_rng(seed), "between").reshape(-1)
+    assert not known_t.all() and known_t[0] == (t > 1)
+    if t > 2:
+        unknown = np.flatnonzero(~known_t)
+        assert known_t[-1] and (np.diff(unknown) == 1).all()  # one stretch, and not at an end
+
+
+def test_clips_of_fixed_masks_are_shown_whole_or_from_their_second_latent_frame_on():
+    clips, frames = np.arange(4000), np.full(4000, 6)
+    fixed = clips % 2 == 0
+    spans = ConditioningConfig(middle=0.1).stretches(clips, frames, 0, 0, fixed)
+    assert set(map(tuple, spans[fixed])) == {(0, 6), (1, 6)} and abs((spans[fixed, 0] == 1).mean() - 0.5) < 0.05
+    assert (spans[~fixed] == ConditioningConfig(middle=0.1).stretches(clips, frames, 0, 0)[~fixed]).all()
+
+
+def test_a_mixture_names_weights_and_masks():
+    parts = parse_mixture("data/a + gs://b/c*0.5 + d@between + e@f/g*2@prefix")
+    assert [(p.directory, p.weight, p.mask) for p in parts] == [
+        ("data/a", 1.0, ""), ("gs://b/c", 0.5, ""), ("d", 1.0, "between"), ("e@f/g", 2.0, "prefix"),
+    ]  # fmt: skip
+    for wrong in ("", "a + ", "a*1.2.3", "*2"):
+        with pytest.raises(ValueError, match="must look like DIR"):
+            parse_mixture(wrong)
 
 
 def test_known_shares_are_kept():

@@ -5,7 +5,11 @@ import collections
 import numpy as np
 import pytest
 
-from minisora_jax.toy.shapes import COLOURS, MOTIONS, SHAPES, Shapes, caption, held_out, parse_caption, sample_scene
+from minisora_jax.toy.ghosts import ghosts
+from minisora_jax.toy.grammar import COLOURS, MOTIONS, SHAPES, caption, held_out, parse_caption
+from minisora_jax.toy.scenes import sample_scene
+from minisora_jax.toy.shapes import Shapes
+from minisora_jax.toy.transitions import sample_transition
 
 
 @pytest.mark.parametrize("split", ["train", "heldout"])
@@ -78,3 +82,18 @@ def test_a_size_can_be_asked_for():
     assert Shapes("heldout", 5, size_THW=(13, 48, 64))[3].size_THW[0] in (1, 13)
     with pytest.raises(ValueError, match="aspect"):
         sample_scene(0, "train", (5, 32, 128))
+
+
+def test_a_transition_leads_from_the_end_of_a_clip_to_the_beginning_of_one_of_its_caption():
+    clips = Shapes("transitions", 10**6)
+    loops = 0
+    for i in range(100):
+        scene = sample_transition(i)
+        assert not any(held_out(o.triple) for o in scene.objects)
+        colours = [o.colour for o in parse_caption(clips[i].caption)[0]]
+        assert len(clips[i].frames_THWC) == 21 and ghosts(clips[i].frames_THWC, colours) == {}
+        for o in scene.objects:
+            loops += len(set(np.round(o.x_T, 3))) < 21
+    assert loops  # some come back to places where they have been
+    with pytest.raises(ValueError, match="transitions have sizes of their own"):
+        Shapes("transitions", 9, size_THW=(9, 32, 32))

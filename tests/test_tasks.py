@@ -8,11 +8,12 @@ import pytest
 from minisora_jax.bundled import CODEC, MODEL
 from minisora_jax.evaluation.frames import psnr, seam
 from minisora_jax.generate import Given, Request, VideoPipeline, tasks
-from minisora_jax.generate.frame_ops import EASE, FAITHFUL, FEATHER, eased, evened, largest_step, steps
+from minisora_jax.generate.frame_ops import EASE, FAITHFUL, FEATHER, eased, evened, jump, largest_step, steps
 from minisora_jax.generate.runner import Decode, Encode, Frames, run_tasks
 from minisora_jax.generate.windows import WINDOW_SEED
 from minisora_jax.media.resize import resized
-from minisora_jax.toy.shapes import FPS, Shapes
+from minisora_jax.toy.grammar import FPS
+from minisora_jax.toy.shapes import Shapes
 
 OPTIONS = dict(steps=2, progress=False)
 
@@ -263,6 +264,31 @@ def test_what_jumps_is_evened():
     assert largest_step(jumps) > 3 and found.max() < 1.15 * found.mean()
     slide = np.stack([np.roll(a, t, 0) for t in range(9)])  # what is even stays
     assert np.abs(evened(slide).astype(int) - slide).mean() < 4
+
+
+def test_a_long_way_at_an_even_speed_is_no_jump_and_a_cut_is():
+    slow = np.stack([np.full((8, 8, 3), 10 + v, np.uint8) for v in range(9)])
+    way = np.stack([np.full((8, 8, 3), 20 + 10 * v, np.uint8) for v in range(9)])
+    assert jump(np.concatenate([slow, way, slow + 100]), slice(9, 17)) == 1.0
+    assert jump(np.concatenate([slow, slow + 100]), slice(6, 12)) > 50
+
+
+def test_what_fades_is_said(pipeline, clip):
+    other = 255 - clip.frames_THWC  # another scene, to which no picture of this one leads
+    notes = {}
+    note = lambda i, entries: notes.update({i: entries})
+    asked = tasks.transition(pipeline, request(clip), clip.frames_THWC, other, between=3)
+    still = tasks.extend(pipeline, request(clip), clip.frames_THWC, after=2)
+    done(pipeline, asked, still, note=note)
+    assert notes == {0: {"faded": True}}
+
+
+def test_a_loop_of_a_model_that_leads_over_moves_as_told_and_comes_back(pipeline, clip):
+    able = dataclasses.replace(pipeline, leads_over=True, window=5)
+    frames = done(able, tasks.text_to_video(able, request(clip, 24, loop=True)))[0]
+    assert frames.shape == (24, 32, 32, 3)
+    plain = done(able, tasks.long_video(able, dataclasses.replace(request(clip, 1)), 13))[0]
+    assert psnr(frames[4:9], plain[4:9]) > 40  # its first 13 frames are a video of its caption, eased at both ends
 
 
 def test_a_given_video_passes_into_the_codecs_own_and_stays_near_itself():

@@ -29,7 +29,8 @@ def run(args, _):
     from minisora_jax.media.contact_sheet import contact_sheet
     from minisora_jax.media.video_writer import write_video
     from minisora_jax.toy.checker import check
-    from minisora_jax.toy.shapes import FPS, caption, sample_scene
+    from minisora_jax.toy.grammar import FPS, caption
+    from minisora_jax.toy.scenes import sample_scene
 
     pipeline = VideoPipeline.load(MODEL, CODEC)
     captions = [caption(sample_scene(10_000 + args.seed * CLIPS + i, "heldout", SIZE_THW)) for i in range(CLIPS)]

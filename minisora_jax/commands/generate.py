@@ -195,7 +195,7 @@ def _expanded(prompts: list[str], spec: str) -> list[str]:
 
 
 def _list_captions() -> None:
-    from minisora_jax.toy.shapes import BACKGROUNDS, COLOURS, PHRASES, SHAPES, example_captions
+    from minisora_jax.toy.grammar import BACKGROUNDS, COLOURS, PHRASES, SHAPES, example_captions
 
     print("colours:     " + ", ".join(COLOURS))
     print("shapes:      " + ", ".join(SHAPES))

@@ -18,7 +18,8 @@ import numpy as np
 class ConditioningConfig:
     """The share of training clips with each kind of conditioning mask. The other clips have none: text to video.
 
-    An image has one frame, so it takes only `box` and `outside`.
+    An image has one frame, so it takes only `box` and `outside`. A data set may fix the kind of its clips' masks:
+    `data/a + data/b@between` (data/epochs.py).
     """
 
     first: float = 0.12  # the first latent frame is given: image to video
@@ -29,6 +30,7 @@ class ConditioningConfig:
     frames: float = 0.04  # any latent frames are given
     box: float = 0.04  # everything outside a box is given: inpainting
     outside: float = 0.02  # everything inside a box is given: outpainting
+    between: float = 0.0  # several first and several last latent frames are given: transitions and loops
     middle: float = 0.1  # share of all clips, with any mask, that are shown from a later latent frame on
 
     def __post_init__(self):
@@ -41,7 +43,9 @@ class ConditioningConfig:
     def _shares(self) -> tuple[float, ...]:
         return dataclasses.astuple(self)[:-1]
 
-    def stretches(self, clips_n: np.ndarray, frames_n: np.ndarray, seed: int, epoch: int) -> np.ndarray:
+    def stretches(
+        self, clips_n: np.ndarray, frames_n: np.ndarray, seed: int, epoch: int, fixed_n: np.ndarray | None = None
+    ) -> np.ndarray:
         """The latent frames that training shows of each clip: int32 (n, 2) of start and stop.
 
         They are (0, frames) or 1 <= start < stop <= frames. They depend on the clip's number, its length, the seed and
@@ -50,22 +54,38 @@ class ConditioningConfig:
         Args:
             clips_n: the numbers of the clips.
             frames_n: their lengths in latent frames.
+            fixed_n: bool, the clips whose data set fixes their kind of mask (data/epochs.py). Half of them are shown
+                without their first latent frame, and whole otherwise.
         """
         key = np.random.SeedSequence([seed, epoch]).generate_state(1, np.uint64)
         key = key + np.uint64(3) * clips_n.astype(np.uint64)
         chosen, first, length = (_uniform(key + np.uint64(i)) for i in range(3))
         start = 1 + (first * (frames_n - 1)).astype(np.int32)
         stop = start + 1 + (length * (frames_n - start)).astype(np.int32)
-        shown = np.where((chosen < self.middle) & (frames_n > 1), [start, stop], [np.zeros_like(frames_n), frames_n])
+        share = self.middle
+        if fixed_n is not None:
+            start, stop = np.where(fixed_n, 1, start), np.where(fixed_n, frames_n, stop)
+            share = np.where(fixed_n, 0.5, share)
+        shown = np.where((chosen < share) & (frames_n > 1), [start, stop], [np.zeros_like(frames_n), frames_n])
         return shown.T.astype(np.int32)
+
+    def require_kind(self, kind: str) -> None:
+        """Raise ValueError unless `kind` is a kind of mask."""
+        if kind not in (kinds := self._edges[0]):
+            raise ValueError(f"data ...@{kind}: the kinds of conditioning mask are {', '.join(kinds)}")
 
     @functools.cached_property
     def _edges(self) -> tuple[list[str], list[float]]:
         """(kinds, upper edges): a uniform draw below a kind's edge, and not below the one before, selects it."""
         return [f.name for f in dataclasses.fields(self)][:-1], np.cumsum(self._shares).tolist()
 
-    def draw(self, size_thw: tuple[int, int, int], rng: np.random.Generator) -> np.ndarray:
-        """The conditioning mask of one clip: bool (t, h, w), True for given tokens. At least one token is False."""
+    def draw(self, size_thw: tuple[int, int, int], rng: np.random.Generator, kind: str = "") -> np.ndarray:
+        """The conditioning mask of one clip: bool (t, h, w), True for given tokens. At least one token is False.
+
+        Args:
+            size_thw: the clip's size in tokens.
+            kind: the kind of mask; "" draws it by the shares.
+        """
         t, h, w = size_thw
         cond_mask = np.zeros(size_thw, bool)
         kinds, edges = self._edges
@@ -73,7 +93,10 @@ class ConditioningConfig:
         choice, cut, flips = rng.random(), int(rng.integers(1, max(t, 2))), rng.random(t) < 0.5
         y0, y1 = sorted((rng.integers(h + 1), rng.integers(h + 1)))
         x0, x1 = sorted((rng.integers(w + 1), rng.integers(w + 1)))
-        kind = kinds[bisect.bisect_right(edges, choice)] if choice < edges[-1] else "none"
+        before = min(cut, max(t - 2, 1))
+        after = before + 1 + int(rng.random() * (t - 1 - before))
+        drawn = kinds[bisect.bisect_right(edges, choice)] if choice < edges[-1] else "none"
+        kind = kind or drawn
         if kind in ("box", "outside"):
             if y0 < y1 and x0 < x1:
                 cond_mask[:, y0:y1, x0:x1] = True
@@ -86,6 +109,7 @@ class ConditioningConfig:
                 "ends": [0, t - 1] if t > 2 else [0],
                 "prefix": np.arange(cut),
                 "suffix": np.arange(cut, t),
+                "between": [*range(before), *range(after, t)],
                 "frames": np.flatnonzero(flips) if not flips.all() else [0],
             }[kind]
             cond_mask[chosen] = True

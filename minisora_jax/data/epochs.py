@@ -169,17 +169,27 @@ def curriculum(text: str, steps: int) -> list[Stage]:
     return stages
 
 
-def parse_mixture(text: str) -> list[tuple[str, float]]:
-    """[(directory, weight)] of "data/a + data/b*0.5"; ValueError for text of another form."""
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """One data set of a mixture: its directory, its weight, and the kind of conditioning mask of its clips."""
+
+    directory: str
+    weight: float = 1.0
+    mask: str = ""  # a share of ConditioningConfig that all of its clips take; "": each clip draws one
+
+
+def parse_mixture(text: str) -> list[Part]:
+    """The data sets of "data/a + data/b*0.5 + data/c@between"; ValueError for text of another form."""
     mixture = []
     for word in text.split("+"):
-        name, star, weight = word.strip().rpartition("*")
+        match = re.fullmatch(r"\s*(?P<directory>.*?)(?:\*(?P<weight>[\d.]+))?(?:@(?P<mask>[a-z]+))?\s*", word)
         try:
-            mixture.append((name, float(weight)) if star else (word.strip(), 1.0))
-        except ValueError as error:
-            raise ValueError(f"data {word.strip()!r} must look like DIR or DIR*WEIGHT, such as data/a*0.5") from error
-    if any(not name or weight < 0 for name, weight in mixture):
-        raise ValueError(f"data {text!r} must look like DIR or DIR*WEIGHT + DIR*WEIGHT")
+            assert match and match["directory"]
+            mixture.append(Part(match["directory"], float(match["weight"] or 1), match["mask"] or ""))
+        except (AssertionError, ValueError) as error:
+            raise ValueError(
+                f"data {word.strip()!r} must look like DIR, DIR*WEIGHT or DIR*WEIGHT@MASK, such as data/a*0.5@between"
+            ) from error
     return mixture
 
 

@@ -135,7 +135,7 @@ class Latents:
         self.empty_text_LE = _restored(self.shards.table("empty_text"))
         self.text: dict[str, Any] = self.shards.manifest["settings"]["text"]
         self.codec_hash: str = self.shards.manifest["settings"]["codec_hash"]
-        self.counts, self.weights = (len(self.shards),), (1.0,)
+        self.counts, self.weights, self.masks = (len(self.shards),), (1.0,), ("",)
 
     def __len__(self) -> int:
         return len(self.shards)
@@ -145,15 +145,19 @@ class Latents:
         mean, std, text = (_restored(arrays[name]) for name in ("mean", "std", "text"))
         return LatentClip(mean, std, text, metadata["caption"], metadata["fps"], metadata["name"])
 
+    def mask(self, i: int) -> str:
+        """The kind of conditioning mask that clip i takes; "" to draw one. Only a mixture fixes it."""
+        return ""
+
 
 class Mixture:
-    """Several concatenated caches as one sequence of LatentClip, with the `counts` and `weights` of each.
+    """Several concatenated caches as one sequence of LatentClip, with the `counts`, `weights` and `masks` of each.
 
     Raises:
         DataError: the caches have different codecs or text encoders.
     """
 
-    def __init__(self, caches: list[Latents], weights: list[float]):
+    def __init__(self, caches: list[Latents], weights: list[float], masks: list[str] | None = None):
         first = caches[0]
         for cache in caches[1:]:
             for name, ours, theirs in (
@@ -166,6 +170,7 @@ class Mixture:
                         f"{ours}: the caches of one mixture must share it. Encode one of them again"
                     )
         self.caches, self.weights = caches, tuple(weights)
+        self.masks = tuple(masks or [""] * len(caches))
         self.counts = tuple(len(cache) for cache in caches)
         self.sizes = first.sizes if len(caches) == 1 else np.concatenate([cache.sizes for cache in caches])
         self.empty_text_LE, self.text, self.codec_hash = first.empty_text_LE, first.text, first.codec_hash
@@ -177,6 +182,10 @@ class Mixture:
     def __getitem__(self, i: int) -> LatentClip:
         cache, at = self._index.locate(i)
         return self.caches[cache][at]
+
+    def mask(self, i: int) -> str:
+        """The kind of conditioning mask that clip i takes; "" to draw one."""
+        return self.masks[self._index.locate(i)[0]]
 
 
 def open_latents(text: str | os.PathLike, **expect: Any) -> Mixture:
@@ -198,7 +207,8 @@ def open_latents(text: str | os.PathLike, **expect: Any) -> Mixture:
         True
     """
     mixture = parse_mixture(str(text))
-    return Mixture([Latents(name, **expect) for name, _ in mixture], [weight for _, weight in mixture])
+    caches = [Latents(part.directory, **expect) for part in mixture]
+    return Mixture(caches, [part.weight for part in mixture], [part.mask for part in mixture])
 
 
 def _to_record(clip: LatentClip) -> bytes:

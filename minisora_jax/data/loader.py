@@ -29,7 +29,7 @@ from minisora_jax.types import ClipSequence, PackedBatch
 class DataConfig:
     """The training data of a transformer."""
 
-    path: str = ""  # a latent cache, or several with weights: "data/a + data/b*0.5"
+    path: str = ""  # a latent cache, or several with weights and masks: "data/a + data/b*0.5@between"
     temperature: float = 1.0  # above 1, small data sets come more often than in proportion to their size
     curriculum: str = ""  # "1000:1x32x32 5000:5x32x32": up to a step, latents of at most frames x rows x columns
     strict: bool = False  # stop at the first damaged clip instead of skipping it
@@ -136,6 +136,8 @@ def packed_batches(
     damage_log = damaged or Damaged(strict=True)
     pack, seed, accumulate = plan.config, plan.seed, plan.per_step // plan.config.rows
     mine = [a * pack.rows + b for a in range(accumulate) for b in host_rows(pack.rows)]
+    for mask in filter(None, latents.masks):
+        conditioning.require_kind(mask)
 
     def segment(epoch: int, i: int, shown: tuple[int, int]) -> Segment | None:
         # Seeded by the clip and the epoch, not by its place in a row, so packing does not change the clip.
@@ -145,14 +147,14 @@ def packed_batches(
         except DataError as error:
             damage_log.add(error)
             return None
-        return training_segment(
-            clip, patch, conditioning, caption_dropout, latents.empty_text_LE, caption_tokens, rng, shown
-        )
+        mask, empty = latents.mask(i), latents.empty_text_LE
+        return training_segment(clip, patch, conditioning, caption_dropout, empty, caption_tokens, rng, shown, mask)
 
     def batch(step: int) -> tuple[PackedBatch, list[np.ndarray]]:
         epoch, rows = plan.epoch(step), plan.rows(step)
         sizes = [latents.sizes[clips].clip((0, 0, 0, caption_tokens)) for clips in rows]
-        shown = [conditioning.stretches(clips, size[:, 0], seed, epoch) for clips, size in zip(rows, sizes)]
+        fixed = [np.array([bool(latents.mask(int(i))) for i in clips], bool) for clips in rows]
+        shown = [conditioning.stretches(c, size[:, 0], seed, epoch, f) for c, size, f in zip(rows, sizes, fixed)]
         segments = [[s for i, span in zip(rows[r], shown[r]) if (s := segment(epoch, int(i), span))] for r in mine]
         if not any(segments):
             raise DataError(f"no clip of step {step + 1} is readable; {damage_log.count} clips were damaged so far")

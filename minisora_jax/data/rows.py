@@ -128,6 +128,7 @@ def training_segment(
     caption_tokens: int,
     rng: np.random.Generator,
     shown: tuple[int, int],
+    mask: str = "",
 ) -> Segment:
     """The segment of a training clip: a sample of the posterior, a random conditioning mask, and its caption.
 
@@ -136,11 +137,12 @@ def training_segment(
     Args:
         shown: the first latent frame that is shown, and the one after the last. Temporal positions are 0, 1, ..., or
             1, 2, ... without the first latent frame.
+        mask: the kind of conditioning mask; "" draws it.
     """
     noise = rng.standard_normal(clip.mean_thwc.shape, np.float32)
     grid = patchify(clip.mean_thwc + clip.std_thwc * noise, patch)
     grid = grid[shown[0] : shown[1]]
     t, h, w, P = grid.shape
     text = padded_text(empty_text_LE if rng.random() < caption_dropout else clip.text_LE, caption_tokens)
-    cond_mask_n = conditioning.draw((t, h, w), rng).reshape(-1)
+    cond_mask_n = conditioning.draw((t, h, w), rng, mask).reshape(-1)
     return Segment(grid.reshape(-1, P), cond_mask_n, (t, h, w), text, clip.fps, min(shown[0], 1))

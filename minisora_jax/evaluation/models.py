@@ -12,7 +12,8 @@ from minisora_jax.curation.filters import load_function
 from minisora_jax.generate import Request, VideoPipeline
 from minisora_jax.models.codec import Codec
 from minisora_jax.toy.checker import check_all
-from minisora_jax.toy.shapes import FPS, Shapes
+from minisora_jax.toy.grammar import FPS
+from minisora_jax.toy.shapes import Shapes
 from minisora_jax.training.codec_task import reconstruct
 from minisora_jax.types import ClipSequence
 

@@ -71,6 +71,15 @@ def largest_step(frames_THWC: np.ndarray, at: slice = slice(None)) -> float:
     return float(sizes[at].max() / max(np.median(sizes), STILL))
 
 
+def jump(frames_THWC: np.ndarray, at: slice) -> float:
+    """The largest step of those in `at`, in their usual step or the whole video's, whichever is larger.
+
+    A long way at an even speed is no jump; a cut is.
+    """
+    sizes = steps(frames_THWC)
+    return float(sizes[at].max() / max(np.median(sizes), np.median(sizes[at]), STILL))
+
+
 def evened(frames_THWC: np.ndarray) -> np.ndarray:
     """As many frames from the first to the last at equal steps along the same path: a jump becomes a dissolve."""
     way = np.concatenate([[0.0], np.cumsum(np.maximum(steps(frames_THWC), 1e-6), dtype=np.float64)])

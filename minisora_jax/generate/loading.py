@@ -15,7 +15,7 @@ from minisora_jax.io.model_dir import config_fields, load_model, model_hash
 from minisora_jax.models.captions import captions_of
 from minisora_jax.models.codec import Codec
 from minisora_jax.models.dit import DiTConfig
-from minisora_jax.toy.shapes import vocabulary
+from minisora_jax.toy.grammar import vocabulary
 from minisora_jax.weights.presets import TRANSFORMERS
 
 
@@ -52,6 +52,7 @@ def load_parts(
         "guide": guide,
         "window": frames,
         "sides": tuple(sides) or None,
+        "leads_over": _leads_over(config.get("training", {})),
         "vocabulary": vocabulary() if Path(model).resolve() == Path(MODEL).resolve() else None,
     }
 
@@ -65,6 +66,12 @@ def _load_dit(model: str | Path) -> tuple[dict, DiTConfig, dict]:
     if dit.image_features:
         raise ValueError(f"{model} needs the features of an image encoder, which this command does not compute yet")
     return jax.tree.map(jnp.asarray, params), dit, config
+
+
+def _leads_over(training: dict) -> bool:
+    """Whether a model was trained to lead from a known past to a known future (`ConditioningConfig.between`)."""
+    share = training.get("conditioning", {}).get("between", 0)
+    return share > 0 or "@between" in training.get("data", {}).get("path", "")
 
 
 def _require_codec(config: dict, dit: DiTConfig, model: str | Path, loaded: Codec, codec: str | Path) -> None:

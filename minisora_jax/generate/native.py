@@ -22,7 +22,7 @@ from minisora_jax.models.captions import BYTES, Captions
 from minisora_jax.models.codec import Codec
 from minisora_jax.models.dit import DiTConfig, abstract_params
 from minisora_jax.parallel.mesh import cuts, params_on_mesh
-from minisora_jax.toy.shapes import example_captions
+from minisora_jax.toy.grammar import example_captions
 
 MOST_UNKNOWN = 5  # unknown words that a hint names
 CODEC_BATCH = 16  # clips that go through the codec together
@@ -45,6 +45,7 @@ class NativePipeline:
     guide: tuple[DiTConfig, dict] | None = None
     window: int = 21  # latent frames that the model makes at once; longer videos are made window by window
     sides: tuple[int, int] | None = None  # height and width of the largest latents in training; None: not recorded
+    leads_over: bool = False  # trained with a known past and future: loops are made as transitions back
     vocabulary: frozenset[str] | None = None  # all words of the training captions; None: not recorded
 
     @property

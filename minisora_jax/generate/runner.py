@@ -35,7 +35,26 @@ class Frames:
     frames_THWC: np.ndarray
 
 
-Task = Generator[Encode | Decode | Frames | Request, Any, Any]
+@dataclasses.dataclass(frozen=True)
+class Note:
+    """What the result's record should say about it, such as {"faded": True}. Not answered."""
+
+    entries: dict[str, Any]
+
+
+Task = Generator[Encode | Decode | Frames | Note | Request, Any, Any]
+
+
+def collected(task: Task) -> Task:
+    """Returns all frames of a task, uint8 (T, H, W, 3), instead of yielding them."""
+    pieces: list[np.ndarray] = []
+
+    def keep(frames_THWC: np.ndarray | None) -> None:
+        if frames_THWC is not None:
+            pieces.append(frames_THWC)
+
+    yield from altered(task, keep)
+    return np.concatenate(pieces)
 
 
 def altered(task: Task, alter: Callable[[np.ndarray | None], np.ndarray | None]) -> Task:
@@ -63,6 +82,7 @@ def run_tasks(
     write: Callable[[int, np.ndarray], None] | None = None,
     watch: Watch | None = None,
     failed: Callable[[int, ValueError], None] | None = None,
+    note: Callable[[int, dict[str, Any]], None] = lambda i, entries: None,
     **options,
 ) -> list[np.ndarray]:
     """Run tasks together.
@@ -73,6 +93,7 @@ def run_tasks(
         write: called with (number of the task, frames) for each piece; without it the pieces are returned.
         watch: as in `NativePipeline.sample`, with latents by number of task, of those sampled now.
         failed: called with (number, error) for a task that cannot be done, which is left out; without it, raised.
+        note: called with (number, entries) of each `Note` of a task.
         **options: those of `NativePipeline.sample`.
 
     Returns:
@@ -85,8 +106,11 @@ def run_tasks(
     def go_on(i: int, answer) -> None:
         try:
             need = tasks[i].send(answer)
-            while isinstance(need, Frames):
-                write_piece(i, need.frames_THWC)
+            while isinstance(need, Frames | Note):
+                if isinstance(need, Note):
+                    note(i, need.entries)
+                else:
+                    write_piece(i, need.frames_THWC)
                 need = tasks[i].send(None)
             waiting[i] = need
         except StopIteration:

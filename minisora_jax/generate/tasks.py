@@ -24,23 +24,24 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from minisora_jax.generate.frame_ops import eased, evened, feathered, filled, first_frames, largest_step, last_frames
+from minisora_jax.generate import transitions
+from minisora_jax.generate.frame_ops import eased, feathered, filled
 from minisora_jax.generate.native import NativePipeline
 from minisora_jax.generate.request import Given, Request
 from minisora_jax.generate.runner import Decode, Encode, Frames, Task
 from minisora_jax.generate.upscaling import regenerated, upscaled, upscaled_stream
-from minisora_jax.generate.windows import continued, frames_of, led_to, window_request, windowed, with_known
+from minisora_jax.generate.windows import continued, frames_of, led_to, windowed, with_known
 from minisora_jax.media.resize import resized
-
-SETTLE_STRENGTH = 0.6  # of the second pass of a transition, which knows what the second video looks like with a past
-SEAMLESS, TRIES = 2.0, 3  # a transition is made up to TRIES times, until its largest step is SEAMLESS median steps
 
 
 def text_to_video(pipeline: NativePipeline, request: Request) -> Task:
     """Text to video, to an image, or to a loop. Sizes beyond training are upscaled from a trained size."""
     native, *larger = _requests_up_to(pipeline, request)
     pipeline.grid(request)
-    frames = yield Decode((yield native), request.loop)
+    if request.loop and pipeline.leads_over:
+        frames = yield from transitions.loop_frames(pipeline, native)
+    else:
+        frames = yield Decode((yield native), request.loop)
     yield Frames((yield from upscaled(pipeline, frames, larger)))
 
 
@@ -137,56 +138,13 @@ def transition(
     between: int,
     loop: bool = False,
 ) -> Task:
-    """Video a, at least `between` frames that lead from it to b (rounded up to the codec's grid), and video b.
+    """Video a, at least `between` frames that lead from it to b, and video b; see `transitions.led_over`.
 
-    The pixels of both stay, but for `EASE` frames at a seam. loop: b is a itself; the new frames lead back to its
-    beginning, and b is not shown again.
+    loop: b is a itself; the new frames lead back to its beginning, and b is not shown again.
     """
     _require_size(request, a_THWC, "the first video")
     _require_size(request, b_THWC, "the second video")
-    factor = pipeline.codec.config.time_factor
-    k = -(-(between + 1) // factor)  # latent frames to make; the last pixel frame of the last is b's first
-    room = max(pipeline.window - k, 2)
-    a = last_frames(a_THWC, min((room + 1) // 2, 1 + (len(a_THWC) - 1) // factor), factor)
-    b = first_frames(b_THWC, min(room // 2, (len(b_THWC) - 1) // factor), factor)
-    past = yield Encode(a)
-    future = yield Encode(np.concatenate([np.repeat(b[:1], factor * k, axis=0), b]))
-    future = future[1 + k :]
-    t = len(past) + k + len(future)
-    whole = dataclasses.replace(request, size_THW=(frames_of(pipeline, t), *request.size_THW[1:]))
-    known_thw = np.ones(pipeline.grid(whole), bool)
-    known_thw[len(past) : t - len(future)] = False
-    until, tries = len(a) + factor * k - 1, []
-
-    def seamless(frames: np.ndarray) -> bool:
-        before, after = eased(a, frames[: len(a)], at_end=True), eased(b, frames[until:], at_end=False)
-        shown = np.concatenate([before, frames[len(a) : until], after])
-        tries.append((largest_step(shown, slice(len(a) - 1, until)), frames))
-        return tries[-1][0] <= SEAMLESS
-
-    for number in range(TRIES):
-        window = window_request(whole, number)
-        latents = yield from with_known(pipeline, window, {0: past, t - len(future): future})
-        if seamless(frames := (yield Decode(latents))):
-            break
-        # Again, now that b has a past: its latents after that past, and the frames that lead to them.
-        latents = yield Encode(np.concatenate([a, frames[len(a) : until], b]))
-        latents = yield dataclasses.replace(window, given=Given(latents, known_thw, SETTLE_STRENGTH))
-        if seamless((yield Decode(latents))):
-            break
-    largest, frames = min(tries, key=lambda each: each[0])
-    a_eased, b_eased = eased(a_THWC, frames[: len(a)], at_end=True), eased(b_THWC, frames[until:], at_end=False)
-    new = frames[len(a) : until]
-    if largest > SEAMLESS:
-        new = evened(np.concatenate([a_eased[-1:], new, b_eased[:1]]))[1:-1]
-    if loop:  # one video, eased at both ends
-        half = len(b_THWC) // 2
-        yield Frames(np.concatenate([b_eased[:half], a_eased[half:]]))
-        yield Frames(new)
-    else:
-        yield Frames(a_eased)
-        yield Frames(new)
-        yield Frames(b_eased)
+    yield from transitions.transition(pipeline, request, a_THWC, b_THWC, between=between, loop=loop)
 
 
 def long_video(

@@ -33,7 +33,7 @@ def with_known(pipeline: NativePipeline, request: Request, known: dict[int, np.n
 
 
 def windowed(
-    pipeline: NativePipeline, request: Request, frames: int, prompt_at: Callable, first_HWC: np.ndarray | None
+    pipeline: NativePipeline, request: Request, frames: int, prompt_at: Callable, first_HWC: np.ndarray | None = None
 ) -> Task:
     """Yields `frames` frames at the request's size. prompt_at(frame): the prompt at that frame."""
     size_HW, whole = request.size_THW[1:], dataclasses.replace(request, prompt=prompt_at(0))

@@ -78,13 +78,18 @@ def run_jobs(
             outputs[i] = Output(paths[i], fps, record_of(startable, number, model, sampling), upscale)
         outputs[i].write(frames)
 
+    notes: dict[int, dict] = {}
+
+    def note(number: int, entries: dict) -> None:
+        notes.setdefault(started[number][0], {}).update(entries)
+
     def failed(number: int, error: ValueError) -> None:
         i = started[number][0]
         results[i] = error
         if output := outputs.pop(i, None):
             output.abandon()
 
-    callbacks = {"write": write, "watch": watch_jobs, "failed": None if strict else failed}
+    callbacks = {"write": write, "note": note, "watch": watch_jobs, "failed": None if strict else failed}
     try:
         run_tasks(pipeline, [task for _, task, _ in started], progress=progress, **callbacks, **sampling)
     except BaseException:
@@ -92,7 +97,7 @@ def run_jobs(
             output.abandon()
         raise
     for i, output in outputs.items():
-        results[i] = output.close()
+        results[i] = output.close(notes.get(i, {}))
     return results
 
 

@@ -98,10 +98,10 @@ class Output:
         self.digest.add(frames_THWC)
         self._writer.write(frames_THWC)
 
-    def close(self) -> dict:
-        """The whole record."""
+    def close(self, notes: dict) -> dict:
+        """The whole record, with what the task noted about its result, such as that it fades."""
         self._writer.__exit__(None, None, None)
-        whole = self.record | {"frames": self.digest.frames, "pixels": self.digest.text}
+        whole = self.record | notes | {"frames": self.digest.frames, "pixels": self.digest.text}
         write_text(beside(self.path), json.dumps(whole, indent=1) + "\n")
         return whole
 

@@ -1,6 +1,6 @@
 """Check whether a video matches its caption: colour, shape, motion and permanence, from the pixels.
 
-The checker uses the palette, the shapes and the grammar of toy/shapes.py, but not the scene of a clip. So it works the
+The checker uses the palette, the shapes and the grammar of toy/grammar.py, but not the scene of a clip. So it works the
 same on true, reconstructed and generated clips.
 """
 
@@ -12,7 +12,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from minisora_jax.toy.shapes import (
+from minisora_jax.toy.grammar import (
     BACKGROUNDS,
     CHECKER,
     CHECKER_CELL,
@@ -20,14 +20,14 @@ from minisora_jax.toy.shapes import (
     DIRECTIONS,
     SHAPES,
     WALL,
-    distance,
     parse_caption,
 )
+from minisora_jax.toy.shapes import distance
 
-_NAMES = [*COLOURS, "wall", *BACKGROUNDS, "dark", "light"]
-_PALETTE = np.array([*COLOURS.values(), WALL, *BACKGROUNDS.values(), *CHECKER], np.float32)
+NAMES = [*COLOURS, "wall", *BACKGROUNDS, "dark", "light"]
+PALETTE = np.array([*COLOURS.values(), WALL, *BACKGROUNDS.values(), *CHECKER], np.float32)  # the colour of each name
 _OBJECTS = len(COLOURS)
-_WALL = _NAMES.index("wall")
+_WALL = NAMES.index("wall")
 LEAST_PIXELS = 8.0  # an object with fewer pixels in a frame is not visible there
 USUAL_SIDE = 64  # pixels; thresholds of motion grow with frames that are larger
 
@@ -53,7 +53,7 @@ def check(frames_THWC: np.ndarray, caption: str) -> dict[str, bool]:
         frames_THWC: uint8 RGB.
 
     Raises:
-        ValueError: the caption is outside the grammar of toy/shapes.py.
+        ValueError: the caption is outside the grammar of toy/grammar.py.
     """
     expected, _, is_image = parse_caption(caption)
     observed = observe(frames_THWC, len(expected))
@@ -94,30 +94,35 @@ def check_all(
 def observe(frames_THWC: np.ndarray, count: int = 1) -> list[Observation]:
     """The `count` most prominent objects of a clip, largest first; fewer if fewer are visible."""
     x = frames_THWC.astype(np.float32)
-    # Distances to the palette, (T, H, W, colours): |a - b|^2 = a a - 2 a b + b b
-    gap = np.sqrt(np.maximum((x * x).sum(-1, keepdims=True) - 2 * x @ _PALETTE.T + (_PALETTE**2).sum(-1), 0.0))
+    gap = palette_distances(x)
     nearest = np.argmin(gap, axis=-1)
     sure = (np.min(gap, axis=-1) < 70.0) & (nearest < _OBJECTS)
     totals = np.bincount(nearest[sure], minlength=_OBJECTS)[:_OBJECTS]
     order = np.argsort(-totals)[:count]
     colours = [int(c) for c in order if totals[c] >= max(LEAST_PIXELS, 0.12 * totals[order[0]])]
     wall = float(np.mean(nearest == _WALL)) > 0.06
-    background = _background(x, nearest)
+    background = plain_background(x, nearest)
     return [_describe(x, c, [o for o in colours if o != c], background, wall) for c in colours]
 
 
-def _background(x: np.ndarray, nearest: np.ndarray) -> np.ndarray:
+def palette_distances(x_THWC: np.ndarray) -> np.ndarray:
+    """The distance of each float RGB pixel to each colour of the palette: (T, H, W, names)."""
+    squares = (x_THWC * x_THWC).sum(-1, keepdims=True) - 2 * x_THWC @ PALETTE.T + (PALETTE**2).sum(-1)
+    return np.sqrt(np.maximum(squares, 0.0))
+
+
+def plain_background(x: np.ndarray, nearest: np.ndarray) -> np.ndarray:
     """The median colour (3,) of the pixels that are neither object nor wall."""
     plain = nearest > _WALL
     return np.median(x[plain], axis=0) if plain.any() else np.median(x.reshape(-1, 3), axis=0)
 
 
 def _describe(x: np.ndarray, colour: int, others: list[int], background: np.ndarray, wall: bool) -> Observation:
-    own = _PALETTE[colour]
+    own = PALETTE[colour]
     # Coverage: the position of a pixel between the background (0) and the object's colour (1).
     way = own - background
     cover = np.clip((x - background) @ way / (way @ way), 0.0, 1.0)
-    rivals = np.stack([_PALETTE[o] for o in others] + ([_PALETTE[_WALL]] if wall else []) + [own])
+    rivals = np.stack([PALETTE[o] for o in others] + ([PALETTE[_WALL]] if wall else []) + [own])
     is_rival = np.argmin(np.linalg.norm(x[..., None, :] - rivals, axis=-1), axis=-1) < len(rivals) - 1
     off_line = np.linalg.norm(x - (background + cover[..., None] * way), axis=-1)
     cover = np.where(is_rival | (off_line > 75.0), 0.0, cover)
@@ -129,9 +134,9 @@ def _describe(x: np.ndarray, colour: int, others: list[int], background: np.ndar
     safe = np.maximum(area_T, 1e-6)
     path = np.stack([(cover * xx).sum((1, 2)) / safe, (cover * y).sum((1, 2)) / safe], axis=-1)
     motion, returns = _motion(x, cover, path, area_T, visible_T, wall)
-    is_wall = np.linalg.norm(x - _PALETTE[_WALL], axis=-1) < 40.0
+    is_wall = np.linalg.norm(x - PALETTE[_WALL], axis=-1) < 40.0
     shape = _shape(cover, path, area_T, visible_T, (is_wall.mean((0, 1)) > 0.5) if wall else np.zeros(W, bool))
-    return Observation(_NAMES[colour], shape, motion, visible_T, returns, path)
+    return Observation(NAMES[colour], shape, motion, visible_T, returns, path)
 
 
 def _near_the_blob(cover_THW: np.ndarray) -> np.ndarray:

@@ -141,7 +141,7 @@ def train_diffusion(
     )
     if damaged.count:
         log.warning("damaged clips were skipped %d times, listed in %s", damaged.count, damaged.path)
-    config = {"kind": "dit", "latent_size": latents.sizes[:, :3].max(0).tolist()} | {
+    config = {"kind": "dit", "latent_size": _trained_size(latents)} | {
         k: dataclasses.asdict(getattr(task, k)) for k in ("dit", "times", "objective")
     }
     export_model(workdir / "export", state.ema, config | export | {"training": run_config}, dtype=task.export_dtype)
@@ -173,6 +173,12 @@ def pack_plan(task: DiffusionTask, latents: Latents | Mixture, workdir: Path | N
 def padded_sizes(task: DiffusionTask, latents: Latents | Mixture) -> np.ndarray:
     """(t, h, w, L) of each clip, int32 (clips, 4), with L at least the model's `caption_tokens`."""
     return np.maximum(latents.sizes, np.array([0, 0, 0, task.dit.caption_tokens], np.int32))
+
+
+def _trained_size(latents: Latents | Mixture) -> list[int]:
+    """The largest (t, h, w) of clips from all of which the model learns whole videos, not a fixed part only."""
+    whole = np.repeat([not mask for mask in latents.masks], latents.counts)
+    return latents.sizes[whole if whole.any() else slice(None), :3].max(0).tolist()
 
 
 def _name(latents: Latents | Mixture, i: int) -> str:

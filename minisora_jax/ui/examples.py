@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from minisora_jax.media.video_writer import write_video
-from minisora_jax.toy.shapes import FPS, Object, Scene, render
+from minisora_jax.toy.grammar import FPS, Object, Scene
+from minisora_jax.toy.shapes import render
 
 SETS = {  # the name of a set in forms.py -> {input of the form: file}
     "picture": {"image": "circle-right.png"},

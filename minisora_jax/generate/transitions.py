@@ -1,0 +1,136 @@
+"""Transitions from one video to another, and loops: frames between a past and a future that are known.
+
+The model makes the latent frames between the end of one video and the beginning of another. A loop is a video that is
+followed by a transition back to its own beginning.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+
+import numpy as np
+
+from minisora_jax.generate.frame_ops import eased, evened, first_frames, jump, last_frames
+from minisora_jax.generate.native import NativePipeline
+from minisora_jax.generate.request import Given, Request
+from minisora_jax.generate.runner import Decode, Encode, Frames, Note, Task, collected
+from minisora_jax.generate.windows import frames_of, window_request, windowed, with_known
+
+log = logging.getLogger("minisora")
+
+SETTLE_STRENGTH = 0.6  # of the second pass, which knows what the second video looks like with a past
+SEAMLESS, TRIES = 2.0, 3  # the new frames are made up to TRIES times, until no step is a jump of SEAMLESS usual steps
+
+
+def transition(
+    pipeline: NativePipeline,
+    request: Request,
+    a_THWC: np.ndarray,
+    b_THWC: np.ndarray,
+    *,
+    between: int,
+    loop: bool = False,
+) -> Task:
+    """Video a, at least `between` frames that lead from it to b (rounded up to the codec's grid), and video b.
+
+    The pixels of both stay, but for `EASE` frames at a seam. loop: b is a itself; the new frames lead back to its
+    beginning, and b is not shown again.
+    """
+    factor = pipeline.codec.config.time_factor
+    latent_frames = -(-(between + 1) // factor)
+    new, a_eased, b_eased = yield from led_over(pipeline, request, a_THWC, b_THWC, latent_frames)
+    if loop:  # one video, eased at both ends
+        half = len(b_THWC) // 2
+        yield Frames(np.concatenate([b_eased[:half], a_eased[half:]]))
+        yield Frames(new)
+    else:
+        yield Frames(a_eased)
+        yield Frames(new)
+        yield Frames(b_eased)
+
+
+def loop_frames(pipeline: NativePipeline, request: Request) -> Task:
+    """Returns the frames of a loop from words: a video, and the way from its end back to its beginning."""
+    factor = pipeline.codec.config.time_factor
+    latent_frames = pipeline.grid(request)[0]  # of the loop: each stands for `factor` frames
+    back = min(max(latent_frames // 2, 1), max(pipeline.window - 2, 1))
+    frames = 1 + factor * (latent_frames - back)
+    straight = dataclasses.replace(request, loop=False)
+    there = yield from collected(windowed(pipeline, straight, frames, lambda _: request.prompt))
+    new, end, beginning = yield from led_over(pipeline, request, there, there, back)
+    half = len(there) // 2
+    return np.concatenate([beginning[:half], end[half:], new])
+
+
+def led_over(pipeline: NativePipeline, request: Request, a_THWC: np.ndarray, b_THWC: np.ndarray, k: int) -> Task:
+    """Returns (the 4k - 1 new frames between a and b, a eased at its end, b eased at its beginning).
+
+    The window has `k` latent frames to make. The last pixel frame of the last one is b's first.
+    """
+    factor = pipeline.codec.config.time_factor
+    room = max(pipeline.window - k, 2)
+    n_b = min(room // 2, max((len(b_THWC) - 1) // factor, 1))
+    n_a = min(room - n_b, (len(a_THWC) - 1) // factor)
+    a, b = last_frames(a_THWC, 1 + n_a, factor), first_frames(b_THWC, n_b, factor)
+    b = np.concatenate([b, np.repeat(b[-1:], 1 + factor * n_b - len(b), axis=0)])  # a short one stands still
+    past = yield Encode(a)
+    future = yield Encode(np.concatenate([np.repeat(b[:1], factor * k, axis=0), b]))
+    window = _Window(pipeline, request, past, k, future[1 + k :])
+    until, tries = len(a) + factor * k - 1, []
+
+    def seamless(frames: np.ndarray) -> bool:
+        before, after = eased(a, frames[: len(a)], at_end=True), eased(b, frames[until:], at_end=False)
+        shown = np.concatenate([before, frames[len(a) : until], after])
+        tries.append((jump(shown, slice(len(a) - 1, until)), frames))
+        return tries[-1][0] <= SEAMLESS
+
+    for number in range(TRIES):
+        if seamless(frames := (yield from window.sampled(number))):
+            break
+        # Again, now that b has a past: its latents after that past, and the frames that lead to them.
+        latents = yield Encode(np.concatenate([a, frames[len(a) : until], b]))
+        if seamless((yield from window.settled(number, latents))):
+            break
+    largest, frames = min(tries, key=lambda each: each[0])
+    a_eased = eased(a_THWC, frames[: len(a)], at_end=True)
+    b_eased = eased(b_THWC, frames[until : until + len(b_THWC)], at_end=False)
+    new = frames[len(a) : until]
+    if largest > SEAMLESS:
+        new = evened(np.concatenate([a_eased[-1:], new, b_eased[:1]]))[1:-1]
+        log.warning("the two scenes do not lead into each other: the new frames fade from one to the other")
+        yield Note({"faded": True})
+    return new, a_eased, b_eased
+
+
+class _Window:
+    """The latent frames around a transition: a past, `k` to make, a future.
+
+    If the past has more than a clip's first latent frame, that one is left out: the model then sees a stretch from the
+    middle of a video, all of whose latent frames stand for as many frames.
+    """
+
+    def __init__(self, pipeline: NativePipeline, request: Request, past: np.ndarray, k: int, future: np.ndarray):
+        self.pipeline, self.first = pipeline, past[:1] if len(past) > 1 else past[:0]
+        self.known = {0: (seen := past[len(self.first) :]), len(seen) + k: future}
+        t = len(seen) + k + len(future)
+        middle = len(self.first) > 0
+        frames = pipeline.codec.config.time_factor * t if middle else frames_of(pipeline, t)
+        self.request = dataclasses.replace(
+            request, size_THW=(frames, *request.size_THW[1:]), middle=middle, loop=False, given=None
+        )
+
+    def sampled(self, number: int) -> Task:
+        """Returns the decoded frames of try `number`, from the past's first frame on."""
+        latents = yield from with_known(self.pipeline, window_request(self.request, number), self.known)
+        return (yield Decode(np.concatenate([self.first, latents])))
+
+    def settled(self, number: int, latents_thwc: np.ndarray) -> Task:
+        """Returns the decoded frames of a second pass, which starts near the latents of the whole window."""
+        latents = latents_thwc[len(self.first) :]
+        known_thw = np.ones(self.pipeline.grid(self.request), bool)
+        start, *_, stop = self.known
+        known_thw[len(self.known[start]) : stop] = False
+        given = Given(latents, known_thw, SETTLE_STRENGTH)
+        latents = yield dataclasses.replace(window_request(self.request, number), given=given)
+        return (yield Decode(np.concatenate([self.first, latents])))
