@@ -116,7 +116,7 @@ def test_wan_steps_as_its_authors_unipc_does(steps, told, parity):
 
 
 def authors_ddpm(x, noises, timesteps, predict):
-    """p_sample_loop of guided-diffusion and DiT with ModelVarType.LEARNED_RANGE, in float64; respaced to `timesteps`."""
+    """p_sample_loop of guided-diffusion and DiT with ModelVarType.LEARNED_RANGE, float64, respaced to `timesteps`."""
     kept = np.cumprod(1.0 - np.linspace(1e-4, 0.02, 1000))[timesteps[::-1]]  # of the respaced process, rising
     before = np.append(1.0, kept[:-1])
     betas = 1.0 - kept / before

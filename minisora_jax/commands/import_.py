@@ -62,58 +62,36 @@ def run(args, _):
 
 
 def import_codec(name: str, path: str, out: str, dtype: str | None) -> tuple[str, str]:
-    import jax
-    import jax.numpy as jnp
     import numpy as np
 
     from minisora_jax.models.codec import Codec
-    from minisora_jax.models.vae import VAE
-    from minisora_jax.weights.checkpoint import Checkpoint
     from minisora_jax.weights.presets import CODECS
+    from minisora_jax.weights.reading import read_preset
 
-    preset = CODECS[name]
-    side = preset.config.space_factor
-    frames = jax.ShapeDtypeStruct((1, 1, side, side, 3), jnp.float32)
-    abstract = jax.eval_shape(VAE(preset.config).init, jax.random.key(0), frames)
-    params = read(Checkpoint(path).within(preset.within), preset.family, preset.config, abstract)
-    mean, std = (np.asarray(s, np.float32) for s in (preset.latent_mean, preset.latent_std))
-    return "codec", Codec(preset.config, params, mean, std).export(out, {"imported": name}, dtype, "importing")
+    config, params = read_preset(name, path)
+    mean, std = (np.asarray(s, np.float32) for s in (CODECS[name].latent_mean, CODECS[name].latent_std))
+    return "codec", Codec(config, params, mean, std).export(out, {"imported": name}, dtype, "importing")
 
 
 def import_transformer(name: str, path: str, out: str, dtype: str | None) -> tuple[str, str]:
     import dataclasses
 
     from minisora_jax.io.model_dir import export_model
-    from minisora_jax.models.dit import abstract_params
-    from minisora_jax.weights.checkpoint import Checkpoint
     from minisora_jax.weights.presets import TRANSFORMERS
+    from minisora_jax.weights.reading import read_preset
 
     preset = TRANSFORMERS[name]
-    params = read(Checkpoint(path).within(preset.within), preset.family, preset.config, abstract_params(preset.config))
+    dit, params = read_preset(name, path)
     config = {"kind": "dit"} | {k: dataclasses.asdict(getattr(preset, k)) for k in ("times", "objective")}
-    config |= {"dit": dataclasses.asdict(preset.config), "training": {"imported": name}}
+    config |= {"dit": dataclasses.asdict(dit), "training": {"imported": name}}
     return "transformer", export_model(out, params, config, dtype=dtype, progress="importing")
 
 
 def import_text_encoder(name: str, path: str, out: str, dtype: str | None) -> tuple[str, str]:
-    import jax
-    import jax.numpy as jnp
-
-    from minisora_jax.models.clip import CLIPConfig
     from minisora_jax.models.encoder import TextEncoder
-    from minisora_jax.weights import clip
-    from minisora_jax.weights.checkpoint import Checkpoint
-    from minisora_jax.weights.presets import TEXT_ENCODERS
+    from minisora_jax.weights.reading import read_preset
 
-    preset = TEXT_ENCODERS[name]
-    checkpoint, config = Checkpoint(path).within(preset.within), preset.config
-    if preset.family is clip and isinstance(config, CLIPConfig):
-        config = clip.fit(config, checkpoint.names)
-        if config != preset.config:
-            logger.info("%s holds no text_projection: the pooled features stay unprojected", path)
-    ids = jax.ShapeDtypeStruct((1, 8), jnp.int32)
-    abstract = jax.eval_shape(TextEncoder(config, {}).module.init, jax.random.key(0), ids, ids)
-    params = read(checkpoint, preset.family, config, abstract)
+    config, params = read_preset(name, path)
     return "text encoder", TextEncoder(config, params).export(out, {"imported": name}, dtype, "importing")
 
 
@@ -128,11 +106,3 @@ def tokenizer_files(given: str | None, path: str) -> list[Path]:
     if given:
         raise FileNotFoundError(f"--tokenizer={given} has no tokenizer: no tokenizer.json, spiece.model or vocab.json")
     return []
-
-
-def read(checkpoint, family, config, abstract):
-    """The parameters as `LazyArray`s, in the precision they are stored in."""
-    from minisora_jax.weights.rules import import_lazily
-
-    rules = family.rules(config, family.name_map_of(checkpoint.names))
-    return import_lazily(checkpoint, rules, abstract, ignored=family.IGNORED, keep_dtype=True)

@@ -266,7 +266,8 @@ def _denoiser(static, inputs) -> Denoiser:
 
     learned = objective.path == "ddpm" and configs[0].out_channels == 2 * configs[0].latent_channels
     prediction = lambda x_BSP, time_BS: predict(x_BSP, time_BS)[0]
-    return Denoiser(prediction, path, objective.prediction, predict if learned else None)
+    with_variance: Any = predict if learned else None
+    return Denoiser(prediction, path, objective.prediction, with_variance)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

@@ -8,6 +8,7 @@ its own. The output equals the safetensors library's, byte for byte.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import json
 import math
@@ -79,6 +80,11 @@ class StoredTensor:
     shape: tuple[int, ...]
     dtype: np.dtype
 
+    @property
+    def nbytes(self) -> int:
+        """The size in bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
     def __getitem__(self, index: Any) -> np.ndarray:
         if isinstance(index, int):  # map one layer of a stack only
             inner = StoredTensor(self.path, self._start_of(index), self.shape[1:], self.dtype)
@@ -93,8 +99,31 @@ class StoredTensor:
         return self.offset + i % self.shape[0] * math.prod(self.shape[1:]) * self.dtype.itemsize
 
 
+MOST_HEADER = 32 * 2**20  # bytes; the names of a hundred thousand tensors have less
+_LATER = ("F4", "F6_E2M3", "F6_E3M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "C64")  # types that are not read
+
+
+@dataclasses.dataclass(frozen=True)
+class Header:
+    """The front of a safetensors file, checked against the file's length."""
+
+    tensors: dict[str, StoredTensor]
+    metadata: dict[str, str]
+
+
 def read_tensors(path: str | Path) -> dict[str, StoredTensor]:
     """The tensors of a safetensors file by name; ValueError for a damaged or truncated file."""
+    return read_header(path).tensors
+
+
+def read_header(path: str | Path) -> Header:
+    """The tensors and the metadata of a safetensors file.
+
+    The tensors must fill the file, one after another, without holes or overlaps, as the library requires too.
+
+    Raises:
+        ValueError: the file is damaged, truncated, or states what cannot be. Nothing of that size is allocated.
+    """
     path = Path(path)
     size = os.path.getsize(path)
     try:
@@ -102,20 +131,44 @@ def read_tensors(path: str | Path) -> dict[str, StoredTensor]:
             length = int.from_bytes(file.read(8), "little")
             if not 2 <= length <= size - 8:
                 raise ValueError(f"it has {size} bytes and states a header of {length} bytes")
-            header = json.loads(file.read(length))
-        header.pop("__metadata__", None)
-        tensors, end = {}, 0
-        for name, entry in header.items():
-            begin, stop = entry["data_offsets"]
-            tensor = StoredTensor(path, 8 + length + begin, tuple(entry["shape"]), DTYPES[entry["dtype"]])
-            if stop - begin != math.prod(tensor.shape) * tensor.dtype.itemsize:
-                raise ValueError(f"{name} of shape {tensor.shape} has {stop - begin} bytes")
-            tensors[name], end = tensor, max(end, stop)
-        if 8 + length + end != size:
-            raise ValueError(f"it has {size} bytes, its header states {8 + length + end}")
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+            if length > MOST_HEADER:
+                raise ValueError(f"its header has {length} bytes, and at most {MOST_HEADER} are read")
+            header = json.loads(file.read(length), object_pairs_hook=_without_doubles)
+        metadata = header.pop("__metadata__", None) or {}
+        tensors = {name: _tensor(path, 8 + length, name, entry) for name, entry in header.items()}
+        end = 8 + length
+        for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
+            if tensor.offset != end:
+                what = "overlaps the one before" if tensor.offset < end else "leaves a hole before it"
+                raise ValueError(f"{name[:80]!r} {what}: it begins at byte {tensor.offset}, not {end}")
+            end += tensor.nbytes
+        if end != size:
+            raise ValueError(f"it has {size} bytes, its header states {end}")
+    except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
-    return tensors
+    return Header(tensors, metadata if isinstance(metadata, dict) else {})
+
+
+def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(entries := dict(pairs)) < len(pairs):
+        double, _ = collections.Counter(name for name, _ in pairs).most_common(1)[0]
+        raise ValueError(f"{double[:80]!r} is in the header twice")
+    return entries
+
+
+def _tensor(path: Path, data: int, name: str, entry: dict[str, Any]) -> StoredTensor:
+    """The tensor that an entry of a header states; ValueError for one that cannot be."""
+    kind, shape, place = entry["dtype"], entry["shape"], entry["data_offsets"]
+    counts = lambda values: isinstance(values, list) and all(type(n) is int and 0 <= n < 2**60 for n in values)
+    if kind not in DTYPES:
+        later = "a type that is not read" if kind in _LATER else "no type"
+        raise ValueError(f"{name[:80]!r} has the dtype {str(kind)[:20]!r}, {later}")
+    if not counts(shape) or not counts(place) or len(place) != 2 or len(shape) > 32:
+        raise ValueError(f"{name[:80]!r} has a shape or a place that is not made of counts")
+    tensor = StoredTensor(path, data + place[0], tuple(shape), DTYPES[kind])
+    if place[1] - place[0] != tensor.nbytes:
+        raise ValueError(f"{name[:80]!r} of shape {tensor.shape} has {place[1] - place[0]} bytes")
+    return tensor
 
 
 def order_of(tensors: Mapping[str, LazyArray]) -> list[str]:

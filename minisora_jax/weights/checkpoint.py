@@ -1,52 +1,69 @@
 """Published checkpoint files, read one tensor at a time.
 
-    model.safetensors | a directory | model.safetensors.index.json (sharded) | model.pth, .pt, .bin (torch's zip format)
+    model.safetensors | a directory | model.safetensors.index.json (sharded) | model.pth, .pt, .bin, .ckpt (of torch)
 
-Memory holds only the tensor that is being read, so a 14 B model needs no second copy. Torch files are read without
-torch: they are a zip of raw storages and a pickle of views on them. Only tensors in plain containers are accepted.
+Memory holds only the tensor that is being read, so a 14 B model needs no second copy. Nothing in a file is run, and
+every place in it is checked against its length before anything is read. What a file is, its first bytes say, not its
+name.
 """
 
 from __future__ import annotations
 
 import copy
 import json
-import pickle
-import zipfile
-from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
-from minisora_jax.io.safetensors import read_tensors
+from minisora_jax.io.safetensors import read_header, read_tensors
+from minisora_jax.weights.errors import WeightsFileError, shown
+from minisora_jax.weights.torch_file import TorchFile
 
-_TORCH_DTYPES = {
-    "DoubleStorage": np.float64,
-    "FloatStorage": np.float32,
-    "HalfStorage": np.float16,
-    "BFloat16Storage": ml_dtypes.bfloat16,
-    "LongStorage": np.int64,
-    "IntStorage": np.int32,
-    "BoolStorage": np.bool_,
+__all__ = ["Checkpoint", "WeightsFileError"]
+
+# What wrappers of a training insert into names: torch.compile, FSDP and activation checkpointing.
+WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+# Files that are no checkpoint, by their first bytes.
+STRANGERS = {
+    b"GGUF": "a GGUF file, quantised for llama.cpp and ComfyUI: take the original safetensors",
+    b"version https://git-lfs": "a Git LFS pointer, not the file itself: run `git lfs pull`, or download the file",
+    b"<!DOCTYPE html": "a web page: the download needs a login, or the address is not the file's",
+    b"<html": "a web page: the download needs a login, or the address is not the file's",
+    b"\x89HDF": "an HDF5 file, of Keras or an old TensorFlow: take the PyTorch weights",
+    b"\x93NUMPY": "a NumPy array: take the PyTorch weights",
+    b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j": "a torch file in the format before 1.6: save it again with a new torch.save",
 }
-
-
-class WeightsFileError(ValueError):
-    """A checkpoint cannot be read, or its tensors are not those of its family."""
 
 
 class Checkpoint:
     """The tensors of a checkpoint by name. Opening reads the headers only.
 
+    Names are without the insertions of torch.compile and FSDP.
+
     Raises:
         FileNotFoundError: There is no such file.
-        WeightsFileError: It is no checkpoint, or it is incomplete.
+        WeightsFileError: It is no checkpoint, or it is incomplete or damaged.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self._entries = {name: (file, name) for file in _files(self.path) for name in file.names}
+        self.metadata: dict[str, str] = {}  # of safetensors
+        self._entries: dict[str, tuple[_Safetensors | TorchFile, str]] = {}
+        of_file: dict[str, Path] = {}
+        for part, file in _files(self.path):
+            self.metadata |= getattr(file, "metadata", {})
+            for stored in file.names:
+                name = stored
+                for wrapper in WRAPPERS:
+                    name = name.replace(wrapper, "")
+                if name in self._entries:
+                    raise WeightsFileError(
+                        f"{shown(name)} is both in {of_file[name].name} and in {part.name}: give one of the files, not "
+                        f"the directory"
+                    )
+                self._entries[name], of_file[name] = (file, stored), part
 
     def within(self, prefixes: tuple[str, ...]) -> Checkpoint:
         """The tensors under the first prefix that occurs, named without it. All tensors if none occurs."""
@@ -61,6 +78,16 @@ class Checkpoint:
     def names(self) -> list[str]:
         """The names of all tensors."""
         return list(self._entries)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The config.json beside the weights, as diffusers and transformers write it; {} without a readable one."""
+        path = (self.path if self.path.is_dir() else self.path.parent) / "config.json"
+        try:
+            config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        except (ValueError, OSError, RecursionError):
+            return {}
+        return config if isinstance(config, dict) else {}
 
     def __contains__(self, name: str) -> bool:
         return name in self._entries
@@ -81,30 +108,71 @@ class Checkpoint:
         return file.dtype(stored)
 
 
-def _files(path: Path) -> list[_Safetensors | _TorchFile]:
+def _files(path: Path) -> list[tuple[Path, _Safetensors | TorchFile]]:
     if path.is_dir():
-        for pattern in ("*.index.json", "*.safetensors", "*.bin", "*.pth", "*.pt"):
+        for pattern in ("*.index.json", "*.safetensors", "*.bin", "*.pth", "*.pt", "*.ckpt", "*.gguf"):
             # A name that begins with a dot belongs to a file that was never finished.
             if paths := sorted(p for p in path.glob(pattern) if not p.name.startswith(".")):
                 return [f for p in paths for f in _files(p)]
         raise WeightsFileError(f"{path} has no checkpoint: no *.safetensors, *.index.json, *.bin, *.pth or *.pt in it")
     if not path.exists():
         raise FileNotFoundError(f"there is no checkpoint {path}")
+    if not path.is_file():
+        raise WeightsFileError(f"{path} is no regular file")
     if path.name.endswith(".index.json"):
-        shards = sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
-        if missing := [s for s in shards if not (path.parent / s).exists()]:
-            raise WeightsFileError(
-                f"{path} lists {len(missing)} shards that are missing in its directory, {missing[0]} first: download "
-                f"them too"
-            )
-        return [f for s in shards for f in _files(path.parent / s)]
-    return [_Safetensors(path) if path.suffix == ".safetensors" else _TorchFile(path)]
+        return [f for shard in _shards(path) for f in _files(shard)]
+    return [(path, _opener(path)(path))]
+
+
+def _opener(path: Path) -> Callable[[Path], _Safetensors | TorchFile]:
+    """The class that reads a file, by its first bytes: a zip is torch's; the suffix counts for damaged files only."""
+    with open(path, "rb") as file:
+        first = file.read(32)
+    if first.startswith(b"PK\x03\x04"):
+        return TorchFile
+    if first[8:9] == b"{":
+        return _Safetensors
+    if what := next((what for magic, what in STRANGERS.items() if first.startswith(magic)), None):
+        raise WeightsFileError(f"{path} is {what}")
+    return _Safetensors if path.suffix == ".safetensors" else TorchFile
+
+
+def _shards(index: Path) -> list[Path]:
+    """The files that an index lists. They lie in its directory."""
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        if not weight_map or not all(isinstance(name, str) for name in weight_map.values()):
+            raise TypeError("weight_map names no files")
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise WeightsFileError(
+            f"{index} is no index of a sharded checkpoint: {type(error).__name__} {error}"
+        ) from error
+    shards = sorted(set(weight_map.values()))
+    for name in shards:
+        if name != Path(name).name or name in ("", ".", "..") or "\\" in name or "\0" in name:
+            raise WeightsFileError(f"{index} names the file {shown(name)}, which is not a plain name in its directory")
+        if (path := index.parent / name).is_symlink() and not _in_hub_cache(path):
+            raise WeightsFileError(f"{path} is a link to {path.resolve()}: copy the file itself there")
+    if missing := [s for s in shards if not (index.parent / s).exists()]:
+        raise WeightsFileError(
+            f"{index} lists {len(missing)} shards that are missing in its directory, {shown(missing[0])} first: "
+            f"download them too"
+        )
+    return [index.parent / name for name in shards]
+
+
+def _in_hub_cache(link: Path) -> bool:
+    """Whether a link is one of huggingface_hub's cache: models--.../snapshots/REVISION/... -> models--.../blobs/..."""
+    parents = list(link.parent.absolute().parents)
+    repository = next((above for below, above in zip(parents, parents[1:]) if below.name == "snapshots"), None)
+    return repository is not None and link.resolve().parent == (repository / "blobs").resolve()
 
 
 class _Safetensors:
     def __init__(self, path: Path):
         try:
             self._tensors = read_tensors(path)
+            self.metadata = read_header(path).metadata
         except ValueError as error:
             raise WeightsFileError(str(error)) from error
         self.names = list(self._tensors)
@@ -117,60 +185,3 @@ class _Safetensors:
 
     def dtype(self, name: str) -> np.dtype:
         return self._tensors[name].dtype
-
-
-class _TorchFile:
-    def __init__(self, path: Path):
-        if not zipfile.is_zipfile(path):
-            raise WeightsFileError(f"{path} is not a torch file in the zip format (torch >= 1.6), or it is cut short")
-        self._zip = zipfile.ZipFile(path)
-        member = next(n for n in self._zip.namelist() if n.endswith("data.pkl"))
-        self._root = member.removesuffix("data.pkl")
-        tree = _TensorUnpickler(self._zip.open(member)).load()
-        while isinstance(tree, dict) and len(tree) and not any(isinstance(v, _View) for v in tree.values()):
-            inner = [tree[k] for k in ("ema", "state_dict", "model", "module") if isinstance(tree.get(k), dict)]
-            if not inner:
-                raise WeightsFileError(f"{path} holds no tensors by name: its keys are {list(tree)[:8]}")
-            tree = inner[0]
-        self._views = {k: v for k, v in tree.items() if isinstance(v, _View)}
-        self.names = list(self._views)
-
-    def read(self, name: str) -> np.ndarray:
-        view = self._views[name]
-        flat = np.frombuffer(self._zip.read(f"{self._root}data/{view.storage[0]}"), view.storage[1])
-        strides = [s * flat.itemsize for s in view.stride]
-        return np.lib.stride_tricks.as_strided(flat[view.offset :], view.shape, strides, writeable=False)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self._views[name].shape
-
-    def dtype(self, name: str) -> np.dtype:
-        return np.dtype(self._views[name].storage[1])
-
-
-class _View:
-    """A tensor of a torch file: (key, dtype) of its storage, and its place in the storage."""
-
-    def __init__(self, storage: tuple[str, Any], offset: int, shape: Any, stride: Any, *_: Any) -> None:
-        self.storage, self.offset, self.shape, self.stride = storage, offset, tuple(shape), tuple(stride)
-
-
-class _TensorUnpickler(pickle.Unpickler):
-    """Accepts tensors in plain containers. Anything else could run code and is refused."""
-
-    _ALLOWED = {
-        ("collections", "OrderedDict"): OrderedDict,
-        ("torch._utils", "_rebuild_tensor_v2"): _View,
-        ("torch._utils", "_rebuild_parameter"): lambda view, *_: view,
-    }
-
-    def find_class(self, module: str, name: str) -> Any:
-        if module == "torch" and name in _TORCH_DTYPES:
-            return _TORCH_DTYPES[name]
-        if (module, name) not in self._ALLOWED:
-            raise WeightsFileError(f"the torch file asks for {module}.{name}: only tensors by name are read")
-        return self._ALLOWED[module, name]
-
-    def persistent_load(self, pid: Any) -> tuple[str, Any]:
-        _, dtype, key, _, _ = pid  # "storage", dtype, key, device, length
-        return key, dtype

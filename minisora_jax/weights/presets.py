@@ -47,7 +47,10 @@ class TransformerPreset:
     times: TimeConfig
     codec: str  # preset of the codec that it was trained with
     text_encoder: str | None  # preset of its text encoder; None: it reads classes
-    within: tuple[str, ...] = ("ema.", "module.", "model.diffusion_model.")
+    within: tuple[str, ...] = ()
+
+
+Preset = CodecPreset | TextPreset | TransformerPreset
 
 
 CODECS = {
@@ -93,3 +96,8 @@ TRANSFORMERS = {
     for name, config in dit.CONFIGS.items()
     for family in [name.split("-")[0]]
 }
+
+
+def presets() -> dict[str, Preset]:
+    """All presets by name."""
+    return {**CODECS, **TRANSFORMERS, **TEXT_ENCODERS}

@@ -22,7 +22,8 @@ from flax import traverse_util
 
 from minisora_jax.io.atomic import write_text
 from minisora_jax.io.safetensors import LazyArray, StoredTensor, write_tensors
-from minisora_jax.weights.checkpoint import Checkpoint, WeightsFileError
+from minisora_jax.weights.checkpoint import Checkpoint
+from minisora_jax.weights.errors import WeightsFileError, shown
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,7 +118,7 @@ def _check_names(
     extra = sorted(n for n in names - expected if not n.startswith(ignored))
     if missing or extra:
         differences = [
-            f"{len(x)} {kind} ({', '.join(x[:4])}{', ...' if len(x) > 4 else ''})"
+            f"{len(x)} {kind} ({', '.join(map(shown, x[:4]))}{', ...' if len(x) > 4 else ''})"
             for kind, x in (("missing", missing), ("extra", extra))
             if x
         ]
