@@ -209,18 +209,18 @@ def parse_size(text: str) -> tuple[int, int]:
 
 
 def write_sheet(out: Path, paths: list[Path], prompts: list[str]) -> Path:
-    """OUT/contact-sheet.png of at most 32 videos; of a long one its first 256 frames."""
+    """OUT/contact-sheet.png of at most 32 videos; of a long one its first 256 frames, at the sheet's size."""
     import numpy as np
 
-    from minisora_jax.media.contact_sheet import contact_sheet
+    from minisora_jax.media.contact_sheet import contact_sheet, sheet_size
     from minisora_jax.media.video import read_clip_frames
 
     rows = []
     for path, prompt in list(zip(paths, prompts))[:32]:
         if path.is_dir():
-            frames = np.concatenate([read_clip_frames(p)[0] for p in sorted(path.glob("*.png"))[:256]])
+            frames = np.concatenate([read_clip_frames(p, fit=sheet_size)[0] for p in sorted(path.glob("*.png"))[:256]])
         else:
-            frames, _ = read_clip_frames(path, max_frames=256)
+            frames, _ = read_clip_frames(path, max_frames=256, fit=sheet_size)
         rows.append((frames, prompt))
     contact_sheet(out / "contact-sheet.png", rows)
     return out / "contact-sheet.png"

@@ -3,6 +3,7 @@
 examples:
   minisora prepare my_clips/ data/clips                       only what cannot be decoded or has no caption is left out
   minisora prepare my_films/ data/clips --no-captions --curate --held-out 0.02
+  minisora prepare my_films/ data/clips --max-side 480 --fps 16 --crf 18       a small data set
   minisora prepare my_films/ data/clips --shots --min-motion 1 --max-text 0.02 --duplicates 11
   minisora prepare my_films/ data/clips --curate --captioner Qwen/Qwen2.5-VL-3B-Instruct
   minisora prepare my_films/ data/clips --curate --captioner http://localhost:8000/v1#Qwen/Qwen2.5-VL-72B-Instruct
@@ -10,8 +11,8 @@ examples:
   minisora prepare shapes data/shapes --count 2000 --split heldout
 
 A folder holds videos (mp4, avi, webm, mov, mkv, gif) and images, each captioned by NAME.txt beside it or by a line of
-captions.jsonl ({"file": ..., "caption": ...}) or captions.csv (file,caption). Clips keep their size and rate; they are
-cut to 1 + 4k frames and to whole cells of pixels.
+captions.jsonl ({"file": ..., "caption": ...}) or captions.csv (file,caption). Clips keep their size and rate, unless
+--max-side or --fps are given; they are cut to 1 + 4k frames and to whole cells of pixels.
 
 OUT/report.html shows what was left out and why, the measurements, and pictures; OUT/skipped.jsonl names each.
 Interrupted, the same command goes on after the last finished part. A file whose decoder crashes or hangs is left out.
@@ -22,6 +23,7 @@ from __future__ import annotations
 
 import os
 
+LARGER = 3  # times the size of the files: a word is said from there on
 LIMITS = {  # field of Filters -> (type, what it asks)
     "min_seconds": (float, "shortest clip"),
     "min_side": (int, "fewest pixels of the shorter side"),
@@ -45,6 +47,16 @@ def add_arguments(parser):
         type=int,
         default=121,
         help="longer clips give their first frames, or with --shots several clips (default 121)",
+    )
+    parser.add_argument(
+        "--max-side", type=int, metavar="PIXELS", help="make larger clips smaller: pixels of their longer side"
+    )
+    parser.add_argument("--fps", type=float, metavar="N", help="thin clips of more frames per second to N")
+    parser.add_argument(
+        "--crf",
+        type=int,
+        metavar="N",
+        help="store H.264 instead of lossless pixels: 0 (best) to 51; 18 looks as the original",
     )
     parser.add_argument("--no-captions", action="store_true", help="keep clips without captions (enough for a codec)")
     parser.add_argument("--strict", action="store_true", help="stop at the first bad file instead of skipping it")
@@ -114,6 +126,9 @@ def run(args, _):
         split=args.split,
         cell=args.cell,
         max_frames=args.max_frames,
+        max_side=args.max_side,
+        fps=args.fps,
+        crf=args.crf,
         need_caption=not args.no_captions,
         strict=args.strict,
         shots=bool(args.shots or args.curate),
@@ -127,4 +142,9 @@ def run(args, _):
         beam=None if args.beam is None else shlex.split(args.beam),
     )
     print(report.summary())
+    if report.bytes > LARGER * report.source_bytes and args.crf is None:
+        print(
+            f"the data set has {report.bytes / 1e6:,.1f} MB and its files have {report.source_bytes / 1e6:,.1f} MB, "
+            "since pixels are stored losslessly at their own size and rate: --max-side, --fps and --crf make it smaller"
+        )
     print(f"data set written to {args.out}; {args.out}/report.html shows what was left out and why")

@@ -124,8 +124,12 @@ class Function:
 
 
 def _clean(answer: object) -> str:
-    """The answer with normalised spaces; CaptionRefused for an empty one."""
+    """The answer with normalised spaces; CaptionRefused for one that is empty or no text."""
     text = " ".join(answer.split()) if isinstance(answer, str) else ""
     if not text:
         raise CaptionRefused("no caption", f"the captioner answered {answer!r}")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:  # a lone surrogate
+        raise CaptionRefused("caption not UTF-8", f"the captioner's character {error.start} is no text") from error
     return text

@@ -28,7 +28,8 @@ from minisora_jax.io.atomic import write_text
 from minisora_jax.io.record_writer import PARTS, ShardWriter
 from minisora_jax.io.records import RANDOM_ACCESS, pack_record, unpack_record
 from minisora_jax.io.retry import DataError
-from minisora_jax.sources.base import Source
+from minisora_jax.media.video_writer import mp4_bytes
+from minisora_jax.sources.base import Source, stored_frames
 from minisora_jax.sources.skips import BadClip
 
 SPLITS = ("train", "heldout")
@@ -49,6 +50,7 @@ class Plan:
     held_out: float = 0.0  # share of source files in the held-out split
     captioner: str = ""  # the name of a captioner, see `open_captioner`; "" for none
     strict: bool = False
+    crf: int | None = None  # clips are stored as H.264 of this quality; None: as pixels
 
     @property
     def parts(self) -> int:
@@ -91,7 +93,7 @@ def gather(plan: Plan, part: int, bad: dict[int, str], alive: Callable[[int], No
     Raises:
         BadClip: a clip is dropped and the plan is strict.
     """
-    clips, drops, pictures, shortened = [], [], [], 0
+    clips, drops, pictures, remarks, shortened, size = [], [], [], [], 0, 0
     most = max(4, -(-SHOWN // plan.parts))
     shown: dict[str, int] = {}
 
@@ -116,11 +118,14 @@ def gather(plan: Plan, part: int, bad: dict[int, str], alive: Callable[[int], No
                     show(clip.reason, clip.name, clip.frame_HWC, clip.detail)
                     continue
                 split = "heldout" if is_held_out(clip.source, plan.held_out) else "train"
-                (heldout if split == "heldout" else train).add(_record(clip), _size(clip))
+                (heldout if split == "heldout" else train).add(_record(clip, plan.crf), _size(clip))
                 clips.append({"name": clip.name, "split": split, "hash": clip.hash, "scores": clip.scores})
                 shortened += clip.shortened
+                remarks += [{"name": clip.name, "remark": remark} for remark in clip.remarks]
+                size += clip.source_bytes
                 show("", clip.name, clip.frames_THWC[len(clip.frames_THWC) // 2], clip.caption)
     metadata = {"clips": clips, "drops": drops, "pictures": pictures, "shortened": shortened}
+    metadata |= {"remarks": remarks, "source_bytes": size}
     _write(plan.gathered(part), metadata | {"shards": {"train": train.shards, "heldout": heldout.shards}})
 
 
@@ -197,9 +202,10 @@ def finish(plan: Plan, part: int, repeats: dict[int, str], alive: Callable[[int]
                     )
                     continue
                 arrays, facts = unpack_record(record, where)
+                frames = stored_frames(arrays)
                 if captioner:
                     try:
-                        facts["captions"] = captions[n] = describe(captioner, arrays["frames"])
+                        facts["captions"] = captions[n] = describe(captioner, frames)
                     except CaptionRefused as refused:
                         drops.append(
                             {
@@ -213,7 +219,7 @@ def finish(plan: Plan, part: int, repeats: dict[int, str], alive: Callable[[int]
                         continue
                     record = pack_record(arrays, facts)
                 longest = max(len(c.encode("utf-8")) for c in (facts["caption"], *facts.get("captions", {}).values()))
-                writer.add(record, (*arrays["frames"].shape[:3], longest))
+                writer.add(record, (*frames.shape[:3], longest))
         shards[split] = writer.shards
     _write(plan.finished(part), {"drops": drops, "captions": captions, "shards": shards})
 
@@ -244,7 +250,7 @@ def finish_safely(
 # ---- Records, pictures and notes
 
 
-def _record(clip: Candidate) -> bytes:
+def _record(clip: Candidate, crf: int | None) -> bytes:
     metadata = {
         "caption": clip.caption,
         "fps": clip.fps,
@@ -252,7 +258,9 @@ def _record(clip: Candidate) -> bytes:
         "source": clip.source,
         "scores": clip.scores,
     }
-    return pack_record({"frames": clip.frames_THWC}, metadata)
+    if crf is None:
+        return pack_record({"frames": clip.frames_THWC}, metadata)
+    return pack_record({"mp4": np.frombuffer(mp4_bytes(clip.frames_THWC, clip.fps, crf), np.uint8)}, metadata)
 
 
 def _size(clip: Candidate) -> tuple[int, ...]:

@@ -5,7 +5,8 @@
 
 A part of the source is a range of files, and the work on it is a task (curation/parts.py) for local processes or for
 Apache Beam. Between two rounds of tasks, the hashes of all clips are compared to find duplicates. Pixels are stored
-losslessly (zstd). The bytes depend on the source and the settings, not on the number of workers or on interruptions.
+losslessly (zstd), or as H.264 with `crf`. The bytes depend on the source and the settings, not on the number of workers
+or on interruptions.
 """
 
 from __future__ import annotations
@@ -48,6 +49,9 @@ def prepare(
     cell: int = 8,
     max_frames: int = 121,
     max_pixels: int = 4096 * 4096,
+    max_side: int | None = None,
+    fps: float | None = None,
+    crf: int | None = None,
     need_caption: bool = True,
     strict: bool = False,
     shots: bool = False,
@@ -70,6 +74,9 @@ def prepare(
         cell: heights and widths are cropped to multiples of so many pixels.
         max_frames: the frames of the longest clip, 1 + 4k; longer files are cut.
         max_pixels: files with more pixels a frame are skipped.
+        max_side: larger clips are made smaller, until their longer side has so many pixels; None keeps their size.
+        fps: clips of more frames per second are thinned to so many; None keeps their rate.
+        crf: store clips as H.264 of this rate factor (18 looks as the original); None stores all pixels losslessly.
         need_caption: skip clips without a caption.
         strict: raise BadClip instead of skipping a clip.
         shots: cut files at the ends of their shots.
@@ -101,7 +108,9 @@ def prepare(
             f"held_out={held_out} must be at least 0 and below 1, workers={workers} at least 0, and "
             f"files_per_part={files_per_part} at least 1"
         )
-    curation = Curation(Sizes(cell, max_frames, max_pixels), shots, filters or Filters())
+    if crf is not None and (not 0 <= crf <= 51 or cell % 2):
+        raise ValueError(f"crf={crf} must be 0 to 51, and cell={cell} even with it: H.264 stores colour at half size")
+    curation = Curation(Sizes(cell, max_frames, max_pixels, max_side, fps), shots, filters or Filters())
     curation.check()
     model = open_captioner(captioner) if captioner else None
     spec = f"shapes:{split}:{count}" if str(source) == "shapes" else source
@@ -115,12 +124,13 @@ def prepare(
         "shots": shots,
         "filters": dataclasses.asdict(curation.filters),
         "captioner": model.identity if model else "",
+        "crf": crf,
         "held_out": held_out,
         "files_per_part": files_per_part,
     }
     out_dir = Path(out_dir).absolute()
     opening = record_writer.opening_of("clips", settings, shard_bytes, "group_size:1,zstd:1")
-    plan = Plan(clips, str(out_dir), curation, opening, files_per_part, held_out, captioner, strict)
+    plan = Plan(clips, str(out_dir), curation, opening, files_per_part, held_out, captioner, strict, crf)
     if manifest := record_writer.finished(out_dir, opening):
         return _stored_report(out_dir, manifest)
     record_writer.begin(out_dir, opening)
@@ -193,6 +203,8 @@ def _close(plan: Plan, report: SkipReport) -> SkipReport:
         for split, entries in (done or gathered)["shards"].items():
             shards[split] += [{**entry, "file": f"{record_writer.PARTS}/{entry['file']}"} for entry in entries]
     report.skipped, report.shortened, report.kept = summary.skipped, summary.shortened, summary.kept
+    report.remarks, report.source_bytes = summary.remarks, summary.source_bytes
+    report.bytes = sum(entry["bytes"] for entries in shards.values() for entry in entries)
     if not shards["train"]:
         held = sum(len(s["sizes"]) for s in shards["heldout"])
         shutil.rmtree(plan.folder)
@@ -207,6 +219,8 @@ def _close(plan: Plan, report: SkipReport) -> SkipReport:
     closing = {
         "skipped": {"file": SKIPPED, "sha256": sha256(out_dir / SKIPPED), "counts": report.counts},
         "shortened": report.shortened,
+        "remarks": report.remarks,
+        "bytes": [report.source_bytes, report.bytes],
         "heldout": sum(len(entry["sizes"]) for entry in shards["heldout"]),
     }
     record_writer.finish(out_dir, plan.opening, shards["train"], {}, closing)
@@ -218,5 +232,6 @@ def _stored_report(out_dir: Path, manifest: dict[str, Any]) -> SkipReport:
     """The report of the run that wrote a data set."""
     report = SkipReport()
     report.kept, report.shortened = manifest["records"] + manifest["heldout"], manifest["shortened"]
+    report.remarks, (report.source_bytes, report.bytes) = manifest["remarks"], manifest["bytes"]
     report.skipped = [json.loads(line) for line in (out_dir / SKIPPED).read_text(encoding="utf-8").splitlines()]
     return report

@@ -33,6 +33,8 @@ class Summary:
         self.kept_scores: dict[str, list[float]] = collections.defaultdict(list)
         self.dropped_scores: dict[str, list[float]] = collections.defaultdict(list)
         self.pictures: list[dict[str, Any]] = []
+        self.remarks: list[dict[str, str]] = []
+        self.source_bytes = 0
 
     def add(self, gathered: dict[str, Any], done: dict[str, Any] | None) -> None:
         """Add the JSON of a part's first round, and of its second round if there is one."""
@@ -50,6 +52,8 @@ class Summary:
             self.held_out += n not in later and clip["split"] == "heldout"
         self.kept += len(gathered["clips"]) - len(later)
         self.shortened += gathered["shortened"]
+        self.remarks += gathered["remarks"]
+        self.source_bytes += gathered["source_bytes"]
         for picture in gathered["pictures"]:
             n = by_name.get(picture["name"])
             if not picture["reason"] and n in later:

@@ -37,6 +37,7 @@ class Candidate:
     still: bool = False  # an image, which has no motion to measure
     shortened: bool = False  # the file has more frames, which are not used
     remarks: tuple[str, ...] = ()  # of its file, such as that it is interlaced
+    source_bytes: int = 0  # the size of its file, stated by the file's first clip only
     scores: dict[str, float] = dataclasses.field(default_factory=dict)  # the measurements of curation/filters.py
     hash: str = ""  # the perceptual hash, if the filter of duplicates is on
 
@@ -123,10 +124,11 @@ def clips_of(media: Media, curation: Curation, alive: Callable[[], None] = lambd
             stage = "decode"
             source = content_hash(media)
             spans = spans_of(video, curation, alive)
+            size = content_bytes(media)
             for clip in decoded(video, media, spans, curation.sizes, alive):
                 stage = "filter"
-                yield filtered(dataclasses.replace(clip, source=source), curation.filters)
-                stage = "decode"
+                yield (kept := filtered(dataclasses.replace(clip, source=source, source_bytes=size), curation.filters))
+                stage, size = "decode", 0 if isinstance(kept, Candidate) else size
                 alive()
     except VideoError as error:
         yield Drop(media.name, stage, error.reason, error.detail)
@@ -202,6 +204,14 @@ def content_hash(media: Media) -> str:
         with open_regular(content) as file:
             return hashlib.file_digest(cast(Any, file), "sha256").hexdigest()
     return hashlib.sha256(content).hexdigest()
+
+
+def content_bytes(media: Media) -> int:
+    """The size of the file, or of frames without a file."""
+    content = media.content
+    if isinstance(content, Path):
+        return content.stat().st_size
+    return content.nbytes if isinstance(content, np.ndarray) else len(content)
 
 
 def clip_length(frames: int) -> int:

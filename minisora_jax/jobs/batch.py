@@ -22,6 +22,7 @@ from minisora_jax.io.filesystem import json_or_none
 from minisora_jax.io.records import sha256
 from minisora_jax.jobs.job import Job
 from minisora_jax.jobs.output import Output, batch_of, beside, record_of, sampling_of
+from minisora_jax.jobs.sounds import sounds_of
 from minisora_jax.jobs.starting import start
 
 log = logging.getLogger("minisora")
@@ -75,7 +76,8 @@ def run_jobs(
     def write(number: int, frames) -> None:
         i, _, fps = started[number]
         if i not in outputs:
-            outputs[i] = Output(paths[i], fps, record_of(startable, number, model, sampling), upscale)
+            record, sounds = record_of(startable, number, model, sampling), sounds_of(jobs[i], paths[i], fps)
+            outputs[i] = Output(paths[i], fps, record, upscale, sounds)
         outputs[i].write(frames)
 
     notes: dict[int, dict] = {}

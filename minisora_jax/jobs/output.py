@@ -28,6 +28,7 @@ from minisora_jax.io.filesystem import json_or_none
 from minisora_jax.io.model_dir import config_fields
 from minisora_jax.io.records import sha256
 from minisora_jax.jobs.job import Job
+from minisora_jax.media.sound import Sound
 from minisora_jax.media.video import VideoError, read_note
 from minisora_jax.media.video_writer import VideoWriter
 
@@ -88,10 +89,10 @@ def batch_of(record: dict) -> list[Job]:
 class Output:
     """One result's file, written as frames come; the record goes within it and, with the pixels' hash, beside it."""
 
-    def __init__(self, path: Path, fps: float, record: dict, upscale: int = 1):
+    def __init__(self, path: Path, fps: float, record: dict, upscale: int = 1, sounds: Sequence[Sound] = ()):
         self.path, self.record, self.digest = path, record | {"fps": fps}, Digest()
         # Within a file the record has no hash of what has not been written yet.
-        self._writer = VideoWriter(path, fps, upscale=upscale, note=json.dumps(self.record))
+        self._writer = VideoWriter(path, fps, upscale=upscale, note=json.dumps(self.record), sounds=sounds)
         self._writer.__enter__()
 
     def write(self, frames_THWC: np.ndarray) -> None:

@@ -11,13 +11,21 @@ from PIL import Image, ImageDraw
 from minisora_jax.io.atomic import replacing
 from minisora_jax.media.fonts import FontStack
 
+FRAME_SIDE = 112  # pixels of the longer side of a frame in a sheet
+
+
+def sheet_size(H: int, W: int) -> tuple[int, int]:
+    """The height and width at which a sheet needs a frame: those of the frame, or smaller."""
+    scale = min(1.0, FRAME_SIDE / max(H, W))
+    return max(1, round(H * scale)), max(1, round(W * scale))
+
 
 def contact_sheet(
     path: str | os.PathLike,
     clips: Sequence[tuple[np.ndarray, str]],
     *,
     columns_of_frames: int = 8,
-    frame_side: int = 112,
+    frame_side: int = FRAME_SIDE,
     gap: int = 4,
 ) -> None:
     """Write a PNG with a row per clip: its label, and under it frames that are evenly spaced in time.

@@ -37,6 +37,7 @@ from minisora_jax.media.video import (
     VideoError,
     VideoInfo,
     open_video,
+    read_clip_frames,
 )
 from minisora_jax.sources.captions import MAX_CAPTION, MAX_TABLE, is_table, scan_names
 from minisora_jax.sources.skips import SkipReport
@@ -60,6 +61,11 @@ class Media:
         if isinstance(data, Exception):
             raise data
         return data
+
+
+def stored_frames(arrays: dict[str, np.ndarray]) -> np.ndarray:
+    """The frames of a record, uint8 (T, H, W, 3), which `prepare` stores as pixels or, with --crf, as an mp4."""
+    return arrays["frames"] if "frames" in arrays else read_clip_frames(arrays["mp4"].tobytes())[0]
 
 
 class Source(Protocol):

@@ -10,7 +10,7 @@ import numpy as np
 from minisora_jax.io.filesystem import is_url
 from minisora_jax.io.records import Shards, sha256
 from minisora_jax.io.retry import DataError
-from minisora_jax.sources.base import PREPROCESSING_VERSION
+from minisora_jax.sources.base import PREPROCESSING_VERSION, stored_frames
 from minisora_jax.toy.shapes import Shapes
 from minisora_jax.types import Clip, ClipSequence
 
@@ -48,7 +48,7 @@ class Records:
         arrays, metadata = self.shards.read(i)
         captions = metadata.get("captions", {})
         caption = choose_caption(metadata["caption"], captions, metadata["name"], self.long_captions)
-        return Clip(arrays["frames"], caption, metadata["fps"], metadata["name"])
+        return Clip(stored_frames(arrays), caption, metadata["fps"], metadata["name"])
 
 
 def open_clips(spec: str | os.PathLike, *, long_captions: float = LONG_CAPTIONS) -> ClipSequence:

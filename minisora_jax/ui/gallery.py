@@ -23,6 +23,7 @@ from PIL import Image
 from minisora_jax.io.atomic import replacing
 from minisora_jax.io.filesystem import json_or_none
 from minisora_jax.jobs.output import batch_of, beside
+from minisora_jax.media.sound import Sound
 from minisora_jax.media.video import open_frames, read_note
 from minisora_jax.media.video_writer import VideoWriter
 
@@ -131,7 +132,7 @@ class Gallery:
                                 Image.fromarray(frame).save(file, "png")
                         packed.writestr(f"{video.stem}/record.json", json.dumps(record, indent=1))
                 else:
-                    with VideoWriter(path, fps, note=read_note(video)) as writer:
+                    with VideoWriter(path, fps, note=read_note(video), sounds=[Sound(video)]) as writer:
                         for frame in frames:
                             writer.write(frame[None])
         return path
