@@ -192,18 +192,24 @@ def build(cls: type, values: dict, at: str = "config") -> Any:
                 fields = ", ".join(f"{at}.{name}.{field.name}" for field in dataclasses.fields(hint))
                 raise ValueError(f"{at}.{name}={value!r} must be a group of settings: {fields}")
             value = build(hint, value, f"{at}.{name}")
-        elif isinstance(value, list):
-            value = tuple(value)
-        elif not _fits(value, hint):
+        elif not _fits(value := _tuples(value), hint):
             raise ValueError(f"{at}.{name}={value!r} must be {getattr(hint, '__name__', hint)}")
         arguments[name] = value
     return cls(**arguments)
+
+
+def _tuples(value: Any) -> Any:
+    """Lists, and lists within lists, as tuples."""
+    return tuple(map(_tuples, value)) if isinstance(value, list | tuple) else value
 
 
 def _fits(value: Any, hint: Any) -> bool:
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         return any(_fits(value, h) for h in typing.get_args(hint))
     base = typing.get_origin(hint) or hint
+    if base is tuple and isinstance(value, tuple) and (hints := typing.get_args(hint)):
+        of_each = hints[:1] * len(value) if hints[-1] is ... else hints
+        return len(of_each) == len(value) and all(map(_fits, value, of_each))
     if base is float:
         return isinstance(value, (int, float)) and not isinstance(value, bool)
     return not isinstance(base, type) or (isinstance(value, base) and (base is bool or not isinstance(value, bool)))

@@ -23,6 +23,8 @@ FIRST = ("test_main_job.py", "test_train.py", "test_processes.py", "test_step.py
 
 # Long cases of parametrised tests. A shorter case of the same test stays among the quick ones.
 SLOW_CASES = (
+    "test_model_folders.py::test_a_precision_may_be_chosen",
+    "test_model_folders.py::test_a_result_that_is_not_finite_is_an_error",
     "test_source_kinds.py::test_every_kind_of_source_gives_the_same_prepared_bytes[parquet_of_datasets",
     "test_step.py::test_eight_devices_step_as_one",
     "test_checker.py::test_true_clips_pass[heldout]",

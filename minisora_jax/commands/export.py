@@ -35,7 +35,7 @@ def run(args, _):
 
 def published(config: dict, model: str):
     """(rules, their config, stem of the weight files) of a saved model's config."""
-    from minisora_jax.io.model_dir import config_fields
+    from minisora_jax.io.model_dir import saved_settings
     from minisora_jax.models.clip import CLIPConfig
     from minisora_jax.models.dit import DiTConfig
     from minisora_jax.models.t5 import T5Config
@@ -44,15 +44,15 @@ def published(config: dict, model: str):
 
     kind = config.get("kind")
     if kind == "vae":
-        cfg = VAEConfig(**config_fields(config["vae"]))
+        cfg = saved_settings(VAEConfig, config, "vae", model)
         family = sd_vae if cfg.images else wan_vae
-        statistics = config["latent_mean"], config["latent_std"]
+        statistics = config.get("latent_mean", []), config.get("latent_std", [])
         return family.rules(cfg), family.published_config(cfg, *statistics), "diffusion_pytorch_model"
     if kind in ("t5", "clip"):
         family, config_class = {"t5": (t5, T5Config), "clip": (clip, CLIPConfig)}[kind]
-        cfg = config_class(**config_fields(config[kind]))
+        cfg = saved_settings(config_class, config, kind, model)
         return family.rules(cfg), family.published_config(cfg), "model"
     if kind == "dit":
-        cfg = DiTConfig(**config_fields(config["dit"]))
+        cfg = saved_settings(DiTConfig, config, "dit", model)
         return dit.rules(cfg), dit.published_config(cfg), "diffusion_pytorch_model"
     raise ValueError(f"{model} holds a {kind!r} model: vae, dit, t5 and clip have a published layout")

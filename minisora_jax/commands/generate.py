@@ -120,12 +120,14 @@ def run(args, _):
             counts = run_batch(pipeline, jobs, out, suffix, args.batch_size, **common)
             print(", ".join(f"{n} {what}" for what, n in counts.items()) + f": {out / 'manifest.jsonl'}")
             return 1 if counts["failed"] else 0
-        paths = free_paths(out, jobs, suffix)
+        paths, uniform = free_paths(out, jobs, suffix), False
         for first in range(0, len(jobs), args.batch_size):
             batch = slice(first, first + args.batch_size)
-            run_jobs(pipeline, jobs[batch], paths[batch], **common)
+            records = run_jobs(pipeline, jobs[batch], paths[batch], **common)
+            uniform |= any(isinstance(record, dict) and "one_colour" in record for record in records)
     print(*paths, sep="\n")
     print(options.write_sheet(out, paths, [job.prompt for job in jobs]))
+    return 1 if uniform else 0
 
 
 def _jobs(args) -> list:
@@ -157,7 +159,7 @@ def _number(flag: str, words: list[str]) -> float:
 
 def model_record(args, pipeline) -> dict:
     """The part of a record that names the model."""
-    names = ("model", "codec", "guide_model", "text_encoder", "mesh")
+    names = ("model", "codec", "guide_model", "text_encoder", "mesh", "dtype")
     paths = {name: getattr(args, name, None) for name in names}
     return paths | {"hash": pipeline.hash, "codec_hash": pipeline.codec.hash, "window": pipeline.window_frames}
 
@@ -169,8 +171,8 @@ def _reproduce(args) -> int:
 
     record = read_record(args.reproduce)
     model = record["model"]
-    names = ("model", "codec", "guide_model", "text_encoder", "window")
-    pipeline = options.load_pipeline(**{name: model[name] for name in names})
+    names = ("model", "codec", "guide_model", "text_encoder", "window", "dtype")
+    pipeline = options.load_pipeline(**{name: model.get(name) for name in names})
     if words := different_machine(record):
         print(words)
     source = Path(args.reproduce)

@@ -19,7 +19,7 @@ TIME_SCHEDULES = ("even", "wan", "karras", "leading", "linspace", "trailing")
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
-    """--model, --codec, --text-encoder, --guide-model, --window: what `load_pipeline` takes."""
+    """--model, --codec, --text-encoder, --guide-model, --window, --dtype: what `load_pipeline` takes."""
     group = parser.add_argument_group("model")
     group.add_argument("--model", default=None, help="an exported model (default: the bundled one)")
     group.add_argument("--codec", default=None, help="its codec (default: the bundled one)")
@@ -40,6 +40,13 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         metavar="FRAMES",
         help="frames that the model makes at once (default: as trained); longer videos are made window by window",
     )
+    group.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        default=None,
+        help="of the transformer's weights and arithmetic; bfloat16 halves its memory (default: arithmetic as the "
+        "model says, on float32 weights)",
+    )
 
 
 def load_pipeline(
@@ -48,13 +55,14 @@ def load_pipeline(
     guide_model: str | None = None,
     text_encoder: str | None = None,
     window: int | None = None,
+    dtype: str | None = None,
 ) -> VideoPipeline:
     """The pipeline that the options of `add_model` name. A window needs at least 3 latent frames."""
     import dataclasses
 
     from minisora_jax.generate import VideoPipeline
 
-    pipeline = VideoPipeline.load(model, codec, guide_model, text_encoder)
+    pipeline = VideoPipeline.load(model, codec, guide_model, text_encoder, dtype)
     if window is None:
         return pipeline
     factor = pipeline.codec.config.time_factor
@@ -65,7 +73,7 @@ def load_pipeline(
 
 def pipeline_of(args: argparse.Namespace) -> VideoPipeline:
     """The pipeline of a command that has the options of `add_model`."""
-    return load_pipeline(args.model, args.codec, args.guide_model, args.text_encoder, args.window)
+    return load_pipeline(args.model, args.codec, args.guide_model, args.text_encoder, args.window, args.dtype)
 
 
 def add_sampling(parser: argparse.ArgumentParser) -> None:

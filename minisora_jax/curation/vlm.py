@@ -41,7 +41,7 @@ class VisionLanguageModel:
                 f"the captioner {self.spec} needs PyTorch: pip install torch 'minisora_jax[text]' ({error})"
             ) from error
         try:
-            transformers.AutoConfig.from_pretrained(self.spec)
+            transformers.AutoConfig.from_pretrained(self.spec, trust_remote_code=False)
         except (OSError, ValueError) as error:
             raise RuntimeError(
                 f"{self.spec} is no vision-language model of transformers (a name on the hub, or a directory with its "
@@ -68,11 +68,11 @@ class VisionLanguageModel:
         import torch
         from transformers import AutoModelForImageTextToText, AutoProcessor
 
-        processor = AutoProcessor.from_pretrained(self.spec)
+        processor = AutoProcessor.from_pretrained(self.spec, trust_remote_code=False)
         if not getattr(processor, "chat_template", None):
             raise RuntimeError(f"{self.spec} has no chat template: choose a model that is tuned to follow instructions")
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        model: Any = AutoModelForImageTextToText.from_pretrained(self.spec, dtype="auto")
+        model: Any = AutoModelForImageTextToText.from_pretrained(self.spec, dtype="auto", trust_remote_code=False)
         return processor, model.to(device).eval()
 
 

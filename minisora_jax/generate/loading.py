@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -11,20 +12,29 @@ import jax.numpy as jnp
 from minisora_jax.bundled import CODEC, MODEL
 from minisora_jax.diffusion.objective import ObjectiveConfig
 from minisora_jax.diffusion.time import TimeConfig
-from minisora_jax.io.model_dir import config_fields, load_model, model_hash
+from minisora_jax.io.model_dir import check_shapes, load_model, model_hash, saved_settings
 from minisora_jax.models.captions import captions_of
 from minisora_jax.models.codec import Codec
-from minisora_jax.models.dit import DiTConfig
+from minisora_jax.models.dit import DiTConfig, abstract_params
 from minisora_jax.toy.grammar import vocabulary
 from minisora_jax.weights.presets import TRANSFORMERS
 
+DTYPES = ("float32", "bfloat16")
+
 
 def load_parts(
-    model: str | Path, codec: str | Path | None, guide_model: str | Path | None, text_encoder: str | Path | None
+    model: str | Path,
+    codec: str | Path | None,
+    guide_model: str | Path | None,
+    text_encoder: str | Path | None,
+    dtype: str | None = None,
 ) -> dict[str, Any]:
     """The fields of a `NativePipeline`. See `VideoPipeline.load`."""
-    params, dit, config = _load_dit(model)
-    pair = TRANSFORMERS.get(config.get("training", {}).get("imported", "")) if "codec" not in config else None
+    params, dit, config = _load_dit(model, dtype)
+    training = config.get("training")
+    training = training if isinstance(training, dict) else {}
+    preset = training.get("imported") if "codec" not in config else None
+    pair = TRANSFORMERS.get(preset) if isinstance(preset, str) else None
     if codec is None and pair:
         raise ValueError(
             f"{model} was imported and does not name its codec: give it by --codec=DIR (made by "
@@ -33,36 +43,41 @@ def load_parts(
     codec = codec or CODEC
     loaded_codec = Codec.load(codec)
     _require_codec(config, dit, model, loaded_codec, codec)
-    objective = ObjectiveConfig(**config_fields(config.get("objective", {})))
+    objective = saved_settings(ObjectiveConfig, config, "objective", model)
     guide = None
     if guide_model is not None:
-        guide_params, guide_dit, guide_config = _load_dit(guide_model)
+        guide_params, guide_dit, guide_config = _load_dit(guide_model, dtype)
         _require_codec(guide_config, guide_dit, guide_model, loaded_codec, codec)
-        _require_like(dit, objective, guide_dit, ObjectiveConfig(**config_fields(guide_config.get("objective", {}))))
+        theirs = saved_settings(ObjectiveConfig, guide_config, "objective", guide_model)
+        _require_like(dit, objective, guide_dit, theirs)
         guide = (guide_dit, guide_params)
-    frames, *sides = config.get("latent_size", [21])
+    frames, *sides = _latent_size(config, model)
     return {
         "codec": loaded_codec,
         "config": dit,
-        "times": TimeConfig(**config_fields(config["times"])),
+        "times": saved_settings(TimeConfig, config, "times", model),
         "params": params,
         "hash": model_hash(model),
         "objective": objective,
-        "captions": captions_of(dit, config.get("text"), text_encoder, pair and pair.text_encoder),
+        "captions": captions_of(dit, _text(config, model), text_encoder, pair and pair.text_encoder),
         "guide": guide,
         "window": frames,
         "sides": tuple(sides) or None,
-        "leads_over": _leads_over(config.get("training", {})),
+        "leads_over": _leads_over(training),
         "vocabulary": vocabulary() if Path(model).resolve() == Path(MODEL).resolve() else None,
     }
 
 
-def _load_dit(model: str | Path) -> tuple[dict, DiTConfig, dict]:
-    """(parameters, model config, whole exported config) of a model."""
-    params, config = load_model(model)
+def _load_dit(model: str | Path, dtype: str | None = None) -> tuple[dict, DiTConfig, dict]:
+    """(parameters, model config, whole exported config) of a model. `dtype`: of the parameters and the arithmetic."""
+    if dtype not in (None, *DTYPES):
+        raise ValueError(f"dtype={dtype!r} must be one of {', '.join(DTYPES)}")
+    params, config = load_model(model, dtype or "float32")
     if config.get("kind") != "dit":
         raise ValueError(f"{model} holds a {config.get('kind')!r} model, not a diffusion transformer ('dit')")
-    dit = DiTConfig(**config_fields(config["dit"]))
+    dit = saved_settings(DiTConfig, config, "dit", model)
+    check_shapes(params, abstract_params(dit), model)
+    dit = dataclasses.replace(dit, dtype=dtype or dit.dtype)
     if dit.image_features:
         raise ValueError(f"{model} needs the features of an image encoder, which this command does not compute yet")
     return jax.tree.map(jnp.asarray, params), dit, config
@@ -70,8 +85,25 @@ def _load_dit(model: str | Path) -> tuple[dict, DiTConfig, dict]:
 
 def _leads_over(training: dict) -> bool:
     """Whether a model was trained to lead from a known past to a known future (`ConditioningConfig.between`)."""
-    share = training.get("conditioning", {}).get("between", 0)
-    return share > 0 or "@between" in training.get("data", {}).get("path", "")
+    part = lambda key: training[key] if isinstance(training.get(key), dict) else {}
+    share = part("conditioning").get("between", 0)
+    return (isinstance(share, int | float) and share > 0) or "@between" in str(part("data").get("path", ""))
+
+
+def _latent_size(config: dict, model: str | Path) -> list[int]:
+    """Latent frames, height and width of training's largest clips; [frames] where only that is recorded."""
+    size = config.get("latent_size", [21])
+    if not (isinstance(size, list) and len(size) in (1, 3) and all(type(n) is int and 0 < n < 2**20 for n in size)):
+        raise ValueError(f"{model}/config.json: latent_size={size!r:.100} must be [frames, height, width]")
+    return size
+
+
+def _text(config: dict, model: str | Path) -> dict | None:
+    """The record of the text encoder."""
+    text = config.get("text")
+    if text is not None and not (isinstance(text, dict) and all(isinstance(v, str | int) for v in text.values())):
+        raise ValueError(f"{model}/config.json: text={text!r:.100} must be an object of names and numbers")
+    return text
 
 
 def _require_codec(config: dict, dit: DiTConfig, model: str | Path, loaded: Codec, codec: str | Path) -> None:

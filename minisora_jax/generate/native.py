@@ -17,7 +17,7 @@ from minisora_jax.diffusion.objective import ObjectiveConfig
 from minisora_jax.diffusion.sampler import SamplerConfig
 from minisora_jax.diffusion.time import TimeConfig
 from minisora_jax.generate.request import Request
-from minisora_jax.generate.sampling import PackedRequests, features, fill_rows, sample
+from minisora_jax.generate.sampling import PackedRequests, features, fill_rows, require_finite, sample
 from minisora_jax.models.captions import BYTES, Captions
 from minisora_jax.models.codec import Codec
 from minisora_jax.models.dit import DiTConfig, abstract_params
@@ -184,6 +184,8 @@ class NativePipeline:
                     f"pipeline.generate, which samples at a trained size and upscales"
                 )
         latents = self.sample(requests, **options)
+        for request, z_thwc in zip(requests, latents):
+            require_finite(z_thwc, request)
         return self.decode(latents, [r.loop for r in requests], progress=options.get("progress", True))
 
     def sample(

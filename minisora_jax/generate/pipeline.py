@@ -28,8 +28,7 @@ class VideoPipeline(NativePipeline):
     Each task is a method that returns the frames of one video, uint8 (T, H, W, 3). `generate` takes several prompts,
     requests or tasks and packs them together. Sizes beyond training are made at a trained size and upscaled.
 
-    Sampling options, which every method takes: `steps` (default 20), `guidance` (default 3.0; 1 is none), `sampler`
-    (default "heun", or a `SamplerConfig`), `progress` (default True).
+    Every method takes `steps` (20), `guidance` (3.0; 1: none), `sampler` ("heun", or a `SamplerConfig`), `progress`.
 
     Example:
         >>> import minisora_jax as ms
@@ -46,6 +45,7 @@ class VideoPipeline(NativePipeline):
         codec: str | Path | None = None,
         guide_model: str | Path | None = None,
         text_encoder: str | Path | None = None,
+        dtype: str | None = None,
     ) -> VideoPipeline:
         """Load a model that `minisora train` or `minisora import` wrote.
 
@@ -54,17 +54,18 @@ class VideoPipeline(NativePipeline):
             codec: the directory of its codec; None for the bundled codec.
             guide_model: a weaker model for autoguidance, trained with the same codec, patch and objective.
             text_encoder: the directory of its text encoder; None for the one that the model's training recorded.
+            dtype: "float32" or "bfloat16" for weights and arithmetic; None: arithmetic as the model says, on float32.
 
         Raises:
             FileNotFoundError: if a file is missing.
-            ValueError: if the parts do not belong together; the message names the part to give instead.
+            ValueError: if a part is damaged or does not belong to the others.
 
         Example:
             >>> import minisora_jax as ms
             >>> ms.VideoPipeline.load().known_size
             (17, 64, 64)
         """
-        return cls(**load_parts(model or MODEL, codec, guide_model, text_encoder))
+        return cls(**load_parts(model or MODEL, codec, guide_model, text_encoder, dtype))
 
     def generate(
         self,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import logging
 from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
@@ -11,6 +12,11 @@ import numpy as np
 
 from minisora_jax.generate.native import NativePipeline, Watch
 from minisora_jax.generate.request import Request
+from minisora_jax.generate.sampling import require_finite
+
+log = logging.getLogger("minisora")
+
+ONE_COLOUR = "a sign of damaged weights, of a codec that is not the model's, or of too much guidance"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +81,15 @@ def altered(task: Task, alter: Callable[[np.ndarray | None], np.ndarray | None])
         yield Frames(rest)
 
 
+def _two_colours(frames_THWC: np.ndarray) -> set[tuple[int, ...]]:
+    """The first pixel's colour, and another if there is one."""
+    if not frames_THWC.size:
+        return set()
+    pixels = frames_THWC.reshape(-1, frames_THWC.shape[-1])
+    other = pixels[(pixels != pixels[0]).any(-1).argmax()]
+    return {tuple(map(int, pixels[0])), tuple(map(int, other))}
+
+
 def run_tasks(
     pipeline: NativePipeline,
     tasks: Sequence[Task],
@@ -93,7 +108,7 @@ def run_tasks(
         write: called with (number of the task, frames) for each piece; without it the pieces are returned.
         watch: as in `NativePipeline.sample`, with latents by number of task, of those sampled now.
         failed: called with (number, error) for a task that cannot be done, which is left out; without it, raised.
-        note: called with (number, entries) of each `Note` of a task.
+        note: called with (number, entries) of each `Note` of a task; with "one_colour" for a result that shows no more.
         **options: those of `NativePipeline.sample`.
 
     Returns:
@@ -102,19 +117,27 @@ def run_tasks(
     pieces: list[list[np.ndarray]] = [[] for _ in tasks]
     write_piece = write or (lambda i, frames: pieces[i].append(frames))
     waiting: dict[int, Encode | Decode | Request] = {}
+    colours: list[set[tuple[int, ...]]] = [set() for _ in tasks]  # of each result: a colour, and another if one occurs
 
     def go_on(i: int, answer) -> None:
         try:
+            if isinstance(need := waiting.get(i), Request):
+                require_finite(answer, need)
             need = tasks[i].send(answer)
             while isinstance(need, Frames | Note):
                 if isinstance(need, Note):
                     note(i, need.entries)
                 else:
                     write_piece(i, need.frames_THWC)
+                    colours[i] |= _two_colours(need.frames_THWC)
                 need = tasks[i].send(None)
             waiting[i] = need
         except StopIteration:
             waiting.pop(i, None)
+            if len(colours[i]) == 1:
+                [colour] = colours[i]
+                note(i, {"one_colour": list(colour)})
+                log.warning("result %d shows one colour only, %s: %s", i, colour, ONE_COLOUR)
         except ValueError as error:
             if failed is None:
                 raise

@@ -184,6 +184,15 @@ def sample(
     return packed.latents(np.asarray(x))
 
 
+def require_finite(latents_thwc: np.ndarray, request: Request) -> None:
+    """Raise ValueError for latents that hold NaN or infinity: they would decode to a black video."""
+    if bad := int(np.size(latents_thwc) - np.isfinite(latents_thwc).sum()):
+        raise ValueError(
+            f"sampling {request.prompt!r:.100} gave {bad} of {np.size(latents_thwc)} latents that are NaN or infinite: "
+            f"use --dtype float32, a lower --guidance, or another sampler; or the weights are damaged"
+        )
+
+
 def _begin(path: NoisePath, batch: PackedBatch, noise_BSP, time_BS, start_BS, pure_BS=None) -> jax.Array:
     """Noise at the spread of noisy data; latents that are known or have strength below 1, with noise of their time.
 

@@ -12,13 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from minisora_jax.config import with_current_names
+from minisora_jax.config import build, with_current_names
 from minisora_jax.io.atomic import write_text
 from minisora_jax.io.safetensors import LazyArray, StoredTensor, order_of, read_tensors, write_tensors
 from minisora_jax.parallel.processes import is_main, parts_of
+
+MOST_LAYERS, MOST = 1000, 2**24  # limits of a saved number of layers, and of any other whole number
 
 
 def export_model(
@@ -57,15 +60,41 @@ def load_model(directory: str | Path, dtype: str | None = "float32") -> tuple[An
 
     Raises:
         FileNotFoundError: the message names the missing file.
+        ValueError: a file is damaged, or weights are NaN or infinite.
     """
     stored, config = open_model(directory)
-    return jax.tree.map(lambda x: np.array(x[...], dtype or x.dtype), stored), config
+    params = jax.tree.map(lambda x: np.array(x[...], dtype or x.dtype), stored)
+    flat: dict[str, Any] = traverse_util.flatten_dict(params, sep="/")
+    if broken := [name for name, array in flat.items() if not is_finite(array)]:
+        raise ValueError(
+            f"{directory}: {len(broken)} of {len(flat)} parameters hold numbers that are NaN or infinite, {broken[0]} "
+            f"first: the file is damaged, or the model's training diverged"
+        )
+    return params, config
+
+
+def is_finite(array: np.ndarray) -> bool:
+    """Whether no number is NaN or infinite, in one pass over memory for each sign and without a copy."""
+    if not array.size or jnp.issubdtype(array.dtype, jnp.integer) or array.dtype == bool:
+        return True
+    # A type of 16 bits is compared as whole numbers: its largest patterns are infinity and NaN, of each sign.
+    if array.dtype.itemsize == 2:
+        infinity = int(np.array(np.inf, array.dtype).view(np.int16))
+        return bool(array.view(np.int16).max() < infinity and array.view(np.uint16).max() < infinity + 2**15)
+    if array.dtype.itemsize == 1:
+        array = array.astype(np.float32)
+    return bool(np.isfinite(array.min()) and np.isfinite(array.max()))
 
 
 def open_model(directory: str | Path) -> tuple[Any, dict]:
     """(params, config) like `load_model`, but the leaves stay on disk with their stored types: `leaf[index]` reads."""
     config = load_config(directory)
     stored: dict[str, StoredTensor] = read_tensors(Path(directory) / "model.safetensors")
+    for name in stored:
+        above = name
+        while above := above.rpartition("/")[0]:
+            if above in stored:
+                raise ValueError(f"{directory}/model.safetensors is no tree: it has {above[:80]!r} and {name[:80]!r}")
     return traverse_util.unflatten_dict(stored, sep="/"), config
 
 
@@ -81,7 +110,11 @@ def load_params_onto(directory: str | Path, abstract: Any) -> Any:
     check_shapes(stored, abstract, directory)
 
     def to_devices(x: StoredTensor, target: jax.ShapeDtypeStruct) -> jax.Array:
-        read_part = lambda index: x[index].astype(target.dtype)
+        def read_part(index):
+            if not is_finite(part := x[index]):
+                raise ValueError(f"{directory} holds weights that are NaN or infinite: it is damaged, or it diverged")
+            return part.astype(target.dtype)
+
         return jax.make_array_from_callback(x.shape, target.sharding, read_part)
 
     return jax.tree.map(to_devices, stored, abstract)
@@ -98,7 +131,12 @@ def check_shapes(stored: Any, abstract: Any, directory: str | Path) -> None:
 
 
 def load_config(directory: str | Path) -> dict:
-    """The config of an exported model, as JSON gives it; FileNotFoundError where the directory holds none."""
+    """The config of an exported model, as JSON gives it.
+
+    Raises:
+        FileNotFoundError: the directory holds no model.
+        ValueError: config.json is not an object of JSON.
+    """
     directory = Path(directory)
     for name in ("model.safetensors", "config.json"):
         if not (directory / name).exists():
@@ -106,7 +144,34 @@ def load_config(directory: str | Path) -> dict:
                 f"{directory} is not an exported model: {name} is missing. "
                 f"`minisora train-vae` and `minisora train` write one to WORKDIR/export"
             )
-    return json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    try:
+        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{directory}/config.json is no JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{directory}/config.json is a {type(config).__name__}, and must be an object")
+    return config
+
+
+def saved_settings(cls: type, config: dict, key: str, directory: str | Path) -> Any:
+    """The settings under `key` of an exported model's config, as an instance of the dataclass `cls`.
+
+    Raises:
+        ValueError: a setting is unknown, of a wrong type, or out of range.
+    """
+    try:
+        values = config.get(key, {})
+        if not isinstance(values, dict):
+            raise ValueError(f"{key} is a {type(values).__name__}, and must be an object")
+        values = with_current_names(values)
+        if values.get("dtype", "float32") not in ("float32", "bfloat16", "float16"):
+            raise ValueError(f"{key}.dtype={values['dtype']!r} must be float32, bfloat16 or float16")
+        for name, value in values.items():
+            if isinstance(value, int) and abs(value) > (MOST_LAYERS if "depth" in name else MOST):
+                raise ValueError(f"{key}.{name}={value} is more than any model has")
+        return build(cls, values, key)
+    except (ValueError, TypeError, AttributeError, ArithmeticError) as error:
+        raise ValueError(f"{directory}/config.json: {error}") from error
 
 
 def config_fields(saved: dict) -> dict:

@@ -112,7 +112,11 @@ def load_tokenizer(directory: str | Path, vocabulary: int, limit: int) -> Callab
             from transformers import AutoTokenizer
         except ImportError as error:
             raise ValueError(f"the tokenizer {path} needs transformers: pip install 'minisora_jax[text]'") from error
-        read = functools.partial(AutoTokenizer.from_pretrained(path, local_files_only=True), verbose=False)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        except Exception as error:  # whatever the library raises on a damaged file, or one that wants its own code run
+            raise ValueError(f"{path} holds no tokenizer that transformers reads: {error}") from error
+        read = functools.partial(tokenizer, verbose=False)
         ids_of = lambda caption: read(caption).input_ids
     elif vocabulary == BYTE_VOCABULARY:
         ids_of = lambda caption: [i for i in encode_bytes(caption)[:, 0].tolist() if i != PAD]

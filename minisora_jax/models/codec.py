@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from minisora_jax.io.model_dir import config_fields, export_model, load_model, model_hash
+from minisora_jax.io.model_dir import export_model, load_model, model_hash, saved_settings
 from minisora_jax.models.vae import VAE, VAEConfig
 from minisora_jax.parallel.halo import fetch_frames, put_frames, put_params, shard_height
 
@@ -58,12 +58,13 @@ class Codec:
         params, config = load_model(directory)
         if config.get("kind") != "vae":
             raise ValueError(f"{directory} holds a {config.get('kind')!r} model, not a codec ('vae')")
-        mean, std = (np.asarray(config[k], np.float32) for k in ("latent_mean", "latent_std"))
+        vae = saved_settings(VAEConfig, config, "vae", directory)
+        mean, std = (_statistics(config, key, vae.latent_channels, directory) for key in ("latent_mean", "latent_std"))
         own_hash = model_hash(directory)
-        codec = cls(VAEConfig(**config_fields(config["vae"])), params, mean, std, hash=own_hash, latents=own_hash)
+        codec = cls(vae, params, mean, std, hash=own_hash, latents=own_hash)
         origin = config.get("latents")
-        if origin and origin["encoder"] == codec.encoder_digest():
-            return dataclasses.replace(codec, latents=origin["codec"])
+        if isinstance(origin, dict) and origin.get("encoder") == codec.encoder_digest():
+            return dataclasses.replace(codec, latents=str(origin.get("codec")))
         return codec
 
     def export(self, directory: str | Path, training: dict, dtype: str | None = "float32", progress: str = "") -> str:
@@ -268,3 +269,13 @@ def _decode(config: VAEConfig, units: int, params, z_Bthwc, past):
         return to_uint8(x), past
 
     return shard_height(decode, units, params, z_Bthwc, past)
+
+
+def _statistics(config: dict, key: str, channels: int, directory: str | Path) -> np.ndarray:
+    """The mean or the spread of each channel, as an exported codec's config has it."""
+    values = config.get(key)
+    least = 0 if key == "latent_std" else -1e30
+    numbers = isinstance(values, list) and all(isinstance(x, int | float) and least < x < 1e30 for x in values)
+    if not isinstance(values, list) or not numbers or len(values) != channels:
+        raise ValueError(f"{directory}/config.json: {key}={values!r:.200} must be {channels} numbers, a spread above 0")
+    return np.asarray(values, np.float32)

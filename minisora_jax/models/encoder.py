@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from minisora_jax.io.model_dir import config_fields, export_model, load_model, model_hash
+from minisora_jax.io.model_dir import export_model, load_model, model_hash, saved_settings
 from minisora_jax.models.clip import CLIPConfig, CLIPEncoder
 from minisora_jax.models.t5 import T5Config, T5Encoder
 
@@ -38,9 +38,9 @@ class TextEncoder:
         """
         params, config = load_model(directory, dtype=None)
         kind = config.get("kind")
-        if kind not in CONFIGS:
+        if not isinstance(kind, str) or kind not in CONFIGS:
             raise ValueError(f"{directory} holds a {kind!r} model, not a text encoder ({' or '.join(CONFIGS)})")
-        return cls(CONFIGS[kind](**config_fields(config[kind])), params, model_hash(directory))
+        return cls(saved_settings(CONFIGS[kind], config, kind, directory), params, model_hash(directory))
 
     def export(self, directory: str | Path, record: dict, dtype: str | None = None, progress: str = "") -> str:
         """Write the encoder to `directory`, so that `load` reads it.

@@ -29,6 +29,7 @@ from minisora_jax.io.model_dir import (
     load_config,
     load_params_onto,
     open_model,
+    saved_settings,
 )
 from minisora_jax.io.retry import Damaged, DataError
 from minisora_jax.models.dit import DiT, DiTConfig, abstract_params
@@ -199,11 +200,13 @@ def settings_of(model: str | Path) -> dict:
     """The settings that a task takes over from the model that it starts from: "dit", "times" and "objective".
 
     Raises:
-        ValueError: `model` is not a diffusion transformer.
+        ValueError: `model` is not a diffusion transformer, or its config is damaged.
     """
     config = load_config(model)
     if config.get("kind") != "dit":
         raise ValueError(f"{model} holds a {config.get('kind')!r} model, not a diffusion transformer ('dit')")
+    for key, cls in (("dit", DiTConfig), ("times", TimeConfig), ("objective", ObjectiveConfig)):
+        saved_settings(cls, config, key, model)  # raises for what is no setting
     return {k: config_fields(config.get(k, {})) for k in ("dit", "times", "objective")}
 
 

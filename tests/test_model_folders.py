@@ -1,0 +1,193 @@
+"""Model folders that are damaged: a sentence for each, at load; weights and results that are not finite are said."""
+
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+import minisora_jax as ms
+from minisora_jax.bundled import CODEC, MODEL
+from minisora_jax.cli import main
+from minisora_jax.io.model_dir import is_finite, load_model, load_params_onto
+from minisora_jax.models.codec import Codec
+from minisora_jax.training.diffusion_task import settings_of
+
+
+def copied(source, path: Path) -> Path:
+    shutil.copytree(source, path)
+    for file in path.iterdir():
+        file.chmod(0o644)
+    return path
+
+
+def changed(source, path: Path, *keys: str, to) -> Path:
+    """A copy of a model whose config has another value under the keys."""
+    config = json.loads((copied(source, path) / "config.json").read_text())
+    inner = config
+    for key in keys[:-1]:
+        inner = inner[key]
+    inner[keys[-1]] = to
+    (path / "config.json").write_text(json.dumps(config))
+    return path
+
+
+@pytest.mark.parametrize(
+    "keys, value, words",
+    [
+        (["dit"], [1], "dit is a list, and must be an object"),
+        (["dit"], None, "dit is a NoneType"),
+        (["dit", "width"], "384", "dit.width='384' must be int"),
+        (["dit", "width"], 1e3, "dit.width=1000.0 must be int"),
+        (["dit", "width"], 10**12, "is more than any model has"),
+        (["dit", "text_depth"], 10**6, "is more than any model has"),
+        (["dit", "width"], -4, "config.json|does not fit"),
+        (["dit", "heads"], 0, "config.json"),
+        (["dit", "rope"], 1, "dit.rope=1 must be bool"),
+        (["dit", "patch"], [1, "2", 2], "dit.patch="),
+        (["dit", "patch"], 2, "dit.patch=2 must be"),
+        (["dit", "attention_pattern"], {"a": 1}, "dit.attention_pattern="),
+        (["dit", "dtype"], "float7", "dit.dtype='float7' must be"),
+        (["dit", "dtype"], ["float32"], "dit.dtype="),
+        (["dit", "colour"], "red", "dit.colour is not a setting"),
+        (["times", "std"], "wide", "times.std='wide' must be float"),
+        (["objective", "path"], 3, "objective.path=3 must be str"),
+        (["latent_size"], "big", "latent_size='big' must be"),
+        (["latent_size"], [1, 2], "latent_size="),
+        (["kind"], {"dit": 1}, "not a diffusion transformer"),
+    ],
+)
+def test_a_config_of_wrong_types(keys, value, words, tmp_path, capsys):
+    model = changed(MODEL, tmp_path / "model", *keys, to=value)
+    with pytest.raises(ValueError, match=words):
+        ms.VideoPipeline.load(model)
+    assert main(["generate", "a red circle", f"--model={model}", f"--out={tmp_path / 'out'}"]) == 2
+    assert "Traceback" not in capsys.readouterr().err
+    if keys[0] in ("dit", "times", "objective") and value not in (-4, 0):
+        with pytest.raises(ValueError, match=words):
+            settings_of(model)
+
+
+@pytest.mark.parametrize("value", [5, {"imported": 7}, None, []])
+def test_notes_on_the_training_are_not_needed(value, tmp_path):
+    ms.VideoPipeline.load(changed(MODEL, tmp_path / "model", "training", to=value))
+
+
+@pytest.mark.parametrize(
+    "keys, value, words",
+    [
+        (["latent_mean"], "x", "latent_mean='x' must be 16 numbers"),
+        (["latent_mean"], [0.0], "must be 16 numbers"),
+        (["latent_std"], [0.0] * 16, "a spread above 0"),
+        (["latent_std"], [None] * 16, "must be 16 numbers"),
+        (["vae", "base"], "8", "vae.base='8' must be int"),
+        (["vae"], 3, "vae is a int"),
+    ],
+)
+def test_a_codecs_config_of_wrong_types(keys, value, words, tmp_path):
+    with pytest.raises(ValueError, match=words):
+        Codec.load(changed(CODEC, tmp_path / "codec", *keys, to=value))
+
+
+@pytest.mark.parametrize("text", ["", "[]", "3", "{", "[" * 100_000, '{"a": NaN', "\ud800"])
+def test_a_config_that_is_no_object(text, tmp_path):
+    model = copied(MODEL, tmp_path / "model")
+    (model / "config.json").write_bytes(text.encode("utf-8", "surrogatepass"))
+    with pytest.raises(ValueError, match="config.json is"):
+        load_model(model)
+
+
+def test_weights_that_do_not_fit_the_config(tmp_path):
+    model = changed(MODEL, tmp_path / "model", "dit", "mlp_ratio", to=3.0)
+    with pytest.raises(ValueError, match="does not fit: for params/blocks"):
+        ms.VideoPipeline.load(model)
+    weights = load_file(model / "model.safetensors")
+    for name in (f"{next(iter(weights))}/more", "params"):
+        save_file(weights | {name: np.ones(1, np.float32)}, model / "model.safetensors")
+        with pytest.raises(ValueError, match="model.safetensors is no tree"):
+            ms.VideoPipeline.load(model)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16, np.float16, np.float64, ml_dtypes.float8_e5m2])
+def test_numbers_that_are_not_finite_are_seen(dtype, value):
+    array = np.linspace(-5, 5, 60).astype(dtype).reshape(5, 12)
+    assert is_finite(array) and is_finite(array[:0]) and is_finite(np.ones(3, np.int32))
+    assert is_finite(np.full(3, ml_dtypes.finfo(dtype).max)) and is_finite(np.full(3, ml_dtypes.finfo(dtype).min))
+    array[3, 4] = value
+    assert not is_finite(array) and not is_finite(array.T)
+
+
+@pytest.mark.parametrize("source", [MODEL, CODEC])
+def test_damaged_weights_are_named_at_load(source, tmp_path):
+    model = copied(source, tmp_path / "model")
+    weights = load_file(model / "model.safetensors")
+    name = sorted(weights)[3]
+    weights[name].flat[-1] = np.nan
+    save_file(weights, model / "model.safetensors")
+    with pytest.raises(
+        ValueError, match=f"1 of {len(weights)} parameters hold numbers that are NaN or infinite, {name}"
+    ):
+        load_model(model)
+    shapes = {k: jax.ShapeDtypeStruct(v.shape, np.float32) for k, v in weights.items()}
+    from flax.traverse_util import unflatten_dict
+
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), shapes)
+    with pytest.raises(ValueError, match="weights that are NaN"):
+        load_params_onto(model, unflatten_dict(placed, sep="/"))
+
+
+PROMPT = "a red circle moves left on a black background"
+
+
+def test_a_result_that_is_not_finite_is_an_error(tmp_path, capsys):
+    """Guidance of 1e38 overflows: no black picture, and no exit code 0."""
+    command = ["generate", PROMPT, "--frames=5", "--steps=2", f"--out={tmp_path / 'out'}", "--guidance=3e38"]
+    assert main(command) == 2
+    error = capsys.readouterr().err
+    assert "latents that are NaN or infinite" in error and "Traceback" not in error
+    assert not list((tmp_path / "out").rglob("*.mp4"))
+    batch = tmp_path / "jobs.jsonl"
+    batch.write_text(json.dumps({"prompt": PROMPT, "frames": 5}) + "\n")
+    assert main(["generate", f"--batch={batch}", *command[3:]]) == 1
+    line = json.loads((tmp_path / "out/manifest.jsonl").read_text())
+    assert "NaN or infinite" in line["error"]
+
+
+def test_a_result_of_one_colour_is_said(tmp_path, caplog, monkeypatch):
+    """Weights of zero are finite, and a codec of zeros decodes to one colour."""
+    codec = copied(CODEC, tmp_path / "codec")
+    weights = load_file(codec / "model.safetensors")
+    save_file({k: np.zeros_like(v) if "decoder" in k else v for k, v in weights.items()}, codec / "model.safetensors")
+    model = changed(MODEL, tmp_path / "model", "codec", to=Codec.load(codec).latents)
+    flags = [f"--model={model}", f"--codec={codec}", f"--out={tmp_path / 'out'}", "--frames=5", "--steps=1"]
+    assert main(["generate", PROMPT, *flags]) == 1
+    assert "shows one colour only" in caplog.text
+    [video] = (tmp_path / "out").glob("*.mp4")
+    record = json.loads(next((tmp_path / "out").glob("*.json")).read_text())
+    assert len(record["one_colour"]) == 3 and video.exists()
+
+
+def test_a_precision_may_be_chosen(tmp_path):
+    pipelines = {dtype: ms.VideoPipeline.load(dtype=dtype) for dtype in ("float32", "bfloat16")}
+    for dtype, pipeline in pipelines.items():
+        assert pipeline.config.dtype == dtype
+        assert {x.dtype for x in jax.tree.leaves(pipeline.params)} == {np.dtype(dtype)}
+    assert sum(x.nbytes for x in jax.tree.leaves(pipelines["bfloat16"].params)) * 2 == sum(
+        x.nbytes for x in jax.tree.leaves(pipelines["float32"].params)
+    )
+    request = [ms.Request(PROMPT, (5, 48, 48))]
+    full, half = (p.sample(request, steps=2, progress=False)[0] for p in pipelines.values())
+    assert 1e-4 < np.abs(full - half).mean() < 0.1 * np.abs(full).mean()
+    with pytest.raises(ValueError, match="dtype='float8' must be one of float32, bfloat16"):
+        ms.VideoPipeline.load(dtype="float8")
+    flags = ["--frames=1", "--steps=1", f"--out={tmp_path}", "--dtype=float32"]
+    assert main(["generate", PROMPT, *flags]) == 0
+    [record] = tmp_path.glob("*.json")
+    assert json.loads(record.read_text())["model"]["dtype"] == "float32"
+    assert main(["generate", f"--reproduce={record}", f"--out={tmp_path / 'again'}"]) == 0
