@@ -1,13 +1,14 @@
 """Long trials of what must survive, run by hand: their results are in docs/benchmarks.md.
 
 python tests/soak.py kill --count 100      kill -9 at random moments of prepare, encode and train
-python tests/soak.py fuzz --count 1000     broken videos and record files: no crash, no hang, each accounted for
+python tests/soak.py fuzz --count 2000     broken files, so many a kind: no crash, no hang, each accounted for
     python tests/soak.py elastic               an epoch on 4, then 2, then 4 processes: each clip exactly once
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
 import json
 import os
@@ -17,6 +18,8 @@ import subprocess
 import sys
 import tempfile
 import time
+import zlib
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -209,33 +212,130 @@ def mutated(content: bytes, rng: np.random.Generator) -> bytes:
     return bytes(data)
 
 
-def fuzz(count: int, seed: int, steps: int, at: Path) -> None:
-    """Half of them videos and images through `prepare`, half record files through `Shards`."""
-    rng = np.random.default_rng(seed)
-    _fuzz_clips(count // 2, rng, at)
-    _fuzz_records(count - count // 2, rng, at)
+def fuzz(count: int, seed: int, steps: int, at: Path, kinds: str = "") -> None:
+    """`count` files of each kind: media through `prepare`, records through `Shards`."""
+    for kind in kinds.split(",") if kinds else [*MEDIA, "records"]:
+        rng = np.random.default_rng(seed)
+        (at / kind).mkdir()
+        if kind == "records":
+            _fuzz_records(count, rng, at / kind)
+        else:
+            _fuzz_media(kind, count, rng, at / kind)
 
 
-def _fuzz_clips(count: int, rng: np.random.Generator, at: Path) -> None:
+def _pictures(folder: Path, suffix: str) -> None:
+    """Still and animated pictures, with EXIF data that turn them where the format has some."""
+    from PIL import Image
+
+    turned = Image.Exif()
+    turned[0x0112], turned[0x010E] = 6, "a description"
+    rng = np.random.default_rng(0)
+    for i in range(6):
+        y, x = np.mgrid[0:48, 0:64]
+        frames = [np.stack([4 * x, 5 * y, x * y * (i + t) % 256], -1).astype(np.uint8) for t in range(5)]
+        frames[0][8:24, 8:24] = rng.integers(0, 256, (16, 16, 3))
+        images = [Image.fromarray(frame) for frame in frames]
+        if i == 2:
+            images = [image.convert("RGBA") for image in images] if suffix != ".jpg" else images
+        # Pillow 12.3 crashes when it saves an animated AVIF that is turned.
+        options: dict = {} if suffix in (".gif", ".avif") else {"exif": turned.tobytes()}
+        if i % 2 and suffix in (".png", ".webp", ".gif", ".avif"):
+            options |= {"save_all": True, "append_images": images[1:], "duration": 100}
+        images[0].save(folder / f"{i}{suffix}", **options)
+
+
+def _videos(folder: Path, suffix: str) -> None:
+    """Videos with sound, tags, a display matrix and a sample aspect, as far as the container has them."""
+    import av
+
+    codecs = {".webm": ("libvpx-vp9", "libopus")}.get(suffix, ("libx264", "aac"))
+    for i in range(6):
+        with av.open(str(folder / f"{i}{suffix}"), "w") as file:
+            file.metadata.update({"title": "a title", "comment": "a comment", "creation_time": "2026-01-02T03:04:05"})
+            video = file.add_stream(codecs[0], rate=(8, 25, 30)[i % 3])
+            video.width, video.height, video.pix_fmt = 64, 48, "yuv420p"
+            if suffix == ".mov" and i % 2:
+                video.set_display_rotation(90)
+            if i == 4:
+                video.codec_context.sample_aspect_ratio = Fraction(4, 3)
+            audio = file.add_stream(codecs[1], rate=48000) if i >= 3 else None
+            for t in range(9):
+                pixels = np.full((48, 64, 3), 20 * t, np.uint8)
+                file.mux(video.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+            file.mux(video.encode())
+            if audio:
+                frame = av.AudioFrame.from_ndarray(np.zeros((1, 960), np.int16), format="s16", layout="mono")
+                frame.sample_rate = 48000
+                file.mux(audio.encode(frame))
+                file.mux(audio.encode())
+
+
+def tags_mutated(content: bytes, rng: np.random.Generator) -> bytes:
+    """Changes outside the packets only: in the boxes, elements and tags at the beginning and the end."""
+    at = int(rng.integers(0, 600)) if rng.integers(0, 2) else max(0, len(content) - int(rng.integers(1, 1500)))
+    length = int(rng.integers(4, 200))
+    return content[:at] + mutated(content[at : at + length], rng) + content[at + length :]
+
+
+def exif_mutated(content: bytes, rng: np.random.Generator) -> bytes:
+    """Changes within the EXIF data only, whose length stays; a PNG's checksum is made right again."""
+    at = content.find(b"eXIf") + 4 if b"eXIf" in content else content.find(b"MM\0*")
+    if at < 4:
+        at = max(0, content.find(b"EXIF") + 8)
+    length = int.from_bytes(content[at - 8 : at - 4], "big") if content[at - 4 : at] == b"eXIf" else 60
+    broken = bytearray(content)
+    for _ in range(int(rng.integers(1, 6))):
+        broken[min(at + int(rng.integers(0, max(length, 1))), len(broken) - 1)] = int(rng.integers(0, 256))
+    if content[at - 4 : at] == b"eXIf":
+        crc = zlib.crc32(bytes(broken[at - 4 : at + length])).to_bytes(4, "big")
+        broken[at + length : at + length + 4] = crc
+    return bytes(broken)
+
+
+MEDIA = {  # kind -> (writes the whole files into a folder, breaks the bytes of one)
+    "clips": (lambda folder: _write_clips(folder, 24), mutated),
+    **{
+        kind: (functools.partial(_pictures, suffix=f".{suffix}"), mutated)
+        for kind, suffix in (("png", "png"), ("jpeg", "jpg"), ("webp", "webp"), ("gif", "gif"), ("avif", "avif"))
+    },
+    "exif": (lambda folder: [_pictures(folder, suffix) for suffix in (".png", ".jpg", ".webp")], exif_mutated),
+    **{kind: (functools.partial(_videos, suffix=f".{kind}"), tags_mutated) for kind in ("mp4", "webm", "mkv", "mov")},
+}
+
+
+def _fuzz_media(kind: str, count: int, rng: np.random.Generator, at: Path) -> None:
+    """Each broken file must be kept or named once; none may end, crash or hang its worker."""
     from minisora_jax.curation.prepare import prepare
     from minisora_jax.sources.clips import Records
 
-    _write_clips(at / "good", 24)
+    write, broken_of = MEDIA[kind]
+    (at / "good").mkdir()
+    write(at / "good")
     good = sorted(p for p in (at / "good").iterdir() if p.suffix != ".txt")
     broken = at / "broken"
     broken.mkdir()
     for i in range(count):
         source = good[int(rng.integers(len(good)))]
-        (broken / f"{i:04d}{source.suffix}").write_bytes(mutated(source.read_bytes(), rng))
+        (broken / f"{i:04d}{source.suffix}").write_bytes(broken_of(source.read_bytes(), rng))
         (broken / f"{i:04d}.txt").write_text(f"caption {i}")
+    (broken / f"whole{good[0].suffix}").write_bytes(good[0].read_bytes())  # or no clip might be good
+    (broken / "whole.txt").write_text("a whole file")
     begin = time.monotonic()
     report = prepare(broken, at / "prepared", workers=2, timeout=60.0)
     names = {row["name"] for row in report.skipped}
     records = Records(at / "prepared")
     kept = [records[i].name for i in range(len(records))]
     assert len(kept) == len(set(kept)) == report.kept and not names & set(kept)
-    assert names | set(kept) == {p.name for p in broken.iterdir() if p.suffix != ".txt"}, "some are unaccounted for"
-    print(f"{count} broken files in {time.monotonic() - begin:.0f} s: {report.kept} still decode, {report.counts}")
+    files = {p.name for p in broken.iterdir() if p.suffix != ".txt"}
+    died = report.counts.get("crashed or hung", 0)
+    print(
+        f"{kind}: {count} broken files in {time.monotonic() - begin:.0f} s: {died} crashes or hangs, "
+        f"{len(files - names - set(kept))} unaccounted for; {report.kept} still decode, {report.counts}",
+        flush=True,
+    )
+    assert not died and names | set(kept) == files, [
+        row for row in report.skipped if row["reason"] == "crashed or hung"
+    ]
 
 
 def _fuzz_records(count: int, rng: np.random.Generator, at: Path) -> None:
@@ -301,7 +401,10 @@ if __name__ == "__main__":
     parser.add_argument("what", choices=("kill", "fuzz", "elastic"))
     parser.add_argument("--count", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--kinds", default="", help="of the broken files, such as png,mkv,records; all by default")
     parser.add_argument("--steps", type=int, default=40, help="of the training that is killed")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="soak-") as directory:
-        {"kill": kill, "fuzz": fuzz, "elastic": elastic}[args.what](args.count, args.seed, args.steps, Path(directory))
+        fuzz_kinds = functools.partial(fuzz, kinds=args.kinds)
+        trials = {"kill": kill, "fuzz": fuzz_kinds, "elastic": elastic}
+        trials[args.what](args.count, args.seed, args.steps, Path(directory))

@@ -77,7 +77,7 @@ def test_pipes_as_clips_captions_and_tables_are_named_at_once(tmp_path):
     write_video(folder / "good.mp4", clip(5), 8)
     (folder / "good.txt").write_text("a good clip")
     write_video(folder / "piped.mp4", clip(5), 8)
-    for name in ("piped.txt", "captions.jsonl", "metadata.csv", "pipe.mp4"):
+    for name in ("piped.txt", "captions.jsonl", "metadata.csv", "pipe.mp4", "manifest.json"):
         os.mkfifo(folder / name)
     (folder / "pipe.txt").write_text("a pipe")
     os.mkfifo(tmp_path / "a.tar")
@@ -94,6 +94,7 @@ def test_pipes_as_clips_captions_and_tables_are_named_at_once(tmp_path):
     assert done[1].report.counts == {"unreadable file": 1} and "a named pipe" in done[1].report.skipped[0]["detail"]
     assert {row["name"]: row["reason"] for row in done[0].skipped} == {
         "captions.jsonl": "unreadable caption",
+        "manifest.json": "unknown suffix",
         "metadata.csv": "unreadable caption",
         "piped.mp4": "unreadable caption",
         "pipe.mp4": "unreadable file",

@@ -117,7 +117,8 @@ class SampledClip:
     @functools.cached_property
     def luma_THW(self) -> np.ndarray:
         """The luma of the sampled frames: float32, 0 to 255, with the weights of BT.601."""
-        return self.sampled_THWC @ np.array([0.299, 0.587, 0.114], np.float32)
+        weights = np.array([0.299, 0.587, 0.114], np.float32)
+        return np.stack([frame @ weights for frame in self.sampled_THWC])  # a frame at a time: the copies are large
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,16 +172,16 @@ def brightness(clip: SampledClip) -> float:
 
 def change(clip: SampledClip) -> float:
     """The mean difference of luma between sampled frames, 0 to 1."""
-    return np.abs(np.diff(clip.luma_THW, axis=0)).mean() / 255 if len(clip.luma_THW) > 1 else 0.0
+    y = clip.luma_THW
+    return float(np.mean([np.abs(b - a).mean() for a, b in zip(y, y[1:])])) / 255 if len(y) > 1 else 0.0
 
 
 def sharpness(clip: SampledClip) -> float:
     """The variance of the Laplacian of the sharpest sampled frame, so that a fade or a blurred frame does not count."""
-    y = clip.luma_THW
-    if min(y.shape[1:]) < 3:
+    if min(clip.luma_THW.shape[1:]) < 3:
         return 0.0
-    sides = y[:, :-2, 1:-1] + y[:, 2:, 1:-1] + y[:, 1:-1, :-2] + y[:, 1:-1, 2:]
-    return (sides - 4 * y[:, 1:-1, 1:-1]).var((1, 2)).max()
+    laplacian = lambda y: y[:-2, 1:-1] + y[2:, 1:-1] + y[1:-1, :-2] + y[1:-1, 2:] - 4 * y[1:-1, 1:-1]
+    return max(laplacian(y).var() for y in clip.luma_THW)
 
 
 def motion(clip: SampledClip) -> float:

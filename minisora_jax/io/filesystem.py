@@ -108,7 +108,10 @@ def filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
 
 
 def read_url(url: str) -> bytes:
-    """The bytes of a file; FileNotFoundError if it is missing."""
+    """The bytes of a file; FileNotFoundError if it is missing, NotAFile for a pipe or device."""
+    if not is_url(url):
+        with open_regular(url) as file:
+            return file.read()
     fs, path = filesystem(url)
     return cast(bytes, fs.cat_file(path))
 

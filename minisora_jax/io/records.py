@@ -44,8 +44,11 @@ def pack_record(arrays: dict[str, np.ndarray], metadata: dict[str, Any]) -> byte
     arrays = {name: np.ascontiguousarray(a) for name, a in arrays.items()}
     layout = [[name, a.dtype.str, list(a.shape)] for name, a in arrays.items()]
     header = json.dumps({"arrays": layout, "facts": metadata}, ensure_ascii=False, sort_keys=True).encode("utf-8")
-    body = b"".join([struct.pack("<I", len(header)), header, *(a.tobytes() for a in arrays.values())])
-    return MAGIC + struct.pack("<I", zlib.crc32(body)) + body
+    body = [struct.pack("<I", len(header)), header, *(a.reshape(-1).view(np.uint8).data for a in arrays.values())]
+    crc = 0
+    for piece in body:
+        crc = zlib.crc32(piece, crc)
+    return b"".join([MAGIC, struct.pack("<I", crc), *body])  # the one copy: a clip may have most of a GiB
 
 
 def unpack_record(record: bytes, where: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:

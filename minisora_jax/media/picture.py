@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Callable, Iterator
 from typing import BinaryIO
@@ -84,18 +85,26 @@ class Picture:
 
     def _open(self) -> Image.Image:
         self.stream.seek(0)
-        with faults_of(self.file, "not an image"), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with faults_of(self.file, "not an image"), _quiet():
             try:
                 return Image.open(self.stream, formats=[self.format.pillow])
             except Image.DecompressionBombError as error:
                 raise VideoError("too large", f"{label(self.file)}: {error}") from error
 
 
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Pillow warns of damage that it reads around, and of sizes that are checked here."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
 def _orientation(image: Image.Image) -> int:
     """The EXIF orientation, 1 to 8; 1 where the EXIF data are broken, as players take it."""
     try:
-        return int(image.getexif().get(0x0112, 1))
+        with _quiet():
+            return int(image.getexif().get(0x0112, 1))
     except Exception:  # Pillow raises nearly anything here
         return 1
 
@@ -104,7 +113,8 @@ def _transposed(image: Image.Image) -> Image.Image:
     if _orientation(image) == 1:
         return image
     try:
-        return ImageOps.exif_transpose(image)
+        with _quiet():
+            return ImageOps.exif_transpose(image)
     except Exception:
         return image
 

@@ -7,7 +7,18 @@ import re
 from typing import Any
 from urllib.parse import parse_qsl
 
-from minisora_jax.io.filesystem import File, filesystem, find, is_hidden, is_url, json_or_none, listing, read_url, walk
+from minisora_jax.io.filesystem import (
+    File,
+    NotAFile,
+    filesystem,
+    find,
+    is_hidden,
+    is_url,
+    json_or_none,
+    listing,
+    read_url,
+    walk,
+)
 from minisora_jax.media.video import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 from minisora_jax.sources.base import Folder, ProceduralShapes, Source
 
@@ -101,7 +112,10 @@ def is_prepared(where: str) -> bool:
     manifest = f"{path.rstrip('/')}/manifest.json"
     if not fs.exists(manifest):
         return False
-    metadata = json_or_none(read_url(f"{where.rstrip('/')}/manifest.json").decode("utf-8", "replace"))
+    try:
+        metadata = json_or_none(read_url(f"{where.rstrip('/')}/manifest.json").decode("utf-8", "replace"))
+    except NotAFile:
+        return False
     return isinstance(metadata, dict) and {"kind", "settings", "shards"} <= set(metadata)
 
 
