@@ -23,8 +23,6 @@ MediaFile = str | os.PathLike | bytes  # a path, or the bytes of a file
 
 MAX_PIXELS = 2**26  # of one frame, 8192x8192: a larger one is refused by its header
 MAX_BYTES = 3 * 2**28  # of the frames of a clip as they are read, uint8 RGB: 121 frames of 1080x1920 fit
-    3 * 2**28
-)  # 768 MiB, 121 frames of 1080x1920: of the frames of a clip, as uint8 RGB at the size that is read
 
 
 class VideoError(ValueError):
