@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from minisora_jax.media.colour import ToRGB
+from minisora_jax.media.container import _deinterlaced
 from minisora_jax.media.sniff import sniff
 from minisora_jax.media.video import VideoError, open_video, probe, read_clip_frames
 from minisora_jax.media.video_writer import write_video
@@ -173,6 +174,23 @@ def test_interlaced_video_is_deinterlaced_and_said(tmp_path):
     assert len(frames) == 8 and comb(frames[2:6]) < 0.3 * comb(woven[2:6])
 
 
+def test_fields_that_come_later_are_deinterlaced_too(tmp_path):
+    """A stream whose first frames are progressive: those pass as they are, and none is lost."""
+    frames = squares(12, W=160, step=8)
+    woven = frames.copy()
+    woven[:, 1::2] = np.roll(frames, -1, axis=0)[:, 1::2]
+    write(tmp_path / "a.mp4", frames, codec="libx264", pix_fmt="yuv420p", options={"crf": "4"})
+    options = {"x264-params": "tff=1", "crf": "4"}
+    write(tmp_path / "b.mp4", woven, codec="libx264", pix_fmt="yuv420p", options=options)
+    with av.open(str(tmp_path / "a.mp4")) as first, av.open(str(tmp_path / "b.mp4")) as then:
+        mixed = [*first.decode(video=0)][:4] + [*then.decode(video=0)][4:]
+        shown = list(_deinterlaced(iter(enumerate(mixed)), then.streams.video[0]))
+        pixels = np.stack([frame.to_ndarray(format="rgb24") for _, frame in shown])
+    comb = lambda x: np.abs(x[:, 13:27:2].astype(int) - x[:, 12:26:2]).mean()
+    assert [stamp for stamp, _ in shown] == list(range(12))
+    assert np.abs(pixels[:4].astype(int) - frames[:4]).mean() < 3 and comb(pixels[5:-1]) < 0.3 * comb(woven[5:-1])
+
+
 # ---- Colour
 
 
@@ -268,6 +286,24 @@ def test_hdr_video_is_as_its_sdr_source():
 def test_a_cover_picture_is_no_video():
     with pytest.raises(VideoError, match="audio only.*a cover picture"):
         probe(CASES / "song_with_cover.mp4")
+
+
+def test_sound_files_and_heic_are_named(tmp_path):
+    (tmp_path / "song.mp4").write_bytes(b"\0\0\0\x20ftypM4A \0\0\0\0" + bytes(99))
+    (tmp_path / "song.mkv").write_bytes(b"ID3\4" + bytes(99))
+    for name in ("song.mp4", "song.mkv"):
+        with pytest.raises(VideoError, match="audio only: .* is a sound file"):
+            probe(tmp_path / name)
+    for name in ("photo.heic", "photo.jpg", "photo.mp4"):
+        (tmp_path / name).write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(99))
+        with pytest.raises(VideoError, match="not an image: .* is a HEIC picture: convert it to JPEG or PNG"):
+            probe(tmp_path / name)
+
+
+def test_stamps_that_give_no_rate_are_damage(tmp_path):
+    write(tmp_path / "a.mkv", squares(3), stamps=[0, 10**9, 2 * 10**9], rate=10)
+    with pytest.raises(VideoError, match="not a video: .*it shows 3 frames in 2e"):
+        probe(tmp_path / "a.mkv")
 
 
 def test_of_several_streams_the_largest_is_read_and_said(tmp_path):

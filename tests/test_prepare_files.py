@@ -110,10 +110,14 @@ def test_linked_folders_are_followed_and_circles_named(tmp_path):
     (folder / "link").symlink_to(tmp_path / "elsewhere")
     (folder / "again").symlink_to(folder / "real")  # its files are listed by their own names
     (folder / "real/up").symlink_to(folder)
+    (folder / "self").symlink_to(folder / "self")
     (tmp_path / "elsewhere/back").symlink_to(tmp_path / "elsewhere")
     source = open_source(folder, need_caption=False)
     assert [source[i].name for i in range(len(source))] == ["link/deep/b.mp4", "real/a.mp4"]
-    assert {row["name"]: row["reason"] for row in source.report.skipped} == {"real/up": "unreadable folder"}
+    assert {row["name"]: row["reason"] for row in source.report.skipped} == {
+        "real/up": "unreadable folder",
+        "self": "unknown suffix",
+    }
 
 
 def test_size_rate_and_compression_that_are_asked_for(tmp_path):

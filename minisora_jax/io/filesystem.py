@@ -196,7 +196,7 @@ def walk(
         for entry in entries:
             if entry.name.startswith("."):
                 continue
-            if entry.is_dir() and not is_file(entry.name):
+            if os.path.isdir(entry.path) and not is_file(entry.name):  # False for a link to itself, without an error
                 if not entry.is_symlink() or follow(entry.path):
                     pending.append(entry.path)
             else:

@@ -149,7 +149,7 @@ class ContainerVideo:
                     "zero frames", f"{label(self.file)} has no frame; its header states {self.header_frames}"
                 )
             if frame.interlaced_frame:
-                self.remarks.append("it is interlaced: its fields are joined (bwdif)")
+                self.remarks.append("it is interlaced and is deinterlaced (bwdif)")
             return frame
 
     def _shown_size(self) -> tuple[int, int]:
@@ -208,34 +208,38 @@ def _header_fps(video: VideoStream) -> float | None:
 def _deinterlaced(
     frames: Iterator[tuple[float, av.VideoFrame]], video: VideoStream
 ) -> Iterator[tuple[float, av.VideoFrame]]:
-    """The frames; those of a video whose first frame is interlaced pass FFmpeg's bwdif, which joins the fields."""
-    first = next(frames, None)
-    if first is None:
-        return
-    if not first[1].interlaced_frame:
-        yield first
-        yield from frames
-        return
-    graph, stamps = Graph(), []
-    source = graph.add_buffer(template=video, time_base=video.time_base)
-    bwdif, sink = graph.add("bwdif", "mode=send_frame:deint=interlaced"), graph.add("buffersink")
-    source.link_to(bwdif)
-    bwdif.link_to(sink)
-    graph.configure()
+    """The frames; from the first interlaced one on they pass FFmpeg's bwdif, which makes whole pictures of fields."""
+    graph, stamps = None, []
 
-    def pulled() -> Iterator[tuple[float, av.VideoFrame]]:
+    def pulled(graph: Graph) -> Iterator[tuple[float, av.VideoFrame]]:
         with contextlib.suppress(BlockingIOError, EOFError):
             while True:
                 frame = graph.pull()
                 assert isinstance(frame, av.VideoFrame)
                 yield stamps.pop(0), frame
 
-    for stamp, frame in itertools.chain([first], frames):
+    for stamp, frame in frames:
+        if graph is None and frame.interlaced_frame:
+            graph = _bwdif(video)
+        if graph is None:
+            yield stamp, frame
+            continue
         stamps.append(stamp)
         graph.push(frame)
-        yield from pulled()
-    graph.push(None)
-    yield from pulled()
+        yield from pulled(graph)
+    if graph is not None:
+        graph.push(None)
+        yield from pulled(graph)
+
+
+def _bwdif(video: VideoStream) -> Graph:
+    graph = Graph()
+    source = graph.add_buffer(template=video, time_base=video.time_base)
+    bwdif, sink = graph.add("bwdif", "mode=send_frame:deint=interlaced"), graph.add("buffersink")
+    source.link_to(bwdif)
+    bwdif.link_to(sink)
+    graph.configure()
+    return graph
 
 
 # ---- Whether the file goes on as long as it says

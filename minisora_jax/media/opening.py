@@ -17,7 +17,7 @@ import av
 from av.container import InputContainer
 
 from minisora_jax.io.filesystem import NotAFile, open_regular, printable
-from minisora_jax.media.sniff import HEAD, Format, sniff
+from minisora_jax.media.sniff import HEAD, SOUND, Format, sniff
 
 MediaFile = str | os.PathLike | bytes  # a path, or the bytes of a file
 
@@ -85,10 +85,11 @@ def container_of(file: MediaFile, stream: BinaryIO, file_format: Format) -> Iter
     """FFmpeg's container of an open file.
 
     Raises:
-        VideoError: 'not a video' or 'truncated'.
+        VideoError: 'not a video', 'audio only' or 'truncated'.
     """
     if not file_format.demuxer:
-        raise VideoError("not a video", f"{label(file)} is {file_format.name}")
+        reason = "audio only" if file_format is SOUND else "not a video"
+        raise VideoError(reason, f"{label(file)} is {file_format.name}")
     stream.seek(0)
     options = {
         "protocol_whitelist": "none",

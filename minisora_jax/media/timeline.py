@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
+SLOWEST, FASTEST = 1e-3, 1e4  # frames per second; time stamps that give another rate are damaged
 TOLERANCE = 0.002  # seconds: WebM and Matroska round their stamps to 1 ms
 
 
@@ -53,8 +54,10 @@ class Timeline:
         agrees = header_fps and abs(header_fps * seconds - n) <= 1
         if header_fps and (n < 2 or seconds <= 0 or agrees):
             return cls(times, max(seconds, n / header_fps) if n < 2 else seconds, float(header_fps))
-        if n < 2 or not 0 < seconds < np.inf:
+        if n < 2 or not seconds > 0:
             raise ValueError("it states no frame rate")
+        if not SLOWEST <= n / seconds <= FASTEST:
+            raise ValueError(f"it shows {n} frames in {seconds:g} s")
         return cls(times, seconds, n / seconds)
 
     def __len__(self) -> int:

@@ -19,12 +19,13 @@ from minisora_jax.media.container import ContainerVideo, Fit
 from minisora_jax.media.opening import MAX_BYTES, MediaFile, VideoError, label, opened
 from minisora_jax.media.picture import STILL_FPS, Picture
 from minisora_jax.media.resize import resized
+from minisora_jax.media.sniff import HEIC
 from minisora_jax.media.timeline import Timeline
 
 __all__ = ["STILL_FPS", "Fit", "MediaFile", "StoredFrames", "Video", "VideoError", "VideoInfo", "open_video"]
 
 VIDEO_SUFFIXES = (".mp4", ".avi", ".webm", ".mov", ".mkv", ".gif")
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".avif")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".avif", ".heic", ".heif")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,7 +153,8 @@ def open_video(file: MediaFile) -> Iterator[Video]:
             'zero frames', 'corrupt frames' or 'too large'.
     """
     with opened(file) as (stream, file_format):
-        if not file_format.readable and not isinstance(file, bytes) and Path(file).suffix.lower() in IMAGE_SUFFIXES:
+        named_image = not isinstance(file, bytes) and Path(file).suffix.lower() in IMAGE_SUFFIXES
+        if not file_format.readable and (named_image or file_format is HEIC):
             raise VideoError("not an image", f"{label(file)} is {file_format.name}: convert it to JPEG or PNG")
         kind = Picture if file_format.pillow else ContainerVideo
         yield Video(label(file), kind(file, stream, file_format))
