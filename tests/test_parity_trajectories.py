@@ -15,6 +15,11 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent / "parity"))
 
+from published import export_params  # noqa: E402
+from random_weights import draw, draw_input  # noqa: E402
+from safetensors.numpy import load_file, save_file  # noqa: E402
+from test_parity_dit import SMALL, loaded, write  # noqa: E402
+
 from minisora_jax.cli import main  # noqa: E402
 from minisora_jax.data.rows import patchify  # noqa: E402
 from minisora_jax.diffusion.denoiser import Denoiser  # noqa: E402
@@ -23,12 +28,17 @@ from minisora_jax.diffusion.noise_path import PATHS  # noqa: E402
 from minisora_jax.diffusion.objective import ObjectiveConfig  # noqa: E402
 from minisora_jax.diffusion.sampler import SAMPLERS, SamplerConfig  # noqa: E402
 from minisora_jax.diffusion.time import TIME_SCHEDULES, TimeConfig, sampling_times  # noqa: E402
+from minisora_jax.generate import sampling  # noqa: E402
 from minisora_jax.generate.loading import _load_dit  # noqa: E402
 from minisora_jax.generate.request import Request  # noqa: E402
-from minisora_jax.generate.sampling import PackedRequests, sample  # noqa: E402
+from minisora_jax.generate.sampling import PackedRequests  # noqa: E402
 from minisora_jax.io.model_dir import config_fields  # noqa: E402
-from minisora_jax.weights.dit import OBJECTIVES, TIMES  # noqa: E402
-from minisora_jax.weights.presets import TRANSFORMERS  # noqa: E402
+from minisora_jax.models.codec import Codec  # noqa: E402
+from minisora_jax.models.vae import VAE  # noqa: E402
+from minisora_jax.weights import sd_vae  # noqa: E402
+from minisora_jax.weights.dit import OBJECTIVES, TIMES, published_name_map, rules  # noqa: E402
+from minisora_jax.weights.presets import CODECS, TRANSFORMERS  # noqa: E402
+from minisora_jax.weights.rules import export_lazily  # noqa: E402
 
 CASES = Path(__file__).parent / "parity/cases"
 
@@ -44,14 +54,26 @@ class WithNoise(PackedRequests):
         return np.tile(patches.reshape(1, -1, self.config.token_width), (1, self.copies, 1)).astype(np.float32)
 
 
-def sampled(folder, draws, captions, guidance: GuidanceConfig, sampler: SamplerConfig) -> np.ndarray:
-    """Latents (c, t, h, w) of the model in a folder, with its own objective and times."""
+def sampled(folder, draws, captions, guidance: GuidanceConfig, sampler: SamplerConfig, states=None) -> np.ndarray:
+    """Latents (c, t, h, w) of the model in a folder, with its own objective and times; `states` gets each step's."""
     params, dit, config = _load_dit(folder)
     grid = tuple(n // p for n, p in zip(draws[0].shape[1:], dit.patch))
     packed = WithNoise([Request("", (1, 8, 8))], [grid], [[0]], 2, 2 * int(np.prod(grid)), dit, draws=tuple(draws))
     objective = ObjectiveConfig(**config_fields(config["objective"]))
     times = TimeConfig(**config_fields(config["times"]))
-    latents = sample(packed, [captions], [(dit, params)], times, objective, guidance, sampler, lambda *_: None)
+    step = sampling.sampling_step
+
+    def recording(*arguments):
+        x_BSP, past = step(*arguments)
+        states.append(np.moveaxis(packed.latents(np.asarray(x_BSP))[0], -1, 0))
+        return x_BSP, past
+
+    with pytest.MonkeyPatch.context() as patch:
+        if states is not None:
+            patch.setattr(sampling, "sampling_step", recording)
+        latents = sampling.sample(
+            packed, [captions], [(dit, params)], times, objective, guidance, sampler, lambda *_: None
+        )
     return np.moveaxis(latents[0], -1, 0)
 
 
@@ -175,3 +197,107 @@ def test_the_model_is_told_the_timestep_of_ddpm():
     np.testing.assert_allclose(told, np.round(told), atol=1e-3)
     assert told.min() >= 0 and told.min() < 40 and told.max() <= 999 and told.max() > 960
     assert all((t[given] == 0).all() for t in seen)
+
+
+# ---- Pipelines of diffusers (tests/parity/make_trajectories.py)
+
+TRAJECTORIES = load_file(Path(__file__).parent / "parity/fixtures/trajectories.safetensors")
+_CLASSES = [np.array([[207]], np.int32), np.array([[1000]], np.int32)]
+_TWO = [draw_input("text 7", (2, 7, 10))[i] for i in range(2)]
+_WAN = [np.concatenate([text, np.zeros((505, 10), np.float32)]) for text in _TWO]
+_SHORTER = [_TWO[0], draw_input("text 3", (2, 3, 10))[0]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Pipeline:
+    """How a trajectory is sampled here."""
+
+    system: str
+    preset: str
+    model: str  # a key of test_parity_dit.SMALL
+    captions: list[np.ndarray]
+    guidance: GuidanceConfig
+    sampler: SamplerConfig
+    shape: tuple[int, int, int] = (1, 16, 16)
+    noise: str = "dit noise"
+    fresh: int = 0  # steps with noise of their own
+
+
+PIPELINES = {
+    "dit": Pipeline(
+        "DiT, diffusers DiTPipeline, DDIM", "dit-xl-2-256", "dit", _CLASSES, GuidanceConfig(1.5),
+        SamplerConfig("ddim", 10, "leading"),
+    ),
+    "dit ddpm": Pipeline(
+        "DiT, diffusers DDPM with learned variance", "dit-xl-2-256", "dit", _CLASSES, GuidanceConfig(4.0, channels=3),
+        SamplerConfig("ddpm", 10, "leading"), fresh=10,
+    ),
+    "sit": Pipeline(
+        "SiT, Euler's ODE", "sit-xl-2-256", "sit", _CLASSES, GuidanceConfig(1.5, channels=3), SamplerConfig("euler", 10)
+    ),
+    "pixart": Pipeline(
+        "PixArt-alpha, diffusers PixArtAlphaPipeline, DPM++", "pixart-alpha-512", "plain", _SHORTER,
+        GuidanceConfig(4.5), SamplerConfig("dpm++2m", 10, "trailing"), noise="pixart noise",
+    ),
+    "latte": Pipeline(
+        "Latte, diffusers LattePipeline, DDIM", "latte-1", "latte", _TWO, GuidanceConfig(7.5),
+        SamplerConfig("ddim", 10, "leading"), (3, 16, 16), "latte noise",
+    ),
+    "wan": Pipeline(
+        "Wan 2.1, diffusers WanPipeline, UniPC", "wan2.1-t2v-1.3b", "wan", _WAN, GuidanceConfig(5.0),
+        SamplerConfig("unipc", 10, "wan"), (3, 4, 6), "wan noise",
+    ),
+}  # fmt: skip
+
+
+def written(model: str, path: Path) -> tuple[Path, dict]:
+    """(a file of the published layout, the fields of its small config), with the weights that diffusers had."""
+    config = SMALL[model]
+    if config.caption == "label":
+        config = dataclasses.replace(config, classes=1001)
+    layout = "dit" if model == "sit" else published_name_map(config)
+    if model == "sit":  # diffusers' class held the weights: the authors' names for them
+        config = dataclasses.replace(config, time_input="1000 t")
+    write(config, layout, path / "published.safetensors")
+    if model == "sit":
+        params = loaded(config, layout, path)
+        save_file(export_params(params, rules(config, "dit-own")), path / "published.safetensors")
+    small = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name != "time_input"}
+    small.pop("dtype")
+    return path / "published.safetensors", small
+
+
+def sample_like(name: str, tmp_path, monkeypatch) -> np.ndarray:
+    """The latents after each step (steps, c, t, h, w)."""
+    of, states = PIPELINES[name], []
+    file, small = written(of.model, tmp_path)
+    folder = imported(of.preset, small, file, tmp_path, monkeypatch)
+    names = [of.noise, *(f"{of.noise} {i}" for i in range(of.fresh))]
+    draws = [draw_input(name, (4, *of.shape)) for name in names]
+    sampled(folder, draws, of.captions, of.guidance, of.sampler, states)
+    return np.stack(states)
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_every_family_samples_as_its_pipeline_does(name, tmp_path, monkeypatch, parity):
+    ours, theirs = sample_like(name, tmp_path, monkeypatch), TRAJECTORIES[name]
+    assert len(ours) == len(theirs)
+    for i, (state, their) in enumerate(zip(ours, theirs)):
+        parity(
+            PIPELINES[name].system, "trajectory", state.reshape(their.shape), their, f"step {i + 1} of {len(theirs)}"
+        )
+
+
+def test_a_class_becomes_the_same_picture(tmp_path, monkeypatch):
+    """From the files of a DiT and of Stable Diffusion's VAE to pixels, within one level of 255."""
+    vae = dataclasses.replace(sd_vae.CONFIG, base=32, multipliers=(1, 2, 2), time_down=(False, False))
+    monkeypatch.setitem(CODECS, "sd-vae", dataclasses.replace(CODECS["sd-vae"], config=vae))
+    shapes = jax.eval_shape(VAE(vae).init, jax.random.key(0), jnp.zeros((1, 1, 16, 16, 3)))
+    blank = jax.tree.map(lambda x: np.broadcast_to(np.float32(0), x.shape), shapes)
+    names = {name: tensor.shape for name, tensor in export_lazily(blank, sd_vae.rules(vae)).items()}
+    save_file({name: draw(name, shape) for name, shape in names.items()}, tmp_path / "vae.safetensors")
+    assert main(["import", "sd-vae", str(tmp_path / "vae.safetensors"), f"--out={tmp_path / 'codec'}"]) == 0
+    latents = sample_like("dit", tmp_path, monkeypatch)[-1]
+    picture = Codec.load(tmp_path / "codec").decode(np.moveaxis(latents, 0, -1)[None])[0, 0]
+    theirs = 255 * TRAJECTORIES["dit picture"]
+    assert np.abs(picture - theirs).max() < 1.01 and 10 < picture.std()

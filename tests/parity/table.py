@@ -35,8 +35,12 @@ REFERENCES = {  # system -> (the class it is compared with, layouts that load, i
     "Wan 2.1 I2V": ("diffusers WanTransformer3DModel", "diffusers, Wan's own", []),
     "DiT": ("diffusers DiTTransformer2DModel", "diffusers, DiT's own", ["DiT forward", "DiT train step"]),
     "SiT": ("diffusers DiTTransformer2DModel, time and sign turned", "SiT's own", []),
-    "PixArt-alpha": ("diffusers PixArtTransformer2DModel", "diffusers", ["PixArt forward", "PixArt train step"]),
-    "PixArt-alpha 1024": ("diffusers PixArtTransformer2DModel", "diffusers", []),
+    "PixArt-alpha": (
+        "diffusers PixArtTransformer2DModel",
+        "diffusers, PixArt's own",
+        ["PixArt forward", "PixArt train step"],
+    ),
+    "PixArt-alpha 1024": ("diffusers PixArtTransformer2DModel", "diffusers, PixArt's own", []),
     "Latte": ("diffusers LatteTransformer3DModel", "diffusers", ["Latte forward", "Latte train step"]),
     "T5 v1.1, ByT5": ("transformers T5EncoderModel", "transformers, Wan's own", ["T5 forward"]),
     "umT5": ("transformers UMT5EncoderModel", "transformers, Wan's own", []),
@@ -76,6 +80,45 @@ def row(system: str, records: list, speeds: dict) -> str:
         if what in speeds
     )
     return f"| {system} | {reference} | {layouts} | {shapes} | {numbers[0]} | {numbers[1]} | {seconds} |"
+
+
+# Whole samplings: what the test compares, as (model, reference, sampler, guidance).
+SAMPLINGS = {
+    "DiT sampling, authors' DDIM": ("DiT", "the authors' ddim_sample_loop", "DDIM, 10 steps", "1.5, on 3 and 4 channels"),
+    "Wan sampling, authors' UniPC": ("a closed form", "Wan's FlowUniPC", "UniPC, shift 5, 10 and 50 steps", "none"),
+    "DDPM sampling, learned variance": ("a closed form", "p_sample_loop in float64", "DDPM, 8 to 1000 steps", "none"),
+    "DiT, diffusers DiTPipeline, DDIM": ("DiT", "diffusers DiTPipeline", "DDIM, 10 steps", "1.5"),
+    "DiT, diffusers DDPM with learned variance": (
+        "DiT", "diffusers DDPMScheduler, learned_range", "DDPM, 10 steps", "4, on 3 channels"
+    ),
+    "SiT, Euler's ODE": ("SiT", "SiT's ODE in torch", "Euler, 10 steps", "1.5, on 3 channels"),
+    "PixArt-alpha, diffusers PixArtAlphaPipeline, DPM++": (
+        "PixArt-alpha", "diffusers PixArtAlphaPipeline", "DPM-Solver++(2M), 10 steps", "4.5"
+    ),
+    "Latte, diffusers LattePipeline, DDIM": ("Latte", "diffusers LattePipeline", "DDIM, 10 steps", "7.5"),
+    "Wan 2.1, diffusers WanPipeline, UniPC": (
+        "Wan 2.1 T2V", "diffusers WanPipeline, its authors' sigmas", "UniPC, shift 5, 10 steps", "5"
+    ),
+}  # fmt: skip
+
+
+def samplings(records: dict[str, list]) -> list[str]:
+    """The section on whole samplings."""
+    lines = [
+        "",
+        "## Whole samplings",
+        "",
+        "From a published file through `minisora import` to the latents, with the reference's noise. Errors are the",
+        "largest difference over the largest value, of all steps (of the result alone for the authors' DDIM). DiTPipeline's",
+        "picture, by a small Stable Diffusion VAE, is the same within one level of 255. Small random weights, float32;",
+        "`tests/test_parity_trajectories.py`.",
+        "",
+        "| model | reference | sampler | guidance | difference |",
+        "|" + "---|" * 5,
+    ]
+    for system, cells in SAMPLINGS.items():
+        lines.append(f"| {' | '.join(cells)} | {max(error for _, _, error in records[system]):.1e} |")
+    return lines
 
 
 def full_size() -> list[str]:
@@ -119,7 +162,8 @@ def main() -> None:
         speeds = side_by_side(args.torch)
     records = measured()
     versions = ", ".join(f"{name} {version(name)}" for name in ("jax", "flax"))
-    systems = [s for s in REFERENCES if s in records] + [s for s in records if s not in REFERENCES]
+    systems = [s for s in REFERENCES if s in records]
+    systems += [s for s in records if s not in REFERENCES and s not in SAMPLINGS]
     lines = [
         "# Parity with the published implementations",
         "",
@@ -133,6 +177,7 @@ def main() -> None:
         "| system | reference | layouts that load | shapes | forward | gradient | seconds, ours / torch |",
         "|" + "---|" * 7,
         *(row(system, records[system], speeds) for system in systems),
+        *samplings(records),
     ]
     if args.tpu:
         lines += ["", "## Full size, compiled for TPU", ""]
