@@ -84,14 +84,14 @@ def row(system: str, records: list, speeds: dict) -> str:
 
 # Whole samplings: what the test compares, as (model, reference, sampler, guidance).
 SAMPLINGS = {
-    "DiT sampling, authors' DDIM": ("DiT", "the authors' ddim_sample_loop", "DDIM, 10 steps", "1.5, on 3 and 4 channels"),
+    "DiT sampling, authors' DDIM": ("DiT", "the authors' ddim_sample_loop", "DDIM, 10 steps", "1.5, on 3 and 4"),
     "Wan sampling, authors' UniPC": ("a closed form", "Wan's FlowUniPC", "UniPC, shift 5, 10 and 50 steps", "none"),
     "DDPM sampling, learned variance": ("a closed form", "p_sample_loop in float64", "DDPM, 8 to 1000 steps", "none"),
     "DiT, diffusers DiTPipeline, DDIM": ("DiT", "diffusers DiTPipeline", "DDIM, 10 steps", "1.5"),
     "DiT, diffusers DDPM with learned variance": (
-        "DiT", "diffusers DDPMScheduler, learned_range", "DDPM, 10 steps", "4, on 3 channels"
+        "DiT", "diffusers DDPMScheduler, learned_range", "DDPM, 10 steps", "4, on 3"
     ),
-    "SiT, Euler's ODE": ("SiT", "SiT's ODE in torch", "Euler, 10 steps", "1.5, on 3 channels"),
+    "SiT, Euler's ODE": ("SiT", "SiT's ODE in torch", "Euler, 10 steps", "1.5, on 3"),
     "PixArt-alpha, diffusers PixArtAlphaPipeline, DPM++": (
         "PixArt-alpha", "diffusers PixArtAlphaPipeline", "DPM-Solver++(2M), 10 steps", "4.5"
     ),
@@ -109,11 +109,11 @@ def samplings(records: dict[str, list]) -> list[str]:
         "## Whole samplings",
         "",
         "From a published file through `minisora import` to the latents, with the reference's noise. Errors are the",
-        "largest difference over the largest value, of all steps (of the result alone for the authors' DDIM). DiTPipeline's",
-        "picture, by a small Stable Diffusion VAE, is the same within one level of 255. Small random weights, float32;",
-        "`tests/test_parity_trajectories.py`.",
+        "largest difference over the largest value, of all steps (of the result alone for the authors' DDIM).",
+        "DiTPipeline's picture, by a small Stable Diffusion VAE, is the same within one level of 255. Small random",
+        "weights, float32; `tests/test_parity_trajectories.py`.",
         "",
-        "| model | reference | sampler | guidance | difference |",
+        "| model | reference | sampler | guidance, channels | difference |",
         "|" + "---|" * 5,
     ]
     for system, cells in SAMPLINGS.items():
