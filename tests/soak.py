@@ -213,9 +213,14 @@ def mutated(content: bytes, rng: np.random.Generator) -> bytes:
 
 
 def fuzz(count: int, seed: int, steps: int, at: Path, kinds: str = "") -> None:
-    """`count` files of each kind: media through `prepare`, records through `Shards`."""
-    for kind in kinds.split(",") if kinds else [*MEDIA, "records"]:
+    """`count` files of each kind: media through `prepare`, records through `Shards`, models through their readers."""
+    from soak_models import KINDS, fuzz_models
+
+    for kind in kinds.split(",") if kinds else [*MEDIA, "records", *KINDS]:
         rng = np.random.default_rng(seed)
+        if kind in KINDS:
+            fuzz_models(kind, count, rng)
+            continue
         (at / kind).mkdir()
         if kind == "records":
             _fuzz_records(count, rng, at / kind)

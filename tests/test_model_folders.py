@@ -191,3 +191,20 @@ def test_a_precision_may_be_chosen(tmp_path):
     [record] = tmp_path.glob("*.json")
     assert json.loads(record.read_text())["model"]["dtype"] == "float32"
     assert main(["generate", f"--reproduce={record}", f"--out={tmp_path / 'again'}"]) == 0
+
+
+def test_a_tokenizers_own_code_is_not_run_and_not_asked_for(tmp_path, monkeypatch):
+    pytest.importorskip("transformers")
+    from minisora_jax.models.captions import load_tokenizer
+
+    folder = tmp_path / "tokenizer"
+    folder.mkdir()
+    marker = tmp_path / "ran"
+    (folder / "own.py").write_text(f"open({str(marker)!r}, 'w')\nclass Own: pass\n")
+    config = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", None]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    (folder / "config.json").write_text(json.dumps({"model_type": "own", "auto_map": {"AutoConfig": "own.Own"}}))
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("it asks on stdin"))
+    with pytest.raises(ValueError, match="holds no tokenizer that transformers reads"):
+        load_tokenizer(tmp_path, 100, 20)
+    assert not marker.exists()

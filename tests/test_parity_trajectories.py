@@ -4,6 +4,7 @@ tests/parity/cases holds results of the authors' own code (DiT, Wan). The fixtur
 tests/parity/make_trajectories.py.
 """
 
+import argparse
 import dataclasses
 import sys
 from pathlib import Path
@@ -21,6 +22,7 @@ from safetensors.numpy import load_file, save_file  # noqa: E402
 from test_parity_dit import SMALL, loaded, write  # noqa: E402
 
 from minisora_jax.cli import main  # noqa: E402
+from minisora_jax.commands import options  # noqa: E402
 from minisora_jax.data.rows import patchify  # noqa: E402
 from minisora_jax.diffusion.denoiser import Denoiser  # noqa: E402
 from minisora_jax.diffusion.guidance import GuidanceConfig  # noqa: E402
@@ -286,6 +288,45 @@ def test_every_family_samples_as_its_pipeline_does(name, tmp_path, monkeypatch, 
         parity(
             PIPELINES[name].system, "trajectory", state.reshape(their.shape), their, f"step {i + 1} of {len(theirs)}"
         )
+
+
+def test_a_shift_may_be_given(tmp_path, monkeypatch):
+    """The recorded shift is taken, unless another is given; both ways lead to the pipeline's latents."""
+    of = PIPELINES["wan"]
+    file, small = written(of.model, tmp_path)
+    unshifted = dataclasses.replace(TIMES[of.preset], sampling_shift=1.0)
+    monkeypatch.setitem(TRANSFORMERS, of.preset, dataclasses.replace(TRANSFORMERS[of.preset], times=unshifted))
+    folder = imported(of.preset, small, file, tmp_path, monkeypatch)
+    of_shift = lambda shift: sampled(
+        folder,
+        [draw_input(of.noise, (4, *of.shape))],
+        of.captions,
+        of.guidance,
+        dataclasses.replace(of.sampler, shift=shift),
+    )
+    theirs = TRAJECTORIES["wan"][-1]
+    assert np.abs(of_shift(5.0) - theirs).max() < 1e-4 * np.abs(theirs).max()
+    assert np.abs(of_shift(None) - theirs).max() > 1e-2 * np.abs(theirs).max()
+    for flag, words in (("--shift=0", "shift=0.0 must be"), ("--guidance-channels=0", "channels=0 must be at least 1")):
+        with pytest.raises(ValueError, match=words):
+            options.sampling_options(parser_of_sampling().parse_args([flag]))
+    chosen = options.sampling_options(parser_of_sampling().parse_args(["--shift=3", "--guidance-channels=3"]))
+    assert chosen["sampler"].shift == 3.0 and chosen["guidance"].channels == 3
+
+
+def parser_of_sampling() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser()
+    options.add_sampling(parser)
+    return parser
+
+
+def test_more_channels_than_there_are(tmp_path, monkeypatch):
+    of = PIPELINES["wan"]
+    file, small = written(of.model, tmp_path)
+    folder = imported(of.preset, small, file, tmp_path, monkeypatch)
+    with pytest.raises(ValueError, match="guidance of 5 channels: the latents have 4"):
+        noise = [draw_input(of.noise, (4, *of.shape))]
+        sampled(folder, noise, of.captions, GuidanceConfig(5.0, channels=5), of.sampler)
 
 
 def test_a_class_becomes_the_same_picture(tmp_path, monkeypatch):

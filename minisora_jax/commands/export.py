@@ -37,6 +37,7 @@ def published(config: dict, model: str):
     """(rules, their config, stem of the weight files) of a saved model's config."""
     from minisora_jax.io.model_dir import saved_settings
     from minisora_jax.models.clip import CLIPConfig
+    from minisora_jax.models.codec import saved_statistics
     from minisora_jax.models.dit import DiTConfig
     from minisora_jax.models.t5 import T5Config
     from minisora_jax.models.vae import VAEConfig
@@ -46,7 +47,9 @@ def published(config: dict, model: str):
     if kind == "vae":
         cfg = saved_settings(VAEConfig, config, "vae", model)
         family = sd_vae if cfg.images else wan_vae
-        statistics = config.get("latent_mean", []), config.get("latent_std", [])
+        for key in ("latent_mean", "latent_std"):
+            saved_statistics(config, key, cfg.latent_channels, model)  # raises for what are no statistics
+        statistics = config["latent_mean"], config["latent_std"]
         return family.rules(cfg), family.published_config(cfg, *statistics), "diffusion_pytorch_model"
     if kind in ("t5", "clip"):
         family, config_class = {"t5": (t5, T5Config), "clip": (clip, CLIPConfig)}[kind]

@@ -59,7 +59,9 @@ class Codec:
         if config.get("kind") != "vae":
             raise ValueError(f"{directory} holds a {config.get('kind')!r} model, not a codec ('vae')")
         vae = saved_settings(VAEConfig, config, "vae", directory)
-        mean, std = (_statistics(config, key, vae.latent_channels, directory) for key in ("latent_mean", "latent_std"))
+        mean, std = (
+            saved_statistics(config, key, vae.latent_channels, directory) for key in ("latent_mean", "latent_std")
+        )
         own_hash = model_hash(directory)
         codec = cls(vae, params, mean, std, hash=own_hash, latents=own_hash)
         origin = config.get("latents")
@@ -271,7 +273,7 @@ def _decode(config: VAEConfig, units: int, params, z_Bthwc, past):
     return shard_height(decode, units, params, z_Bthwc, past)
 
 
-def _statistics(config: dict, key: str, channels: int, directory: str | Path) -> np.ndarray:
+def saved_statistics(config: dict, key: str, channels: int, directory: str | Path) -> np.ndarray:
     """The mean or the spread of each channel, as an exported codec's config has it."""
     values = config.get(key)
     least = 0 if key == "latent_std" else -1e30
