@@ -87,6 +87,7 @@ def test_videos_of_two_rates_meet_at_their_own_speed(pipeline, caplog):
     assert (len(frames), fps) == (5, 5), "a rate that is asked for keeps the speed"
 
 
+@pytest.mark.slow
 def test_names_like_protocols_work_from_input_to_output(tmp_path, monkeypatch):
     """`take:1.mp4` in, `--out 2026-11-26T10:30` out, through the command."""
     from minisora_jax.cli import main

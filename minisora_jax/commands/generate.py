@@ -49,7 +49,12 @@ def add_arguments(parser):
     parser.add_argument(
         "--seconds", type=float, default=None, help="length of the video, or of the new part; at most 60"
     )
-    parser.add_argument("--fps", type=float, default=None, help="frames per second (default: the input's, or 8)")
+    parser.add_argument(
+        "--fps",
+        type=float,
+        default=None,
+        help="frames per second (default: the input's, or 8), at the input's speed",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the first prompt; the next ones count up (default 0)")
     given = parser.add_argument_group("inputs")
     given.add_argument("--image", "--first", dest="image", default=None, help="the first frame")
