@@ -2,6 +2,8 @@
 
 import json
 import pickle
+import struct
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -9,7 +11,8 @@ import pytest
 
 from minisora_jax.curation.prepare import prepare
 from minisora_jax.io import record_writer
-from minisora_jax.io.records import Shards, pack_record, unpack_record
+from minisora_jax.io.object_store import Mirror
+from minisora_jax.io.records import Shards, pack_record, sha256, unpack_record
 from minisora_jax.io.retry import DataError
 from minisora_jax.sources.clips import Records
 from minisora_jax.toy.shapes import Shapes
@@ -144,3 +147,98 @@ def test_prepared_shapes_are_the_shapes(tmp_path):
     assert back.identity == Records(tmp_path / "again").identity != Records(tmp_path / "other").identity
     with pytest.raises(DataError, match="source=.shapes:heldout:5.; this one has source=.shapes:heldout:6."):
         prepare("shapes", tmp_path / "out", count=6, split="heldout")
+
+
+# ---- What strangers and disks do to a data set
+
+
+def altered(out, alter):
+    """Rewrite a manifest; `alter` changes it in place or returns another value."""
+    path = out / "manifest.json"
+    manifest = json.loads(path.read_text())
+    path.write_text(json.dumps(alter(manifest) or manifest))
+
+
+OUTSIDE = ["/etc/passwd", "../../x", "..", "a/b", "a\\b", ".hidden", "", None, 3, "x\0y", "a\nb"]
+
+
+@pytest.mark.parametrize("place", ["shards", "tables"])
+def test_a_manifest_that_names_a_file_elsewhere_is_refused(tmp_path, place, monkeypatch):
+    write(tmp_path / "out")
+    for name in OUTSIDE:
+
+        def alter(manifest, name=name):
+            (manifest["shards"][0] if place == "shards" else manifest["tables"]["sizes"])["file"] = name
+
+        before = (tmp_path / "out" / "manifest.json").read_text()
+        altered(tmp_path / "out", alter)
+        with pytest.raises(DataError, match="is not a file in its folder"):
+            Shards(tmp_path / "out", "things", {})
+        if name == OUTSIDE[0]:
+            monkeypatch.setenv("MINISORA_CACHE", str(tmp_path / "cache"))
+            with pytest.raises(DataError, match="is not a file in its folder"):
+                Mirror(f"file://{tmp_path / 'out'}")
+            assert not (tmp_path / "cache").exists()
+        (tmp_path / "out" / "manifest.json").write_text(before)
+
+
+@pytest.mark.parametrize(
+    "alter",
+    [
+        lambda m: [1],
+        lambda m: "text",
+        lambda m: m.pop("shards") and None,
+        lambda m: m.update(tables=[]),
+        lambda m: m.update(settings=None),
+        lambda m: m.update(records="10"),
+        lambda m: m.update(records=-1),
+        lambda m: m["shards"].append(7),
+        lambda m: m["shards"][0].update(records=True),
+        lambda m: m["shards"][0].pop("sha256") and None,
+        lambda m: m["tables"].update(sizes="sizes.npy"),
+    ],
+)
+def test_a_manifest_of_another_form_is_named_and_no_trace(tmp_path, alter):
+    write(tmp_path)
+    altered(tmp_path, alter)
+    with pytest.raises(DataError, match="manifest.json is damaged"):
+        Shards(tmp_path, "things", {})
+
+
+def test_shards_that_changed_places_are_noticed(tmp_path):
+    def same_size(part, writer):
+        values = np.full((50, 3), part, np.uint8)
+        writer.add(pack_record({"values": values}, {"i": part}), (50,))
+        return [part]
+
+    manifest = write(tmp_path, same_size)
+    a, b = (tmp_path / shard["file"] for shard in manifest["shards"][:2])
+    assert a.stat().st_size == b.stat().st_size
+    a.rename(tmp_path / "aside"), b.rename(a), (tmp_path / "aside").rename(b)
+    with pytest.raises(DataError, match="is another shard: its first record has crc32"):
+        Shards(tmp_path, "things", {}).read(0)
+
+
+def test_a_record_that_sizes_does_not_know_is_refused(tmp_path):
+    out = prepare("shapes:train:4", tmp_path / "clips") and tmp_path / "clips"
+    sizes = np.load(out / "sizes.npy")
+    sizes[1, 0] += 4
+    np.save(out / "sizes.npy", sizes)
+    altered(out, lambda m: m["tables"]["sizes"].update(sha256=sha256(out / "sizes.npy")))
+    Records(out)[0]
+    with pytest.raises(DataError, match="is corrupt, or another record: its size is"):
+        Records(out)[1]
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"[]", b"{}", b"\xff", b"[" * 5000, b'{"arrays": [["a", "|O", [1]]], "facts": {}}',
+        b'{"arrays": [["a", "<f4", [-1]]], "facts": {}}', b'{"arrays": [["a", "<f4", [9999999]]], "facts": {}}',
+        b'{"arrays": [["a", "what", [1]]], "facts": {}}', b'{"arrays": [], "facts": 3}', b'{"arrays": 3, "facts": {}}',
+    ],
+)  # fmt: skip
+def test_a_record_with_a_right_checksum_and_a_wrong_header_is_refused(header):
+    body = struct.pack("<I", len(header)) + header + bytes(8)
+    with pytest.raises(DataError, match="r is corrupt"):
+        unpack_record(b"MSR1" + struct.pack("<I", zlib.crc32(body)) + body, "r")

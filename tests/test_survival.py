@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import random
 import resource
 import shutil
 import signal
@@ -18,7 +19,7 @@ from train_tiny import make_cache, run, task
 from minisora_jax.cli import _run
 from minisora_jax.data.latents import Latents, open_latents
 from minisora_jax.data.loader import packed_batches
-from minisora_jax.io import retry
+from minisora_jax.io import checksum, retry
 from minisora_jax.io.retry import Damaged, DataError, StorageError
 from minisora_jax.parallel.processes import Preempted
 from minisora_jax.training.checkpoint import CheckpointError
@@ -149,7 +150,7 @@ def test_a_full_disk_is_said_and_the_last_checkpoint_stays_good(tmp_path):
     assert digits(tmp_path) == digits(tmp_path / "whole")
 
 
-def test_a_checkpoint_half_written_is_ignored_and_a_damaged_one_named(tmp_path):
+def test_a_checkpoint_half_written_is_ignored_and_a_damaged_one_set_aside(tmp_path, caplog):
     line(tmp_path)
     checkpoints = tmp_path / "checkpoints"
     half = checkpoints / "12.orbax-checkpoint-tmp-0"
@@ -160,8 +161,36 @@ def test_a_checkpoint_half_written_is_ignored_and_a_damaged_one_named(tmp_path):
     for file in (checkpoints / "12" / "default" / "d").rglob("*"):
         if file.is_file():
             file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-    with pytest.raises(CheckpointError, match=r"could not be read: .* delete .*/12 to go on from step 8"):
-        line(tmp_path)
+    line(tmp_path)
+    assert "is damaged: expected" in caplog.text and "12.damaged, going on from step 8" in caplog.text
+    assert {"4", "8", "12", "12.damaged"} <= {p.name for p in checkpoints.iterdir()}
+    line(tmp_path / "whole")
+    assert digits(tmp_path) == digits(tmp_path / "whole")
+
+
+def test_every_flipped_bit_of_a_checkpoint_is_noticed(tmp_path):
+    line(tmp_path, steps=4)
+    folder, rng = tmp_path / "checkpoints" / "4", random.Random(0)
+    times = ("_CHECKPOINT_METADATA", "commit_success.txt", checksum.NAME)  # nothing of the state
+    files = [p for p in folder.rglob("*") if p.is_file() and p.stat().st_size and p.name not in times]
+    assert checksum.damage(folder) == "" and len(files) > 5
+    for path in files * 3:
+        content = path.read_bytes()
+        at, bit = rng.randrange(len(content)), 1 << rng.randrange(8)
+        path.write_bytes(content[:at] + bytes([content[at] ^ bit]) + content[at + 1 :])
+        assert path.name in checksum.damage(folder)
+        path.write_bytes(content)
+    with_more = (folder / checksum.NAME).read_text().replace('"files": {', '"files": {"../../config.json": [1, "0"],')
+    (folder / checksum.NAME).write_text(with_more)
+    assert "not within its folder" in checksum.damage(folder)
+
+
+def test_a_run_whose_only_checkpoint_is_damaged_does_not_begin_again_unasked(tmp_path):
+    line(tmp_path, steps=4)
+    manifest = tmp_path / "checkpoints" / "4" / "default" / "manifest.ocdbt"
+    manifest.write_bytes(manifest.read_bytes()[:-1] + b"?")
+    with pytest.raises(CheckpointError, match=r"it is the only checkpoint. Delete .*/4 to begin again at step 0"):
+        line(tmp_path, steps=4)
 
 
 # ---- Damaged records, and storage that is away
@@ -200,6 +229,14 @@ def test_a_damaged_clip_is_left_out_counted_and_named(cache, tmp_path):
     assert whole - rest == damaged.count >= 1
     (told,) = damaged.path.read_text().splitlines()
     assert "record 17 of" in told and "is corrupt" in told
+
+
+def test_a_damaged_first_record_stops_no_training(cache, tmp_path):
+    damage(cache, tmp_path / "damaged", "0")
+    with pytest.raises(DataError):
+        Latents(tmp_path / "damaged")[0]
+    run(tmp_path / "run", tmp_path / "damaged", 2)
+    assert len(metrics(tmp_path / "run")) == 2
 
 
 def test_strict_stops_instead(cache, tmp_path):

@@ -133,8 +133,10 @@ class Latents:
         self.shards = Shards(directory, "latents", expect)
         self.sizes: np.ndarray = self.shards.sizes
         self.empty_text_LE = _restored(self.shards.table("empty_text"))
-        self.text: dict[str, Any] = self.shards.manifest["settings"]["text"]
-        self.codec_hash: str = self.shards.manifest["settings"]["codec_hash"]
+        settings = self.shards.manifest["settings"]
+        self.text, self.codec_hash = settings.get("text"), settings.get("codec_hash")
+        if not isinstance(self.text, dict) or not isinstance(self.codec_hash, str):
+            raise DataError(f"{self.shards.directory}/manifest.json is damaged: it names no codec or no text encoder")
         self.counts, self.weights, self.masks = (len(self.shards),), (1.0,), ("",)
 
     def __len__(self) -> int:
@@ -142,8 +144,16 @@ class Latents:
 
     def __getitem__(self, i: int) -> LatentClip:
         arrays, metadata = self.shards.read(i)
+        caption, fps, name = self.shards.fields(i, metadata, {"caption": str, "fps": (int, float), "name": str})
+        if not arrays.keys() >= {"mean", "std", "text"}:
+            raise DataError(f"record {i} of {self.shards.directory} is corrupt: it has the arrays {sorted(arrays)}")
         mean, std, text = (_restored(arrays[name]) for name in ("mean", "std", "text"))
-        return LatentClip(mean, std, text, metadata["caption"], metadata["fps"], metadata["name"])
+        if mean.ndim != 4 or mean.shape != std.shape or text.ndim != 2:
+            raise DataError(
+                f"record {i} of {self.shards.directory} is corrupt: {mean.shape}, {std.shape}, {text.shape}"
+            )
+        self.shards.require_size(i, (*mean.shape[:3], len(text)))
+        return LatentClip(mean, std, text, caption, float(fps), name)
 
     def mask(self, i: int) -> str:
         """The kind of conditioning mask that clip i takes; "" to draw one. Only a mixture fixes it."""

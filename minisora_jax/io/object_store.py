@@ -20,6 +20,7 @@ from typing import BinaryIO, cast
 
 from minisora_jax.io.atomic import replacing
 from minisora_jax.io.filesystem import filesystem, json_or_none, read_url
+from minisora_jax.io.records import manifest_problem
 from minisora_jax.io.retry import DataError
 
 CHUNK = 2**24  # bytes fetched at a time
@@ -41,8 +42,9 @@ class Mirror:
         name = f"{self.url.rpartition('/')[2]}-{hashlib.sha256(manifest).hexdigest()[:16]}"
         self.directory = cache_folder() / name
         metadata = json_or_none(manifest.decode("utf-8", "replace"))
-        if not isinstance(metadata, dict):
-            raise DataError(f"{self.url}/manifest.json is damaged: expected JSON, found {manifest[:20]!r}")
+        if problem := manifest_problem(metadata):
+            raise DataError(f"{self.url}/manifest.json is damaged: {problem}")
+        assert isinstance(metadata, dict)
         for table in metadata.get("tables", {}).values():
             self.fetch(table["file"], table["sha256"])
         with replacing(self.directory / "manifest.json") as temporary:

@@ -14,7 +14,7 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from minisora_jax.io.atomic import replacing, write_text
-from minisora_jax.io.records import FORMAT, read_json, sha256
+from minisora_jax.io.records import FORMAT, read_json, record_crc32, sha256
 from minisora_jax.io.retry import DataError
 
 PARTS = "parts"
@@ -100,7 +100,11 @@ def begin(out_dir: Path, opening: dict[str, Any]) -> None:
     """Write `opening` to progress.jsonl; DataError if an unfinished run left a different one."""
     progress = out_dir / "progress.jsonl"
     if progress.exists() and (lines := progress.read_text(encoding="utf-8").split("\n")[:-1]):
-        _check_same(out_dir, opening, json.loads(lines[0]))
+        try:
+            stored = json.loads(lines[0])
+        except ValueError as error:
+            raise DataError(f"{progress} is damaged: {error}. Delete {out_dir} and run the command again") from error
+        _check_same(out_dir, opening, stored)
         return
     write_text(progress, json.dumps(opening) + "\n")
 
@@ -125,6 +129,7 @@ class ShardWriter:
             self._path = self.stem.with_name(f"{self.stem.name}-{len(self.shards)}.array_record")
             temporary = self._file.enter_context(replacing(self._path))
             self._writer, self._written = ArrayRecordWriter(str(temporary), self.options), 0
+            self._first = record_crc32(record)
             self._file.callback(self._writer.close)
         self._writer.write(record)
         self._sizes.append(list(map(int, size)))
@@ -135,6 +140,7 @@ class ShardWriter:
     def _close(self) -> None:
         self._file.close()
         entry = {"file": self._path.name, "bytes": self._path.stat().st_size, "sha256": sha256(self._path)}
+        entry["first"] = self._first
         self.shards.append({**entry, "sizes": self._sizes})
         self._sizes = []
 
@@ -170,7 +176,7 @@ def finish(out_dir: Path, opening: dict, shards: list, tables: dict, closing: di
             raise DataError(f"{out_dir / shard['file']} is missing. Delete {out_dir} and run the command again")
         rows += shard["sizes"]
         entries.append(
-            {"file": name, "records": len(shard["sizes"]), "bytes": shard["bytes"], "sha256": shard["sha256"]}
+            {"file": name, "records": len(shard["sizes"]), **{key: shard[key] for key in ("bytes", "sha256", "first")}}
         )
     tables = {**tables, "sizes": np.array(rows, np.int32)}
     manifest = {**opening, "records": len(rows), "shards": entries, "tables": {}, **closing}

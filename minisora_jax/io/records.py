@@ -17,6 +17,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import struct
 import threading
 import zlib
@@ -58,11 +59,20 @@ def unpack_record(record: bytes, where: str) -> tuple[dict[str, np.ndarray], dic
     expected, length = struct.unpack_from("<II", record, 4)
     if expected != (actual := zlib.crc32(memoryview(record)[8:])):
         raise DataError(f"{where} is corrupt: expected crc32 {expected:08x}, found {actual:08x}")
-    header, at, arrays = json.loads(record[12 : 12 + length].decode("utf-8")), 12 + length, {}
-    for name, dtype, shape in header["arrays"]:
-        arrays[name] = array = np.frombuffer(record, dtype, math.prod(shape), at).reshape(shape)
-        at += array.nbytes
-    return arrays, header["facts"]
+    at, arrays = 12 + length, {}
+    try:  # a stranger's record may have a right checksum and a wrong header
+        header = json.loads(record[12:at].decode("utf-8"))
+        for name, dtype, shape in header["arrays"]:
+            if np.dtype(dtype).hasobject or min(shape, default=0) < 0:
+                raise ValueError(f"array {name!r} is {dtype} {shape}")
+            arrays[name] = array = np.frombuffer(record, dtype, math.prod(shape), at).reshape(shape)
+            at += array.nbytes
+        metadata = header["facts"]
+        if not isinstance(metadata, dict):
+            raise ValueError(f"metadata {metadata!r} is no object")
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise DataError(f"{where} is corrupt: {type(error).__name__}: {error}") from error
+    return arrays, metadata
 
 
 # ---- Reading
@@ -134,6 +144,24 @@ class Shards:
             raise DataError(f"{where} is corrupt: expected 1 record, found {len(records)}")
         return unpack_record(records[0], where)
 
+    def require_size(self, i: int, size: tuple[int, ...]) -> None:
+        """Raise DataError unless the size of record i begins as its row of sizes.npy does."""
+        if tuple(self.sizes[i].tolist())[: len(size)] != size:
+            shard, at = self._index.locate(i)
+            raise DataError(
+                f"record {at} of {self._paths[shard]} is corrupt, or another record: its size is {size}, and sizes.npy "
+                f"has {tuple(self.sizes[i].tolist())}"
+            )
+
+    def fields(self, i: int, metadata: dict[str, Any], kinds: dict[str, type | tuple[type, ...]]) -> list[Any]:
+        """The values of these fields of record i's metadata; DataError unless each is of its kind."""
+        for name, kind in kinds.items():
+            if not isinstance(metadata.get(name), kind) or isinstance(metadata[name], bool):
+                raise DataError(
+                    f"record {i} of {self.directory} is corrupt: its {name!r} is {metadata.get(name)!r:.80}"
+                )
+        return [metadata[name] for name in kinds]
+
     def table(self, name: str) -> np.ndarray:
         """The array NAME.npy beside the records, its checksum verified."""
         entry = self.manifest["tables"].get(name)
@@ -157,6 +185,8 @@ class Shards:
         if not path.exists():
             raise DataError(f"{path} is missing: expected a finished data set of {self.kind}, found no manifest")
         manifest = read_json(path)
+        if problem := manifest_problem(manifest):
+            raise DataError(f"{path} is damaged: {problem}. Write {self.directory} again")
         for key, expected in {"kind": self.kind, "format": FORMAT}.items():
             self._check(key, expected, manifest.get(key))
         return manifest
@@ -182,14 +212,66 @@ class Shards:
                 reader = ArrayRecordReader(path, RANDOM_ACCESS)
                 if (actual := reader.num_records()) != expected:
                     raise DataError(f"{path} is damaged: expected {expected} records, found {actual}")
+                self._require_first(reader, shard)
                 self._open[shard] = reader
             return self._open[shard]
+
+    def _require_first(self, reader: ArrayRecordReader, shard: int) -> None:
+        """Raise DataError if a shard begins with a whole record that is not its own. A damaged one is its own fault."""
+        expected = self.manifest["shards"][shard].get("first")
+        try:
+            [record] = reader.read([0])
+            unpack_record(record, "")
+        except Exception:  # the library raises a bare RuntimeError; reading the record reports what it is
+            return
+        if expected and expected != (actual := record_crc32(record)):
+            raise DataError(
+                f"{self._paths[shard]} is another shard: its first record has crc32 {actual}, and manifest.json has "
+                f"{expected}"
+            )
 
     def __getstate__(self):
         return {k: v for k, v in self.__dict__.items() if k not in ("_open", "_lock")}
 
     def __setstate__(self, state):
         self.__dict__.update(state, _open={}, _lock=threading.Lock())
+
+
+def manifest_problem(manifest: Any) -> str:
+    """What is wrong with the form of a manifest, in words; "" for a good one.
+
+    Every file that it names must lie in its own folder, so the name has no slash: a manifest may come from a stranger.
+    """
+    if not isinstance(manifest, dict):
+        return f"expected an object, found {type(manifest).__name__}"
+    shards, tables = manifest.get("shards"), manifest.get("tables")
+    if not isinstance(shards, list) or not isinstance(tables, dict) or not isinstance(manifest.get("settings"), dict):
+        return 'expected a list of "shards", and objects "tables" and "settings"'
+    if not _is_count(manifest.get("records")):
+        return f'"records" is {manifest.get("records")!r}, not a number of records'
+    for entry in [*shards, *tables.values()]:
+        if not isinstance(entry, dict) or not isinstance(entry.get("sha256"), str):
+            return f"expected a file with its sha256, found {entry!r}"
+        if not is_plain_name(entry.get("file")):
+            return f"it names {entry.get('file')!r}, which is not a file in its folder"
+    for shard in shards:
+        if not (_is_count(shard.get("records")) and _is_count(shard.get("bytes"))):
+            return f"{shard['file']} has no numbers of records and bytes"
+    return ""
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def is_plain_name(name: Any) -> bool:
+    """Whether a value is the name of a file within a folder: text without a slash, and no hidden or odd name."""
+    return isinstance(name, str) and re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,200}", name) is not None
+
+
+def record_crc32(record: bytes) -> str:
+    """The checksum that a record states, 8 hex digits."""
+    return f"{struct.unpack_from('<I', record, 4)[0]:08x}"
 
 
 def sha256(path: Path) -> str:
@@ -202,5 +284,5 @@ def read_json(path: Path) -> dict[str, Any]:
     """The value of a JSON file; DataError for a damaged one."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is damaged: expected JSON, found {error}") from error

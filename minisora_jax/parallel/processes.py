@@ -177,6 +177,11 @@ def barrier(name: str) -> None:
         multihost_utils.sync_global_devices(name)
 
 
+def any_process(here: bool) -> bool:
+    """Whether it is true on any process. All processes must call it."""
+    return bool(np.any(multihost_utils.process_allgather(np.array(here)))) if several() else here
+
+
 def parts_of(x: jax.Array | np.ndarray) -> Iterator[np.ndarray]:
     """Yields the array in NumPy parts along its first axis, on the main process. Other processes yield nothing.
 

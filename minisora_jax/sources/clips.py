@@ -10,6 +10,7 @@ import numpy as np
 from minisora_jax.io.filesystem import is_url
 from minisora_jax.io.records import Shards, sha256
 from minisora_jax.io.retry import DataError
+from minisora_jax.media.opening import VideoError
 from minisora_jax.sources.base import PREPROCESSING_VERSION, stored_frames
 from minisora_jax.toy.shapes import Shapes
 from minisora_jax.types import Clip, ClipSequence
@@ -46,9 +47,17 @@ class Records:
 
     def __getitem__(self, i: int) -> Clip:
         arrays, metadata = self.shards.read(i)
-        captions = metadata.get("captions", {})
-        caption = choose_caption(metadata["caption"], captions, metadata["name"], self.long_captions)
-        return Clip(stored_frames(arrays), caption, metadata["fps"], metadata["name"])
+        caption, fps, name = self.shards.fields(i, metadata, {"caption": str, "fps": (int, float), "name": str})
+        try:
+            frames_THWC = stored_frames(arrays)
+        except (KeyError, VideoError) as error:
+            raise DataError(f"record {i} of {self.shards.directory} is corrupt: {error}") from error
+        if frames_THWC.dtype != np.uint8 or frames_THWC.ndim != 4 or frames_THWC.shape[-1] != 3:
+            raise DataError(f"record {i} of {self.shards.directory} is corrupt: it has no uint8 frames (T, H, W, 3)")
+        self.shards.require_size(i, frames_THWC.shape[:3])
+        if captions := metadata.get("captions") or {}:
+            self.shards.fields(i, captions, {"short": str, "long": str})
+        return Clip(frames_THWC, choose_caption(caption, captions, name, self.long_captions), float(fps), name)
 
 
 def open_clips(spec: str | os.PathLike, *, long_captions: float = LONG_CAPTIONS) -> ClipSequence:

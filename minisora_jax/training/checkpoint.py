@@ -2,12 +2,14 @@
 
 A checkpoint is a directory WORKDIR/checkpoints/STEP. Every process writes its part, and the directory appears only when
 it is complete. It restores onto any mesh and any number of processes. The data state is the step number, so it holds
-the TrainState and nothing else.
+the TrainState and nothing else. Checksums of its files are written after it and compared before it is restored: a
+damaged checkpoint is set aside as STEP.damaged, and the run goes on from the one before.
 """
 
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,9 +18,14 @@ import absl.logging
 import jax
 import orbax.checkpoint as ocp
 
+from minisora_jax.io import checksum
 from minisora_jax.parallel.mesh import with_shardings
-from minisora_jax.parallel.processes import preemption_requested, several
+from minisora_jax.parallel.processes import any_process, barrier, is_main, preemption_requested, several
 from minisora_jax.types import TrainState
+
+log = logging.getLogger("minisora")
+
+ASIDE = ".damaged"  # the suffix of a damaged checkpoint's name
 
 
 class CheckpointError(RuntimeError):
@@ -39,13 +46,24 @@ class Checkpoints:
         absl.logging.set_verbosity(absl.logging.ERROR)  # no warning that a handler is replaced
         ocp.type_handlers.register_type_handler(jax.Array, handler, override=True)
         absl.logging.set_verbosity(level)
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True, create=True)
         self._directory = Path(directory).absolute()
+        finalized = ocp.options.AsyncOptions(post_finalization_callback=self._write_checksums)
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep, enable_async_checkpointing=True, create=True, async_options=finalized
+        )
         self._manager = ocp.CheckpointManager(self._directory, options=options)
 
     def latest(self) -> int | None:
         """The step of the newest checkpoint; None if there is none."""
         return self._manager.latest_step()
+
+    def _write_checksums(self) -> None:
+        """Write the checksums of a checkpoint. Orbax calls it in its thread: all is written, and not yet renamed."""
+        if is_main():
+            for folder in self._directory.iterdir():
+                if folder.name.split(".")[0].isdigit() and not folder.name.endswith(ASIDE):
+                    if not (folder / checksum.NAME).exists():
+                        checksum.write_checksums(folder, without=("_CHECKPOINT_METADATA",))  # times; Orbax adds one
 
     def save(self, step: int, state: TrainState) -> None:
         """Start to save the state of `step`, unless there is a checkpoint of it.
@@ -70,16 +88,41 @@ class Checkpoints:
         Args:
             abstract: The state as `jax.ShapeDtypeStruct`s with shardings.
             mesh: The mesh to restore to.
-            step: None: the newest checkpoint.
+            step: None: the newest checkpoint that is not damaged.
 
         Raises:
-            CheckpointError: The checkpoint cannot be read.
+            CheckpointError: The checkpoint cannot be read, or all checkpoints are damaged.
         """
         target = with_shardings(abstract, mesh)
-        step = self.latest() if step is None else step
+        step = self._newest_whole() if step is None else step
         with self._checkpoint_errors("read", step):
             state: Any = self._manager.restore(step, args=ocp.args.StandardRestore(target))
             return state
+
+    def _newest_whole(self) -> int | None:
+        """The step of the newest checkpoint whose files match their checksums. Damaged ones are set aside."""
+        while (step := self.latest()) is not None:
+            folder = self._directory / str(step)
+            found = checksum.damage(folder, part=jax.process_index(), parts=jax.process_count())
+            if not any_process(bool(found)):
+                return step
+            others = [s for s in self._manager.all_steps() if s != step]
+            aside = self._directory / f"{step}{ASIDE}"
+            log.warning(
+                "%s; set aside as %s, going on from %s",
+                found or f"checkpoint {step} is damaged",
+                aside,
+                f"step {max(others)}" if others else "nothing",
+            )
+            if not others:
+                raise CheckpointError(
+                    f"{found or folder}: it is the only checkpoint. Delete {folder} to begin again at step 0"
+                )
+            if is_main():
+                folder.rename(aside)
+            barrier(f"checkpoint {step} set aside")
+            self._manager.reload()
+        return None
 
     def wait(self) -> None:
         """Wait until all saves are on disk.

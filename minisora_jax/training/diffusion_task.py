@@ -210,9 +210,20 @@ def settings_of(model: str | Path) -> dict:
     return {k: config_fields(config.get(k, {})) for k in ("dit", "times", "objective")}
 
 
+def _channels(latents: Latents | Mixture, strict: bool) -> int:
+    """The latent channels of the first clip that can be read."""
+    for i in range(len(latents)):
+        try:
+            return latents[i].mean_thwc.shape[-1]
+        except DataError:
+            if strict:
+                raise
+    raise DataError(f"none of the {len(latents)} clips can be read")
+
+
 def _check_latents(task: DiffusionTask, latents: Latents | Mixture, init: str | Path | None) -> None:
     """Raise ValueError if the model cannot learn from these latents. It runs before anything is compiled."""
-    dit, channels, features = task.dit, latents[0].mean_thwc.shape[-1], latents.empty_text_LE.shape[1]
+    dit, channels, features = task.dit, _channels(latents, task.data.strict), latents.empty_text_LE.shape[1]
     if dit.image_features:
         raise ValueError(
             f"dit.image_features={dit.image_features}: latent caches hold no image features, so a model with them "
