@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 
 import numpy as np
 import pytest
@@ -12,9 +13,11 @@ from minisora_jax.cli import main
 from minisora_jax.evaluation.frames import psnr
 from minisora_jax.generate import VideoPipeline
 from minisora_jax.generate.runner import run_tasks
-from minisora_jax.jobs.batch import run_batch, run_jobs
+from minisora_jax.io.atomic import replacing
+from minisora_jax.io.filesystem import json_or_none
+from minisora_jax.jobs.batch import free_paths, read_jobs, release, run_batch, run_jobs
 from minisora_jax.jobs.job import Job
-from minisora_jax.jobs.output import read_record
+from minisora_jax.jobs.output import beside, read_record
 from minisora_jax.jobs.starting import start
 from minisora_jax.media.video import read_clip_frames, read_note
 from minisora_jax.media.video_writer import VideoWriter, write_video
@@ -144,16 +147,23 @@ def test_a_batch_goes_on_and_names_what_cannot_be_done(pipeline, media, tmp_path
     options = dict(model={}, sampling={"sampler": SamplerConfig(steps=2), "guidance": GuidanceConfig()}, progress=False)
     run = lambda out, jobs=jobs: run_batch(pipeline, jobs, out, ".mp4", 2, **options)
     assert run(tmp_path / "whole") == {"made": 3, "failed": 1, "before": 0}
-    assert run(tmp_path / "whole") == {"made": 0, "failed": 0, "before": 4}
+    assert run(tmp_path / "whole") == {"made": 0, "failed": 1, "before": 3}  # what failed is tried again
     lines = [json.loads(line) for line in (tmp_path / "whole/manifest.jsonl").read_text().splitlines()]
-    assert [line["number"] for line in lines] == [0, 1, 2, 3] and "VideoError: not a video" in lines[1]["error"]
+    assert [line["number"] for line in lines] == [0, 1, 2, 3, 1] and "VideoError: not a video" in lines[1]["error"]
+    damaged = tmp_path / "whole" / lines[2]["file"]
+    before = damaged.read_bytes()
+    damaged.write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
+    assert run(tmp_path / "whole") == {"made": 2, "failed": 1, "before": 1}  # what was damaged, with its company
+    assert damaged.read_bytes() == before
 
     # Killed after the first group, and in the middle of a line of the manifest: the rest comes out the same.
     run(tmp_path / "cut", jobs[:2])
     with (tmp_path / "cut/manifest.jsonl").open("a") as manifest:
         manifest.write('{"number": 2, "job"')
-    (tmp_path / "cut/manifest.jsonl").open("a").write("\n")
-    assert run(tmp_path / "cut") == {"made": 2, "failed": 0, "before": 2}
+    (tmp_path / "cut" / f".left.{os.getpid()}-0123abcd.tmp.mp4").write_bytes(b"of a killed run")
+    assert run(tmp_path / "cut") == {"made": 2, "failed": 1, "before": 1}
+    assert not list((tmp_path / "cut").glob(".*.tmp*"))
+    assert all(map(json_or_none, (tmp_path / "cut/manifest.jsonl").read_text().splitlines()[-3:]))
     pixels = lambda out: {p.name: json.loads(p.read_text())["pixels"] for p in sorted(out.glob("*.mp4.json"))}
     assert pixels(tmp_path / "cut") == pixels(tmp_path / "whole") and len(pixels(tmp_path / "cut")) == 3
     with pytest.raises(ValueError, match="job 0 was .* use another --out"):
@@ -245,6 +255,63 @@ def test_a_batch_of_an_older_version_goes_on(pipeline, tmp_path):
     line = {"number": 0, "job": job, "error": "FileNotFoundError: a.mp4 does not exist"}
     (tmp_path / "manifest.jsonl").write_text(json.dumps(line) + "\n")
     counts = run_batch(pipeline, [Job.from_dict(job)], tmp_path, ".mp4", 8, model={}, sampling={})
-    assert counts == {"made": 0, "failed": 0, "before": 1}
+    assert counts == {"made": 0, "failed": 1, "before": 0}  # and it is tried again
     with pytest.raises(ValueError, match="both connect and transition"):
         Job.from_dict(job | {"transition": "c.mp4"})
+
+
+BAD_LINES = [
+    '{"prompt": "x", "seed": -1}', '{"prompt": "x", "seed": "3"}', '{"prompt": "x", "seed": 1.5}',
+    '{"prompt": "x", "seed": 1%s}' % ("0" * 300), '{"prompt": "x", "seed": 1%s}' % ("0" * 5000),
+    '{"prompt": "x", "seed": true}', '{"prompt": "\\ud83d"}', '{"prompt": 3}', '{"prompt": ["x"]}', '{"prompt": null}',
+    '{"prompt": "x", "frames": 1e12}', '{"prompt": "x", "frames": 1000000000000}', '{"prompt": "x", "frames": 0}',
+    '{"prompt": "x", "frames": -4}', '{"prompt": "x", "size": 1e9}', '{"prompt": "x", "size": [1000000000, 48]}',
+    '{"prompt": "x", "size": [48]}', '{"prompt": "x", "size": "48"}', '{"prompt": "x", "size": [0, 48]}',
+    '{"prompt": "x", "size": "axb"}', '{"prompt": "x", "size": [48.5, 48]}', '{"prompt": "x", "seconds": NaN}',
+    '{"prompt": "x", "seconds": Infinity}', '{"prompt": "x", "fps": "8"}', '{"prompt": "x", "loop": "yes"}',
+    '{"prompt": "x", "image": 7}', '{"prompt": "x", "negative": {}}', "[]", "3", '"x"', "not json", "[" * 100_000,
+    '{"prompt": "%s"}' % ("a " * 16_000), "\x00", '{"prompt": "x"',
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("line", BAD_LINES, ids=range(len(BAD_LINES)))
+def test_a_bad_line_is_its_own_fault(tmp_path, line):
+    path = tmp_path / "jobs.jsonl"
+    path.write_text(f'{{"prompt": "{RED}"}}\n{line}\n{{"prompt": "{RED}", "seed": 5}}\n')
+    first, bad, last = read_jobs(path)
+    assert (first, last) == (Job(RED), Job(RED, seed=5))
+    assert isinstance(bad, ValueError) and "jobs.jsonl, line 2: " in str(bad) and len(str(bad)) < 700
+
+
+def test_a_batch_file_of_any_editor_is_read(tmp_path):
+    path = tmp_path / "jobs.jsonl"
+    path.write_bytes('\ufeff{"prompt": "a\u2028b"}\r\n\n{"prompt": "c", "size": "64x48"}'.encode())
+    assert read_jobs(path) == [Job("a\u2028b"), Job("c", size=(64, 48))]
+    path.write_text("\n")
+    with pytest.raises(ValueError, match="has no jobs: one a line"):
+        read_jobs(path)
+
+
+def test_only_bad_lines_is_an_error_and_a_fifo_too(tmp_path):
+    (tmp_path / "jobs.jsonl").write_text("3\n")
+    with pytest.raises(ValueError, match="has no jobs: .* line 1: a job is an object"):
+        read_jobs(tmp_path / "jobs.jsonl")
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OSError, match="a named pipe"):
+        read_jobs(tmp_path / "pipe")
+
+
+@pytest.mark.parametrize(
+    "prompt", ["\U0001d4d0" * 64, "猫" * 64, "...", "-rf", "a" * 300, "x/../../y", ".hidden"], ids=range(7)
+)
+def test_a_file_is_named_by_any_prompt(tmp_path, prompt):
+    a, b = (free_paths(tmp_path, [Job(prompt)], ".mp4")[0] for _ in range(2))
+    assert a != b and a.parent == tmp_path and a.name[0] not in "-."  # the second run sees what the first one reserved
+    for path in (a, b):
+        with replacing(path) as temporary:
+            temporary.write_bytes(b"x")
+    release([a, b])
+    assert {p.name for p in tmp_path.iterdir()} == {p for q in (a, b) for p in (q.name, q.name + ".json")}
+    c = free_paths(tmp_path, [Job(prompt)], ".mp4")
+    release(c)
+    assert not beside(c[0]).exists()

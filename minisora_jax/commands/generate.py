@@ -108,11 +108,12 @@ def run(args, _):
         raise ValueError('no prompt given; for example: minisora generate "a red circle grows on a black background"')
     if args.batch_size < 1:
         raise ValueError(f"--batch-size {args.batch_size} must be at least 1")
-    from minisora_jax.jobs.batch import free_paths, read_jobs, run_batch, run_jobs
+    from minisora_jax.jobs.batch import free_paths, read_jobs, release, run_batch, run_jobs
 
     if args.reproduce:
         return _reproduce(args)
-    jobs = read_jobs(Path(args.batch)) if args.batch else _jobs(args)
+    lines = read_jobs(Path(args.batch)) if args.batch else _jobs(args)
+    jobs = [job for job in lines if not isinstance(job, ValueError)]
     pipeline = options.pipeline_of(args)
     for job in jobs:
         if hint := pipeline.unknown_words_hint(job.prompt):
@@ -122,20 +123,23 @@ def run(args, _):
     common["upscale"] = args.upscale
     with options.mesh_in_use(args.mesh):
         if args.batch:
-            counts = run_batch(pipeline, jobs, out, suffix, args.batch_size, **common)
-            print(", ".join(f"{n} {what}" for what, n in counts.items()) + f": {out / 'manifest.jsonl'}")
-            return 1 if counts["failed"] else 0
-        paths, uniform = free_paths(out, jobs, suffix), False
-        for first in range(0, len(jobs), args.batch_size):
-            batch = slice(first, first + args.batch_size)
-            records = run_jobs(pipeline, jobs[batch], paths[batch], **common)
-            uniform |= any(isinstance(record, dict) and "one_colour" in record for record in records)
+            counts = run_batch(pipeline, lines, out, suffix, args.batch_size, **common)
+            made, failed, before = (counts[what] for what in ("made", "failed", "before"))
+            print(f"{made} made, {failed} failed, {before} made before and skipped: {out / 'manifest.jsonl'}")
+            return 1 if failed else 0
+        paths, records = free_paths(out, jobs, suffix), []
+        try:
+            for first in range(0, len(jobs), args.batch_size):
+                batch = slice(first, first + args.batch_size)
+                records += run_jobs(pipeline, jobs[batch], paths[batch], **common)
+        finally:
+            release(paths)
     print(*paths, sep="\n")
     print(options.write_sheet(out, paths, [job.prompt for job in jobs]))
-    return 1 if uniform else 0
+    return 1 if any("one_colour" in record for record in records) else 0
 
 
-def _jobs(args) -> list:
+def _jobs(args) -> list[Any]:
     """One for each prompt on the command line."""
     from minisora_jax.jobs.job import Job
 

@@ -23,7 +23,7 @@ from typing import Any
 from tqdm import tqdm
 
 from minisora_jax.curation.beam import run_on_beam
-from minisora_jax.curation.captioners import open_captioner
+from minisora_jax.curation.captioners import Captioner, open_captioner
 from minisora_jax.curation.duplicates import repeated
 from minisora_jax.curation.filters import Filters
 from minisora_jax.curation.parts import SPLITS, Plan, finish_safely, gather_safely, read_notes
@@ -31,6 +31,7 @@ from minisora_jax.curation.report import Summary, write_report
 from minisora_jax.curation.stages import Curation, Sizes
 from minisora_jax.curation.workers import Inline, Worker, run_here
 from minisora_jax.io import record_writer
+from minisora_jax.io.lock import only_writer
 from minisora_jax.io.records import sha256
 from minisora_jax.io.retry import DataError
 from minisora_jax.sources.base import PREPROCESSING_VERSION
@@ -131,17 +132,24 @@ def prepare(
     out_dir = Path(out_dir).absolute()
     opening = record_writer.opening_of("clips", settings, shard_bytes, "group_size:1,zstd:1")
     plan = Plan(clips, str(out_dir), curation, opening, files_per_part, held_out, captioner, strict, crf)
-    if manifest := record_writer.finished(out_dir, opening):
-        return _stored_report(out_dir, manifest)
-    record_writer.begin(out_dir, opening)
-    plan.folder.mkdir(exist_ok=True)
+    with only_writer(out_dir, "minisora prepare"):
+        if manifest := record_writer.finished(out_dir, opening):
+            return _stored_report(out_dir, manifest)
+        record_writer.begin(out_dir, opening)
+        plan.folder.mkdir(exist_ok=True)
+        _work(plan, model, workers, timeout, beam)
+        return _close(plan, clips.report)
+
+
+def _work(plan: Plan, model: Captioner | None, workers: int, timeout: float | None, beam: list[str] | None) -> None:
+    """Gather the clips of all parts, then caption them and leave out duplicates. Finished parts are kept."""
     if beam is None:
         execute = _run_locally
     else:
         execute = lambda job, tasks, title, total, workers, timeout: run_on_beam(job, tasks, beam, timeout, title)
     parts = range(plan.parts)
     gather = functools.partial(gather_safely, plan)
-    execute(gather, [(part,) for part in parts], "clips", len(clips), workers, timeout)
+    execute(gather, [(part,) for part in parts], "clips", len(plan.source), workers, timeout)
     repeats = _repeats(plan)
     second_round = [(part, repeats.get(part, {})) for part in parts if model or part in repeats]
     if model and not all(plan.finished(part).exists() for part in parts):
@@ -150,7 +158,6 @@ def prepare(
     total = sum(len(read_notes(plan.gathered(part))["clips"]) for part, _ in second_round)
     finish = functools.partial(finish_safely, plan)
     execute(finish, second_round, "captions" if model else "duplicates", total, workers, timeout)
-    return _close(plan, clips.report)
 
 
 def _run_locally(

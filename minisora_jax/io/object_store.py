@@ -20,7 +20,7 @@ from typing import BinaryIO, cast
 
 from minisora_jax.io.atomic import replacing
 from minisora_jax.io.filesystem import filesystem, json_or_none, read_url
-from minisora_jax.io.records import manifest_problem
+from minisora_jax.io.manifest import manifest_problem
 from minisora_jax.io.retry import DataError
 
 CHUNK = 2**24  # bytes fetched at a time

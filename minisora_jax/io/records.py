@@ -17,7 +17,6 @@ import hashlib
 import json
 import math
 import os
-import re
 import struct
 import threading
 import zlib
@@ -30,6 +29,7 @@ from tqdm import tqdm
 
 from minisora_jax.io.concat_index import ConcatIndex
 from minisora_jax.io.filesystem import is_url
+from minisora_jax.io.manifest import manifest_problem
 from minisora_jax.io.retry import DataError, require_readable, with_retries
 
 FORMAT = 1
@@ -235,38 +235,6 @@ class Shards:
 
     def __setstate__(self, state):
         self.__dict__.update(state, _open={}, _lock=threading.Lock())
-
-
-def manifest_problem(manifest: Any) -> str:
-    """What is wrong with the form of a manifest, in words; "" for a good one.
-
-    Every file that it names must lie in its own folder, so the name has no slash: a manifest may come from a stranger.
-    """
-    if not isinstance(manifest, dict):
-        return f"expected an object, found {type(manifest).__name__}"
-    shards, tables = manifest.get("shards"), manifest.get("tables")
-    if not isinstance(shards, list) or not isinstance(tables, dict) or not isinstance(manifest.get("settings"), dict):
-        return 'expected a list of "shards", and objects "tables" and "settings"'
-    if not _is_count(manifest.get("records")):
-        return f'"records" is {manifest.get("records")!r}, not a number of records'
-    for entry in [*shards, *tables.values()]:
-        if not isinstance(entry, dict) or not isinstance(entry.get("sha256"), str):
-            return f"expected a file with its sha256, found {entry!r}"
-        if not is_plain_name(entry.get("file")):
-            return f"it names {entry.get('file')!r}, which is not a file in its folder"
-    for shard in shards:
-        if not (_is_count(shard.get("records")) and _is_count(shard.get("bytes"))):
-            return f"{shard['file']} has no numbers of records and bytes"
-    return ""
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-
-def is_plain_name(name: Any) -> bool:
-    """Whether a value is the name of a file within a folder: text without a slash, and no hidden or odd name."""
-    return isinstance(name, str) and re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,200}", name) is not None
 
 
 def record_crc32(record: bytes) -> str:

@@ -2,23 +2,30 @@
 
     prompts.jsonl   one job a line (job.py)      ->   OUT/00000-a-red-circle-0.mp4, ..., OUT/manifest.jsonl
 
-A run that is started again leaves out the groups whose jobs are all in the manifest with their files in place. A job
-that cannot be done, say since its video is damaged, has its reason in the manifest and holds nothing up.
+A run that is started again leaves out the jobs that are in the manifest with their files as they were written. A job
+that cannot be done, say since its video is damaged or its line is no job, has its reason in the manifest and holds
+nothing up; the next run tries it again.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import logging
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from minisora_jax.generate.native import Watch
 from minisora_jax.generate.pipeline import VideoPipeline
 from minisora_jax.generate.runner import Task, run_tasks
-from minisora_jax.io.filesystem import json_or_none
+from minisora_jax.io.atomic import append_line
+from minisora_jax.io.checksum import crc32
+from minisora_jax.io.filesystem import json_or_none, open_regular
+from minisora_jax.io.lock import only_writer
+from minisora_jax.io.manifest import is_plain_name
 from minisora_jax.io.records import sha256
 from minisora_jax.jobs.job import Job
 from minisora_jax.jobs.output import Output, batch_of, beside, record_of, sampling_of
@@ -28,6 +35,7 @@ from minisora_jax.jobs.starting import start
 log = logging.getLogger("minisora")
 
 MANIFEST = "manifest.jsonl"
+NAME_BYTES = 120  # file systems allow names of 255 bytes, with all that is added to them
 
 
 def run_jobs(
@@ -103,66 +111,115 @@ def run_jobs(
     return results
 
 
-def read_jobs(path: Path) -> list[Job]:
-    """The jobs of a batch file. Raises ValueError, which names the line that is no job."""
-    jobs = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+def read_jobs(path: Path) -> list[Job | ValueError]:
+    """The jobs of a batch file in order, and for a line that is no job the error that says why.
+
+    Raises:
+        ValueError: no line is a job.
+    """
+    jobs: list[Job | ValueError] = []
+    with open_regular(path) as file:
+        text = file.read().decode("utf-8-sig", "surrogateescape")
+    for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         try:
             jobs.append(Job.from_dict(json.loads(line)))
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"{path}, line {number}: {error}") from error
-    if not jobs:
-        raise ValueError(f'{path} has no jobs: one a line, such as {{"prompt": "a red circle moves left"}}')
+        except (ValueError, TypeError, RecursionError) as error:
+            jobs.append(ValueError(f"{path}, line {number}: {str(error)[:500]}"))
+    if all(isinstance(job, ValueError) for job in jobs):
+        example = 'one a line, such as {"prompt": "a red circle moves left"}'
+        raise ValueError(f"{path} has no jobs: {example}" + (f". {jobs[0]}" if jobs else ""))
     return jobs
 
 
-def run_batch(pipeline: VideoPipeline, jobs: Sequence[Job], out: Path, suffix: str, batch_size: int, **options) -> dict:
+def run_batch(
+    pipeline: VideoPipeline, jobs: Sequence[Job | ValueError], out: Path, suffix: str, batch_size: int, **options
+) -> dict[str, int]:
     """Make jobs in batches of `batch_size`, with a manifest; a run that was stopped goes on.
+
+    Args:
+        jobs: as `read_jobs` returns them.
+        out: the folder; no other process may write it meanwhile.
+        suffix: of the files, such as ".mp4".
+        **options: those of `run_jobs`.
 
     Returns:
         {"made": n, "failed": n, "before": n}: jobs that were made, could not be, or were made by an earlier run.
+
+    Raises:
+        ValueError: the manifest is of other jobs.
     """
-    out.mkdir(parents=True, exist_ok=True)
-    done = _done(out, jobs)
-    counts = {"made": 0, "failed": 0, "before": 0}
-    for first in range(0, len(jobs), batch_size):
-        numbers = range(first, min(first + batch_size, len(jobs)))
-        if all(n in done for n in numbers):
-            counts["before"] += len(numbers)
-            continue
-        paths = [out / f"{n:05d}-{_name_of(jobs[n])}{suffix_of(jobs[n], suffix)}" for n in numbers]
-        results = run_jobs(pipeline, [jobs[n] for n in numbers], paths, strict=False, **options)
-        with (out / MANIFEST).open("a", encoding="utf-8") as manifest:
-            for n, path, result in zip(numbers, paths, results):
-                line = {"number": n, "job": jobs[n].to_dict()}
+    with only_writer(out, "minisora generate --batch"):
+        made, failed = _earlier(out, jobs)
+        counts = {"made": 0, "failed": 0, "before": len(made)}
+        if failed:
+            log.info("%d jobs failed before and are tried again", len(failed))
+        for n, job in enumerate(jobs):
+            if isinstance(job, ValueError):
+                counts["failed"] += 1
+                _note(out, {"number": n, "error": str(job)})
+                log.warning("job %d is left out: %s", n, job)
+        for first in range(0, len(jobs), batch_size):
+            numbers = [n for n in range(first, min(first + batch_size, len(jobs))) if isinstance(jobs[n], Job)]
+            if (made | failed).issuperset(numbers):
+                numbers = [n for n in numbers if n in failed]
+            # Else all of them: a job's rounding depends on those that it is packed with.
+            counts["before"] -= len(made.intersection(numbers))
+            group = [job for n in numbers if isinstance(job := jobs[n], Job)]
+            paths = [out / f"{n:05d}-{_name_of(job)}{suffix_of(job, suffix)}" for n, job in zip(numbers, group)]
+            results = run_jobs(pipeline, group, paths, strict=False, **options) if group else []
+            for n, job, path, result in zip(numbers, group, paths, results):
+                line: dict[str, Any] = {"number": n, "job": job.to_dict()}
                 if isinstance(result, Exception):
                     line["error"] = f"{type(result).__name__}: {result}"
                     log.warning("job %d could not be done: %s", n, result)
                 else:
                     line |= {"file": path.name, "frames": result["frames"], "pixels": result["pixels"]}
+                    line |= {"crc32": crc32(path)} if path.is_file() else {}
                 counts["failed" if "error" in line else "made"] += 1
-                manifest.write(json.dumps(line) + "\n")
+                _note(out, line)
     return counts
 
 
-def _done(out: Path, jobs: Sequence[Job]) -> set[int]:
-    """Numbers of the jobs that an earlier run has done, or found that they cannot be."""
-    done: set[int] = set()
+def _note(out: Path, line: dict[str, Any]) -> None:
+    append_line(out / MANIFEST, json.dumps(line))
+
+
+def _earlier(out: Path, jobs: Sequence[Job | ValueError]) -> tuple[set[int], set[int]]:
+    """(numbers of the jobs whose files an earlier run made, numbers of those that it could not do)."""
+    made, failed = set[int](), set[int]()
     manifest = out / MANIFEST
-    for text in manifest.read_text(encoding="utf-8").splitlines() if manifest.exists() else []:
-        line = json_or_none(text)
-        if not isinstance(line, dict) or line.get("number", -1) not in range(len(jobs)):
+    text = manifest.read_text(encoding="utf-8", errors="replace") if manifest.exists() else ""
+    for line in map(json_or_none, text.split("\n")):
+        number = line.get("number") if isinstance(line, dict) else None
+        if not isinstance(line, dict) or not isinstance(number, int) or not 0 <= number < len(jobs):
             continue  # a line half written, or of a longer batch
-        if _job_of(line) != jobs[line["number"]]:
+        if "job" not in line:  # it was no job
+            continue
+        if isinstance(job := jobs[number], Job) and _job_of(line) != job:
             raise ValueError(
-                f"{manifest}: job {line['number']} was {line.get('job')} and is now {jobs[line['number']].to_dict()}: "
+                f"{manifest}: job {number} was {line['job']} and is now {job.to_dict()}: "
                 f"use another --out for other jobs"
             )
-        if "error" in line or (out / line["file"]).exists():
-            done.add(line["number"])
-    return done
+        made.discard(number)
+        failed.discard(number)
+        if "error" in line:
+            failed.add(number)
+        elif _is_whole(out, line):
+            made.add(number)
+    return made, failed
+
+
+def _is_whole(out: Path, line: dict[str, Any]) -> bool:
+    """Whether the file of a manifest line is there, as it was written."""
+    if not is_plain_name(name := line.get("file")):
+        return False
+    path = out / str(name)
+    if path.is_file() and "crc32" in line and crc32(path) != line["crc32"]:
+        log.warning("%s is not as it was written, and is made again", path)
+        return False
+    return path.exists()
 
 
 def _job_of(line: dict) -> Job | None:
@@ -218,13 +275,29 @@ def _remove(path: Path) -> None:
 
 
 def free_paths(out: Path, jobs: Sequence[Job], suffix: str) -> list[Path]:
-    """A new path for each job: an older file may be what a job reads."""
-    paths: list[Path] = []
-    for job in jobs:
-        name, kind = _name_of(job), suffix_of(job, suffix)
-        tries = (out / f"{name}{f'-{n}' if n > 1 else ''}{kind}" for n in itertools.count(1))
-        paths.append(next(path for path in tries if path not in paths and not path.exists()))
-    return paths
+    """A new path for each job: an older file may be what a job reads.
+
+    Each is reserved by an empty record beside it, so that two runs at once do not choose the same.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    return [_reserved(out, _name_of(job), suffix_of(job, suffix)) for job in jobs]
+
+
+def _reserved(out: Path, name: str, suffix: str) -> Path:
+    for n in itertools.count(1):
+        path = out / f"{name}{f'-{n}' if n > 1 else ''}{suffix}"
+        if not path.exists():
+            with contextlib.suppress(FileExistsError):
+                beside(path).open("x").close()
+                return path
+    raise AssertionError("unreachable")
+
+
+def release(paths: Sequence[Path]) -> None:
+    """Remove the reservations of files that were not made."""
+    for path in paths:
+        if not path.exists() and beside(path).is_file() and not beside(path).stat().st_size:
+            beside(path).unlink()
 
 
 def suffix_of(job: Job, suffix: str) -> str:
@@ -233,9 +306,10 @@ def suffix_of(job: Job, suffix: str) -> str:
 
 
 def _name_of(job: Job) -> str:
-    """A file's name without its suffix: the first words of the prompt, and the seed."""
-    words = "-".join("".join(c if c.isalnum() else " " for c in job.prompt).split())[:60]
-    return f"{words}-{job.seed}"
+    """A file's name without its suffix: the first words of the prompt, at most `NAME_BYTES`, and the seed."""
+    words = "-".join("".join(c if c.isalnum() else " " for c in job.prompt[:200]).split())[:60]
+    words = words.encode("utf-8")[:NAME_BYTES].decode("utf-8", "ignore").strip("-")
+    return f"{words or 'video'}-{job.seed}"
 
 
 def _require_inputs(job: Job) -> None:

@@ -19,6 +19,8 @@ import dataclasses
 from typing import Any
 
 MOST_SECONDS = 60.0
+MOST_FRAMES, MOST_SIDE, MOST_SEED = 7200, 8192, 2**63  # a minute at 120 per second; pixels
+MOST_WORDS = 10_000  # characters of a prompt
 SIDES = ("forward", "backward", "both")
 INPUTS = ("image", "last", "video", "mask", "transition")  # fields that name a file
 _RENAMED = {"connect": "transition"}  # names of fields before 0.2
@@ -45,16 +47,47 @@ class Job:
     loop: bool = False
 
     def __post_init__(self):
-        if self.size is not None:
-            height, width = (int(n) for n in self.size)
-            object.__setattr__(self, "size", (height, width))
+        self._require_types()
         self.task  # noqa: B018 (raises where fields do not go together)
+        for name in ("prompt", "negative"):
+            text = getattr(self, name)
+            if len(text) > MOST_WORDS:
+                raise ValueError(f"the {name} has {len(text):,} characters, and at most {MOST_WORDS:,} are read")
+            if any("\ud800" <= c <= "\udfff" for c in text):
+                raise ValueError(f"the {name} has half of a character (a lone surrogate): write it as UTF-8")
         if not self.prompt.strip():
             raise ValueError("the prompt is empty; say what the video shows")
-        if self.seconds is not None and not 0 < self.seconds <= MOST_SECONDS:
-            raise ValueError(f"seconds={self.seconds:g} must be above 0 and at most {MOST_SECONDS:g}")
-        if self.fps is not None and not 0 < self.fps <= 120:
-            raise ValueError(f"fps={self.fps:g} must be above 0 and at most 120")
+        for name, least, most in (
+            ("seconds", 0, MOST_SECONDS),
+            ("fps", 0, 120),
+        ):
+            value = getattr(self, name)
+            if value is not None and not least < value <= most:  # also False for NaN
+                raise ValueError(f"{name}={value:g} must be above {least} and at most {most:g}")
+        if self.frames is not None and not 1 <= self.frames <= MOST_FRAMES:
+            raise ValueError(f"frames={self.frames} must be at least 1 and at most {MOST_FRAMES}")
+        if not 0 <= self.seed < MOST_SEED:
+            raise ValueError(f"seed={_shortened(self.seed)} must be at least 0 and below 2^63")
+        if self.size is not None and not all(1 <= n <= MOST_SIDE for n in self.size):
+            sides = " x ".join(map(_shortened, self.size))
+            raise ValueError(f"size={sides} must have sides of 1 to {MOST_SIDE} pixels")
+
+    def _require_types(self) -> None:
+        """Raise ValueError unless each field is of its type. A size may also be a list, or text such as "64x64"."""
+        for field in dataclasses.fields(self):
+            value, kind = getattr(self, field.name), str(field.type)
+            if value is None and "None" in kind:
+                continue
+            if field.name == "size":
+                object.__setattr__(self, "size", _size(value))
+                continue
+            base, *_ = kind.split(" | ")
+            if base == "float" and isinstance(value, int) and not isinstance(value, bool):
+                value = float(min(value, 10**300))
+                object.__setattr__(self, field.name, value)
+            if type(value).__name__ != base:
+                what = {"str": "text", "int": "a whole number", "float": "a number", "bool": "true or false"}[base]
+                raise ValueError(f"{field.name}={_shortened(value)} must be {what}")
 
     @classmethod
     def from_dict(cls, values: Any) -> Job:
@@ -111,3 +144,20 @@ class Job:
     def inputs(self) -> list[str]:
         """The files that the job reads."""
         return [path for name in INPUTS if (path := getattr(self, name))]
+
+
+def _size(value: Any) -> tuple[int, int]:
+    """(height, width) of [64, 48] or "64x48"."""
+    sides = value.lower().split("x") if isinstance(value, str) else value
+    if isinstance(sides, list | tuple) and len(sides) == 2:
+        numbers = [int(n) if isinstance(n, str) and n.strip().isdecimal() and len(n) < 10 else n for n in sides]
+        if all(type(n) is int for n in numbers):
+            return int(numbers[0]), int(numbers[1])
+    raise ValueError(f'size={_shortened(value)} must be height and width in pixels, as [64, 48] or "64x48"')
+
+
+def _shortened(value: Any) -> str:
+    if isinstance(value, int) and abs(value) >= 10**30:  # Python refuses to write numbers of thousands of digits
+        return "a number of more than 30 digits"
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -18,6 +18,7 @@ import optax
 
 from minisora_jax.config import with_current_names
 from minisora_jax.io.atomic import write_text
+from minisora_jax.io.lock import only_writer
 from minisora_jax.parallel.mesh import MeshConfig, make_mesh, require_divisible, to_global, with_shardings
 from minisora_jax.parallel.processes import (
     Preempted,
@@ -127,6 +128,7 @@ def train(
     require_divisible(mesh, rows=rows, tokens=tokens, heads=heads)
     with jax.set_mesh(mesh), contextlib.ExitStack() as stack:
         # ---- State: from the newest checkpoint, else from given weights, else random
+        stack.enter_context(only_writer(workdir, "minisora train"))
         workdir.mkdir(parents=True, exist_ok=True)
         _require_same_config(workdir, run_config)
         stack.enter_context(preemption_handler())
