@@ -99,12 +99,31 @@ def _run(command, args: argparse.Namespace, config_flags: list[str]) -> int:
     except BrokenPipeError:  # the reader of a pipe, such as `head`, has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (ValueError, OSError, RuntimeError, ImportError) as error:
+    except KeyboardInterrupt:
+        print("\nminisora: stopped", file=sys.stderr)
+        return 130
+    except (ValueError, OSError, RuntimeError, ImportError, MemoryError) as error:
         # What a user can mend is said in a sentence; MINISORA_TRACEBACK=1 shows where it came from.
         if os.environ.get("MINISORA_TRACEBACK") and not hasattr(error, "exit_code"):
             raise
-        print(printable(f"minisora: {type(error).__name__}: {error}", keep="\n\t"), file=sys.stderr)
+        message = out_of_memory(error) or f"{type(error).__name__}: {error}"
+        print(printable(f"minisora: {message}", keep="\n\t"), file=sys.stderr)
         return getattr(error, "exit_code", 2)
+
+
+def out_of_memory(error: BaseException) -> str:
+    """A sentence about an error of memory, of the host or of a device; "" for other errors."""
+    import re
+
+    text = str(error)
+    if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in text:
+        return ""
+    asked = re.search(r"(?:allocate|allocating|[Uu]sed) ([\d.]+ ?(?:bytes|[KMGT]?i?B?))", text)
+    size = f", which asked for {asked[1].strip()}" if asked else ""
+    return (
+        f"out of memory{size}. Sampling: fewer --frames, a smaller --size or --batch-size. Training: fewer pack.rows "
+        "or pack.tokens, dit.remat=full, more devices in run.mesh; `minisora plan` shows what a step needs"
+    )
 
 
 if __name__ == "__main__":

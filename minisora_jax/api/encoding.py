@@ -5,12 +5,11 @@ from __future__ import annotations
 import contextlib
 from pathlib import Path
 
-from tqdm import tqdm
-
 from minisora_jax.bundled import CODEC
 from minisora_jax.data.encode import encode_clips
 from minisora_jax.data.latents import my_parts, write_latents
 from minisora_jax.io.lock import only_writer
+from minisora_jax.io.progress import Progress
 from minisora_jax.io.retry import DataError
 from minisora_jax.models.captions import BYTES, encoder_captions
 from minisora_jax.models.codec import Codec
@@ -66,7 +65,7 @@ def encode(
     clips = open_clips(str(data), long_captions=long_captions)
     mine = my_parts(len(clips), clips_per_part)
     count = sum(map(len, mine.values()))
-    bar = tqdm(desc="encoding", unit="clip", total=count, disable=not progress)
+    bar = Progress(desc="encoding", unit="clip", total=count, disable=not progress)
     with only_writer(out, "minisora encode"), contextlib.closing(bar):
 
         def latents(numbers):

@@ -20,8 +20,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from minisora_jax.curation.beam import run_on_beam
 from minisora_jax.curation.captioners import Captioner, open_captioner
 from minisora_jax.curation.duplicates import repeated
@@ -32,6 +30,7 @@ from minisora_jax.curation.stages import Curation, Sizes
 from minisora_jax.curation.workers import Inline, Worker, run_here
 from minisora_jax.io import record_writer
 from minisora_jax.io.lock import only_writer
+from minisora_jax.io.progress import Progress
 from minisora_jax.io.records import sha256
 from minisora_jax.io.retry import DataError
 from minisora_jax.sources.base import PREPROCESSING_VERSION
@@ -164,7 +163,7 @@ def _run_locally(
     job: Callable[..., None], tasks: list[tuple], title: str, total: int, workers: int, timeout: float | None
 ) -> None:
     """Run the tasks in local processes, with a progress bar of files (or clips)."""
-    with tqdm(total=total, desc=title, unit="file" if title == "clips" else "clip", disable=None) as bar:
+    with Progress(total=total, desc=title, unit="file" if title == "clips" else "clip") as bar:
         seen: dict[int, set[int]] = {}
 
         def run_task(worker: Worker | Inline, task: tuple) -> None:

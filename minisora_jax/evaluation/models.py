@@ -6,10 +6,10 @@ import dataclasses
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from minisora_jax.curation.filters import load_function
 from minisora_jax.generate import Request, VideoPipeline
+from minisora_jax.io.progress import Progress
 from minisora_jax.models.codec import Codec
 from minisora_jax.toy.checker import check_all
 from minisora_jax.toy.grammar import FPS
@@ -31,7 +31,7 @@ def evaluate_codec(codec: Codec, clips: ClipSequence, lpips: str | None = None) 
     """
     each, rows = [], []
     perceptual = load_function(lpips) if lpips else None
-    for i in tqdm(range(len(clips)), desc="codec", unit="clip"):
+    for i in Progress(range(len(clips)), desc="codec", unit="clip"):
         clip = clips[i]
         scores, [(_, frames)] = reconstruct(codec, [clip])
         if perceptual:

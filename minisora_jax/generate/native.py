@@ -10,7 +10,6 @@ import re
 from collections.abc import Callable, Sequence
 
 import numpy as np
-from tqdm import tqdm
 
 from minisora_jax.diffusion.guidance import GuidanceConfig
 from minisora_jax.diffusion.objective import ObjectiveConfig
@@ -18,6 +17,7 @@ from minisora_jax.diffusion.sampler import SamplerConfig
 from minisora_jax.diffusion.time import TimeConfig
 from minisora_jax.generate.request import Request
 from minisora_jax.generate.sampling import PackedRequests, features, fill_rows, require_finite, sample
+from minisora_jax.io.progress import Progress
 from minisora_jax.models.captions import BYTES, Captions
 from minisora_jax.models.codec import Codec
 from minisora_jax.models.dit import DiTConfig, abstract_params
@@ -232,7 +232,7 @@ class NativePipeline:
         latents: dict[int, np.ndarray] = {}
         ticks = sum(1 if s.name == "dopri5" else s.steps for s, _ in work)
         ticked = itertools.count(1)
-        with tqdm(total=ticks, desc="sampling", unit="step", disable=not progress) as bar:
+        with Progress(total=ticks, desc="sampling", unit="step", disable=not progress) as bar:
 
             def on_step(_, look):
                 bar.update()
@@ -288,7 +288,7 @@ class NativePipeline:
         shift = self.codec.config.time_factor // 2
         loops = loops or [False] * len(latents)
         keys = [(z.shape, loop) for z, loop in zip(latents, loops)]
-        with tqdm(total=len(latents), desc="decoding", unit="clip", disable=not progress) as bar:
+        with Progress(total=len(latents), desc="decoding", unit="clip", disable=not progress) as bar:
 
             def decode(same_size, key):
                 z, loop = np.stack(same_size), key[1]

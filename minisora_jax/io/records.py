@@ -25,11 +25,11 @@ from typing import Any
 
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader
-from tqdm import tqdm
 
 from minisora_jax.io.concat_index import ConcatIndex
 from minisora_jax.io.filesystem import is_url
 from minisora_jax.io.manifest import manifest_problem
+from minisora_jax.io.progress import Progress
 from minisora_jax.io.retry import DataError, require_readable, with_retries
 
 FORMAT = 1
@@ -173,7 +173,7 @@ class Shards:
 
     def verify(self, progress: bool = False) -> None:
         """Check the sha256 of every shard, which reads every byte; DataError at the first difference."""
-        for shard in tqdm(self.manifest["shards"], desc="verifying", unit="shard", disable=not progress):
+        for shard in Progress(self.manifest["shards"], desc="verifying", unit="shard", disable=not progress):
             if self.mirror:
                 self.mirror.fetch(shard["file"], shard["sha256"])
             self._check_sha256(self.directory / shard["file"], shard["sha256"])

@@ -20,9 +20,9 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import numpy.typing as npt
-from tqdm import tqdm
 
 from minisora_jax.io.atomic import replacing
+from minisora_jax.io.progress import Progress
 
 # The library writes tensors sorted by type, in the reverse of this order.
 DTYPES = {
@@ -194,7 +194,7 @@ def write_tensors(path: str | Path, tensors: Mapping[str, LazyArray], progress: 
         at += tensor.nbytes
     front = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     front += b" " * (-len(front) % 8)
-    bar = tqdm(desc=progress, total=at, unit="B", unit_scale=True, disable=not progress)
+    bar = Progress(desc=progress, total=at, unit="B", unit_scale=True, disable=not progress)
     with replacing(path) as temporary, bar, open(temporary, "wb") as file:
         file.write(len(front).to_bytes(8, "little") + front)
         for name in names:

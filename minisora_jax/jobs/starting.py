@@ -8,13 +8,13 @@ import math
 from collections.abc import Callable
 
 import numpy as np
-from tqdm import tqdm
 
 from minisora_jax.generate import tasks
 from minisora_jax.generate.pipeline import VideoPipeline
 from minisora_jax.generate.request import Request
 from minisora_jax.generate.runner import Task, altered
 from minisora_jax.io.filesystem import printable
+from minisora_jax.io.progress import Progress
 from minisora_jax.jobs.job import Job
 from minisora_jax.media.video import collected, open_video, probe
 
@@ -223,7 +223,7 @@ def _read(
             log.info("%s: shown at %g frames per second, which is %g in the file", path, rate, info.fps)
         frames = (_cropped(frame[None], crop_HW)[0] for frame in video.frames(fps=rate, fit=fit))
         count = video.count(rate) if most is None else min(most, video.count(rate))
-        bar = tqdm(frames, f"reading {printable(path)}", count, unit="frame", disable=None, delay=2, leave=False)
+        bar = Progress(frames, f"reading {printable(path)}", count, unit="frame", disable=None, delay=2, leave=False)
         return collected(iter(bar), count, path), rate or fps or info.fps
 
 

@@ -64,12 +64,13 @@ class CompiledStep:
     temporary_bytes: int
     code_bytes: int
     traffic: list[Traffic]
-    needed_bytes: int = 0  # the total that a step needs if it does not fit; 0: it fits
+    memory: float  # of a chip
+    needed_bytes: int = 0  # the total by the compiler's error if it refuses the step; 0: it compiles
 
     @property
     def fits(self) -> bool:
-        """Whether the step fits a chip's memory."""
-        return not self.needed_bytes
+        """Whether the step compiles, and all that it holds is within a chip's memory."""
+        return not self.needed_bytes and self.total_bytes <= self.memory
 
     @property
     def total_bytes(self) -> int:
@@ -139,13 +140,12 @@ def compile_for(
     except jax.errors.JaxRuntimeError as error:
         if (needed := _needed_bytes(str(error))) is None:
             raise
-        return CompiledStep(parameters, time.perf_counter() - begin, counts, 0, 0, [], needed)
+        return CompiledStep(parameters, time.perf_counter() - begin, counts, 0, 0, [], topology.chip.memory, needed)
     seconds = time.perf_counter() - begin
     memory = memory_of(compiled)
     traffic = read_traffic(compiled.as_text() or "", dict(mesh.shape))
-    return CompiledStep(
-        parameters, seconds, counts, memory.temp_size_in_bytes, memory.generated_code_size_in_bytes, traffic
-    )
+    sizes = memory.temp_size_in_bytes, memory.generated_code_size_in_bytes
+    return CompiledStep(parameters, seconds, counts, *sizes, traffic, topology.chip.memory)
 
 
 def memory_of(compiled: jax.stages.Compiled) -> Any:

@@ -21,10 +21,10 @@ from typing import Any
 
 import jax
 import numpy as np
-from tqdm import tqdm
 
 from minisora_jax.data.packing import PackConfig, pack_rows
 from minisora_jax.data.rows import Segment, pack_segments
+from minisora_jax.io.progress import Progress
 from minisora_jax.models.text import encode_bytes
 from minisora_jax.parallel.mesh import MeshConfig, make_mesh, to_global
 from minisora_jax.plan.compiled import Workload, compile_for, memory_of
@@ -196,7 +196,7 @@ def run(
         repeats: See `measure`.
         peak: See `measure`.
     """
-    for case in tqdm(cases, desc="study", unit="case"):
+    for case in Progress(cases, desc="study", unit="case"):
         if topology:
             yield compile_case(task, case, rows, topology)
         else:

@@ -168,7 +168,7 @@ def train(
                     state, values = step_fn(state, to_global(batch, mesh), key)
                     # Check the values of the step before, so that the device never waits for the host.
                     pending, previous = (step, number, values), pending
-                    _require_finite(previous)
+                    _require_finite(previous, config.rollbacks)
                 number += 1
                 window.append(counts)
                 metrics.advance()
@@ -176,7 +176,7 @@ def train(
                 saving = step % config.save_every == 0 or step == config.steps or ending
                 if step % config.log_every == 0 or saving:
                     with clock.part("step"):
-                        _require_finite(pending)
+                        _require_finite(pending, config.rollbacks)
                 if step % config.log_every == 0 or step == config.steps:
                     scalars = {k: float(v) for k, v in values.items()}
                     scalars |= {"learning_rate": float(schedule(step - 1))}
@@ -231,16 +231,17 @@ def _sample_on_main(sample: Callable[[int, Any, Metrics], None], step: int, para
             sample(step, params, metrics)
 
 
-def _require_finite(pending: tuple[int, int, dict[str, jax.Array]] | None) -> None:
+def _require_finite(pending: tuple[int, int, dict[str, jax.Array]] | None, rollbacks: int) -> None:
     """Raise NonFiniteLoss unless the values of (step, batch number, values) are finite."""
     if pending is None:
         return
     step, batch, values = pending
     for name in ("loss", "grad_norm"):
         if not math.isfinite(value := float(values[name])):
+            more = "set run.rollbacks=3 to skip such batches" if not rollbacks else f"raise run.rollbacks={rollbacks}"
             raise NonFiniteLoss(
-                f"{name}={value} at step {step}: lower optim.learning_rate or optim.clip, or set run.rollbacks=3 to "
-                f"skip such batches; the newest checkpoint is from an earlier step",
+                f"{name}={value} at step {step}: lower optim.learning_rate or optim.clip, or {more}; the newest "
+                f"checkpoint is from an earlier step",
                 batch,
             )
 

@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 from tensorboardX import SummaryWriter
 from tensorboardX.proto import summary_pb2
-from tqdm import tqdm
 
 from minisora_jax.io.atomic import write_text
+from minisora_jax.io.progress import Progress
 from minisora_jax.media.video_writer import write_video
 from minisora_jax.parallel.processes import is_main
 
@@ -46,8 +46,8 @@ class Metrics:
         self._productive = next((row["productive_s"] for row in reversed(kept) if "productive_s" in row), 0.0)
         self._began = min((row["began"] for row in rows if "began" in row), default=time.time())
         self._file = self._path.open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=start or None)
-        self._bar = tqdm(total=steps, initial=start, desc=name, unit="step", dynamic_ncols=True, mininterval=1.0)
+        self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1 if start else None)
+        self._bar = Progress(total=steps, initial=start, desc=name, unit="step", dynamic_ncols=True, mininterval=1.0)
 
     def window(self, step: int, values: dict[str, float], counts: list[dict[str, float]]) -> None:
         """Write the scalars of a logging window, with its rates, its time by part, and the goodput.
@@ -74,6 +74,7 @@ class Metrics:
         self._file.flush()
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
+        self._board.flush()  # a killed run resumes from a checkpoint, and would not write these again
         self._bar.set_postfix({k: f"{values[k]:.4g}" for k in ("loss", "tokens_per_s") if k in values}, refresh=False)
 
     def video(self, step: int, name: str, frames_THWC: np.ndarray, fps: float) -> None:
