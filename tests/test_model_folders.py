@@ -13,8 +13,11 @@ from safetensors.numpy import load_file, save_file
 import minisora_jax as ms
 from minisora_jax.bundled import CODEC, MODEL
 from minisora_jax.cli import main
+from minisora_jax.io.filesystem import json_or_none
 from minisora_jax.io.model_dir import is_finite, load_model, load_params_onto
 from minisora_jax.models.codec import Codec
+from minisora_jax.models.encoder import TextEncoder
+from minisora_jax.models.t5 import T5Config
 from minisora_jax.training.diffusion_task import settings_of
 
 
@@ -208,3 +211,57 @@ def test_a_tokenizers_own_code_is_not_run_and_not_asked_for(tmp_path, monkeypatc
     with pytest.raises(ValueError, match="holds no tokenizer that transformers reads"):
         load_tokenizer(tmp_path, 100, 20)
     assert not marker.exists()
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """A small text encoder, as `export_model` writes every kind of model."""
+    config = T5Config(50, 24, 3, 8, 40, 1, dtype="float32")
+    ids = jax.ShapeDtypeStruct((1, 4), np.int32)
+    shapes = jax.eval_shape(TextEncoder(config, {}).module.init, jax.random.key(0), ids, ids)
+    params = jax.tree.map(lambda x: np.random.default_rng(x.size).standard_normal(x.shape).astype(np.float32), shapes)
+    folder = tmp_path_factory.mktemp("exported") / "encoder"
+    TextEncoder(config, params).export(folder, {"imported": "small"})
+    return folder
+
+
+def test_every_flipped_bit_is_seen(exported, tmp_path):
+    TextEncoder.load(exported)
+    rng = np.random.default_rng(0)
+    for name in ("model.safetensors", "config.json", "checksums.json"):
+        content = (exported / name).read_bytes()
+        for _ in range(60):
+            folder, data = copied(exported, tmp_path / "flipped"), bytearray(content)
+            data[int(rng.integers(len(data)))] ^= 1 << int(rng.integers(8))
+            (folder / name).write_bytes(data)
+            if name == "checksums.json" and json_or_none(data.decode("utf-8", "replace")) == json.loads(content):
+                shutil.rmtree(folder)  # white space
+                continue
+            with pytest.raises(ValueError):
+                TextEncoder.load(folder)
+            shutil.rmtree(folder)
+
+
+def test_an_export_over_another_has_its_own_checksums(exported, tmp_path):
+    folder = copied(exported, tmp_path / "encoder")
+    (folder / "tokenizer").mkdir()
+    (folder / "tokenizer/spiece.model").write_text("x")
+    encoder = TextEncoder.load(folder)
+    encoder.export(folder, {"imported": "again"})
+    (folder / "tokenizer/spiece.model").write_text("y")  # not ours
+    assert TextEncoder.load(folder).hash != encoder.hash
+    (folder / "config.json").write_text((folder / "config.json").read_text().replace("again", "edited"))
+    with pytest.raises(ValueError, match="config.json is damaged.* If you changed it on purpose, delete"):
+        TextEncoder.load(folder)
+    (folder / "checksums.json").unlink()
+    TextEncoder.load(folder)
+
+
+def test_a_published_export_is_checked_when_it_is_imported(exported, tmp_path, capsys):
+    assert main(["export", str(exported), str(tmp_path / "theirs")]) == 0
+    weights = tmp_path / "theirs/model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-3] ^= 1
+    weights.write_bytes(data)
+    assert main(["import", "umt5-small", str(tmp_path / "theirs"), f"--out={tmp_path / 'ours'}"]) == 2
+    assert "model.safetensors is damaged: expected crc32" in capsys.readouterr().err

@@ -23,6 +23,7 @@ def run(args, _):
     import json
     from pathlib import Path
 
+    from minisora_jax.io import checksum
     from minisora_jax.io.model_dir import open_model
     from minisora_jax.weights.rules import export_lazily, save_sharded
 
@@ -30,6 +31,7 @@ def run(args, _):
     rules, theirs, stem = published(config, args.model)
     save_sharded(args.out, export_lazily(leaves, rules), stem, shard_bytes=int(args.shard_gb * 2**30))
     (Path(args.out) / "config.json").write_text(json.dumps(theirs, indent=2) + "\n", encoding="utf-8")
+    checksum.write_checksums(Path(args.out))
     print(f"{args.model} written to {args.out}")
 
 

@@ -1,4 +1,4 @@
-"""Exported models: a directory with `model.safetensors` (names joined by "/") and `config.json`.
+"""Exported models: a directory with `model.safetensors` (names joined by "/"), `config.json` and their checksums.
 
 Latent caches and the records of generated files name a model by the hash of both files.
 """
@@ -17,10 +17,13 @@ import numpy as np
 from flax import traverse_util
 
 from minisora_jax.config import build, with_current_names
+from minisora_jax.io import checksum
 from minisora_jax.io.atomic import write_text
 from minisora_jax.io.safetensors import LazyArray, StoredTensor, order_of, read_tensors, write_tensors
 from minisora_jax.parallel.processes import is_main, parts_of
 
+FILES = ("model.safetensors", "config.json")
+KINDS = ("vae", "dit", "t5", "clip")
 MOST_LAYERS, MOST = 1000, 2**24  # limits of a saved number of layers, and of any other whole number
 
 
@@ -44,8 +47,11 @@ def export_model(
         for name in order_of(tensors):
             list(tensors[name].parts())
         return ""
+    (directory / checksum.NAME).unlink(missing_ok=True)  # of an older export
     write_tensors(directory / "model.safetensors", tensors, progress)
     write_text(directory / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
+    others = {path.name for path in directory.rglob("*")} - {*FILES}
+    checksum.write_checksums(directory, without=others)
     return model_hash(directory)
 
 
@@ -87,8 +93,14 @@ def is_finite(array: np.ndarray) -> bool:
 
 
 def open_model(directory: str | Path) -> tuple[Any, dict]:
-    """(params, config) like `load_model`, but the leaves stay on disk with their stored types: `leaf[index]` reads."""
+    """(params, config) like `load_model`, but the leaves stay on disk with their stored types: `leaf[index]` reads.
+
+    Raises:
+        ValueError: a file is damaged: it differs from its checksum, or cannot be read.
+    """
     config = load_config(directory)
+    if config.get("kind") in KINDS and (damage := checksum.damage(Path(directory))):  # other kinds are the caller's
+        raise ValueError(f"{damage}. If you changed it on purpose, delete {Path(directory) / checksum.NAME}")
     stored: dict[str, StoredTensor] = read_tensors(Path(directory) / "model.safetensors")
     for name in stored:
         above = name
@@ -138,7 +150,7 @@ def load_config(directory: str | Path) -> dict:
         ValueError: config.json is not an object of JSON.
     """
     directory = Path(directory)
-    for name in ("model.safetensors", "config.json"):
+    for name in FILES:
         if not (directory / name).exists():
             raise FileNotFoundError(
                 f"{directory} is not an exported model: {name} is missing. "
@@ -182,7 +194,7 @@ def config_fields(saved: dict) -> dict:
 def model_hash(directory: str | Path) -> str:
     """First 16 hex digits of the SHA-256 over the model's weights and config."""
     digest = hashlib.sha256()
-    for name in ("model.safetensors", "config.json"):
+    for name in FILES:
         with open(Path(directory) / name, "rb") as file:
             while chunk := file.read(2**24):
                 digest.update(chunk)

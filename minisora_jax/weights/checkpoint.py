@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from minisora_jax.io import checksum
 from minisora_jax.io.safetensors import read_header, read_tensors
 from minisora_jax.weights.errors import WeightsFileError, shown
 from minisora_jax.weights.torch_file import TorchFile
@@ -49,6 +50,8 @@ class Checkpoint:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        if self.path.is_dir() and (damage := checksum.damage(self.path)):  # `minisora export` writes checksums
+            raise WeightsFileError(damage)
         self.metadata: dict[str, str] = {}  # of safetensors
         self._entries: dict[str, tuple[_Safetensors | TorchFile, str]] = {}
         of_file: dict[str, Path] = {}
