@@ -17,6 +17,7 @@ from minisora_jax.models.captions import captions_of
 from minisora_jax.models.codec import Codec
 from minisora_jax.models.dit import DiTConfig, abstract_params
 from minisora_jax.toy.grammar import vocabulary
+from minisora_jax.weights.errors import shown
 from minisora_jax.weights.presets import TRANSFORMERS
 
 DTYPES = ("float32", "bfloat16")
@@ -101,8 +102,10 @@ def _latent_size(config: dict, model: str | Path) -> list[int]:
 def _text(config: dict, model: str | Path) -> dict | None:
     """The record of the text encoder."""
     text = config.get("text")
-    if text is not None and not (isinstance(text, dict) and all(isinstance(v, str | int) for v in text.values())):
-        raise ValueError(f"{model}/config.json: text={text!r:.100} must be an object of names and numbers")
+    if text is not None and not (
+        isinstance(text, dict) and all(isinstance(text.get(k, ""), str) for k in ("path", "encoder"))
+    ):
+        raise ValueError(f"{model}/config.json: text={text!r:.100} must be an object that names its encoder")
     return text
 
 
@@ -110,8 +113,8 @@ def _require_codec(config: dict, dit: DiTConfig, model: str | Path, loaded: Code
     """Raise ValueError unless the model was trained with that codec or, if it does not say, has as many channels."""
     if "codec" in config and config["codec"] != loaded.latents:
         raise ValueError(
-            f"{model} was trained on latents of codec {config['codec']}, but {codec} makes those of {loaded.latents}: "
-            f"their latents mean different things; give the codec it was trained with"
+            f"{model} was trained on latents of codec {shown(config['codec'])}, but {codec} makes those of "
+            f"{shown(loaded.latents)}: their latents mean different things; give the codec it was trained with"
         )
     if dit.latent_channels != loaded.config.latent_channels:
         raise ValueError(
