@@ -17,6 +17,8 @@ from typing import Any
 import numpy as np
 from soak import mutated
 
+from minisora_jax.io.filesystem import printable
+
 KINDS = ("safetensors", "torch", "config")
 AT_ONCE = 100  # files of one process
 SECONDS, MEMORY = 20.0, 2**30  # the most that one file may take, and the most that a process may grow
@@ -62,7 +64,7 @@ def read_all(kind: str, seeds: list[int]) -> dict[str, Any]:
                 read()
                 counts["read"] += 1
             except ValueError as error:
-                assert len(str(error)) < 4000 and str(error).isprintable(), f"seed {seed}: {error!r}"
+                assert len(str(error)) < 4000 and printable(str(error)) == str(error), f"seed {seed}: {error!r}"
                 counts["refused"] += 1
             except BaseException:
                 print(f"seed {seed} of {kind}", file=sys.stderr)
