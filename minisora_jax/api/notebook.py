@@ -22,7 +22,7 @@ _SHOWN_SIDE = 192  # smaller videos are enlarged to about this many pixels, sinc
 
 
 def read_video(path: str | Path, max_frames: int | None = None) -> tuple[np.ndarray, float]:
-    """The frames of a video or an image.
+    """The frames of a video or an image; a file that was made here, at the size at which it was made.
 
     Args:
         path: mp4, webm, mov, mkv, avi, gif, or an image.
@@ -44,7 +44,7 @@ def read_video(path: str | Path, max_frames: int | None = None) -> tuple[np.ndar
         >>> frames.shape, fps
         ((5, 32, 32, 3), 8.0)
     """
-    return read_clip_frames(path, max_frames=max_frames)
+    return read_clip_frames(path, max_frames=max_frames, made=True)
 
 
 class Videos:

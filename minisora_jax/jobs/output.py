@@ -90,12 +90,15 @@ class Output:
     """One result's file, written as frames come; the record goes within it and, with the pixels' hash, beside it."""
 
     def __init__(self, path: Path, fps: float, record: dict, upscale: int = 1, sounds: Sequence[Sound] = ()):
-        self.path, self.record, self.digest = path, record | {"fps": fps}, Digest()
-        # Within a file the record has no hash of what has not been written yet.
-        self._writer = VideoWriter(path, fps, upscale=upscale, note=json.dumps(self.record), sounds=sounds)
+        self.path, self.record, self.digest = path, record | {"fps": fps, "upscale": upscale}, Digest()
+        self._writer = VideoWriter(path, fps, upscale=upscale, sounds=sounds)
         self._writer.__enter__()
 
     def write(self, frames_THWC: np.ndarray) -> None:
+        if not self.digest.frames:
+            self.record["size"] = list(frames_THWC.shape[1:3])  # as made: `media/as_made.py` reads it at that
+            # Within a file the record has no hash of what has not been written yet.
+            self._writer.note = json.dumps(self.record)
         self.digest.add(frames_THWC)
         self._writer.write(frames_THWC)
 

@@ -189,7 +189,7 @@ def _video(
 
 def _mask(pipeline: VideoPipeline, job: Job, size_HW: tuple[int, int], most: int, fps: float) -> np.ndarray:
     """The frames of the mask, brought to the video's size by the same rule as the video, so that it stays in place."""
-    video = probe(str(job.video))
+    video = probe(str(job.video), made=True)
     scaled_HW = _covering(video.height, video.width, job.size) if job.size else (video.height, video.width)
     return _cropped(_read(pipeline, str(job.mask), scaled_HW, most=most, fps=fps)[0], size_HW)
 
@@ -207,7 +207,7 @@ def _read(
     Frames are scaled to cover the size and cropped to it in the middle, one by one as they are decoded. Without a size
     they are cropped to whole cells.
     """
-    with open_video(path) as video:
+    with open_video(path, made=True) as video:
         info, cell = video.info, pipeline.cell
         for remark in info.remarks:
             log.info("%s: %s", path, remark)

@@ -2,7 +2,8 @@
 
 A file is a path, or the bytes of a file. Its first bytes tell what it is (sniff.py), and opening.py opens it. Frames
 come at the clip's rate (timeline.py), upright and with square pixels (container.py), in BT.709 of standard range
-(colour.py). Grey becomes RGB, and transparency is composited onto black.
+(colour.py). Grey becomes RGB, and transparency is composited onto black. Our own files are saved larger than they were
+made; who works on with their frames reads them as they were made (as_made.py).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from minisora_jax.media.as_made import AsMade, as_made
 from minisora_jax.media.container import ContainerVideo, Fit
 from minisora_jax.media.opening import MAX_BYTES, MediaFile, VideoError, label, opened
 from minisora_jax.media.picture import STILL_FPS, Picture
@@ -46,7 +48,7 @@ class VideoInfo:
 class Video:
     """An open file. Use it as long as `open_video` holds it open, one iterator at a time."""
 
-    def __init__(self, name: str, content: ContainerVideo | Picture | StoredFrames):
+    def __init__(self, name: str, content: ContainerVideo | Picture | StoredFrames | AsMade, still: bool):
         self.name, self._content = name, content
         self.info = VideoInfo(
             len(content.timeline),
@@ -57,7 +59,7 @@ class Video:
             tuple(content.remarks),
         )
         self.note = content.comment
-        self.still = len(content.timeline) == 1 and not isinstance(content, ContainerVideo)
+        self.still = still
 
     def count(self, fps: float | None = None) -> int:
         """The number of frames at a rate; None: at the file's own."""
@@ -145,8 +147,11 @@ class StoredFrames:
 
 
 @contextlib.contextmanager
-def open_video(file: MediaFile) -> Iterator[Video]:
+def open_video(file: MediaFile, *, made: bool = False) -> Iterator[Video]:
     """The open video or image of a path, or of the bytes of a file.
+
+    Args:
+        made: read a file of ours, which was saved larger, at the size at which it was made.
 
     Raises:
         VideoError: 'unreadable file', 'empty file', 'not a video', 'not an image', 'truncated', 'audio only',
@@ -157,12 +162,14 @@ def open_video(file: MediaFile) -> Iterator[Video]:
         if not file_format.readable and (named_image or file_format is HEIC):
             raise VideoError("not an image", f"{label(file)} is {file_format.name}: convert it to JPEG or PNG")
         kind = Picture if file_format.pillow else ContainerVideo
-        yield Video(label(file), kind(file, stream, file_format))
+        content = kind(file, stream, file_format)
+        still = file_format.pillow and len(content.timeline) == 1
+        yield Video(label(file), as_made(file, content) if made else content, bool(still))
 
 
-def probe(file: MediaFile) -> VideoInfo:
-    """The size, rate and length of a file, which decodes its first frame at most. Raises as `open_video` does."""
-    with open_video(file) as video:
+def probe(file: MediaFile, *, made: bool = False) -> VideoInfo:
+    """The size, rate and length of a file, which decodes its first frame at most. Else as `open_video`."""
+    with open_video(file, made=made) as video:
         return video.info
 
 
@@ -173,14 +180,16 @@ def read_clip_frames(
     max_frames: int | None = None,
     fps: float | None = None,
     fit: Fit | None = None,
+    made: bool = False,
 ) -> tuple[np.ndarray, float]:
     """Frames start, start + 1, ... of a file, at most `max_frames`: (uint8 (T, H, W, 3), frames per second).
 
-    `Video.frames` has the meaning of `fps` and `fit`. Raises VideoError as `open_video` and `Video.read` do.
+    `Video.frames` has the meaning of `fps` and `fit`, `open_video` that of `made`. Raises VideoError as both do, and as
+    `Video.read` does.
     """
     if start < 0 or (max_frames is not None and max_frames < 1):
         raise ValueError(f"start={start} must be at least 0 and max_frames={max_frames} at least 1")
-    with open_video(file) as video:
+    with open_video(file, made=made) as video:
         stop = None if max_frames is None else start + max_frames
         return video.read(start, stop, fps=fps, fit=fit), fps or video.info.fps
 

@@ -51,7 +51,8 @@ class Media:
 
     name: str  # unique within its source; a path within a folder has forward slashes
     caption: str
-    data: Path | bytes | np.ndarray | VideoError  # a file, its bytes, uint8 RGB frames (T, H, W, 3), or the failure
+    # A file, its bytes, uint8 RGB frames (T, H, W, 3), or the failure.
+    data: Path | bytes | np.ndarray | VideoError = dataclasses.field(repr=False)
     fps: float | None = None  # frames per second; None: the file states it. Frames need it if T > 1
 
     @property
@@ -178,7 +179,7 @@ def open_media(media: Media) -> Iterator[Video]:
     """The open video of a clip; VideoError if it is no readable video or image."""
     content = media.content
     if not isinstance(content, np.ndarray):
-        with open_video(content) as video:
+        with open_video(content, made=True) as video:
             yield video
         return
     shape, fps = content.shape, media.fps
@@ -186,7 +187,7 @@ def open_media(media: Media) -> Iterator[Video]:
         raise VideoError("not a video", f"frames are {content.dtype} {shape}, and should be uint8 (T, H, W, 3)")
     if shape[0] > 1 and not fps:
         raise VideoError("no frame rate", f"{shape[0]} frames have no frames per second: give the source an fps")
-    yield Video(media.name, StoredFrames(content, fps or STILL_FPS))
+    yield Video(media.name, StoredFrames(content, fps or STILL_FPS), still=shape[0] == 1)
 
 
 def header(media: Media) -> VideoInfo:

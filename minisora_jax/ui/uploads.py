@@ -132,7 +132,7 @@ def _suffix(name: str, head: bytes, kind: str) -> str:
 
 def _read(path: Path, name: str, kind: str) -> tuple[int, int, int, float, bytes]:
     """(frames, height, width, frames per second, thumbnail). All frames are decoded, one at a time."""
-    with open_video(path) as video:
+    with open_video(path, made=True) as video:
         info = video.info
         H, W = info.height, info.width
         if H * W > MOST_PICTURE:
