@@ -28,7 +28,7 @@ import numpy as np
 from flax import struct
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Clip:
     """One captioned clip of pixels on the host. An image is a clip of one frame."""
 
@@ -36,6 +36,10 @@ class Clip:
     caption: str
     fps: float  # frames per second
     name: str  # the clip's origin: a path, or "shapes/train/17"
+
+    def __repr__(self) -> str:
+        sides = "x".join(map(str, self.size_THW))
+        return f"Clip({self.name!r}, {sides} (frames x height x width), {self.fps:g} fps, {self.caption!r})"
 
     @property
     def size_THW(self) -> tuple[int, int, int]:
@@ -52,7 +56,7 @@ class ClipSequence(Protocol):
     def __getitem__(self, i: int, /) -> Clip: ...
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class LatentClip:
     """One clip after the codec: the moments of its posterior, and the features of its caption."""
 
@@ -62,6 +66,10 @@ class LatentClip:
     caption: str
     fps: float  # frames per second of the pixels
     name: str
+
+    def __repr__(self) -> str:
+        shape = "x".join(map(str, self.mean_thwc.shape))
+        return f"LatentClip({self.name!r}, latents {shape}, {self.fps:g} fps, {self.caption!r})"
 
 
 @struct.dataclass

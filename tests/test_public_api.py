@@ -71,3 +71,29 @@ def test_words_that_no_caption_of_training_has_are_named():
     assert words("a cat on a skateboard [2s] ein Hund, 猫") == ["cat", "skateboard", "ein", "hund", "猫"]
     assert words("a red circle grows on a black background [4s] a photo of a small cross") == []
     assert words("an orange sqare") == ["sqare"]
+
+
+def test_what_is_printed_is_one_short_line(tmp_path):
+    """The default of a dataclass prints all of its weights, hundreds of lines in a notebook."""
+    import numpy as np
+
+    from minisora_jax.generate.request import Given
+    from minisora_jax.models.encoder import TextEncoder
+    from minisora_jax.models.t5 import T5Config
+    from minisora_jax.sources.base import Media
+
+    pipeline, clip = ms.VideoPipeline.load(), ms.open_clips("shapes:train:2")[0]
+    latents = ms.open_latents(ms.encode("shapes:train:2", tmp_path / "latents", progress=False))
+    given = Given(np.zeros((5, 6, 6, 16), np.float32), np.zeros((5, 3, 3), bool))
+    weights = {"params": {"w": np.zeros((1000, 1000), np.float32)}}
+    for value, words in [
+        (pipeline, [pipeline.hash, "M parameters", "known_size=17x64x64", pipeline.codec.hash]),
+        (pipeline.codec, [pipeline.codec.hash, "2.9 M parameters", "4x8x8"]),
+        (TextEncoder(T5Config(), weights, "cafe"), ["cafe", "1.0 M parameters"]),
+        (clip, [clip.name, "x".join(map(str, clip.size_THW)), clip.caption]),
+        (latents[0], [clip.caption, "x16"]),
+        (Media("a", "", bytes(5000)), ["'a'"]),
+        (ms.Request("a red circle", (17, 48, 48), given=given), ["a red circle", "5x6x6x16"]),
+    ]:
+        shown = repr(value)
+        assert len(shown) < 300 and "\n" not in shown and all(word in shown for word in words), shown

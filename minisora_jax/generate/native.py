@@ -17,6 +17,7 @@ from minisora_jax.diffusion.sampler import SamplerConfig
 from minisora_jax.diffusion.time import TimeConfig
 from minisora_jax.generate.request import Request
 from minisora_jax.generate.sampling import PackedRequests, features, fill_rows, require_finite, sample
+from minisora_jax.io.model_dir import in_words
 from minisora_jax.io.progress import Progress
 from minisora_jax.models.captions import BYTES, Captions
 from minisora_jax.models.codec import Codec
@@ -31,7 +32,7 @@ CODEC_BATCH = 16  # clips that go through the codec together
 Watch = Callable[[float, Callable[[], dict[int, np.ndarray]]], None]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class NativePipeline:
     """A diffusion transformer and its codec. With autoguidance also a weaker guide model on the same latents."""
 
@@ -47,6 +48,12 @@ class NativePipeline:
     sides: tuple[int, int] | None = None  # height and width of the largest latents in training; None: not recorded
     leads_over: bool = False  # trained with a known past and future: loops are made as transitions back
     vocabulary: frozenset[str] | None = None  # all words of the training captions; None: not recorded
+
+    def __repr__(self) -> str:
+        """One line: the weights would fill the screen."""
+        known = "x".join(map(str, self.known_size or ("?",)))
+        parts = [in_words(self.params, self.hash), f"known_size={known}", f"cell={self.cell}"]
+        return f"{type(self).__name__}({', '.join(parts)}, codec={self.codec.hash or 'unsaved'})"
 
     @property
     def window_frames(self) -> int:

@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Given:
     """Latents of a video that are known, or that sampling starts from."""
 
@@ -15,6 +15,10 @@ class Given:
     cond_mask_thw: np.ndarray  # bool, by token (a patch of latents): the tokens that are known and stay
     strength: float = 1.0  # noise that the other tokens start from; below 1 they stay near the latents (SDEdit: Meng et
     # al. 2021, arXiv:2108.01073)
+
+    def __repr__(self) -> str:
+        shape, share = "x".join(map(str, self.latents_thwc.shape)), self.cond_mask_thw.mean()
+        return f"Given(latents {shape}, {share:.0%} of the tokens known, strength {self.strength:g})"
 
     def __post_init__(self):
         if not 0 < self.strength <= 1:

@@ -92,6 +92,11 @@ def is_finite(array: np.ndarray) -> bool:
     return bool(np.isfinite(array.min()) and np.isfinite(array.max()))
 
 
+def in_words(params: Any, model_hash: str) -> str:
+    """What a line can say of weights: their hash and their number."""
+    return f"{model_hash or 'unsaved'}, {sum(x.size for x in jax.tree.leaves(params)) / 1e6:.1f} M parameters"
+
+
 def open_model(directory: str | Path) -> tuple[Any, dict]:
     """(params, config) like `load_model`, but the leaves stay on disk with their stored types: `leaf[index]` reads.
 

@@ -21,12 +21,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from minisora_jax.io.model_dir import export_model, load_model, model_hash, saved_settings
+from minisora_jax.io.model_dir import export_model, in_words, load_model, model_hash, saved_settings
 from minisora_jax.models.vae import VAE, VAEConfig
 from minisora_jax.parallel.halo import fetch_frames, put_frames, put_params, shard_height
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Codec:
     """A VAE with its weights and latent statistics.
 
@@ -47,6 +47,11 @@ class Codec:
     latent_std: np.ndarray  # (c,)
     hash: str = ""  # of the exported files
     latents: str = ""  # hash of the first codec that had this encoder
+
+    def __repr__(self) -> str:
+        c = self.config
+        factors = f"{c.time_factor}x{c.space_factor}x{c.space_factor} pixels to {c.latent_channels} numbers"
+        return f"Codec({in_words(self.params, self.hash)}, {factors})"
 
     @classmethod
     def load(cls, directory: str | Path) -> Codec:

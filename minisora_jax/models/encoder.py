@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from minisora_jax.io.model_dir import export_model, load_model, model_hash, saved_settings
+from minisora_jax.io.model_dir import export_model, in_words, load_model, model_hash, saved_settings
 from minisora_jax.models.clip import CLIPConfig, CLIPEncoder
 from minisora_jax.models.t5 import T5Config, T5Encoder
 
@@ -13,7 +13,7 @@ CONFIGS = {"t5": T5Config, "clip": CLIPConfig}
 MODULES = {T5Config: T5Encoder, CLIPConfig: CLIPEncoder}
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class TextEncoder:
     """A text encoder with its weights.
 
@@ -23,6 +23,9 @@ class TextEncoder:
     config: T5Config | CLIPConfig
     params: dict  # {"params": ...}, in the precision of the files
     hash: str = ""  # of the exported files
+
+    def __repr__(self) -> str:
+        return f"TextEncoder({type(self.module).__name__}, {in_words(self.params, self.hash)})"
 
     @property
     def module(self) -> T5Encoder | CLIPEncoder:
