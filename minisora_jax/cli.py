@@ -34,7 +34,7 @@ from your own clips to your own model:
   minisora prepare my_clips/ data/clips
   minisora train-vae --config=vae_tiny:data=data/clips --workdir=runs/codec
   minisora encode data/clips data/latents --codec=runs/codec/export
-  minisora train --config=dit_tiny:data=data/latents --workdir=runs/model
+  minisora train --config=dit_tiny:data=data/latents --codec=runs/codec/export --workdir=runs/model
   minisora generate "what your captions say" --model=runs/model/export --codec=runs/codec/export
 """
 

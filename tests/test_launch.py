@@ -156,3 +156,29 @@ def test_the_workflow_of_github_fits_its_schema_and_runs_the_same_script():
     assert done.returncode == 0, done.stdout.decode()
     steps = yaml.safe_load(workflow.read_text())["jobs"]["ci"]["steps"]
     assert steps[-1]["run"] == "bash .ci/run"
+
+
+@pytest.mark.parametrize("flags, code", [(["--list-config"], 0), (["--config=no_such_config", "--workdir=w"], 2)])
+def test_a_slurm_job_has_the_exit_code_of_its_run(tmp_path, flags, code):
+    """With an srun that runs one task here."""
+    srun = tmp_path / "bin" / "srun"
+    srun.parent.mkdir()
+    srun.write_text('#!/usr/bin/env bash\nwhile [[ $1 == --* ]]; do shift; done\nexec "$@"\n')
+    minisora = tmp_path / ".venv" / "bin" / "minisora"
+    minisora.parent.mkdir(parents=True)
+    minisora.write_text(f'#!/usr/bin/env bash\nexec "{sys.executable}" -m minisora_jax.cli "$@"\n')
+    for file in (srun, minisora):
+        file.chmod(0o755)
+    (tmp_path / "launch").symlink_to(LAUNCH)
+    env = os.environ | {"SLURM_SUBMIT_DIR": str(tmp_path), "PYTHONPATH": str(LAUNCH.parent), "JAX_PLATFORMS": "cpu"}
+    env["PATH"] = f"{srun.parent}{os.pathsep}{env['PATH']}"
+    script = LAUNCH / "slurm" / "train.sbatch"
+    run = subprocess.run(["bash", script, *flags], env=env, cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == code, run.stderr
+
+
+def test_the_slurm_script_states_the_exit_code_of_a_preempted_run():
+    from minisora_jax.parallel.processes import Preempted
+
+    text = " ".join((LAUNCH / "slurm" / "train.sbatch").read_text().replace("#", " ").split())
+    assert f"sends SIGTERM, and the run saves and ends with exit code {Preempted.exit_code}" in text
