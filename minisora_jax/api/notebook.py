@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import json
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -126,7 +125,9 @@ def plot_metrics(workdir: str | Path, names: Sequence[str] = ("loss",)) -> Plot:
     """
     from matplotlib.figure import Figure
 
-    rows = [json.loads(line) for line in (Path(workdir) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    from minisora_jax.training.metrics import read_rows
+
+    rows = read_rows(Path(workdir) / "metrics.jsonl")
     logged = sorted({name for row in rows for name in row} - {"step"})
     if missing := sorted(set(names) - set(logged)):
         raise ValueError(f"{workdir} logged no {', '.join(missing)}; it logged {', '.join(logged)}")

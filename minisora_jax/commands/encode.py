@@ -42,10 +42,10 @@ def add_arguments(parser):
 
 
 def run(args, _):
-    import json
     from pathlib import Path
 
     from minisora_jax.api.encoding import encode
+    from minisora_jax.io.json_files import read_json
     from minisora_jax.parallel.processes import is_main
 
     with mesh_in_use(args.mesh):
@@ -60,7 +60,7 @@ def run(args, _):
             clips_per_part=args.clips_per_part,
         )
     if is_main():
-        manifest = json.loads((Path(args.out) / "manifest.json").read_text(encoding="utf-8"))
+        manifest = read_json(Path(args.out) / "manifest.json")
         left_out = f", {len(manifest['left_out'])} left out" if manifest["left_out"] else ""
         shards = f"{manifest['records']} clips in {len(manifest['shards'])} shards"
         print(f"{shards} of latents of codec {manifest['settings']['codec_hash']}{left_out}: {args.out}")

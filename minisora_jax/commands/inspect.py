@@ -57,14 +57,13 @@ def run(args, config_flags):
 
 
 def _data(where: Path, verify: bool, out: Path) -> None:
-    import json
-
     from minisora_jax.inspection.datasets import draw_clips, draw_sizes, facts_of
+    from minisora_jax.io.json_files import read_json
     from minisora_jax.io.records import Shards
     from minisora_jax.sources.clips import Records
 
     path = where / "manifest.json"
-    kind = json.loads(path.read_text(encoding="utf-8"))["kind"] if path.exists() else "clips"
+    kind = read_json(path).get("kind") if path.exists() else "clips"
     shards = Shards(where, kind, {})
     _print(f"{where}: {kind}", facts_of(shards))
     if verify:

@@ -25,6 +25,7 @@ from PIL import Image
 from minisora_jax.curation.stages import Candidate, Curation, Drop, clips_of
 from minisora_jax.curation.workers import Died, Worker
 from minisora_jax.io.atomic import write_text
+from minisora_jax.io.json_files import read_json
 from minisora_jax.io.record_writer import PARTS, ShardWriter
 from minisora_jax.io.records import RANDOM_ACCESS, pack_record, unpack_record
 from minisora_jax.io.retry import DataError
@@ -291,4 +292,4 @@ def _write(path: Path, metadata: Any) -> None:
 
 def read_notes(path: Path) -> Any:
     """The value of a part's JSON file."""
-    return json.loads(path.read_text(encoding="utf-8"))
+    return read_json(path)

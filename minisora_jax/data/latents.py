@@ -8,7 +8,6 @@ text encoder; a reader that expects others gets an error.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections.abc import Callable, Iterable, Sequence
@@ -21,6 +20,7 @@ import numpy as np
 from minisora_jax.data.epochs import parse_mixture
 from minisora_jax.io import record_writer
 from minisora_jax.io.concat_index import ConcatIndex
+from minisora_jax.io.json_files import read_json
 from minisora_jax.io.records import Shards, pack_record
 from minisora_jax.io.retry import DataError
 from minisora_jax.parallel.processes import barrier, is_main, several
@@ -95,7 +95,7 @@ def write_latents(
         closing = lambda metadata: {"left_out": [error for part in metadata for error in part]}
         record_writer.finish_parts(out_dir, opening, parts, tables=empty, closing=closing)
     barrier("an encode's manifest")
-    return json.loads((out_dir / "manifest.json").read_text(encoding="utf-8"))
+    return read_json(out_dir / "manifest.json")
 
 
 def my_parts(count: int, clips_per_part: int) -> dict[int, range]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import defaultdict
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ from flax import traverse_util
 
 from minisora_jax.inspection.datasets import short
 from minisora_jax.io.atomic import replacing
+from minisora_jax.io.json_files import read_json
 from minisora_jax.io.model_dir import model_hash, open_model
 from minisora_jax.training.metrics import read_rows
 
@@ -40,7 +40,7 @@ def run_facts(workdir: Path) -> list[tuple[str, str]]:
     """The lines (name, value) of a run: checkpoints, step, last metrics, use of time, skipped data, and its config."""
     rows = metrics(workdir)
     checkpoints = sorted(int(p.name) for p in (workdir / "checkpoints").glob("*") if p.name.isdigit())
-    config = json.loads((workdir / "config.json").read_text(encoding="utf-8"))
+    config = read_json(workdir / "config.json")
     lines = [("checkpoints", ", ".join(map(str, checkpoints)) or "none")]
     if rows:
         last = rows[-1]

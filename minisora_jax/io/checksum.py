@@ -10,26 +10,26 @@ who changes a file and its checksum.
 from __future__ import annotations
 
 import json
-import mmap
 import zlib
 from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from minisora_jax.io.atomic import write_text
-from minisora_jax.io.filesystem import json_or_none
+from minisora_jax.io.filesystem import json_or_none, open_regular
 
 NAME = "checksums.json"
+CHUNK = 2**22  # bytes read at a time
 THREADS = 4  # files at a time; zlib releases the interpreter's lock
 
 
 def crc32(path: Path) -> str:
     """The CRC-32 of a file's bytes, 8 hex digits."""
-    with open(path, "rb") as file:
-        if path.stat().st_size == 0:  # mmap refuses an empty file
-            return f"{0:08x}"
-        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            return f"{zlib.crc32(content):08x}"
+    value, buffer = 0, memoryview(bytearray(CHUNK))
+    with open_regular(path) as file:
+        while count := file.readinto(buffer):
+            value = zlib.crc32(buffer[:count], value)
+    return f"{value:08x}"
 
 
 def write_checksums(folder: Path, *, without: Collection[str] = ()) -> None:
@@ -39,11 +39,8 @@ def write_checksums(folder: Path, *, without: Collection[str] = ()) -> None:
         folder: where the files are.
         without: the names of files that may change.
     """
-    names = [
-        path.relative_to(folder).as_posix()
-        for path in folder.rglob("*")
-        if path.is_file() and path.name not in (NAME, *without)
-    ]
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name not in (NAME, *without)]
+    names = [path.relative_to(folder).as_posix() for path in files]
     with ThreadPoolExecutor(THREADS) as threads:
         sums = dict(zip(names, threads.map(lambda name: crc32(folder / name), names)))
     entries = {name: [(folder / name).stat().st_size, sums[name]] for name in sorted(names)}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import glob
+import io
 import itertools
 import json
 import os
@@ -61,7 +62,7 @@ class NotAFile(OSError):
         self.kind = kind
 
 
-def open_regular(path: str | os.PathLike) -> BinaryIO:
+def open_regular(path: str | os.PathLike) -> io.BufferedReader:
     """A plain file, opened for reading. A pipe, device or socket, whose reading may never end, is refused.
 
     Raises:

@@ -14,7 +14,8 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from minisora_jax.io.atomic import replacing, write_text
-from minisora_jax.io.records import FORMAT, read_json, record_crc32, sha256
+from minisora_jax.io.json_files import read_json
+from minisora_jax.io.records import FORMAT, record_crc32, sha256
 from minisora_jax.io.retry import DataError
 
 PARTS = "parts"

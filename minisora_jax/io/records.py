@@ -27,7 +27,8 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader
 
 from minisora_jax.io.concat_index import ConcatIndex
-from minisora_jax.io.filesystem import is_url
+from minisora_jax.io.filesystem import is_url, open_regular
+from minisora_jax.io.json_files import read_json
 from minisora_jax.io.manifest import manifest_problem
 from minisora_jax.io.progress import Progress
 from minisora_jax.io.retry import DataError, require_readable, with_retries
@@ -244,13 +245,5 @@ def record_crc32(record: bytes) -> str:
 
 def sha256(path: Path) -> str:
     """The SHA-256 of a file, in hex."""
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The value of a JSON file; DataError for a damaged one."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path} is damaged: expected JSON, found {error}") from error

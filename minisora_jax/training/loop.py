@@ -18,7 +18,9 @@ import optax
 
 from minisora_jax.config import with_current_names
 from minisora_jax.io.atomic import write_text
+from minisora_jax.io.json_files import read_json
 from minisora_jax.io.lock import only_writer
+from minisora_jax.io.retry import DataError
 from minisora_jax.parallel.mesh import MeshConfig, make_mesh, require_divisible, to_global, with_shardings
 from minisora_jax.parallel.processes import (
     Preempted,
@@ -256,7 +258,10 @@ def _report_nonfinite(workdir: Path, error: NonFiniteLoss, clip_names: Callable[
 
 def _skipped_batches(workdir: Path) -> list[int]:
     path = workdir / "left_out.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    batches = read_json(path, list) if path.exists() else []
+    if not all(isinstance(number, int) for number in batches):
+        raise DataError(f"{path} is damaged: expected the numbers of batches")
+    return batches
 
 
 def _skip_batches(workdir: Path, batches: list[int]) -> None:
@@ -270,9 +275,7 @@ def _require_same_config(workdir: Path, run_config: dict) -> None:
     path = workdir / "config.json"
     text = json.dumps(run_config, indent=2, sort_keys=True) + "\n"
     if path.exists():
-        before, now = (
-            _without_mesh(with_current_names(json.loads(t))) for t in (path.read_text(encoding="utf-8"), text)
-        )
+        before, now = (_without_mesh(with_current_names(c)) for c in (read_json(path), json.loads(text)))
         if changed := _changes(before, now):
             raise ValueError(
                 f"{workdir} was begun with another config ({'; '.join(changed)}): use a new --workdir or that config"

@@ -17,6 +17,7 @@ from tensorboardX import SummaryWriter
 from tensorboardX.proto import summary_pb2
 
 from minisora_jax.io.atomic import write_text
+from minisora_jax.io.json_files import read_json_lines
 from minisora_jax.io.progress import Progress
 from minisora_jax.media.video_writer import write_video
 from minisora_jax.parallel.processes import is_main
@@ -108,11 +109,7 @@ class Metrics:
 
 def read_rows(path: Path) -> list[dict]:
     """The complete rows of a metrics.jsonl. A row that is being written, or that was cut by a kill, is skipped."""
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        with contextlib.suppress(json.JSONDecodeError):
-            rows.append(json.loads(line))
-    return rows
+    return [row for row in read_json_lines(path) if isinstance(row.get("step"), int)]
 
 
 class Clock:
