@@ -13,19 +13,13 @@ from minisora_jax.config import parse_arg
 
 
 def get_config(arg=None):
-    arg = parse_arg(arg, data="", steps=5000, rows=8, prompts=True, lr=3e-3)
+    arg = parse_arg(arg, data="", steps=5000, rows=0, prompts=True, lr=3e-3)
     if not arg["data"]:
         raise ValueError("name the latent cache: --config=dit_tiny:data=DIR (`minisora encode` writes one)")
-    prompts = [
-        dict(prompt="a large red circle moves left slowly on a black background", size_THW=(17, 48, 48)),
-        dict(prompt="a small cyan square bounces off the walls on a grey background", size_THW=(17, 48, 64)),
-        dict(prompt="a yellow triangle grows on a checkered background", size_THW=(13, 48, 48)),
-        dict(prompt="a photo of a large white cross on a navy background", size_THW=(1, 64, 64)),
-    ]
     return ConfigDict(
         dict(
             data=dict(path=arg["data"]),
-            prompts=prompts if arg["prompts"] else [],
+            prompts=4 if arg["prompts"] else 0,  # captions of the data, held-out ones if it has any
             dit=dict(
                 latent_channels=16,
                 patch=(1, 2, 2),
@@ -37,7 +31,7 @@ def get_config(arg=None):
                 text_depth=1,
                 dtype="float32",  # bfloat16 is no faster on CPUs, where memory traffic and not arithmetic decides
             ),
-            pack=dict(tokens=256, text_tokens=640, slots=16, rows=arg["rows"]),
+            pack=dict(rows=arg["rows"]),  # the rest follows from the clips: 256 tokens for these
             times=dict(mean=0.0, std=1.0, base_tokens=32, per_frame=0.1),
             caption_dropout=0.1,
             export_dtype="float16",

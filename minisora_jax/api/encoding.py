@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from pathlib import Path
 
+from minisora_jax.api.samples import held_out_examples
 from minisora_jax.bundled import CODEC
 from minisora_jax.data.encode import encode_clips
 from minisora_jax.data.latents import my_parts, write_latents
@@ -83,6 +84,7 @@ def encode(
             text=captions.record,
             empty_text_LE=captions.encode([""])[0],
             source=getattr(clips, "identity", str(data)),
+            examples=held_out_examples(str(data)),
             shard_bytes=shard_mb * 2**20,
             clips_per_part=clips_per_part,
         )

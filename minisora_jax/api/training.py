@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from minisora_jax.api.samples import sample_requests, sampler
 from minisora_jax.bundled import CODEC
 from minisora_jax.config import build, complete, load
 from minisora_jax.data.latents import open_latents
-from minisora_jax.generate import Request, VideoPipeline
-from minisora_jax.media.contact_sheet import contact_sheet
 from minisora_jax.models.captions import captions_of
 from minisora_jax.models.codec import Codec
 from minisora_jax.sources.clips import hold_out, open_clips
 from minisora_jax.training import codec_task
 from minisora_jax.training.codec_task import CodecTask
-from minisora_jax.training.diffusion_task import DiffusionTask, settings_of, train_diffusion
+from minisora_jax.training.diffusion_task import DiffusionTask, settings_of, train_diffusion, with_row_size
 
 
 def train(
@@ -59,13 +59,15 @@ def train(
     entries = _entries(config)
     settled = settings_of(init) if init else None
     whole = complete(entries, DiffusionTask, settled)
-    prompts = whole.pop("prompts", ())
+    prompts = whole.pop("prompts", 0)
     task = build(DiffusionTask, whole)
     loaded = Codec.load(codec or CODEC)
     latents = open_latents(task.data.path, codec_hash=loaded.latents)
+    task = with_row_size(task, latents)
+    whole["pack"] = dataclasses.asdict(task.pack)
     sample = None
-    if prompts:
-        sample = _sampler(task, loaded, captions_of(task.dit, latents.text, None, None), prompts, Path(workdir))
+    if prompts and (requests := sample_requests(prompts, task, loaded, latents)):
+        sample = sampler(requests, task, loaded, captions_of(task.dit, latents.text, None, None), Path(workdir))
     export = {"codec": loaded.latents, "text": latents.text}
     run_config = whole | {"init": str(init or "")}
     return train_diffusion(task, Path(workdir), latents, run_config, export, sample, init)
@@ -105,18 +107,3 @@ def _entries(config: str | Mapping[str, Any]) -> dict[str, Any]:
         return load(config).to_dict()
     to_dict = getattr(config, "to_dict", None)  # a ConfigDict has one
     return to_dict() if to_dict else dict(config)
-
-
-def _sampler(task: DiffusionTask, codec: Codec, captions, prompts: Sequence[Mapping[str, Any]], workdir: Path):
-    """sample(step, params, metrics): each prompt as a TensorBoard video, and all of them on one contact sheet."""
-    requests = [Request(p["prompt"], tuple(p["size_THW"]), seed=i) for i, p in enumerate(prompts)]
-
-    def sample(step: int, params, metrics) -> None:
-        pipeline = VideoPipeline(codec, task.dit, task.times, params, objective=task.objective, captions=captions)
-        videos = pipeline.generate(requests, progress=False)
-        for i, (request, frames) in enumerate(zip(requests, videos)):
-            metrics.video(step, f"sample{i}", frames, request.fps)
-        sheet = workdir / "samples" / f"step_{step:07d}.png"
-        contact_sheet(sheet, [(frames, r.prompt) for r, frames in zip(requests, videos)])
-
-    return sample

@@ -82,11 +82,12 @@ def _packing(config_flags: list[str], codec_path: str | None, out: Path) -> None
     from minisora_jax.data.latents import open_latents
     from minisora_jax.inspection.packs import draw_rows, packing_report
     from minisora_jax.models.codec import Codec
-    from minisora_jax.training.diffusion_task import DiffusionTask, pack_plan, padded_sizes
+    from minisora_jax.training.diffusion_task import DiffusionTask, pack_plan, padded_sizes, with_row_size
 
     config = read_config(config_flags, DiffusionTask, "dit_tiny:data=data/latents")
     task = build(DiffusionTask, {k: v for k, v in config.items() if k != "prompts"})
     latents = open_latents(task.data.path)
+    task = with_row_size(task, latents)
     plan, sizes = pack_plan(task, latents), padded_sizes(task, latents)
     report = packing_report(plan, sizes, task.dit, range(min(STEPS, task.run.steps)))
     percent = lambda name: f"{report[name]:.1%}"

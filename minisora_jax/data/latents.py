@@ -38,6 +38,7 @@ def write_latents(
     text: dict[str, Any],
     empty_text_LE: np.ndarray,
     source: str = "",
+    examples: Sequence[dict[str, Any]] = (),
     count: int | None = None,
     preprocessing_version: int = PREPROCESSING_VERSION,
     shard_bytes: int = 256 * 2**20,
@@ -54,6 +55,7 @@ def write_latents(
         text: the identity of the text encoder, such as {"encoder": "bytes"}.
         empty_text_LE: features of the empty caption, for guidance.
         source: the identity of the clips (`Records.identity`). A folder with the latents of other clips is refused.
+        examples: {"prompt", "size_THW", "fps"} of held-out clips, which training samples.
         count: the number of clips; None if `clips` is a sequence.
         shard_bytes: a file ends when it reaches this size.
         clips_per_part: the unit of work; an interrupted encode repeats at most one part.
@@ -92,7 +94,8 @@ def write_latents(
     barrier("an encode's parts")
     if is_main():
         empty = {"empty_text": _stored(empty_text_LE, "the empty caption's features")}
-        closing = lambda metadata: {"left_out": [error for part in metadata for error in part]}
+        left_out = lambda metadata: [error for part in metadata for error in part]
+        closing = lambda metadata: {"left_out": left_out(metadata), "examples": list(examples)}
         record_writer.finish_parts(out_dir, opening, parts, tables=empty, closing=closing)
     barrier("an encode's manifest")
     return read_json(out_dir / "manifest.json")
@@ -138,6 +141,12 @@ class Latents:
         if not isinstance(self.text, dict) or not isinstance(self.codec_hash, str):
             raise DataError(f"{self.shards.directory}/manifest.json is damaged: it names no codec or no text encoder")
         self.counts, self.weights, self.masks = (len(self.shards),), (1.0,), ("",)
+
+    @property
+    def examples(self) -> list[dict[str, Any]]:
+        """{"prompt", "size_THW", "fps"} of some held-out clips; [] if there are none, or the manifest's are damaged."""
+        entries = self.shards.manifest.get("examples")
+        return [e for e in entries if _is_example(e)] if isinstance(entries, list) else []
 
     def __len__(self) -> int:
         return len(self.shards)
@@ -186,6 +195,11 @@ class Mixture:
         self.empty_text_LE, self.text, self.codec_hash = first.empty_text_LE, first.text, first.codec_hash
         self._index = ConcatIndex(self.counts)
 
+    @property
+    def examples(self) -> list[dict[str, Any]]:
+        """Those of all caches."""
+        return [example for cache in self.caches for example in cache.examples]
+
     def __len__(self) -> int:
         return len(self._index)
 
@@ -219,6 +233,14 @@ def open_latents(text: str | os.PathLike, **expect: Any) -> Mixture:
     mixture = parse_mixture(str(text))
     caches = [Latents(part.directory, **expect) for part in mixture]
     return Mixture(caches, [part.weight for part in mixture], [part.mask for part in mixture])
+
+
+def _is_example(entry: Any) -> bool:
+    if not (isinstance(entry, dict) and isinstance(entry.get("prompt"), str)):
+        return False
+    size, fps = entry.get("size_THW"), entry.get("fps")
+    whole = isinstance(size, list) and len(size) == 3 and all(type(n) is int and 0 < n < 2**14 for n in size)
+    return whole and type(fps) in (int, float) and 0 < fps <= 1000
 
 
 def _to_record(clip: LatentClip) -> bytes:

@@ -31,18 +31,18 @@ log = logging.getLogger("minisora")
 
 @dataclasses.dataclass(frozen=True)
 class PackConfig:
-    """The size of packed rows."""
+    """The size of packed rows. Training replaces each 0 by what the clips need (`row_size.sized_by`)."""
 
-    tokens: int = 4096  # S: video tokens per row
-    text_tokens: int = 2048  # L: caption tokens per row
-    slots: int = 64  # G: clips per row at most
-    rows: int = 8  # B: rows per microbatch, over all devices
+    tokens: int = 0  # S: video tokens per row; 0: as the longest clip needs, at least 256
+    text_tokens: int = 0  # L: caption tokens per row; 0: as the captions need
+    slots: int = 0  # G: clips per row at most; 0: twice the mean of the data
+    rows: int = 0  # B: rows per microbatch, over all devices; 0: 8, or as many as few clips fill
     window: int = 4096  # clips shuffled and packed together
 
     def __post_init__(self):
         for name, value in dataclasses.asdict(self).items():
-            if value < 1:
-                raise ValueError(f"pack.{name}={value} must be at least 1")
+            if value < (least := int(name == "window")):
+                raise ValueError(f"pack.{name}={value} must be at least {least}")
         if self.text_tokens % BYTES_PER_TOKEN:
             raise ValueError(f"pack.text_tokens={self.text_tokens} must be a multiple of {BYTES_PER_TOKEN}")
 

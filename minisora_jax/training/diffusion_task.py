@@ -18,6 +18,7 @@ from minisora_jax.data.epochs import Epochs, curriculum, within
 from minisora_jax.data.latents import Latents, Mixture
 from minisora_jax.data.loader import DataConfig, packed_batches
 from minisora_jax.data.packing import PackConfig, PackPlan, StagedPlan, token_counts
+from minisora_jax.data.row_size import sized_by
 from minisora_jax.data.rows import Segment, pack_segments
 from minisora_jax.diffusion.loss import diffusion_loss
 from minisora_jax.diffusion.objective import ObjectiveConfig
@@ -111,6 +112,7 @@ def train_diffusion(
     Raises:
         ValueError: The model cannot learn from these latents, or `init` has another shape.
     """
+    task = with_row_size(task, latents)
     _check_latents(task, latents, init)
     if init:
         check_shapes(open_model(init)[0], abstract_params(task.dit), init)
@@ -169,6 +171,17 @@ def pack_plan(task: DiffusionTask, latents: Latents | Mixture, workdir: Path | N
         remember = workdir / f"packing_{number}.json" if workdir and epochs.parts > 1 else None
         stages.append((stage, PackPlan(tokens, text, task.pack, task.run.seed, rows_per_step, epochs, remember)))
     return stages[0][1] if len(stages) == 1 else StagedPlan(stages)
+
+
+def with_row_size(task: DiffusionTask, latents: Latents | Mixture) -> DiffusionTask:
+    """The task with rows of a size that fits the clips, where its `pack` leaves that to them."""
+    sizes = padded_sizes(task, latents)
+    allowed = [within(sizes, stage) for stage in curriculum(task.data.curriculum, task.run.steps)]
+    tokens, text = token_counts(sizes, task.dit.patch)
+    if not any(clips is None for clips in allowed):
+        trained = np.unique(np.concatenate([clips for clips in allowed if clips is not None]))
+        tokens, text = tokens[trained], text[trained]
+    return dataclasses.replace(task, pack=sized_by(tokens, text, task.pack, task.run.optim.accumulate))
 
 
 def padded_sizes(task: DiffusionTask, latents: Latents | Mixture) -> np.ndarray:
