@@ -17,6 +17,7 @@ from minisora_jax.diffusion.sampler import SamplerConfig
 from minisora_jax.diffusion.time import TimeConfig
 from minisora_jax.generate.request import Request
 from minisora_jax.generate.sampling import PackedRequests, features, fill_rows, require_finite, sample
+from minisora_jax.generate.storyboard import whole_lines
 from minisora_jax.io.model_dir import in_words
 from minisora_jax.io.progress import Progress
 from minisora_jax.models.captions import BYTES, Captions
@@ -141,7 +142,7 @@ class NativePipeline:
         """
         if self.vocabulary is None:
             return []
-        text = re.sub(r"\[\s*[\d.]+\s*s\s*\]", " ", prompt.lower())
+        text = " ".join(whole_lines(prompt) if "[" in prompt else [prompt]).lower()
         words = re.findall(r"[^\W_]+(?:[-'][^\W_]+)*", text)
         return list(dict.fromkeys(word for word in words if word not in self.vocabulary))
 

@@ -1,8 +1,7 @@
 """The Python face of generation: one object that loads a model and performs every task.
 
-pipeline = VideoPipeline.load()                                     # the bundled model
+pipeline = VideoPipeline.load()
 [video] = pipeline.generate("a red circle moves left on a black background")
-longer = pipeline.extend("a red circle moves left on a black background", video, after=8)
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ from minisora_jax.generate.loading import load_parts
 from minisora_jax.generate.native import NativePipeline
 from minisora_jax.generate.request import Request
 from minisora_jax.generate.runner import Task, run_tasks
+from minisora_jax.generate.storyboard import storyboard
 
 SAMPLING_OPTIONS = ("steps", "guidance", "sampler", "tokens_at_once", "progress", "watch")
 
@@ -322,7 +322,7 @@ class VideoPipeline(NativePipeline):
         """A video of any length, made window by window.
 
         Args:
-            prompt: a prompt, or a storyboard "... [4s] ..." whose second prompt begins at 4 s.
+            prompt: a prompt, or a storyboard "... [4s] ..." whose second line begins at 4 s (storyboard.py).
             frames: number of frames.
             size: height and width in pixels.
             first: the first frame, uint8 (H, W, 3), or None.
@@ -336,7 +336,7 @@ class VideoPipeline(NativePipeline):
             >>> ms.VideoPipeline.load().long_video(prompt, frames=30, steps=2).shape
             (30, 48, 48, 3)
         """
-        prompts = tasks.storyboard(prompt, fps)
+        prompts = storyboard(prompt, fps)
         request = Request(prompts[0][1], (1, *size), seed, fps)
         return self._one(tasks.long_video(self, request, frames, prompts, first), sampling)
 

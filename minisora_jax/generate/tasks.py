@@ -19,7 +19,6 @@ and yields `Frames` of its result. `run_tasks` runs many tasks at once and packs
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -165,18 +164,6 @@ def long_video(
     for bigger in larger:
         video = upscaled_stream(pipeline, video, bigger.size_THW[1:])
     yield from video
-
-
-# ---- Prompts
-
-
-def storyboard(prompt: str, fps: float) -> list[tuple[int, str]]:
-    """(first frame, prompt) of each part of "a red circle grows [4s] a red circle moves up"."""
-    pieces = re.split(r"\s*\[\s*([\d.]+)\s*s\s*\]\s*", prompt)
-    starts = [0.0, *map(float, pieces[1::2])]
-    if starts != sorted(set(starts)):
-        raise ValueError(f"the times in the prompt must rise: {', '.join(f'{s:g}s' for s in starts)}")
-    return [(round(s * fps), words) for s, words in zip(starts, pieces[::2])]
 
 
 # ---- Sizes

@@ -13,6 +13,7 @@ from minisora_jax.generate import tasks
 from minisora_jax.generate.pipeline import VideoPipeline
 from minisora_jax.generate.request import Request
 from minisora_jax.generate.runner import Task, altered
+from minisora_jax.generate.storyboard import lines, storyboard
 from minisora_jax.io.filesystem import printable
 from minisora_jax.io.progress import Progress
 from minisora_jax.jobs.job import Job
@@ -33,6 +34,8 @@ def start(pipeline: VideoPipeline, job: Job) -> Started:
         ValueError: if the model or the job's files cannot do it; the message says what can be done.
         OSError: if a file cannot be read.
     """
+    if "[" in job.prompt:
+        _check_times(job)
     if not job.size:
         return _STARTS[job.task](pipeline, job)
     size_HW = job.size
@@ -41,6 +44,19 @@ def start(pipeline: VideoPipeline, job: Job) -> Started:
     height, width = (-(-n // pipeline.cell) * pipeline.cell for n in size_HW)
     task, fps = _STARTS[job.task](pipeline, dataclasses.replace(job, size=(height, width)))
     return altered(task, lambda frames: None if frames is None else _cropped(frames, size_HW)), fps
+
+
+def _check_times(job: Job) -> None:
+    """ValueError for a prompt with times where none can be kept; a word for a time after the end."""
+    starts = [start for start, _, _ in lines(job.prompt)]
+    if len(starts) > 1 and job.task not in ("long_video", "image_to_video"):
+        raise ValueError(
+            f"the prompt changes at {starts[1]:g} s, and only a long video or one from an image can do so: give its "
+            f'length by --seconds (in a job "seconds"), or one prompt without times'
+        )
+    end = job.seconds or (job.frames or DEFAULT_FRAMES) / (job.fps or DEFAULT_FPS)
+    if starts[-1] >= end > 0 and len(starts) > 1:
+        log.warning("the prompt changes at %g s, and the video ends at %g s: that line is not shown", starts[-1], end)
 
 
 def on_grid(pipeline: VideoPipeline, frames: float, loop: bool = False) -> int:
@@ -64,7 +80,7 @@ def _text_to_video(pipeline: VideoPipeline, job: Job) -> Started:
 
 def _long_video(pipeline: VideoPipeline, job: Job) -> Started:
     fps = job.fps or DEFAULT_FPS
-    prompts = tasks.storyboard(job.prompt, fps)
+    prompts = storyboard(job.prompt, fps)
     request = _request(dataclasses.replace(job, prompt=prompts[0][1]), 1, job.size or DEFAULT_SIZE, fps)
     pipeline.grid(request)
     return tasks.long_video(pipeline, request, max(round((job.seconds or 0) * fps), 1), prompts), fps
@@ -74,8 +90,8 @@ def _image_to_video(pipeline: VideoPipeline, job: Job) -> Started:
     image = _image(pipeline, job.image, job.size)
     request = _request(job, _frames(pipeline, job), (image.shape[0], image.shape[1]), DEFAULT_FPS)
     pipeline.grid(request)
-    if job.seconds is not None and request.size_THW[0] > pipeline.window_frames:
-        prompts = tasks.storyboard(job.prompt, request.fps)
+    prompts = storyboard(job.prompt, request.fps)
+    if len(prompts) > 1 or (job.seconds is not None and request.size_THW[0] > pipeline.window_frames):
         return tasks.long_video(pipeline, request, request.size_THW[0], prompts, image), request.fps
     return tasks.image_to_video(pipeline, request, image), request.fps
 

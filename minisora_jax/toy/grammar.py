@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import zlib
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -93,13 +94,17 @@ def held_out(triple: tuple[str, str, str]) -> bool:
 
 def caption(scene: Scene) -> str:
     """The caption of a scene: one sentence of the grammar that `parse_caption` reads."""
-    first, place = scene.objects[0], f"on a {scene.background} background"
+    return _sentence(scene.objects, scene.background, scene.size_THW[0] == 1)
+
+
+def _sentence(objects: Sequence[Object], background: str, still: bool) -> str:
+    first, place = objects[0], f"on a {background} background"
     noun = lambda o: " ".join(w for w in (_article(o.size or o.colour), o.size, o.colour, o.shape) if w)
-    if scene.size_THW[0] == 1:
+    if still:
         return f"a photo of {noun(first)} {place}"
     if first.motion.startswith("pan"):
         return f"{PHRASES[first.motion]} {noun(first)} {place}"
-    clauses = [" ".join(w for w in (noun(o), PHRASES[o.motion], o.speed) if w) for o in scene.objects]
+    clauses = [" ".join(w for w in (noun(o), PHRASES[o.motion], o.speed) if w) for o in objects]
     return f"{' and '.join(clauses)} {place}"
 
 
@@ -157,3 +162,70 @@ def parse_caption(text: str) -> tuple[list[Object], str, bool]:
         f"shapes: {', '.join(SHAPES)}; motions: {', '.join(PHRASES.values())}; "
         f"backgrounds: {', '.join(BACKGROUNDS)}, checkered"
     )
+
+
+# ---- Captions that go on from another
+
+_OPENING = r"(?:(?:and|but|then|now|next|finally|later),? )*"
+_NAMED = rf"the (?:(?P<size>small|large) )?(?:(?P<colour>{'|'.join(COLOURS)}) )?(?:{'|'.join(SHAPES)})"
+_WHO = rf"(?P<who>it|they|both|{_NAMED})"
+_plural = lambda phrase: re.sub(r"^(\w+)s\b", r"\1", phrase).replace(" and comes ", " and come ")
+_MOVES = "|".join(dict.fromkeys(p for phrase in _PHRASES for p in (phrase, _plural(phrase))))
+_GOES_ON = re.compile(rf"{_OPENING}(?:{_WHO} )?(?P<phrase>{_MOVES})(?: (?P<speed>slowly|quickly))?")
+_PANS_ON = re.compile(rf"{_OPENING}(?P<phrase>the camera pans (?:left|right))(?: past {_WHO})?")
+
+
+def continued(before: str, text: str) -> str:
+    """The caption that a text means after another caption: it takes over what the text does not say.
+
+    "it", "they", "the circle" or nothing stands for the objects before; those that it does not name go on as they did.
+
+    Returns:
+        A caption of the grammar; "" if `before` is none, or the text is a whole caption itself or cannot become one.
+
+    Example:
+        >>> continued("a red circle grows on a navy background", "then it moves left")
+        'a red circle moves left on a navy background'
+    """
+    try:
+        objects, background, _ = parse_caption(before)
+    except ValueError:
+        return ""
+    text = " ".join(text.lower().split()).rstrip(".!")
+    place = _PLACE.search(f" {text}")
+    body = f" {text}"[: place.start()].strip() if place else text
+    background = place["background"] if place else background
+    for clause in (body, re.sub(rf"^{_OPENING}", "", body)):
+        try:
+            said, _, still = parse_caption(f"{clause} on a {background} background")
+        except ValueError:
+            continue
+        whole = _sentence(said, background, still)
+        return "" if place and whole == text else whole
+    if not body:  # another background only
+        return _sentence(objects, background, False)
+    match = _GOES_ON.fullmatch(body) or _PANS_ON.fullmatch(body)
+    if match is None:
+        return ""
+    motion = _motion_of(match["phrase"])
+    meant = [o for o in objects if _is_meant(o, match["who"] or "it", match["size"], match["colour"])]
+    if not meant:
+        return ""
+    meant = meant if match["who"] in ("they", "both") else meant[:1]
+    moved = {"motion": motion, "speed": match.groupdict().get("speed") or ""}
+    others = objects if not motion.startswith("pan") else meant
+    return _sentence([dataclasses.replace(o, **moved) if o in meant else o for o in others], background, False)
+
+
+def _is_meant(thing: Object, who: str, size: str | None, colour: str | None) -> bool:
+    named = who.split()[-1]
+    return (
+        (named not in SHAPES or named == thing.shape)
+        and (size is None or size == thing.size)
+        and (colour is None or colour == thing.colour)
+    )
+
+
+def _motion_of(phrase: str) -> str:
+    """The motion of a phrase such as "moves left", "move left" or "the camera pans left"."""
+    return next(motion for motion, known in PHRASES.items() if _plural(known.removesuffix(" past")) == _plural(phrase))
