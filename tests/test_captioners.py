@@ -33,13 +33,17 @@ def plain(colour, T=5):
 
 class Server:
     """An OpenAI-compatible server that looks at the pictures. `script`: what it does before it answers, a request each:
-    a status, (status, headers), "hang", "drop", "half", or a body to answer with."""
+    a status, (status, headers), "hang", "drop", "half", or a body to answer with, as JSON or in bytes."""
 
     def __init__(self, *script):
-        self.script, self.requests, self.headers = list(script), [], []
+        self.script, self.requests, self.headers, self.gets = list(script), [], [], []
         server = self
 
         class Handler(BaseHTTPRequestHandler):
+            def do_GET(self):
+                server.gets.append(dict(self.headers))
+                self.send_error(404)
+
             def do_POST(self):
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 server.requests.append((self.path, body))
@@ -53,6 +57,7 @@ class Server:
                 status, extra = step if isinstance(step, tuple) else (step if isinstance(step, int) else 200, {})
                 answer = step if isinstance(step, (dict, list)) else server.answer(body)
                 data = json.dumps({"error": "busy"} if status != 200 else answer).encode()
+                data = step if isinstance(step, bytes) else data
                 self.send_response(status)
                 for name, value in {**extra, "Content-Length": len(data)}.items():
                     self.send_header(name, str(value))
@@ -123,10 +128,11 @@ def test_what_passes_is_tried_again(trouble):
 def test_the_server_says_how_long_to_wait(monkeypatch):
     waited = []
     monkeypatch.setattr(endpoint.time, "sleep", waited.append)
+    no_number = (503, {"Retry-After": "nan"})
     date = (429, {"Retry-After": "Thu, 01 Jan 2099 00:00:00 GMT"})
-    with serving((429, {"Retry-After": "7"}), date, (503, {"Retry-After": "soon"})) as server:
-        Endpoint(f"{server.url}#eyes", waits=(1.0, 2.0, 4.0)).ask(SHORT, plain("red"))
-    assert waited == [7.0, 300.0, 4.0], "as it says, at most 300 s, and ours where it makes no sense"
+    with serving((429, {"Retry-After": "7"}), date, (503, {"Retry-After": "soon"}), no_number) as server:
+        Endpoint(f"{server.url}#eyes", waits=(1.0, 2.0, 4.0, 5.0)).ask(SHORT, plain("red"))
+    assert waited == [7.0, 300.0, 4.0, 5.0], "as it says, at most 300 s, and ours where it makes no sense"
 
 
 def test_what_does_not_pass_stops_with_the_reason():
@@ -161,6 +167,80 @@ def test_a_clip_that_is_refused_is_no_reason_to_stop():
             describe(fast(server), plain("red"))
     with serving(400) as server, pytest.raises(RuntimeError, match="does eyes take pictures"):
         fast(server).check()
+
+
+@pytest.mark.parametrize("code", [301, 302, 303, 307, 308])
+def test_a_redirect_does_not_get_the_key(monkeypatch, code):
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    with serving() as other, serving((code, {"Location": f"{other.url}/chat/completions"})) as server:
+        with pytest.raises(RuntimeError, match=f"HTTP {code} .*{other.url}.* not followed.*give that URL"):
+            fast(server).ask(SHORT)
+    assert len(server.requests) == 1 and not other.requests and not other.gets
+
+
+@contextlib.contextmanager
+def dripping(beginning):
+    """A server that answers with `beginning`, and then with a byte every 20 ms, without an end."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        over = threading.Event()
+
+        def drip():
+            with contextlib.suppress(OSError):
+                while not over.is_set():
+                    connection, _ = listening.accept()
+                    with connection, contextlib.suppress(OSError):
+                        connection.recv(2**16)
+                        connection.sendall(beginning)
+                        while not over.wait(0.02):
+                            connection.sendall(b"a")
+
+        threading.Thread(target=drip, daemon=True).start()
+        try:
+            yield f"http://127.0.0.1:{listening.getsockname()[1]}/v1#eyes"
+        finally:
+            over.set()
+
+
+@pytest.mark.parametrize(
+    "beginning", [b"", b"HTTP/1.1 200 OK\r\nx-name: ", b"HTTP/1.1 200 OK\r\n\r\n", b"HTTP/1.1 400 No\r\n\r\n"]
+)
+def test_an_answer_that_drips_ends_at_the_deadline(beginning):
+    with dripping(beginning) as spec:
+        began = time.monotonic()
+        with pytest.raises(RuntimeError, match="no answer in 1 tries .* no whole answer within 0.3 s"):
+            Endpoint(spec, timeout=0.3, waits=()).ask(SHORT)
+        assert time.monotonic() - began < 2.0
+        time.sleep(0.1)
+    names = [thread.name for thread in threading.enumerate()]
+    assert beginning[-4:] != b"\r\n\r\n" or "captioner" not in names, "what reads a body ends too"
+
+
+def _saying(words):
+    return {"choices": [{"message": {"content": words}}]}
+
+
+def test_an_answer_has_a_limit_in_bytes_and_a_caption_one_in_characters():
+    with serving(_saying("x" * 2**21)) as server, pytest.raises(CaptionRefused, match="more than 1048576 bytes"):
+        describe(fast(server), plain("red"))
+    with serving(_saying("x" * 10_001)) as server, pytest.raises(CaptionRefused, match="10001 characters.*is 10000"):
+        describe(fast(server), plain("red"))
+    with serving(_saying("x" * 10_000)) as server:
+        assert len(describe(fast(server), plain("red"))["short"]) == 10_000
+
+
+def test_an_answer_that_is_no_plain_text_is_cleaned_or_refused():
+    with serving(_saying("a\x1b[31m red\x00\u2028square\r\n\x85moves\x07 ")) as server:
+        assert describe(fast(server), plain("red"))["short"] == "a[31m red square moves"
+    for strange in ("a \ud800 b", 7, {"a": 1}, ["a"], "\x00\x1b"):
+        with serving(_saying(strange)) as server, pytest.raises(CaptionRefused):
+            describe(fast(server), plain("red"))
+    for strange in ("\x1b[2J" * 99, 7, {}, {"choices": {}}, {"choices": [7]}, {"choices": [{"message": "\x1b"}]}):
+        with serving(json.dumps(strange).encode()) as server, pytest.raises(RuntimeError) as refused:
+            fast(server).ask(SHORT)
+        assert "which is no chat completion" in str(refused.value) and "\x1b" not in str(refused.value)
+    for nested in (b"[" * 2**19, b"9" * 5000, b"\xff\xfe", b"", b"<html>"):
+        with serving(*[nested] * 3) as server, pytest.raises(RuntimeError, match="no answer in 3 tries"):
+            fast(server).ask(SHORT)
 
 
 @pytest.fixture(scope="module")

@@ -17,6 +17,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import re
+import unicodedata
 from typing import Protocol
 
 import numpy as np
@@ -25,6 +26,7 @@ from minisora_jax.curation.endpoint import CaptionRefused, Endpoint
 from minisora_jax.curation.filters import load_function
 
 FRAMES = 8  # frames that the captioner gets, evenly spaced
+MOST_CHARACTERS = 10_000  # of a caption; a long one has about 600
 
 SHORT = (
     "These are frames of one video, in order. Say in one plain sentence of at most fifteen words what it shows: the "
@@ -124,12 +126,19 @@ class Function:
 
 
 def _clean(answer: object) -> str:
-    """The answer with normalised spaces; CaptionRefused for one that is empty or no text."""
-    text = " ".join(answer.split()) if isinstance(answer, str) else ""
+    """The answer with normalised spaces and without control characters.
+
+    Raises:
+        CaptionRefused: it is empty, no text, or longer than `MOST_CHARACTERS`.
+    """
+    words = " ".join(answer.split()) if isinstance(answer, str) else ""
+    text = "".join(c for c in words if unicodedata.category(c) != "Cc")
     if not text:
-        raise CaptionRefused("no caption", f"the captioner answered {answer!r}")
+        raise CaptionRefused("no caption", f"the captioner answered {answer!r}"[:300])
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:  # a lone surrogate
         raise CaptionRefused("caption not UTF-8", f"the captioner's character {error.start} is no text") from error
+    if len(text) > MOST_CHARACTERS:
+        raise CaptionRefused("caption too long", f"{len(text)} characters; the limit is {MOST_CHARACTERS}")
     return text
