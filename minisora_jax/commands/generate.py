@@ -109,6 +109,7 @@ def run(args, _):
     if args.batch_size < 1:
         raise ValueError(f"--batch-size {args.batch_size} must be at least 1")
     from minisora_jax.jobs.batch import free_paths, read_jobs, release, run_batch, run_jobs
+    from minisora_jax.jobs.hints import picture_hints, size_hint
 
     if args.reproduce:
         return _reproduce(args)
@@ -116,8 +117,13 @@ def run(args, _):
     jobs = [job for job in lines if not isinstance(job, ValueError)]
     pipeline = options.pipeline_of(args)
     for job in jobs:
-        if hint := pipeline.unknown_words_hint(job.prompt):
-            log.warning("%r: %s `minisora generate --captions` lists its words.", job.prompt, hint)
+        for words in filter(None, (job.prompt, job.negative)):
+            if hint := pipeline.unknown_words_hint(words):
+                log.warning("%r: %s `minisora generate --captions` lists its words.", words, hint)
+    pictures = [path for job in jobs for path in (job.image, job.last, job.video, job.transition) if path]
+    sizes = {job.size: None for job in jobs if not job.video}
+    for hint in (*picture_hints(pipeline, pictures), *filter(None, (size_hint(pipeline, size) for size in sizes))):
+        log.warning(hint)
     out, suffix = Path(args.out), "" if args.format == "frames" else f".{args.format}"
     common = {"model": model_record(args, pipeline), "sampling": options.sampling_options(args)}
     common["upscale"] = args.upscale

@@ -18,6 +18,7 @@ from minisora_jax.diffusion.guidance import GuidanceConfig
 from minisora_jax.diffusion.sampler import SAMPLER_NAMES, SamplerConfig
 from minisora_jax.generate.pipeline import VideoPipeline
 from minisora_jax.io.model_dir import model_hash
+from minisora_jax.jobs.hints import picture_hints
 from minisora_jax.jobs.job import MOST_SECONDS, SIDES, Job
 from minisora_jax.jobs.starting import on_grid, start
 from minisora_jax.media.video import STILL_FPS
@@ -42,7 +43,7 @@ class JobSpec:
     rounds: int = 1  # about how many times the model samples, one after another
     names: tuple[tuple[str, str], ...] = ()  # (path, the visitor's name of the file)
     reproduce: dict | None = None  # the record of the result to reproduce
-    hint: str = ""  # names the words that the model does not know
+    hint: str = ""  # names the words and the pictures that the model does not know
 
 
 def upscaled(size: tuple[int, int]) -> int:
@@ -91,7 +92,10 @@ def job_spec(
         raise InvalidInput(without_paths(error, names)) from error
     if sampling["sampler"].name == "dopri5" and job.loop and not job.video:
         raise InvalidInput("dopri5 has no fixed steps, which a loop needs: choose another sampler")
-    rounds, hint = _rounds(pipeline, job, fps), pipeline.unknown_words_hint(job.prompt)
+    pictures = [file.path for need, file in files.items() if need != "mask"]
+    hints = [pipeline.unknown_words_hint(job.prompt), *picture_hints(pipeline, pictures)]
+    hint = without_paths(ValueError(" ".join(filter(None, hints))), names) if any(hints) else ""
+    rounds = _rounds(pipeline, job, fps)
     return JobSpec(job, sampling, volume, upscaled(values["size"]), rounds, tuple(names), hint=hint)
 
 
