@@ -23,6 +23,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["minisora_jax", "minisora_jax.*"]),
+    include_package_data=False,  # only what package_data names: bundled/ has folders of weights, which are no packages
     package_data={"minisora_jax": ["bundled/**/*", "py.typed"]},
     cmdclass={"build_py": BuildWithConfigs},
     install_requires=[

@@ -115,6 +115,11 @@ def _shipped() -> Path:
     return installed if installed.is_dir() else Path(__file__).parent.parent / "configs"
 
 
+def how_to_install(extra: str) -> str:
+    """The command that installs the packages of an extra, in the checkout that this package comes from."""
+    return f"uv sync --extra {extra}, or pip install '.[{extra}]', in the checkout"
+
+
 # ---- From entries to dataclasses
 
 

@@ -181,5 +181,5 @@ def test_without_gradio_the_command_says_what_to_install():
         f"import sys; from importlib import util; {hide}; from minisora_jax.cli import main; sys.exit(main(['ui']))"
     )
     ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert ended.returncode == 2 and "pip install 'minisora_jax[ui]'" in ended.stderr
+    assert ended.returncode == 2 and "uv sync --extra ui" in ended.stderr
     assert "Traceback" not in ended.stderr

@@ -17,7 +17,7 @@ captions.jsonl ({"file": ..., "caption": ...}) or captions.csv (file,caption). C
 OUT/report.html shows what was left out and why, the measurements, and pictures; OUT/skipped.jsonl names each.
 Interrupted, the same command goes on after the last finished part. A file whose decoder crashes or hangs is left out.
 The exit code is 0 if any clip is good, and 2 if none is; the last lines say how many were left out.
-Shots, motion, text and duplicates need `pip install minisora_jax[curate]`, --beam needs `minisora_jax[beam]`.
+Shots, motion, text and duplicates need `uv sync --extra curate`, --beam needs `--extra beam`.
 """
 
 from __future__ import annotations

@@ -8,7 +8,8 @@ examples:
       --workdir=runs/wan
 
 A config is a shipped one by name, or a file such as my/config.py. An interrupted run goes on from its last checkpoint,
-bit for bit, with the same command. TensorBoard: tensorboard --logdir=WORKDIR
+bit for bit, with the same command. To watch it:
+`uv run --with tensorboard tensorboard --logdir=WORKDIR`.
 """
 
 from __future__ import annotations

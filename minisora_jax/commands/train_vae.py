@@ -5,7 +5,8 @@ examples:
   minisora train-vae --config=vae_tiny --workdir=runs/codec
   minisora train-vae --config=vae_tiny:data=data/clips --config.run.steps=500 --workdir=runs/mine
 
-An interrupted run goes on from its last checkpoint with the same command. TensorBoard: tensorboard --logdir=WORKDIR
+An interrupted run goes on from its last checkpoint with the same command. To watch it:
+`uv run --with tensorboard tensorboard --logdir=WORKDIR`.
 """
 
 from __future__ import annotations

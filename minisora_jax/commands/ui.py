@@ -15,6 +15,7 @@ import importlib.util
 from pathlib import Path
 
 from minisora_jax.commands import options
+from minisora_jax.config import how_to_install
 
 
 def add_arguments(parser):
@@ -26,7 +27,7 @@ def add_arguments(parser):
 
 def run(args, _):
     if not importlib.util.find_spec("gradio"):
-        raise ImportError("the page needs gradio: pip install 'minisora_jax[ui]'")
+        raise ImportError(f"the page needs gradio: {how_to_install('ui')}")
     from minisora_jax.commands.generate import model_record
     from minisora_jax.ui.server import serve
 

@@ -1,4 +1,4 @@
-"""Run the tasks of `prepare` on Apache Beam (`pip install minisora_jax[beam]`): one machine, or Dataflow, Flink, Spark.
+"""Run the tasks of `prepare` on Apache Beam (`uv sync --extra beam`): one machine, or Dataflow, Flink, Spark.
 
 Beam spreads the tasks over machines and retries failed ones. Each task writes the same bytes as in a local run. The
 options are Beam's own, such as `--runner=FlinkRunner --flink_master=HOST:8081`. The workers need this package and, at
@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable
 
+from minisora_jax.config import how_to_install
 from minisora_jax.curation.workers import Worker
 
 log = logging.getLogger("minisora")
@@ -32,7 +33,7 @@ def run_on_beam(
         import apache_beam as beam
         from apache_beam.options.pipeline_options import PipelineOptions
     except ImportError as error:
-        raise ImportError(f"running on Beam needs apache-beam: pip install 'minisora_jax[beam]' ({error})") from error
+        raise ImportError(f"running on Beam needs apache-beam: {how_to_install('beam')} ({error})") from error
 
     class Call(beam.DoFn):
         def __init__(self, job: Callable[..., None], timeout: float | None):

@@ -14,7 +14,7 @@
 
 The right column is the reason for skipping a clip. The first five need NumPy only. They are always measured, and the
 report shows their distributions even if their filters are off. The others take longer or need
-`pip install minisora_jax[curate]`, so they are measured only if their filter is on. Stills have no length, change or
+`uv sync --extra curate`, so they are measured only if their filter is on. Stills have no length, change or
 motion.
 """
 
@@ -31,6 +31,8 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
+
+from minisora_jax.config import how_to_install
 
 SAMPLED = 8  # frames that are measured, evenly spaced
 LINE = 1 / 2  # of the frame's shorter side; thicker boxes are objects, not lines of text
@@ -253,7 +255,7 @@ def curate_module(name: str, what_for: str) -> ModuleType:
     try:
         module = importlib.import_module(name)
     except ImportError as error:
-        raise ImportError(f"{what_for} needs {name}: pip install 'minisora_jax[curate]' ({error})") from error
+        raise ImportError(f"{what_for} needs {name}: {how_to_install('curate')} ({error})") from error
     if name == "cv2":
         module.setNumThreads(1)  # several workers run in parallel already
     return module

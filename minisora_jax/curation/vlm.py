@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from minisora_jax.config import how_to_install
+
 TOKENS = 400  # at most so many tokens an answer
 SIDE = 768  # frames are shrunk until the longer side has at most so many pixels
 
@@ -38,7 +40,7 @@ class VisionLanguageModel:
             import transformers
         except ImportError as error:
             raise ImportError(
-                f"the captioner {self.spec} needs PyTorch: pip install torch 'minisora_jax[text]' ({error})"
+                f"the captioner {self.spec} needs PyTorch: pip install torch, and {how_to_install('text')} ({error})"
             ) from error
         try:
             transformers.AutoConfig.from_pretrained(self.spec, trust_remote_code=False)

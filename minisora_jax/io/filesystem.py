@@ -2,7 +2,7 @@
 
     clips/a.tar   clips/train-{000..999}.tar   clips/*.parquet   gs://bucket/clips/*.tar   s3://...   https://...
 
-All access goes through fsspec. `gs://` needs gcsfs and `s3://` needs s3fs (`pip install 'minisora_jax[cloud]'`).
+All access goes through fsspec. `gs://` needs gcsfs and `s3://` needs s3fs (`uv sync --extra cloud`).
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO, cast
 
 import fsspec
+
+from minisora_jax.config import how_to_install
 
 BLOCK = 4 * 2**20  # bytes that are read ahead of a remote file
 DIRECTIONS = "\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"  # marks of text direction
@@ -103,7 +105,7 @@ def filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
     try:
         return fsspec.core.url_to_fs(url)
     except ImportError as error:
-        raise ImportError(f"{url} needs another package: pip install 'minisora_jax[cloud]' ({error})") from error
+        raise ImportError(f"{url} needs another package: {how_to_install('cloud')} ({error})") from error
     except ValueError as error:
         raise ValueError(f"{url}: {error}; gs://, s3:// and https:// are known") from error
 

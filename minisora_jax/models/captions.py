@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from minisora_jax.config import how_to_install
 from minisora_jax.models.clip import CLIPConfig
 from minisora_jax.models.dit import DiTConfig
 from minisora_jax.models.encoder import TextEncoder
@@ -111,7 +112,7 @@ def load_tokenizer(directory: str | Path, vocabulary: int, limit: int) -> Callab
         try:
             from transformers import AutoTokenizer
         except ImportError as error:
-            raise ValueError(f"the tokenizer {path} needs transformers: pip install 'minisora_jax[text]'") from error
+            raise ValueError(f"the tokenizer {path} needs transformers: {how_to_install('text')}") from error
         try:
             tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
         except Exception as error:  # whatever the library raises on a damaged file, or one that wants its own code run

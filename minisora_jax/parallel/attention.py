@@ -15,6 +15,7 @@ from importlib.util import find_spec
 import jax
 import jax.numpy as jnp
 
+from minisora_jax.config import how_to_install
 from minisora_jax.parallel.kernels import KERNELS, NAMES, Kernel
 from minisora_jax.parallel.kernels.cudnn import Cudnn
 from minisora_jax.parallel.mesh import SEQUENCE
@@ -124,7 +125,7 @@ def _best(backend: str) -> str:
     if backend == "gpu":
         return "triton"
     if backend == "tpu":
-        log.warning("attention: blockwise in XLA on this TPU; pip install 'minisora_jax[tpu]' for splash attention")
+        log.warning(f"attention: blockwise in XLA on this TPU; {how_to_install('tpu')} for splash attention")
     return "blockwise"
 
 

@@ -13,6 +13,7 @@ import threading
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from minisora_jax.config import how_to_install
 from minisora_jax.io.filesystem import File, is_url, json_or_none
 from minisora_jax.media.video import VideoError
 from minisora_jax.sources.base import Media
@@ -217,5 +218,5 @@ def _pyarrow():
     try:
         import pyarrow.parquet as parquet
     except ImportError as error:
-        raise ImportError(f"parquet files need pyarrow: pip install 'minisora_jax[hf]' ({error})") from error
+        raise ImportError(f"parquet files need pyarrow: {how_to_install('hf')} ({error})") from error
     return parquet

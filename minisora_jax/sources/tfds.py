@@ -1,4 +1,4 @@
-"""TensorFlow Datasets as a source, without TensorFlow (`pip install 'minisora_jax[tfds]'`).
+"""TensorFlow Datasets as a source, without TensorFlow (`uv sync --extra tfds`).
 
     tfds:video_clips:train                             below ~/tensorflow_datasets, the newest version
     tfds:bridge/config:2.0.0:train[:10%]?data_dir=/data&fps=5&media=steps/observation/image_0

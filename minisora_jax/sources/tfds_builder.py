@@ -22,6 +22,7 @@ import av
 import numpy as np
 from PIL import Image
 
+from minisora_jax.config import how_to_install
 from minisora_jax.io.filesystem import open_regular
 from minisora_jax.media.video import STILL_FPS, VideoError
 from minisora_jax.sources.base import Media, Source, header
@@ -31,7 +32,7 @@ from minisora_jax.sources.spec import open_source
 try:
     import tensorflow_datasets as tfds
 except ImportError as error:
-    raise ImportError(f"this needs tensorflow-datasets: pip install 'minisora_jax[tfds]' ({error})") from error
+    raise ImportError(f"this needs tensorflow-datasets: {how_to_install('tfds')} ({error})") from error
 
 
 class VideoClips(tfds.core.GeneratorBasedBuilder):

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from minisora_jax.config import how_to_install
 from minisora_jax.media.video import VideoError, read_clip_frames
 
 CAPTIONS = (  # names of features, the likeliest first
@@ -27,7 +28,7 @@ def import_tfds() -> ModuleType:
     try:
         import tensorflow_datasets
     except ImportError as error:
-        raise ImportError(f"this needs tensorflow-datasets: pip install 'minisora_jax[tfds]' ({error})") from error
+        raise ImportError(f"this needs tensorflow-datasets: {how_to_install('tfds')} ({error})") from error
     return tensorflow_datasets
 
 

@@ -13,6 +13,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from minisora_jax.config import how_to_install
 from minisora_jax.parallel.kernels.reference import EMPTY
 
 LANES = 128
@@ -115,7 +116,7 @@ def _operators(S: int, M: int):
     try:
         from tokamax.ops.experimental.tpu import SplashAttention, SplashAttentionConfig
     except ImportError as error:
-        raise ImportError("attention='splash' needs tokamax: pip install 'minisora_jax[tpu]'") from error
+        raise ImportError(f"attention='splash' needs tokamax: {how_to_install('tpu')}") from error
     # tokamax 0.0.17 exports neither the gradient's configuration nor the type of ids.
     from tokamax._src.ops.experimental.tpu.splash_attention.base import SegmentIds
     from tokamax._src.ops.experimental.tpu.splash_attention.pallas_mosaic_tpu import QKVLayout
