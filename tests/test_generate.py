@@ -121,6 +121,13 @@ def test_grids_agree_in_the_end(pipeline, time_schedule):
     assert np.abs(even.astype(int) - other).mean() < 3
 
 
+def test_each_request_may_take_a_share_of_the_guidance(pipeline):
+    requests = [dataclasses.replace(RED, guided=share) for share in (0.0, 0.25, 1.0)]
+    packed = pipeline.sample(requests, guidance=3.0, **OPTIONS)
+    for latents, scale in zip(packed, (1.0, 1.5, 3.0)):
+        np.testing.assert_allclose(latents, pipeline.sample([RED], guidance=scale, **OPTIONS)[0], atol=2e-4)
+
+
 def test_guidance_can_be_limited_and_rescaled(pipeline):
     options = dict(steps=6, progress=False)
     none, full = (pipeline.generate([RED], guidance=g, **options)[0].astype(int) for g in (1.0, 6.0))

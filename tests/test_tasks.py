@@ -8,12 +8,24 @@ import pytest
 from minisora_jax.bundled import CODEC, MODEL
 from minisora_jax.evaluation.frames import psnr, seam
 from minisora_jax.generate import Given, Request, VideoPipeline, tasks
-from minisora_jax.generate.frame_ops import EASE, FAITHFUL, FEATHER, eased, evened, jump, largest_step, steps
+from minisora_jax.generate.frame_ops import (
+    EASE,
+    FAITHFUL,
+    FEATHER,
+    colour_distance,
+    colour_drift,
+    eased,
+    evened,
+    jump,
+    largest_step,
+    steps,
+)
 from minisora_jax.generate.runner import Decode, Encode, Frames, run_tasks
+from minisora_jax.generate.transitions import STEADY, UNLIKE
 from minisora_jax.generate.windows import WINDOW_SEED
 from minisora_jax.media.resize import resized
-from minisora_jax.toy.grammar import FPS
-from minisora_jax.toy.shapes import Shapes
+from minisora_jax.toy.grammar import FPS, Object, Scene
+from minisora_jax.toy.shapes import Shapes, render
 
 OPTIONS = dict(steps=2, progress=False)
 
@@ -273,6 +285,22 @@ def test_a_long_way_at_an_even_speed_is_no_jump_and_a_cut_is():
     assert jump(np.concatenate([slow, slow + 100]), slice(6, 12)) > 50
 
 
+def test_colours_drift_where_an_object_melts_away_and_not_where_it_moves_or_grows():
+    def shown(x, radius, opacity=1.0):
+        path = {"x_T": np.full(1, x), "y_T": np.full(1, 24.0), "radius_T": np.full(1, radius)}
+        frame = render(Scene((1, 48, 48), (Object("red", "circle", "still", **path),), "navy"))[0]
+        empty = render(Scene((1, 48, 48), (), "navy"))[0]
+        return np.round(opacity * frame + (1 - opacity) * empty.astype(float)).astype(np.uint8)
+
+    way = np.stack([shown(10 + 2.5 * t, 6 + 0.5 * t) for t in range(12)])
+    assert colour_drift(way) < STEADY
+    for frame in (shown(20, 8, 0.4), shown(20, 3), np.maximum(way[0], way[-1])):
+        worse = way.copy()
+        worse[6] = frame
+        assert colour_drift(worse) > 1.5 * STEADY
+    assert colour_distance(way[0], way[-1]) < UNLIKE < colour_distance(way[0], 255 - way[0])
+
+
 def test_what_fades_is_said(pipeline, clip):
     other = 255 - clip.frames_THWC  # another scene, to which no picture of this one leads
     notes = {}
@@ -294,10 +322,12 @@ def test_a_loop_of_a_model_that_leads_over_moves_as_told_and_comes_back(pipeline
 def test_a_given_video_passes_into_the_codecs_own_and_stays_near_itself():
     rng = np.random.default_rng(0)
     given = rng.integers(60, 200, (9, 16, 16, 3)).astype(np.uint8)
-    near, far = given + 4, (given.astype(int) + rng.integers(-60, 60, given.shape)).astype(np.uint8)
+    near, far = given + 4, (given.astype(int) + rng.integers(-20, 20, given.shape)).astype(np.uint8)
     for coded in (near, far):
         shown = eased(given, coded, at_end=True)
         assert (shown[:-EASE] == given[:-EASE]).all() and (shown[-1] != given[-1]).any()
         assert all(psnr(a, b) > FAITHFUL - 0.2 for a, b in zip(shown, given))
         assert (eased(given[::-1], coded[::-1], at_end=False) == shown[::-1]).all()
+    elsewhere = (given.astype(int) + rng.integers(-60, 60, given.shape)).astype(np.uint8)
+    assert (eased(given, elsewhere, at_end=True) == given).all()  # blending it would make ghosts
     assert (eased(given, near, at_end=True)[-1] == given[-1] + 3).all()  # four fifths of 4

@@ -98,7 +98,7 @@ def guide(
         model_BSP: Prediction of the model.
         guide_BSP: Prediction of the guide.
         time_BS: Time of each token.
-        scale: Mean of w over time.
+        scale: Mean of w over time; one for all tokens, or (B, S).
         interval: See `GuidanceConfig`.
         schedule: A key of SCHEDULES.
     """

@@ -30,7 +30,7 @@ from minisora_jax.evaluation.heldout import (
     run,
     share,
 )
-from minisora_jax.evaluation.transitions import loop, transition, transition_strangers
+from minisora_jax.evaluation.transitions import loop, transition, transition_strangers, transition_true
 from minisora_jax.generate import tasks
 from minisora_jax.generate.frame_ops import FEATHER, largest_step
 from minisora_jax.generate.pipeline import VideoPipeline
@@ -203,6 +203,7 @@ TASKS: dict[str, Callable[[VideoPipeline, int, dict], Measured]] = {
     "loop": loop,
     "transition": transition,
     "transition-strangers": transition_strangers,
+    "transition-true": transition_true,
     "video-to-video": video_to_video,
     "inpaint": inpaint,
     "outpaint": outpaint,

@@ -7,6 +7,8 @@ import numpy as np
 FEATHER = 2  # pixels over which new and kept parts of a picture blend
 EASE = 4  # frames at a seam over which a given video blends into its reconstruction by the codec
 FAITHFUL = 31.0  # dB: lowest PSNR of these frames against the given ones
+ELSEWHERE = 26.0  # dB: a reconstruction with less shows its objects in other places, and blending makes ghosts
+COLOUR_STEPS = 6  # of red, green and blue, for the colours of a frame
 STILL = 0.5  # levels of 255: the least median step, so that ratios of still videos mean something
 
 
@@ -19,17 +21,23 @@ def eased(given_THWC: np.ndarray, coded_THWC: np.ndarray, *, at_end: bool) -> np
     """A given video that blends into its reconstruction at its end or beginning.
 
     The codec's softer edges come over `EASE` frames, as far as `FAITHFUL` allows, and not from one frame to the next.
+    A frame whose reconstruction differs by more than edges (`ELSEWHERE`) is shown as given.
     """
     n = min(EASE, len(given_THWC), len(coded_THWC))
     share = (np.arange(1, n + 1, dtype=np.float32) / (n + 1))[:, None, None, None]
     where, of = (slice(len(given_THWC) - n, None), slice(len(coded_THWC) - n, None)) if at_end else (slice(n), slice(n))
     share = share if at_end else share[::-1]
     off = np.sqrt(np.mean((given_THWC[where].astype(np.float32) - coded_THWC[of]) ** 2, axis=(1, 2, 3), keepdims=True))
-    share = np.minimum(share, 255.0 * 10 ** (-FAITHFUL / 20) / np.maximum(off, 1e-3))
+    share = np.minimum(share, _levels(FAITHFUL) / np.maximum(off, 1e-3)) * (off <= _levels(ELSEWHERE))
     mixed = (1.0 - share) * given_THWC[where] + share * coded_THWC[of]
     shown = given_THWC.copy()
     shown[where] = np.round(mixed).astype(np.uint8)
     return shown
+
+
+def _levels(psnr: float) -> float:
+    """The root mean square difference, in levels of 255, at a PSNR in dB."""
+    return 255.0 * 10 ** (-psnr / 20)
 
 
 def last_frames(frames_THWC: np.ndarray, latent_frames: int, factor: int) -> np.ndarray:
@@ -78,6 +86,36 @@ def jump(frames_THWC: np.ndarray, at: slice) -> float:
     """
     sizes = steps(frames_THWC)
     return float(sizes[at].max() / max(np.median(sizes), np.median(sizes[at]), STILL))
+
+
+def colours_of(frames_THWC: np.ndarray) -> np.ndarray:
+    """(T, `COLOUR_STEPS` ^ 3): the share of each frame that has a colour; a pixel counts for the 8 nearest ones."""
+    n = COLOUR_STEPS
+    x = frames_THWC.reshape(len(frames_THWC), -1, 3) * ((n - 1) / 255.0)
+    low = np.minimum(x.astype(int), n - 2)
+    shares = np.zeros((len(x), n**3))
+    for corner in np.ndindex(2, 2, 2):
+        weight = np.prod(np.where(corner, x - low, 1.0 - (x - low)), axis=-1)
+        place = (low + corner) @ np.array([n * n, n, 1])
+        shares += [np.bincount(p, w, n**3) for p, w in zip(place, weight)]
+    return shares / x.shape[1]
+
+
+def colour_drift(frames_THWC: np.ndarray) -> float:
+    """How far any frame's colours are from those between the first frame's and the last one's, 0 to 1.
+
+    It is the largest squared Hellinger distance. It rises where an object melts away, fades, or appears twice.
+    """
+    colours = colours_of(frames_THWC)
+    share = np.linspace(0.0, 1.0, len(colours))[:, None]
+    between = (1.0 - share) * colours[0] + share * colours[-1]
+    return float(1.0 - np.sqrt(between * colours).sum(axis=1).min())
+
+
+def colour_distance(a_HWC: np.ndarray, b_HWC: np.ndarray) -> float:
+    """The squared Hellinger distance of two frames' colours: 0 for the same colours, 1 for none in common."""
+    a, b = colours_of(np.stack([a_HWC, b_HWC]))
+    return float(1.0 - np.sqrt(a * b).sum())
 
 
 def evened(frames_THWC: np.ndarray) -> np.ndarray:

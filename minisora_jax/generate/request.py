@@ -41,6 +41,7 @@ class Request:
         given: latents that are known, or that sampling starts from.
         middle: whether it is 4k frames from the middle of a longer video. A clip's first frame is a latent frame by
             itself; in a middle stretch every latent frame stands for 4 frames.
+        guided: the share of the guidance, w - 1, that acts. Where much of a video is known, words matter less.
         loop: whether the end meets the beginning; time is then a circle.
         spacing: distance of neighbouring tokens in t, y, x; below 1, a video larger than those of training is put onto
             the grid of training (position interpolation: Chen et al. 2023, arXiv:2306.15595).
@@ -57,6 +58,7 @@ class Request:
     fps: float = 8.0
     negative: str = ""
     given: Given | None = None
+    guided: float = 1.0
     middle: bool = False
     loop: bool = False
     spacing: tuple[float, float, float] = (1.0, 1.0, 1.0)

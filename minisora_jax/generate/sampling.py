@@ -149,7 +149,8 @@ def sample(
     static = (tuple(config for config, _ in models), objective, guidance.static)
     params = tuple(p for _, p in models)
     both = tuple(tokens(index) for index in packed.twins())
-    inputs = lambda batch: (params, batch, *both, guidance.scale, guidance.interval)
+    scale = _scale(packed, guidance.scale)
+    inputs = lambda batch: (params, batch, *both, scale, guidance.interval)
     circle = [packed.grids[i][0] if request.loop else 0 for i, request in enumerate(packed.requests)]
     circle_BS = tokens(packed.per_token(lambda i: circle[i]).astype(np.int32)) if any(circle) else None
 
@@ -191,6 +192,13 @@ def require_finite(latents_thwc: np.ndarray, request: Request) -> None:
             f"sampling {request.prompt!r:.100} gave {bad} of {np.size(latents_thwc)} latents that are NaN or infinite: "
             f"use --dtype float32, a lower --guidance, or another sampler; or the weights are damaged"
         )
+
+
+def _scale(packed: PackedRequests, scale: float) -> jax.Array | float:
+    """The guidance scale; of each token (B, S), if it differs between requests or from `scale`."""
+    if all(request.guided == 1.0 for request in packed.requests):
+        return scale
+    return put_batch(packed.per_token(lambda i: 1.0 + (scale - 1.0) * packed.requests[i].guided), TOKENS)
 
 
 def _begin(path: NoisePath, batch: PackedBatch, noise_BSP, time_BS, start_BS, pure_BS=None) -> jax.Array:

@@ -11,7 +11,15 @@ import logging
 
 import numpy as np
 
-from minisora_jax.generate.frame_ops import eased, evened, first_frames, jump, last_frames
+from minisora_jax.generate.frame_ops import (
+    colour_distance,
+    colour_drift,
+    eased,
+    evened,
+    first_frames,
+    jump,
+    last_frames,
+)
 from minisora_jax.generate.native import NativePipeline
 from minisora_jax.generate.request import Given, Request
 from minisora_jax.generate.runner import Decode, Encode, Frames, Note, Task, collected
@@ -20,7 +28,12 @@ from minisora_jax.generate.windows import frames_of, window_request, windowed, w
 log = logging.getLogger("minisora")
 
 SETTLE_STRENGTH = 0.6  # of the second pass, which knows what the second video looks like with a past
-SEAMLESS, TRIES = 2.0, 3  # the new frames are made up to TRIES times, until no step is a jump of SEAMLESS usual steps
+GUIDED = 0.25  # share of the guidance: its words say how each video moves, not what leads from one to the other
+# The new frames are made up to TRIES times, until no step is above SEAMLESS usual steps and no frame's colours drift by
+# more than STEADY. Of 192 tries, 90 % of those without ghosts drift by less than 0.0064, and 90 % of the others by more
+# than 0.0094.
+TRIES, SEAMLESS, STEADY = 4, 2.0, 0.008
+UNLIKE = 0.2  # two scenes differ if the colours of their frames are so far apart
 
 
 def transition(
@@ -79,24 +92,25 @@ def led_over(pipeline: NativePipeline, request: Request, a_THWC: np.ndarray, b_T
     window = _Window(pipeline, request, past, k, future[1 + k :])
     until, tries = len(a) + factor * k - 1, []
 
-    def seamless(frames: np.ndarray) -> bool:
+    def good(frames: np.ndarray) -> bool:
         before, after = eased(a, frames[: len(a)], at_end=True), eased(b, frames[until:], at_end=False)
         shown = np.concatenate([before, frames[len(a) : until], after])
-        tries.append((jump(shown, slice(len(a) - 1, until)), frames))
-        return tries[-1][0] <= SEAMLESS
+        cut, drift = jump(shown, slice(len(a) - 1, until)), colour_drift(shown[len(a) - 1 : until + 1])
+        tries.append((cut / SEAMLESS + drift / STEADY, cut, frames))
+        return cut <= SEAMLESS and drift <= STEADY
 
     for number in range(TRIES):
-        if seamless(frames := (yield from window.sampled(number))):
+        if good(frames := (yield from window.sampled(number))):
             break
         # Again, now that b has a past: its latents after that past, and the frames that lead to them.
         latents = yield Encode(np.concatenate([a, frames[len(a) : until], b]))
-        if seamless((yield from window.settled(number, latents))):
+        if good((yield from window.settled(number, latents))):
             break
-    largest, frames = min(tries, key=lambda each: each[0])
+    _, cut, frames = min(tries, key=lambda each: each[0])
     a_eased = eased(a_THWC, frames[: len(a)], at_end=True)
     b_eased = eased(b_THWC, frames[until : until + len(b_THWC)], at_end=False)
     new = frames[len(a) : until]
-    if largest > SEAMLESS:
+    if cut > SEAMLESS and colour_distance(a[-1], b[0]) > UNLIKE:
         new = evened(np.concatenate([a_eased[-1:], new, b_eased[:1]]))[1:-1]
         log.warning("the two scenes do not lead into each other: the new frames fade from one to the other")
         yield Note({"faded": True})
@@ -117,7 +131,7 @@ class _Window:
         middle = len(self.first) > 0
         frames = pipeline.codec.config.time_factor * t if middle else frames_of(pipeline, t)
         self.request = dataclasses.replace(
-            request, size_THW=(frames, *request.size_THW[1:]), middle=middle, loop=False, given=None
+            request, size_THW=(frames, *request.size_THW[1:]), middle=middle, loop=False, guided=GUIDED
         )
 
     def sampled(self, number: int) -> Task:
