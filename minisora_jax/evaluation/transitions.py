@@ -52,9 +52,9 @@ def ghost_scores(videos: Sequence[np.ndarray], truth: Sequence[Clip], *, loop: b
 def loop(pipeline: VideoPipeline, count: int, options: dict) -> Measured:
     """Loops of 16 frames: the step from the last frame to the first.
 
-    "motion_there" is the share whose first 9 frames, before the way back, move as told. Of loops made on a circle, "joint"
-    is the step two frames after the seam, where the last latent frame meets the first, and "other_joint" is where the
-    first latent frame meets the second.
+    "motion_there" is the share whose first 9 frames, before the way back, move as told. Of loops made on a circle,
+    "joint" is the step two frames after the seam, where the last latent frame meets the first, and "other_joint" is
+    where the first latent frame meets the second.
     """
     truth = clips(count, suits=in_sight)
     looped = [dataclasses.replace(r, size_THW=(16, *SIZE[1:]), loop=True) for r in requests(truth)]
