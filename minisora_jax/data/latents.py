@@ -240,7 +240,7 @@ def _is_example(entry: Any) -> bool:
         return False
     size, fps = entry.get("size_THW"), entry.get("fps")
     whole = isinstance(size, list) and len(size) == 3 and all(type(n) is int and 0 < n < 2**14 for n in size)
-    return whole and type(fps) in (int, float) and 0 < fps <= 1000
+    return whole and isinstance(fps, int | float) and not isinstance(fps, bool) and 0 < fps <= 1000
 
 
 def _to_record(clip: LatentClip) -> bytes:
