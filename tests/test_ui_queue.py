@@ -17,6 +17,7 @@ from minisora_jax.generate import VideoPipeline
 from minisora_jax.media.video import read_clip_frames
 from minisora_jax.media.video_writer import write_video
 from minisora_jax.ui import examples, forms, gallery, job_queue, show
+from minisora_jax.ui.conversions import convert
 from minisora_jax.ui.form_fields import FILES, FORMS
 from minisora_jax.ui.forms import job_spec
 from minisora_jax.ui.uploads import InvalidInput, validate_upload
@@ -173,7 +174,7 @@ def test_those_who_go_together_are_made_together_and_each_gets_their_own(pipelin
     assert len(tickets[0].record["batch"]) == 3 and len({t.file for t in (*tickets, other)}) == 4
     for i, ticket in enumerate(tickets):
         assert ticket.record["job"]["prompt"] == WORDS and ticket.record["job"].get("seed", 0) == i
-        frames, fps = read_clip_frames(queue.gallery.path(ticket.file))
+        frames, fps = read_clip_frames(queue.gallery.out / ticket.file)
         assert frames.shape == (5, 128, 128, 3) and fps == 8
     assert len({t.record["pixels"] for t in tickets}) == 3
     again = queue.submit(queue.reproduction(tickets[1].file), "visitor 1")
@@ -273,11 +274,15 @@ def test_the_gallery_keeps_the_newest_and_hands_out_nothing_else(pipeline, ask, 
     assert {t.name for t in tickets[-2:]} == {item.name for item in kept.items(9)} and (out / "mine.mp4").exists()
     assert len(list(kept.uploads.iterdir())) == 1  # of which records speak
     name = tickets[-1].name
-    for kind in ("webm", "gif", "zip", "mp4.json"):
-        assert kept.path(f"{name}.{kind}").is_file()
-    with zipfile.ZipFile(kept.path(f"{name}.zip")) as packed:
+    for kind in ("webm", "gif", "zip"):
+        video, path = kept.path(f"{name}.{kind}")
+        assert video == out / f"{name}.mp4" and not path.exists()
+        convert(video, path)
+    for kind in ("webm", "gif", "zip", "mp4", "mp4.json"):
+        assert kept.path(f"{name}.{kind}")[1].is_file()
+    with zipfile.ZipFile(out / f"{name}.zip") as packed:
         assert [n.rpartition("/")[2] for n in packed.namelist()] == [f"{i:05d}.png" for i in range(5)] + ["record.json"]
-    original, gif = (read_clip_frames(kept.path(f"{name}.{kind}"))[0].astype(int) for kind in ("mp4", "gif"))
+    original, gif = (read_clip_frames(out / f"{name}.{kind}")[0].astype(int) for kind in ("mp4", "gif"))
     assert np.abs(original - gif).mean() < 3
     for file in ("mine.mp4", "../secret", f"{name}.py", f"../{name}.mp4", f"{name}", f"{name}.mp4/../x", name[:-1],
                   f"{tickets[0].name}.mp4", f"{tickets[0].name}.gif", "uploads", f"{name}.mp4.json.json"):  # fmt: skip

@@ -10,27 +10,20 @@ Everyone who can open the page sees all results. Other files of the folder are n
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 import secrets
 import threading
 import time
-import zipfile
 from pathlib import Path
 
-from PIL import Image
-
-from minisora_jax.io.atomic import replacing
 from minisora_jax.io.filesystem import json_or_none
-from minisora_jax.jobs.output import batch_of, beside
-from minisora_jax.media.sound import Sound
-from minisora_jax.media.video import open_frames, read_note
-from minisora_jax.media.video_writer import VideoWriter
+from minisora_jax.jobs.job import Job
+from minisora_jax.jobs.output import batch_of
+from minisora_jax.ui.conversions import CONVERTED
 
 KEPT = 200  # results; older ones are deleted
 NAME = re.compile(r"\d{8}-\d{6}-[0-9a-f]{8}")
 RESULTS = (".mp4", ".png")  # formats of results: videos and images
-CONVERTED = (".webm", ".gif", ".zip")  # other formats of a video; a zip has its frames as png
 TYPES = {
     ".mp4": "video/mp4",
     ".png": "image/png",
@@ -59,7 +52,7 @@ class Gallery:
     """The results in the folder `out`."""
 
     def __init__(self, out: Path):
-        self.out, self._converting = Path(out), threading.Lock()
+        self.out, self._newest, self._naming = Path(out), "", threading.Lock()
         self.out.mkdir(parents=True, exist_ok=True)
 
     @property
@@ -68,10 +61,17 @@ class Gallery:
         return self.out / "uploads"
 
     def new_name(self) -> str:
-        """A unique name. Names sort by time, to the microsecond."""
+        """A unique name, which sorts after those of all earlier results. It is the time, to the microsecond.
+
+        If results are dated in the future, or the clock went backwards, it is the newest name and one microsecond.
+        """
         seconds, rest = divmod(time.time_ns(), 10**9)
-        stamp = time.strftime("%Y%m%d-%H%M%S", time.gmtime(seconds))
-        return f"{stamp}-{rest // 1000:05x}{secrets.token_hex(2)[:3]}"
+        stamp = f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime(seconds))}-{rest // 1000:05x}"
+        with self._naming:
+            names = (path.name.partition(".")[0] for path in self.out.glob("*-*-*.*"))
+            newest = max((name[:-3] for name in names if NAME.fullmatch(name)), default="")
+            self._newest = max(stamp, _next(max(newest, self._newest)))
+            return self._newest + secrets.token_hex(2)[:3]
 
     def items(self, most: int = KEPT) -> list[Item]:
         """The newest results, newest first."""
@@ -79,8 +79,8 @@ class Gallery:
         for path in sorted(self.out.glob("*-*-*.json"), reverse=True):
             file = Path(path.name[: -len(".json")])
             if NAME.fullmatch(file.stem) and file.suffix in RESULTS and (self.out / file).is_file():
-                record = json_or_none(path.read_text(encoding="utf-8"))
-                if isinstance(record, dict) and isinstance(record.get("job"), dict):
+                record = json_or_none(path.read_text(encoding="utf-8", errors="replace"))
+                if isinstance(record, dict) and _jobs(record):
                     items.append(Item(file.stem, file.suffix, record))
             if len(items) == most:
                 break
@@ -90,54 +90,59 @@ class Gallery:
         """The result with this file name."""
         return next((item for item in self.items() if item.file == file), None)
 
-    def path(self, file: str) -> Path | None:
-        """The path of a result, its record or a converted file, which is written if need be; None for other names."""
+    def path(self, file: str) -> tuple[Path, Path] | None:
+        """(the result, the file that is asked for), which is the result, its record, or another format of it.
+
+        None for other names, and for results that are deleted. The other format may not be written yet.
+        """
         name, dot, kind = file.partition(".")
         if not NAME.fullmatch(name) or not dot:
             return None
         if file in {name + end for suffix in RESULTS for end in (suffix, f"{suffix}.json")}:
-            path = self.out / file
+            result = self.out / file.removesuffix(".json")
         elif f".{kind}" in CONVERTED:
-            path = self._converted(self.out / f"{name}.mp4", f".{kind}")
+            result = self.out / f"{name}.mp4"
         else:
             return None
-        return path if path.is_file() else None
+        path = self.out / file
+        return (result, path) if result.is_file() and (path.is_file() or f".{kind}" in CONVERTED) else None
 
     def drop(self, name: str) -> None:
         """Delete a result with its record and converted files."""
         for end in (*RESULTS, *(f"{suffix}.json" for suffix in RESULTS), *CONVERTED):
             (self.out / f"{name}{end}").unlink(missing_ok=True)
 
-    def prune(self) -> None:
-        """Keep the newest results, and the uploads that their records name or that are less than an hour old."""
+    def prune(self, older: float = 3600) -> None:
+        """Keep the newest results, and the uploads that their records name or that are not `older` seconds old."""
         items = self.items(most=10 * KEPT)
         for item in items[KEPT:]:
             self.drop(item.name)
         named = {Path(path).name for item in items[:KEPT] for path in _inputs(item.record)}
         for upload in self.uploads.glob("*"):
-            if upload.name not in named and time.time() - upload.stat().st_mtime > 3600:
+            if upload.name not in named and abs(time.time() - upload.stat().st_mtime) > older:
                 upload.unlink(missing_ok=True)
 
-    def _converted(self, video: Path, suffix: str) -> Path:
-        path = video.with_suffix(suffix)
-        with self._converting:
-            if path.is_file() or not video.is_file():
-                return path
-            record = json.loads(beside(video).read_text(encoding="utf-8"))
-            with open_frames(video) as (frames, fps):
-                if suffix == ".zip":
-                    with replacing(path) as temporary, zipfile.ZipFile(temporary, "w") as packed:
-                        for i, frame in enumerate(frames):
-                            with packed.open(f"{video.stem}/{i:05d}.png", "w") as file:
-                                Image.fromarray(frame).save(file, "png")
-                        packed.writestr(f"{video.stem}/record.json", json.dumps(record, indent=1))
-                else:
-                    with VideoWriter(path, fps, note=read_note(video), sounds=[Sound(video)]) as writer:
-                        for frame in frames:
-                            writer.write(frame[None])
-        return path
+
+def _next(stamp: str) -> str:
+    """The stamp that sorts next after one such as 20260102-030405-0a1b2, read as one number; "" after the last."""
+    if not stamp:
+        return ""
+    seconds, _, rest = stamp.rpartition("-")
+    day, _, time_of_day = seconds.partition("-")
+    number = int(day + time_of_day) * 16**5 + int(rest, 16) + 1
+    digits = f"{number // 16**5:014d}"
+    return f"{digits[:8]}-{digits[8:]}-{number % 16**5:05x}" if len(digits) == 14 else ""
+
+
+def _jobs(record: dict) -> list[Job]:
+    """All jobs of a result's batch; [] for a record that is none, or that somebody has changed."""
+    try:
+        Job.from_dict(record["job"])
+        return batch_of(record)
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return []
 
 
 def _inputs(record: dict) -> list[str]:
     """The input files of all jobs of a result's batch: reproducing one result needs the whole batch."""
-    return [path for job in batch_of(record) for path in job.inputs]
+    return [path for job in _jobs(record) for path in job.inputs]

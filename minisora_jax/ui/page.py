@@ -4,6 +4,7 @@
 
 import asyncio
 import functools
+import logging
 import os
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -18,6 +19,8 @@ from minisora_jax.ui.gallery import Gallery
 from minisora_jax.ui.job_queue import JobQueue
 from minisora_jax.ui.uploads import InvalidInput, display_name, validate_upload
 
+log = logging.getLogger("minisora")
+
 if TYPE_CHECKING:
     import gradio
 
@@ -27,18 +30,19 @@ SHOWN = 24  # results in the gallery
 TASKS = [(form.title, name) for name, form in FORMS.items()]
 
 
-def build(queue: JobQueue, gallery: Gallery, incoming: Path) -> "gradio.Blocks":
+def build(queue: JobQueue, gallery: Gallery, incoming: Path, drawn: Path) -> "gradio.Blocks":
     """The page.
 
     Args:
         incoming: the folder in which Gradio stores uploads.
+        drawn: a folder within it for the files of examples.
     """
     import gradio as gr
 
-    examples.draw(incoming / "examples")
+    examples.draw(drawn)
     validate = functools.partial(validate_upload, come_from=incoming, folder=gallery.uploads)
 
-    with gr.Blocks(title="minisora", analytics_enabled=False, delete_cache=(600, 3600)) as page:
+    with gr.Blocks(title="minisora", analytics_enabled=False) as page:
         ticket = gr.State(None)
         gr.HTML(
             "<div id='title'><h1>minisora</h1><p>Videos and images from prompts, pictures and other videos.</p></div>"
@@ -98,7 +102,7 @@ def build(queue: JobQueue, gallery: Gallery, incoming: Path) -> "gradio.Blocks":
             """Fill in the prompt and the files of an example."""
             number = event._data.get("number")
             prompt, files = FORMS[task].examples[number if number in range(len(FORMS[task].examples)) else 0]
-            paths = examples.draw(incoming / "examples").get(files, {})  # Gradio clears this folder now and then
+            paths = examples.draw(drawn).get(files, {})
             return [prompt, *(paths.get(name) for name in FILES)]
 
         quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
@@ -114,8 +118,8 @@ def build(queue: JobQueue, gallery: Gallery, incoming: Path) -> "gradio.Blocks":
                 return ""
             try:
                 return show.upload(validate(path, kind))
-            except InvalidInput as error:
-                return show.upload(str(error))
+            except Exception as error:
+                return show.upload(_sentence(error))
 
         for name, (kind, _) in FILES.items():
             inputs[name].change(functools.partial(on_file, kind), [inputs[name]], [checks[name]],
@@ -137,8 +141,8 @@ def build(queue: JobQueue, gallery: Gallery, incoming: Path) -> "gradio.Blocks":
             """Submit a job, and show its progress until it is over."""
             try:
                 mine = queue.submit(await asyncio.to_thread(make_spec), request.session_hash or "")
-            except InvalidInput as error:
-                yield show.error(str(error)), gr.skip(), gr.skip()
+            except Exception as error:
+                yield show.error(_sentence(error)), gr.skip(), gr.skip()
                 return
             yield show.ticket(mine, queue.jobs_ahead(mine)), mine.name, gr.skip()
             last = ""
@@ -167,6 +171,14 @@ def build(queue: JobQueue, gallery: Gallery, incoming: Path) -> "gradio.Blocks":
     return page
 
 
+def _sentence(error: Exception) -> str:
+    """The sentence for a visitor; what is the server's own fault goes to its log."""
+    if isinstance(error, InvalidInput):
+        return str(error)
+    log.error("a form could not be read", exc_info=error)
+    return f"the server had an error ({type(error).__name__}), which is in its log: try another file or prompt"
+
+
 def _hint(task: str) -> str:
     return f"<p class='hint'>{FORMS[task].hint}</p>"
 
@@ -181,7 +193,8 @@ def _require_uploaded(file: "gradio.File", incoming: Path) -> None:
 
     async def checked(url_or_file_path: str | Path | None) -> str | None:
         path = url_or_file_path
-        if path is not None and not Path(os.path.realpath(path)).is_relative_to(incoming):
+        uploaded = path is None or Path(os.path.realpath(path)).is_relative_to(incoming)
+        if path is not None and not (uploaded and os.path.isfile(path)):
             raise ValueError(f"{display_name(str(path))} was not uploaded here: choose it again")
         return await fetch(path)
 

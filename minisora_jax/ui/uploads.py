@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import logging
 import os
 import secrets
 import shutil
@@ -19,6 +20,8 @@ from PIL import Image
 from minisora_jax.io.records import sha256
 from minisora_jax.media.sniff import HEAD, sniff
 from minisora_jax.media.video import VideoError, open_video
+
+log = logging.getLogger("minisora")
 
 MOST_BYTES = 64 * 2**20
 MOST_PICTURE = 2**24  # pixels of one frame: 4096x4096
@@ -106,6 +109,11 @@ def validate_upload(sent: str, kind: str, come_from: Path, folder: Path) -> Uplo
         os.replace(copy, stored)
     except VideoError as error:
         raise InvalidInput(f"{name} {REASONS.get(error.reason, 'cannot be read')}") from error
+    except InvalidInput:
+        raise
+    except Exception as error:  # whatever a library raises at one file is that file's fault
+        log.warning("%s cannot be read: %s: %s", name, type(error).__name__, error)
+        raise InvalidInput(f"{name} cannot be read") from error
     finally:
         copy.unlink(missing_ok=True)
     return Upload(str(stored), frames, height, width, fps, thumbnail)
