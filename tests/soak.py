@@ -213,15 +213,19 @@ def mutated(content: bytes, rng: np.random.Generator) -> bytes:
 
 
 def fuzz(count: int, seed: int, steps: int, at: Path, kinds: str = "") -> None:
-    """`count` files of each kind: media through `prepare`, records through `Shards`, models through their readers."""
-    from soak_models import KINDS, fuzz_models
+    """`count` files of each kind: media through `prepare`, records through `Shards`, the rest through their readers."""
+    import soak_json
+    import soak_models
 
-    for kind in kinds.split(",") if kinds else [*MEDIA, "records", *KINDS]:
+    for kind in kinds.split(",") if kinds else [*MEDIA, "records", *soak_models.KINDS, *soak_json.KINDS]:
         rng = np.random.default_rng(seed)
-        if kind in KINDS:
-            fuzz_models(kind, count, rng)
+        if kind in soak_models.KINDS:
+            soak_models.fuzz_models(kind, count, rng)
             continue
         (at / kind).mkdir()
+        if kind in soak_json.KINDS:
+            soak_json.fuzz_json(kind, count, rng, at / kind)
+            continue
         if kind == "records":
             _fuzz_records(count, rng, at / kind)
         else:

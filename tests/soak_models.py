@@ -178,13 +178,13 @@ def _folders(kind: str, folder: Path) -> tuple[Callable, Callable]:
         if rng.integers(0, 2):
             data = mutated(whole[name], rng)
         else:
-            data = json.dumps(_changed(json.loads(whole[name]), rng)).encode("utf-8", "surrogatepass")
+            data = json.dumps(changed(json.loads(whole[name]), rng)).encode("utf-8", "surrogatepass")
         (folder / name / "config.json").write_bytes(data)
 
     return break_one, lambda: ms.VideoPipeline.load(folder / "model", folder / "codec")
 
 
-def _changed(tree: Any, rng: np.random.Generator) -> Any:
+def changed(tree: Any, rng: np.random.Generator) -> Any:
     """A JSON tree with one value, at any depth, replaced, removed or put under another name."""
     if not isinstance(tree, dict | list) or not tree or rng.random() < 0.15:
         return VALUES[int(rng.integers(len(VALUES)))]
@@ -196,7 +196,7 @@ def _changed(tree: Any, rng: np.random.Generator) -> Any:
     elif what < 0.2 and isinstance(tree, dict):
         tree[f"{key}x"] = tree.pop(key)
     else:
-        tree[key] = _changed(tree[key], rng)
+        tree[key] = changed(tree[key], rng)
     return tree
 
 

@@ -25,7 +25,7 @@ def write_part(part, writer, stop=COUNT):
         if i == stop:
             raise KeyboardInterrupt
         values = np.random.default_rng(i).integers(0, 255, (100 + 13 * i, 3), dtype=np.uint8)
-        writer.add(pack_record({"values": values}, {"i": i}), (len(values),))
+        writer.add(pack_record({"values": values}, {"i": i}), (len(values), 1, 1, 0))
     return [part]
 
 
@@ -208,7 +208,7 @@ def test_a_manifest_of_another_form_is_named_and_no_trace(tmp_path, alter):
 def test_shards_that_changed_places_are_noticed(tmp_path):
     def same_size(part, writer):
         values = np.full((50, 3), part, np.uint8)
-        writer.add(pack_record({"values": values}, {"i": part}), (50,))
+        writer.add(pack_record({"values": values}, {"i": part}), (50, 1, 1, 0))
         return [part]
 
     manifest = write(tmp_path, same_size)

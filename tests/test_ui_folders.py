@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from minisora_jax.io.retry import DataError
+from minisora_jax.jobs.output import read_record
 from minisora_jax.media.video_writer import write_video
 from minisora_jax.ui import conversions, gallery, incoming, show
 from minisora_jax.ui.conversions import Conversions
@@ -19,8 +20,13 @@ from minisora_jax.ui.uploads import InvalidInput
 
 def put(out, name):
     (out / f"{name}.png").write_bytes(b"a picture")
-    (out / f"{name}.png.json").write_text(json.dumps({"job": {"prompt": name}}))
+    (out / f"{name}.png.json").write_text(json.dumps(record(prompt=name)))
     return name
+
+
+def record(**job):
+    return {"job": job, "batch": [], "index": 0, "sampling": {"sampler": {}, "guidance": {}}, "inputs": {},
+            "model": {"hash": "a", "codec_hash": "b"}}  # fmt: skip
 
 
 @pytest.mark.parametrize("stamp", ["20991231-235959-00000", "20991231-235959-fffff", "99991231-235959-fffff"])
@@ -71,8 +77,8 @@ def test_uploads_have_a_limit_and_an_age(tmp_path, monkeypatch):
         path.write_bytes(bytes(200))
         os.utime(path, (now - age, now - age))
     put(shelf.out, "20260102-030405-0a1b2c3d")
-    record = {"job": {"prompt": "a", "video": str(shelf.uploads / "6.png"), "strength": 0.5}, "batch": []}
-    (shelf.out / "20260102-030405-0a1b2c3d.png.json").write_text(json.dumps(record))
+    named = record(prompt="a", video=str(shelf.uploads / "6.png"), strength=0.5)
+    (shelf.out / "20260102-030405-0a1b2c3d.png.json").write_text(json.dumps(named))
     with pytest.raises(InvalidInput, match="keeps at most 4 uploads of 0 MiB in all.*try again later"), store.room(1):
         pass
     os.utime(store.folder / "b", (now - 7200, now - 7200))
@@ -89,31 +95,27 @@ def test_uploads_have_a_limit_and_an_age(tmp_path, monkeypatch):
         pass
 
 
-RECORDS = [
-    "",
-    "{",
-    "[]",
-    "7",
-    "null",
-    "{}",
-    '{"job": 7}',
-    '{"job": {}}',
-    '{"job": {"prompt": 7}}',
-    "[" * 10**5,
-    b"\xff",
-]
-RECORDS += ['{"job": {"prompt": "a", "x": 1}}', '{"job": {"prompt": "a"}, "batch": 7}']
-RECORDS += ['{"job": {"prompt": "a"}, "batch": [7]}']
+DAMAGED = ["", "{", "[]", "7", "null", "{}", "[" * 10**5, b"\xff"]
+DAMAGED += [record(prompt="a") | change for change in (
+    {"job": 7}, {"job": {}}, {"job": {"prompt": 7}}, {"job": {"prompt": "a", "x": 1}}, {"batch": 7}, {"batch": [7]},
+    {"index": 1}, {"index": -1}, {"index": True}, {"index": "0"}, {"sampling": {}},
+    {"sampling": {"sampler": 7, "guidance": {}}},
+    {"sampling": {"sampler": {"steps": "x"}, "guidance": {}}}, {"sampling": {"sampler": {}, "guidance": {"scale": []}}},
+    {"model": {}}, {"model": {"hash": 7, "codec_hash": "b"}}, {"inputs": {"a": 7}}, {"inputs": []}, {"machine": 7},
+)]  # fmt: skip
 
 
-@pytest.mark.parametrize("record", RECORDS, ids=range(len(RECORDS)))
-def test_a_damaged_record_is_left_out_and_holds_nothing_up(tmp_path, record):
+@pytest.mark.parametrize("content", DAMAGED, ids=range(len(DAMAGED)))
+def test_a_damaged_record_is_left_out_and_holds_nothing_up(tmp_path, content):
     shelf = Gallery(tmp_path)
     whole, broken = put(tmp_path, shelf.new_name()), put(tmp_path, shelf.new_name())
-    content = record if isinstance(record, bytes) else record.encode()
-    (tmp_path / f"{broken}.png.json").write_bytes(content)
+    text = json.dumps(content) if isinstance(content, dict) else content
+    (tmp_path / f"{broken}.png.json").write_bytes(text if isinstance(text, bytes) else text.encode())
     shelf.prune()
     assert [item.name for item in shelf.items()] == [whole] and show.gallery(shelf.items())
+    with pytest.raises(ValueError, match="record of"):
+        read_record(tmp_path / f"{broken}.png.json")
+    assert read_record(tmp_path / f"{whole}.png.json")["job"] == {"prompt": whole}
 
 
 def test_one_conversion_serves_all_who_ask(tmp_path, monkeypatch):

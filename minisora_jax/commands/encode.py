@@ -61,6 +61,6 @@ def run(args, _):
         )
     if is_main():
         manifest = read_json(Path(args.out) / "manifest.json")
-        left_out = f", {len(manifest['left_out'])} left out" if manifest["left_out"] else ""
+        left_out = f", {len(names)} left out" if isinstance(names := manifest.get("left_out"), list) and names else ""
         shards = f"{manifest['records']} clips in {len(manifest['shards'])} shards"
         print(f"{shards} of latents of codec {manifest['settings']['codec_hash']}{left_out}: {args.out}")

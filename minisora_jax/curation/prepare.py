@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import os
 import shutil
 from collections.abc import Callable
@@ -29,6 +28,7 @@ from minisora_jax.curation.report import Summary, write_report
 from minisora_jax.curation.stages import Curation, Sizes
 from minisora_jax.curation.workers import Inline, Worker, run_here
 from minisora_jax.io import record_writer
+from minisora_jax.io.json_files import read_json_lines
 from minisora_jax.io.lock import only_writer
 from minisora_jax.io.progress import Progress
 from minisora_jax.io.records import sha256
@@ -235,9 +235,17 @@ def _close(plan: Plan, report: SkipReport) -> SkipReport:
 
 
 def _stored_report(out_dir: Path, manifest: dict[str, Any]) -> SkipReport:
-    """The report of the run that wrote a data set."""
+    """The report of the run that wrote a data set; DataError if its files are damaged."""
     report = SkipReport()
-    report.kept, report.shortened = manifest["records"] + manifest["heldout"], manifest["shortened"]
-    report.remarks, (report.source_bytes, report.bytes) = manifest["remarks"], manifest["bytes"]
-    report.skipped = [json.loads(line) for line in (out_dir / SKIPPED).read_text(encoding="utf-8").splitlines()]
+    rows = lambda value, *names: [row for row in value if all(isinstance(row[name], str) for name in names)]
+    try:
+        report.kept, report.shortened = manifest["records"] + manifest["heldout"], int(manifest["shortened"])
+        report.source_bytes, report.bytes = map(int, manifest["bytes"])
+        report.remarks = rows(manifest["remarks"], "name", "remark")
+        report.skipped = rows(read_json_lines(out_dir / SKIPPED), "name", "reason")
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise DataError(
+            f"the report of {out_dir} is damaged ({type(error).__name__}: {error}): delete the folder and run the "
+            "command again"
+        ) from error
     return report

@@ -182,7 +182,7 @@ def parse_mixture(text: str) -> list[Part]:
     """The data sets of "data/a + data/b*0.5 + data/c@between"; ValueError for text of another form."""
     mixture = []
     for word in text.split("+"):
-        match = re.fullmatch(r"\s*(?P<directory>.*?)(?:\*(?P<weight>[\d.]+))?(?:@(?P<mask>[a-z]+))?\s*", word)
+        match = re.fullmatch(r"(?P<directory>.*?)(?:\*(?P<weight>[\d.]+))?(?:@(?P<mask>[a-z]+))?", word.strip())
         try:
             assert match and match["directory"]
             mixture.append(Part(match["directory"], float(match["weight"] or 1), match["mask"] or ""))

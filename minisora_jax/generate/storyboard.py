@@ -13,7 +13,7 @@ from minisora_jax.toy.grammar import continued
 
 log = logging.getLogger("minisora")
 
-_TIME = re.compile(r"\s*\[\s*([\d.]+)\s*s\s*\]\s*")
+_TIME = re.compile(r"\[\s*([\d.]+)\s*s\s*\]")  # not with the spaces around it: many of them would take long
 _ADVERBS = "and|but|then|now|next|finally|suddenly|afterwards?|later|slowly|quickly"
 _OPENING = re.compile(rf"^(?:(?:{_ADVERBS})\b[\s,]*)+", re.I)
 _PRONOUN = re.compile(r"^(it|they|he|she|this one|these|those|both)\b(?!')\s*", re.I)
@@ -51,6 +51,7 @@ def lines(prompt: str) -> list[tuple[float, str, str]]:
         ValueError: the times do not rise, or a line is empty.
     """
     pieces = _TIME.split(prompt)
+    pieces = [piece.strip() for piece in pieces] if len(pieces) > 1 else pieces
     starts = [0.0, *map(_seconds, pieces[1::2])]
     if starts != sorted(set(starts)):
         raise ValueError(f"the times in the prompt must rise: {', '.join(f'{s:g}s' for s in starts)}")

@@ -38,8 +38,8 @@ def facts_of(shards: Shards) -> list[tuple[str, str]]:
         lines.append(("", f"{len(order) - MOST_SIZES} other sizes {rest:>8,}  {rest / len(shards):6.1%}"))
     lines += [(name, short(value)) for name, value in manifest["settings"].items()]
     skipped = manifest.get("skipped")
-    if isinstance(skipped, dict):
-        lines.append(("skipped", ", ".join(f"{n} {why}" for why, n in skipped["counts"].items()) or "none"))
+    if isinstance(skipped, dict) and isinstance(counts := skipped.get("counts"), dict):
+        lines.append(("skipped", ", ".join(f"{n} {why}" for why, n in counts.items()) or "none"))
     return lines
 
 

@@ -12,7 +12,7 @@ from flax import traverse_util
 
 from minisora_jax.inspection.datasets import short
 from minisora_jax.io.atomic import replacing
-from minisora_jax.io.json_files import read_json
+from minisora_jax.io.json_files import read_json, read_json_lines
 from minisora_jax.io.model_dir import model_hash, open_model
 from minisora_jax.training.metrics import read_rows
 
@@ -44,7 +44,9 @@ def run_facts(workdir: Path) -> list[tuple[str, str]]:
     lines = [("checkpoints", ", ".join(map(str, checkpoints)) or "none")]
     if rows:
         last = rows[-1]
-        lines.append(("step", f"{last['step']:,} of {config.get('run', {}).get('steps', '?'):,}"))
+        run = config.get("run")
+        steps = run.get("steps") if isinstance(run, dict) else None
+        lines.append(("step", f"{last['step']:,} of {f'{steps:,}' if isinstance(steps, int) else '?'}"))
         for name in ("loss", "grad_norm", "tokens_per_s", "clips_per_s", "padding_share", "goodput"):
             if name in last:
                 lines.append((name, f"{last[name]:.4g}"))
@@ -55,9 +57,9 @@ def run_facts(workdir: Path) -> list[tuple[str, str]]:
                     parts[name.removeprefix("time_")] += value
         lines.append(("time", ", ".join(f"{name} {taken:,.0f} s" for name, taken in sorted(parts.items())) or "?"))
     for path in sorted(workdir.glob("damaged_*.jsonl")):
-        lines.append(("damaged clips", f"{len(path.read_text(encoding='utf-8').splitlines())}, see {path.name}"))
+        lines.append(("damaged clips", f"{len(read_json_lines(path))}, see {path.name}"))
     if (workdir / "left_out.json").exists():
-        lines.append(("skipped batches", (workdir / "left_out.json").read_text(encoding="utf-8")))
+        lines.append(("skipped batches", short(read_json(workdir / "left_out.json", list))))
     return lines + list(_flat(config))
 
 

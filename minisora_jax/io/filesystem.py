@@ -219,7 +219,7 @@ def printable(text: str, keep: str = "") -> str:
 
 def expand_braces(text: str) -> Iterator[str]:
     """'a-{08..10}{x,y}' -> a-08x, a-08y, a-09x, ...: ranges of numbers keep their leading zeros, as in a shell."""
-    parts = re.split(r"\{(\d+\.\.\d+|[^{}]*,[^{}]*)\}", text)
+    parts = re.split(r"\{(\d+\.\.\d+|[^{},]*,[^{}]*)\}", text)
     choices = [_choices(part) if i % 2 else [part] for i, part in enumerate(parts)]
     return map("".join, itertools.product(*choices))
 

@@ -30,7 +30,7 @@ def manifest_problem(manifest: Any) -> str:
 
 
 def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    return type(value) is int and 0 <= value < 2**60
 
 
 def is_plain_name(name: Any) -> bool:

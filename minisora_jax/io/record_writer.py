@@ -15,6 +15,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 
 from minisora_jax.io.atomic import replacing, write_text
 from minisora_jax.io.json_files import read_json
+from minisora_jax.io.manifest import manifest_problem
 from minisora_jax.io.records import FORMAT, record_crc32, sha256
 from minisora_jax.io.retry import DataError
 
@@ -91,6 +92,8 @@ def finished(out_dir: Path, opening: dict[str, Any]) -> dict[str, Any] | None:
     if not (out_dir / "manifest.json").exists():
         return None
     manifest = read_json(out_dir / "manifest.json")
+    if problem := manifest_problem(manifest):
+        raise DataError(f"{out_dir}/manifest.json is damaged: {problem}. Delete {out_dir} and run the command again")
     _check_same(out_dir, opening, manifest)
     (out_dir / "progress.jsonl").unlink(missing_ok=True)
     shutil.rmtree(out_dir / PARTS, ignore_errors=True)
@@ -103,7 +106,9 @@ def begin(out_dir: Path, opening: dict[str, Any]) -> None:
     if progress.exists() and (lines := progress.read_text(encoding="utf-8").split("\n")[:-1]):
         try:
             stored = json.loads(lines[0])
-        except ValueError as error:
+            if not isinstance(stored, dict) or not isinstance(stored.get("settings"), dict):
+                raise ValueError("its first line has no settings")
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{progress} is damaged: {error}. Delete {out_dir} and run the command again") from error
         _check_same(out_dir, opening, stored)
         return
@@ -192,7 +197,7 @@ def finish(out_dir: Path, opening: dict, shards: list, tables: dict, closing: di
 
 
 def _check_same(out_dir: Path, opening: dict, stored: dict) -> None:
-    flat = lambda d: {**{k: d.get(k) for k in ("kind", "format", "shard_bytes", "options")}, **d.get("settings", {})}
+    flat = lambda d: {**{k: d.get(k) for k in ("kind", "format", "shard_bytes", "options")}, **d["settings"]}
     ours, theirs = flat(opening), flat(stored)
     for key in [*ours, *theirs]:
         if ours.get(key) != theirs.get(key):

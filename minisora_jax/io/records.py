@@ -112,6 +112,8 @@ class Shards:
             if path.stat().st_size != shard["bytes"]:
                 raise DataError(f"{path} is damaged: expected {shard['bytes']} bytes, found {path.stat().st_size}")
         self.sizes = self.table("sizes")
+        if self.sizes.ndim != 2 or self.sizes.shape[1] != 4 or self.sizes.dtype.kind != "i" or (self.sizes < 0).any():
+            raise DataError(f"{self.directory}: sizes.npy is damaged: it has no four sizes of each record")
         self._index = ConcatIndex(shard["records"] for shard in self.manifest["shards"])
         if not len(self.sizes) == self.manifest["records"] == len(self._index):
             raise DataError(
@@ -170,7 +172,10 @@ class Shards:
         if entry is None or not path.is_file():
             raise DataError(f"{path} is missing; write the data set again")
         self._check_sha256(path, entry["sha256"])
-        return np.load(path, allow_pickle=False, mmap_mode="r" if name == "sizes" else None)
+        try:
+            return np.load(path, allow_pickle=False, mmap_mode="r" if name == "sizes" else None)
+        except (ValueError, EOFError, SyntaxError) as error:
+            raise DataError(f"{path} is damaged: {error}") from error
 
     def verify(self, progress: bool = False) -> None:
         """Check the sha256 of every shard, which reads every byte; DataError at the first difference."""

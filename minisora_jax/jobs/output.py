@@ -16,18 +16,20 @@ import os
 import platform
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 
 from minisora_jax import __version__
+from minisora_jax.config import build, with_current_names
 from minisora_jax.diffusion.guidance import GuidanceConfig
 from minisora_jax.diffusion.sampler import SamplerConfig
 from minisora_jax.io.atomic import write_text
-from minisora_jax.io.filesystem import json_or_none
-from minisora_jax.io.model_dir import config_fields
+from minisora_jax.io.filesystem import json_or_none, open_regular
 from minisora_jax.io.records import sha256
 from minisora_jax.jobs.job import Job
+from minisora_jax.media.as_made import MOST_RECORD
 from minisora_jax.media.sound import Sound
 from minisora_jax.media.video import VideoError, read_note
 from minisora_jax.media.video_writer import VideoWriter
@@ -74,10 +76,11 @@ def machine() -> dict[str, str]:
 
 
 def sampling_of(record: dict) -> dict:
-    """The options of `NativePipeline.sample` that a record was made with."""
-    options = dict(record["sampling"])
-    guidance, sampler = config_fields(options["guidance"]), config_fields(options["sampler"])
-    return options | {"sampler": SamplerConfig(**sampler), "guidance": GuidanceConfig(**guidance)}
+    """The options of `NativePipeline.sample` that a record was made with; ValueError for others."""
+    kinds, options = {"sampler": SamplerConfig, "guidance": GuidanceConfig}, record["sampling"]
+    if options.keys() != kinds.keys():
+        raise ValueError(f"its 'sampling' has {sorted(options)} in place of {sorted(kinds)}")
+    return {name: build(kind, with_current_names(options[name]), name) for name, kind in kinds.items()}
 
 
 def batch_of(record: dict) -> list[Job]:
@@ -120,10 +123,18 @@ def beside(path: Path) -> Path:
 
 
 def read_record(path: str | os.PathLike) -> dict:
-    """The record of a video, from the file beside it or from within. Raises ValueError if there is none."""
+    """The record of a video, from the file beside it or from within.
+
+    Raises:
+        ValueError: there is none, or it is not as this project writes it.
+    """
     path = Path(path)
     aside = path if path.suffix == ".json" else beside(path)
-    text = aside.read_text(encoding="utf-8") if aside.is_file() else ""
+    content = b""
+    if aside.exists():
+        with open_regular(aside) as file:
+            content = file.read(MOST_RECORD + 1)
+    text = content.decode("utf-8", "replace")
     if not text and path.is_file():
         try:
             text = read_note(path)
@@ -132,7 +143,38 @@ def read_record(path: str | os.PathLike) -> dict:
     record = json_or_none(text)
     if not isinstance(record, dict) or "job" not in record:
         raise ValueError(f"{path} has no record of how it was made: neither it nor {aside.name} has a record")
+    if problem := record_problem(record):
+        raise ValueError(f"the record of {path} is damaged: {problem}")
     return record
+
+
+def record_problem(record: Any) -> str:
+    """What is wrong with a record of how a file was made, in words; "" for a good one. It may come from a stranger."""
+    kinds = {"job": dict, "sampling": dict, "model": dict, "inputs": dict, "index": int}
+    try:
+        for name, kind in kinds.items():
+            if not isinstance(record[name], kind) or isinstance(record[name], bool):
+                return f"its {name!r} is {record[name]!r:.100}"
+        Job.from_dict(record["job"])
+        count = len(batch_of(record))
+        if not 0 <= record["index"] < count:
+            return f"its 'index' is {record['index']!r:.100}, of {count} jobs"
+        sampling_of(record)
+        words = {f"model.{name}": value for name, value in record["model"].items() if name != "window"}
+        for name, value in (words | record["inputs"]).items():
+            if not isinstance(value, str | None):
+                return f"its {name!r} is {value!r:.100}, and no text"
+        if any(not isinstance(record["model"].get(name), str) for name in ("hash", "codec_hash")):
+            return "its model has no hashes"
+        if not isinstance(window := record["model"].get("window"), int | None) or isinstance(window, bool):
+            return f"its 'model.window' is {window!r:.100}"
+        if not isinstance(machine := record.get("machine", {}), dict):
+            return f"its 'machine' is {machine!r:.100}"
+    except KeyError as error:
+        return f"it has no {error}"
+    except (ValueError, TypeError, AttributeError, ArithmeticError) as error:
+        return f"{error}"[:300]
+    return ""
 
 
 def different_machine(record: dict) -> str:

@@ -11,6 +11,7 @@ import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tensorboardX import SummaryWriter
@@ -107,9 +108,14 @@ class Metrics:
         write_text(self._path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
-def read_rows(path: Path) -> list[dict]:
-    """The complete rows of a metrics.jsonl. A row that is being written, or that was cut by a kill, is skipped."""
-    return [row for row in read_json_lines(path) if isinstance(row.get("step"), int)]
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a metrics.jsonl, each a step and numbers. What a kill cut off, or is damaged, is left out."""
+    is_row = lambda row: isinstance(row.get("step"), int) and all(map(_is_number, row.values()))
+    return [row for row in read_json_lines(path) if is_row(row)]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, float) or (type(value) is int and abs(value) < 2**63)
 
 
 class Clock:

@@ -17,8 +17,7 @@ import time
 from pathlib import Path
 
 from minisora_jax.io.filesystem import json_or_none
-from minisora_jax.jobs.job import Job
-from minisora_jax.jobs.output import batch_of
+from minisora_jax.jobs.output import batch_of, record_problem
 from minisora_jax.ui.conversions import CONVERTED
 
 KEPT = 200  # results; older ones are deleted
@@ -80,7 +79,7 @@ class Gallery:
             file = Path(path.name[: -len(".json")])
             if NAME.fullmatch(file.stem) and file.suffix in RESULTS and (self.out / file).is_file():
                 record = json_or_none(path.read_text(encoding="utf-8", errors="replace"))
-                if isinstance(record, dict) and _jobs(record):
+                if isinstance(record, dict) and not record_problem(record):
                     items.append(Item(file.stem, file.suffix, record))
             if len(items) == most:
                 break
@@ -134,15 +133,6 @@ def _next(stamp: str) -> str:
     return f"{digits[:8]}-{digits[8:]}-{number % 16**5:05x}" if len(digits) == 14 else ""
 
 
-def _jobs(record: dict) -> list[Job]:
-    """All jobs of a result's batch; [] for a record that is none, or that somebody has changed."""
-    try:
-        Job.from_dict(record["job"])
-        return batch_of(record)
-    except (ValueError, TypeError, KeyError, AttributeError):
-        return []
-
-
 def _inputs(record: dict) -> list[str]:
     """The input files of all jobs of a result's batch: reproducing one result needs the whole batch."""
-    return [path for job in _jobs(record) for path in job.inputs]
+    return [path for job in batch_of(record) for path in job.inputs]

@@ -131,12 +131,10 @@ class JobQueue:
         """The job that reproduces a result from its record; InvalidInput if the result is deleted."""
         if not (item := self.gallery.item(file)):
             raise InvalidInput("this result is deleted")
-        try:
-            job, sampling = Job.from_dict(item.record["job"]), sampling_of(item.record)
-            upscale = upscaled(item.record["job"]["size"])
-            return JobSpec(job, sampling, GROUP_VOLUME, upscale, reproduce=item.record)
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise InvalidInput("the record of this result is damaged") from error
+        job = Job.from_dict(item.record["job"])
+        if job.size is None:
+            raise InvalidInput("this result was not made by the page: use minisora generate --reproduce")
+        return JobSpec(job, sampling_of(item.record), GROUP_VOLUME, upscaled(job.size), reproduce=item.record)
 
     def leave(self, user: str) -> None:
         """Stop the waiting jobs of a visitor who has closed the page."""
