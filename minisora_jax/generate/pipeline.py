@@ -207,7 +207,7 @@ class VideoPipeline(NativePipeline):
             prompt: what the whole video shows.
             video: uint8 (1 + 4k, H, W, 3).
             mask: bool (H, W) or (T, H, W), True where to make it anew.
-            seed, fps, **sampling: as in `generate`.
+            **sampling: as in `generate`, like `seed` and `fps`.
 
         Example:
             >>> import numpy as np
