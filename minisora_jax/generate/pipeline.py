@@ -298,7 +298,7 @@ class VideoPipeline(NativePipeline):
     ) -> np.ndarray:
         """A seamless loop from words; `frames` is 4k. For a loop of a given video see `tasks.transition(loop=True)`.
 
-        Source: latent shift (Bi et al. 2025, arXiv:2502.20307).
+        A model trained with both ends known goes there and back; others take the latent shift (arXiv:2502.20307).
 
         Example:
             >>> import minisora_jax as ms
