@@ -110,9 +110,10 @@ def led_over(pipeline: NativePipeline, request: Request, a_THWC: np.ndarray, b_T
     a_eased = eased(a_THWC, frames[: len(a)], at_end=True)
     b_eased = eased(b_THWC, frames[until : until + len(b_THWC)], at_end=False)
     new = frames[len(a) : until]
-    if cut > SEAMLESS and colour_distance(a[-1], b[0]) > UNLIKE:
+    unlike = not pipeline.leads_over or colour_distance(a[-1], b[0]) > UNLIKE
+    if cut > SEAMLESS and unlike:
         new = evened(np.concatenate([a_eased[-1:], new, b_eased[:1]]))[1:-1]
-        log.warning("the two scenes do not lead into each other: the new frames fade from one to the other")
+        log.warning("the model makes no way from one scene to the other: the new frames fade")
         yield Note({"faded": True})
     return new, a_eased, b_eased
 
