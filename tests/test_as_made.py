@@ -11,7 +11,7 @@ from minisora_jax.curation.prepare import prepare
 from minisora_jax.evaluation.frames import psnr
 from minisora_jax.generate import VideoPipeline
 from minisora_jax.jobs.job import Job
-from minisora_jax.jobs.output import Output, beside, read_record
+from minisora_jax.jobs.output import Output, beside
 from minisora_jax.jobs.starting import start
 from minisora_jax.media.video import open_video, read_clip_frames
 from minisora_jax.media.video_writer import write_video
@@ -40,7 +40,8 @@ def frames():
 def test_a_result_is_read_as_it_was_made(tmp_path, frames, suffix, which):
     """By the note in the file, or by the record beside it where a copy has lost its note."""
     path = saved(tmp_path / f"a{suffix}", frames)
-    assert read_record(path)["size"] == [48, 64] and read_record(path)["upscale"] == 4
+    record = json.loads(beside(path).read_text())
+    assert record["size"] == [48, 64] and record["upscale"] == 4
     if which == "note":
         beside(path).unlink()
     else:

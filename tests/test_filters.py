@@ -126,7 +126,7 @@ def test_bad_limits_and_missing_packages_are_said(monkeypatch):
     }.items():
         with monkeypatch.context() as patch:
             patch.setitem(sys.modules, module, None)
-            with pytest.raises(ImportError, match=rf"needs {module}: pip install 'minisora_jax\[curate\]'"):
+            with pytest.raises(ImportError, match=rf"needs {module}: uv sync --extra curate"):
                 curation.check()
     Curation().check()
 

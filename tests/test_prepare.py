@@ -126,7 +126,7 @@ def test_apache_beam_writes_the_same_bytes(films, whole, tmp_path, monkeypatch):
     prepare(films, tmp_path / "out", beam=["--runner=DirectRunner"], **OPTIONS)
     assert contents(tmp_path / "out") == contents(whole)
     monkeypatch.setitem(sys.modules, "apache_beam", None)
-    with pytest.raises(ImportError, match=r"pip install 'minisora_jax\[beam\]'"):
+    with pytest.raises(ImportError, match=r"uv sync --extra beam"):
         prepare(films, tmp_path / "other", beam=[], **OPTIONS)
 
 

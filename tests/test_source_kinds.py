@@ -531,14 +531,14 @@ def test_what_cannot_be_opened_says_why(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="gs://, s3:// and https:// are known"):
         open_source("ftpx://host/x.tar")
     monkeypatch.setitem(sys.modules, "gcsfs", None)
-    with pytest.raises(ImportError, match=r"pip install 'minisora_jax\[cloud\]'"):
+    with pytest.raises(ImportError, match=r"uv sync --extra cloud"):
         open_source("gs://bucket/x.tar")
     monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
-    with pytest.raises(ImportError, match=r"pip install 'minisora_jax\[tfds\]'"):
+    with pytest.raises(ImportError, match=r"uv sync --extra tfds"):
         open_source("tfds:x:train")
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     (tmp_path / "x.parquet").touch()
-    with pytest.raises(ImportError, match=r"pip install 'minisora_jax\[hf\]'"):
+    with pytest.raises(ImportError, match=r"uv sync --extra hf"):
         open_source(tmp_path / "x.parquet")
 
 
