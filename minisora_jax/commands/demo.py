@@ -28,6 +28,8 @@ def run(args, _):
     since = time.perf_counter()
     from minisora_jax.commands import options
     from minisora_jax.commands.generate import model_record
+    from minisora_jax.diffusion.guidance import GuidanceConfig
+    from minisora_jax.diffusion.sampler import SamplerConfig
     from minisora_jax.jobs.batch import run_jobs
     from minisora_jax.jobs.job import Job
     from minisora_jax.media.contact_sheet import contact_sheet
@@ -35,7 +37,7 @@ def run(args, _):
     from minisora_jax.toy.checker import check
 
     pipeline = options.load_pipeline()
-    out, sampling = Path(args.out), {"steps": 20, "guidance": 3.0, "sampler": "heun"}
+    out, sampling = Path(args.out), {"sampler": SamplerConfig("heun", 20), "guidance": GuidanceConfig(3.0)}
     out.mkdir(parents=True, exist_ok=True)
     model = model_record(args, pipeline)
     prompts = held_out_prompts(CLIPS, args.seed)

@@ -12,7 +12,7 @@ def manifest_problem(manifest: Any) -> str:
     Every file that it names must lie in its own folder, so the name has no slash: a manifest may come from a stranger.
     """
     if not isinstance(manifest, dict):
-        return f"expected an object, found {type(manifest).__name__}"
+        return f"expected JSON of an object, found {type(manifest).__name__}"
     shards, tables = manifest.get("shards"), manifest.get("tables")
     if not isinstance(shards, list) or not isinstance(tables, dict) or not isinstance(manifest.get("settings"), dict):
         return 'expected a list of "shards", and objects "tables" and "settings"'
