@@ -6,7 +6,7 @@ import pytest
 from train_tiny import make_cache
 
 from minisora_jax.data.conditioning import ConditioningConfig
-from minisora_jax.data.latents import Latents
+from minisora_jax.data.latents import Latents, Mixture
 from minisora_jax.data.loader import crop_batches, packed_batches
 from minisora_jax.data.packing import PackConfig, PackPlan, token_counts
 from minisora_jax.toy.shapes import Shapes
@@ -60,6 +60,25 @@ def test_captions_are_padded_to_what_is_asked(latents):
     counts = [np.bincount(b.text_segment_BL.reshape(4, -1)[0])[1:] for b in (plain, padded)]
     assert set(counts[0]) == {16} and set(counts[1]) == {20} and {size[3] for row in sizes for size in row} == {20}
     assert (padded.text_BLE[0, 0, :16] == plain.text_BLE[0, 0, :16]).all() and not padded.text_BLE[0, 0, 16:20].any()
+
+
+def test_a_set_of_a_mixture_may_fix_the_masks_of_its_clips(latents):
+    mixture = Mixture([latents, latents], [1.0, 1.0], ["", "between"])
+    options = dict(patch=PATCH, conditioning=ConditioningConfig(*[0.0] * 10), caption_dropout=0.0)
+    rows, fixed = plan(mixture), 0
+    for step, (batch, _) in enumerate(packed_batches(mixture, rows, range(6), **options)):
+        for clips, segments, known in zip(
+            rows.rows(step), batch.segment_BS.reshape(4, 16), batch.cond_mask_BS.reshape(4, 16)
+        ):
+            for n, i in enumerate(clips, 1):
+                if i < len(latents):
+                    assert not known[segments == n].any()
+                elif mixture.sizes[i][0] > 2:  # at least two latent frames are shown, whichever stretch it is
+                    assert known[segments == n].any() and not known[segments == n].all()
+                    fixed += 1
+    assert fixed > 5
+    with pytest.raises(ValueError, match="@middle: the kinds of conditioning mask are first, last"):
+        list(packed_batches(Mixture([latents], [1.0], ["middle"]), plan(latents), range(1), **options))
 
 
 def test_an_epoch_shows_every_clip_once(latents):

@@ -164,10 +164,6 @@ class Latents:
         self.shards.require_size(i, (*mean.shape[:3], len(text)))
         return LatentClip(mean, std, text, caption, float(fps), name)
 
-    def mask(self, i: int) -> str:
-        """The kind of conditioning mask that clip i takes; "" to draw one. Only a mixture fixes it."""
-        return ""
-
 
 class Mixture:
     """Several concatenated caches as one sequence of LatentClip, with the `counts`, `weights` and `masks` of each.
@@ -206,10 +202,6 @@ class Mixture:
     def __getitem__(self, i: int) -> LatentClip:
         cache, at = self._index.locate(i)
         return self.caches[cache][at]
-
-    def mask(self, i: int) -> str:
-        """The kind of conditioning mask that clip i takes; "" to draw one."""
-        return self.masks[self._index.locate(i)[0]]
 
 
 def open_latents(text: str | os.PathLike, **expect: Any) -> Mixture:

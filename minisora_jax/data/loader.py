@@ -138,8 +138,9 @@ def packed_batches(
     mine = [a * pack.rows + b for a in range(accumulate) for b in host_rows(pack.rows)]
     for mask in filter(None, latents.masks):
         conditioning.require_kind(mask)
+    masks, ends = np.array(latents.masks), np.cumsum(latents.counts)
 
-    def segment(epoch: int, i: int, shown: tuple[int, int]) -> Segment | None:
+    def segment(epoch: int, i: int, shown: tuple[int, int], mask: str) -> Segment | None:
         # Seeded by the clip and the epoch, not by its place in a row, so packing does not change the clip.
         rng = np.random.default_rng([seed, epoch, i])
         try:
@@ -147,15 +148,16 @@ def packed_batches(
         except DataError as error:
             damage_log.add(error)
             return None
-        mask, empty = latents.mask(i), latents.empty_text_LE
+        empty = latents.empty_text_LE
         return training_segment(clip, patch, conditioning, caption_dropout, empty, caption_tokens, rng, shown, mask)
 
     def batch(step: int) -> tuple[PackedBatch, list[np.ndarray]]:
         epoch, rows = plan.epoch(step), plan.rows(step)
         sizes = [latents.sizes[clips].clip((0, 0, 0, caption_tokens)) for clips in rows]
-        fixed = [np.array([bool(latents.mask(int(i))) for i in clips], bool) for clips in rows]
-        shown = [conditioning.stretches(c, size[:, 0], seed, epoch, f) for c, size, f in zip(rows, sizes, fixed)]
-        segments = [[s for i, span in zip(rows[r], shown[r]) if (s := segment(epoch, int(i), span))] for r in mine]
+        fixed = [masks[np.searchsorted(ends, clips, side="right")] for clips in rows]  # the mask of each clip's set
+        shown = [conditioning.stretches(c, size[:, 0], seed, epoch, f != "") for c, size, f in zip(rows, sizes, fixed)]
+        of_row = lambda r: zip(rows[r], shown[r], fixed[r])
+        segments = [[s for i, span, m in of_row(r) if (s := segment(epoch, int(i), span, str(m)))] for r in mine]
         if not any(segments):
             raise DataError(f"no clip of step {step + 1} is readable; {damage_log.count} clips were damaged so far")
         packed = pack_segments(segments, pack, plan.max_segment_len)
