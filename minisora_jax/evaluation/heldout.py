@@ -41,6 +41,11 @@ def in_sight(motion: str) -> bool:
     return not motion.startswith("hide")
 
 
+def beside_a_still_camera(motion: str) -> bool:
+    """Whether a motion stays visible, and the camera rests."""
+    return not motion.startswith(("hide", "pan"))
+
+
 def requests(truth: Sequence[Clip], size_THW: tuple[int, int, int] | None = None) -> list[Request]:
     """A request for each clip, with its caption and size. The seed is the clip's place in the list."""
     return [Request(c.caption, size_THW or c.size_THW, seed=i, fps=FPS) for i, c in enumerate(truth)]

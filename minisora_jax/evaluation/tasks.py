@@ -21,6 +21,7 @@ from minisora_jax.evaluation.frames import bounce, flicker, psnr
 from minisora_jax.evaluation.heldout import (
     SIZE,
     Measured,
+    beside_a_still_camera,
     checked,
     clips,
     in_sight,
@@ -65,7 +66,7 @@ def image_to_video(pipeline: VideoPipeline, count: int, options: dict) -> Measur
 
 def interpolate(pipeline: VideoPipeline, count: int, options: dict) -> Measured:
     """Videos from the first frame of a true clip to its last: colour, shape, and the PSNR of both frames."""
-    truth = clips(count, suits=lambda motion: not motion.startswith(("hide", "pan")))
+    truth = clips(count, suits=beside_a_still_camera)
     videos = run(
         pipeline,
         [tasks.interpolate(pipeline, r, c.frames_THWC[0], c.frames_THWC[-1]) for r, c in pairs(truth)],

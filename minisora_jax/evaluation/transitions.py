@@ -19,6 +19,7 @@ from minisora_jax.evaluation.heldout import (
     SIZE,
     Measured,
     attributes,
+    beside_a_still_camera,
     checked,
     clips,
     in_sight,
@@ -106,7 +107,7 @@ def transition_strangers(pipeline: VideoPipeline, count: int, options: dict) -> 
 
     "ghost_free" is the share of all, "ghost_free_of_whole" that of the pairs whose two videos have no ghosts.
     """
-    truth = clips(count, suits=_can_lead)
+    truth = clips(count, suits=beside_a_still_camera)
     base = requests(truth)
     a, b = (
         pipeline.generate([dataclasses.replace(r, seed=r.seed + shift) for r in base], **options) for shift in (0, 5000)
@@ -117,7 +118,7 @@ def transition_strangers(pipeline: VideoPipeline, count: int, options: dict) -> 
 
 def transition_true(pipeline: VideoPipeline, count: int, options: dict) -> Measured:
     """11 new frames between two true clips of one caption, whose objects are in other places; as the strangers."""
-    scenes = [scene for scene in _scenes(count)]
+    scenes = _scenes(count)
     truth = [Clip(render(scene), caption(scene), FPS, "a") for scene in scenes]
     b = [render(place_again(np.random.default_rng(i), scene)) for i, scene in enumerate(scenes)]
     return _led_over(pipeline, truth, [c.frames_THWC for c in truth], b, [True] * count, options)
@@ -125,14 +126,9 @@ def transition_true(pipeline: VideoPipeline, count: int, options: dict) -> Measu
 
 def _scenes(count: int) -> list[Scene]:
     """The scenes of held-out clips of `SIZE` whose objects can be placed again."""
-    numbers = itertools.count(OFFSET)
-    scenes = (sample_scene(i, "heldout", SIZE) for i in numbers)
-    return list(itertools.islice((s for s in scenes if s.size_THW == SIZE and _can_lead(s.objects[0].motion)), count))
-
-
-def _can_lead(motion: str) -> bool:
-    """Whether two clips of a motion can follow each other: their objects are visible, and the camera rests."""
-    return not motion.startswith(("hide", "pan"))
+    scenes = (sample_scene(i, "heldout", SIZE) for i in itertools.count(OFFSET))
+    suits = lambda scene: scene.size_THW == SIZE and beside_a_still_camera(scene.objects[0].motion)
+    return list(itertools.islice(filter(suits, scenes), count))
 
 
 def _led_over(pipeline, truth, a, b, whole: list[bool], options: dict) -> Measured:

@@ -23,11 +23,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from minisora_jax.generate import transitions
 from minisora_jax.generate.frame_ops import eased, feathered, filled
 from minisora_jax.generate.native import NativePipeline
 from minisora_jax.generate.request import Given, Request
 from minisora_jax.generate.runner import Decode, Encode, Frames, Task
+from minisora_jax.generate.transitions import led_back, led_over, loop_frames
 from minisora_jax.generate.upscaling import regenerated, upscaled, upscaled_stream
 from minisora_jax.generate.windows import continued, frames_of, led_to, windowed, with_known
 from minisora_jax.media.resize import resized
@@ -38,7 +38,7 @@ def text_to_video(pipeline: NativePipeline, request: Request) -> Task:
     native, *larger = _requests_up_to(pipeline, request)
     pipeline.grid(request)
     if request.loop and pipeline.leads_over:
-        frames = yield from transitions.loop_frames(pipeline, native)
+        frames = yield from loop_frames(pipeline, native)
     else:
         frames = yield Decode((yield native), request.loop)
     yield Frames((yield from upscaled(pipeline, frames, larger)))
@@ -137,13 +137,21 @@ def transition(
     between: int,
     loop: bool = False,
 ) -> Task:
-    """Video a, at least `between` frames that lead from it to b, and video b; see `transitions.led_over`.
+    """Video a, at least `between` frames that lead from it to b (rounded up to the codec's grid), and video b.
 
-    loop: b is a itself; the new frames lead back to its beginning, and b is not shown again.
+    The pixels of both stay, but for `EASE` frames at a seam. loop: b is a itself; the new frames lead back to its
+    beginning, and b is not shown again.
     """
     _require_size(request, a_THWC, "the first video")
     _require_size(request, b_THWC, "the second video")
-    yield from transitions.transition(pipeline, request, a_THWC, b_THWC, between=between, loop=loop)
+    latent_frames = -(-(between + 1) // pipeline.codec.config.time_factor)
+    if loop:
+        pieces = yield from led_back(pipeline, request, a_THWC, latent_frames)
+    else:
+        new, a_eased, b_eased = yield from led_over(pipeline, request, a_THWC, b_THWC, latent_frames)
+        pieces = (a_eased, new, b_eased)
+    for piece in pieces:
+        yield Frames(piece)
 
 
 def long_video(

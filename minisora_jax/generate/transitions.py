@@ -22,7 +22,7 @@ from minisora_jax.generate.frame_ops import (
 )
 from minisora_jax.generate.native import NativePipeline
 from minisora_jax.generate.request import Given, Request
-from minisora_jax.generate.runner import Decode, Encode, Frames, Note, Task, collected
+from minisora_jax.generate.runner import Decode, Encode, Note, Task, collected
 from minisora_jax.generate.windows import frames_of, window_request, windowed, with_known
 
 log = logging.getLogger("minisora")
@@ -36,33 +36,6 @@ TRIES, SEAMLESS, STEADY = 4, 2.0, 0.008
 UNLIKE = 0.2  # two scenes differ if the colours of their frames are so far apart
 
 
-def transition(
-    pipeline: NativePipeline,
-    request: Request,
-    a_THWC: np.ndarray,
-    b_THWC: np.ndarray,
-    *,
-    between: int,
-    loop: bool = False,
-) -> Task:
-    """Video a, at least `between` frames that lead from it to b (rounded up to the codec's grid), and video b.
-
-    The pixels of both stay, but for `EASE` frames at a seam. loop: b is a itself; the new frames lead back to its
-    beginning, and b is not shown again.
-    """
-    factor = pipeline.codec.config.time_factor
-    latent_frames = -(-(between + 1) // factor)
-    new, a_eased, b_eased = yield from led_over(pipeline, request, a_THWC, b_THWC, latent_frames)
-    if loop:  # one video, eased at both ends
-        half = len(b_THWC) // 2
-        yield Frames(np.concatenate([b_eased[:half], a_eased[half:]]))
-        yield Frames(new)
-    else:
-        yield Frames(a_eased)
-        yield Frames(new)
-        yield Frames(b_eased)
-
-
 def loop_frames(pipeline: NativePipeline, request: Request) -> Task:
     """Returns the frames of a loop from words: a video, and the way from its end back to its beginning."""
     factor = pipeline.codec.config.time_factor
@@ -71,9 +44,14 @@ def loop_frames(pipeline: NativePipeline, request: Request) -> Task:
     frames = 1 + factor * (latent_frames - back)
     straight = dataclasses.replace(request, loop=False)
     there = yield from collected(windowed(pipeline, straight, frames, lambda _: request.prompt))
-    new, end, beginning = yield from led_over(pipeline, request, there, there, back)
-    half = len(there) // 2
-    return np.concatenate([beginning[:half], end[half:], new])
+    return np.concatenate((yield from led_back(pipeline, request, there, back)))
+
+
+def led_back(pipeline: NativePipeline, request: Request, video_THWC: np.ndarray, k: int) -> Task:
+    """Returns (the video, eased at both ends; the 4k - 1 frames that lead from its end to its beginning)."""
+    new, end, beginning = yield from led_over(pipeline, request, video_THWC, video_THWC, k)
+    half = len(video_THWC) // 2
+    return np.concatenate([beginning[:half], end[half:]]), new
 
 
 def led_over(pipeline: NativePipeline, request: Request, a_THWC: np.ndarray, b_THWC: np.ndarray, k: int) -> Task:
