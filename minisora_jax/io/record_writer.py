@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 
-from minisora_jax.io.atomic import replacing, write_text
+from minisora_jax.io.atomic import remove_leftovers, replacing, write_text
 from minisora_jax.io.json_files import read_json
 from minisora_jax.io.manifest import manifest_problem
 from minisora_jax.io.records import FORMAT, record_crc32, sha256
@@ -171,8 +171,7 @@ def finish(out_dir: Path, opening: dict, shards: list, tables: dict, closing: di
     Returns:
         The manifest.
     """
-    for leftover in out_dir.glob(".*.tmp*"):  # of a process that was killed
-        leftover.unlink()
+    remove_leftovers(out_dir)
     rows, entries = [], []
     for i, shard in enumerate(shards):
         name = f"{opening['kind']}-{i:05d}-of-{len(shards):05d}.array_record"

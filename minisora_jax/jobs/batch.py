@@ -23,7 +23,8 @@ from minisora_jax.generate.pipeline import VideoPipeline
 from minisora_jax.generate.runner import Task, run_tasks
 from minisora_jax.io.atomic import append_line
 from minisora_jax.io.checksum import crc32
-from minisora_jax.io.filesystem import json_or_none, open_regular
+from minisora_jax.io.filesystem import open_regular
+from minisora_jax.io.json_files import read_json_lines
 from minisora_jax.io.lock import only_writer
 from minisora_jax.io.manifest import is_plain_name
 from minisora_jax.io.records import sha256
@@ -190,11 +191,10 @@ def _earlier(out: Path, jobs: Sequence[Job | ValueError]) -> tuple[set[int], set
     """(numbers of the jobs whose files an earlier run made, numbers of those that it could not do)."""
     made, failed = set[int](), set[int]()
     manifest = out / MANIFEST
-    text = manifest.read_text(encoding="utf-8", errors="replace") if manifest.exists() else ""
-    for line in map(json_or_none, text.split("\n")):
-        number = line.get("number") if isinstance(line, dict) else None
-        if not isinstance(line, dict) or not isinstance(number, int) or not 0 <= number < len(jobs):
-            continue  # a line half written, or of a longer batch
+    for line in read_json_lines(manifest):
+        number = line.get("number")
+        if not isinstance(number, int) or not 0 <= number < len(jobs):
+            continue  # of a longer batch
         if "job" not in line:  # it was no job
             continue
         if isinstance(job := jobs[number], Job) and _job_of(line) != job:
