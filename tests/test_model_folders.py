@@ -1,6 +1,7 @@
 """Model folders that are damaged: a sentence for each, at load; weights and results that are not finite are said."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -265,3 +266,11 @@ def test_a_published_export_is_checked_when_it_is_imported(exported, tmp_path, c
     weights.write_bytes(data)
     assert main(["import", "umt5-small", str(tmp_path / "theirs"), f"--out={tmp_path / 'ours'}"]) == 2
     assert "model.safetensors is damaged: expected crc32" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_a_pipe_in_place_of_a_file_does_not_hang(tmp_path, name):
+    (copied(CODEC, tmp_path / "codec") / name).unlink()
+    os.mkfifo(tmp_path / "codec" / name)
+    with pytest.raises(OSError, match="a named pipe"):
+        load_model(tmp_path / "codec")

@@ -19,6 +19,7 @@ from flax import traverse_util
 from minisora_jax.config import build, with_current_names
 from minisora_jax.io import checksum
 from minisora_jax.io.atomic import write_text
+from minisora_jax.io.filesystem import open_regular
 from minisora_jax.io.safetensors import LazyArray, StoredTensor, order_of, read_tensors, write_tensors
 from minisora_jax.parallel.processes import is_main, parts_of
 
@@ -162,7 +163,8 @@ def load_config(directory: str | Path) -> dict:
                 f"`minisora train-vae` and `minisora train` write one to WORKDIR/export"
             )
     try:
-        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        with open_regular(directory / "config.json") as file:
+            config = json.loads(file.read().decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{directory}/config.json is no JSON: {error}") from error
     if not isinstance(config, dict):
@@ -200,7 +202,7 @@ def model_hash(directory: str | Path) -> str:
     """First 16 hex digits of the SHA-256 over the model's weights and config."""
     digest = hashlib.sha256()
     for name in FILES:
-        with open(Path(directory) / name, "rb") as file:
+        with open_regular(Path(directory) / name) as file:
             while chunk := file.read(2**24):
                 digest.update(chunk)
     return digest.hexdigest()[:16]

@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from minisora_jax.io.atomic import replacing
+from minisora_jax.io.filesystem import open_regular
 from minisora_jax.io.progress import Progress
 
 # The library writes tensors sorted by type, in the reverse of this order.
@@ -127,7 +128,7 @@ def read_header(path: str | Path) -> Header:
     path = Path(path)
     size = os.path.getsize(path)
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             length = int.from_bytes(file.read(8), "little")
             if not 2 <= length <= size - 8:
                 raise ValueError(f"it has {size} bytes and states a header of {length} bytes")
