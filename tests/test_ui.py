@@ -1,12 +1,8 @@
 """The page in a real browser: chromium, headless, driven as a visitor would."""
 
-import contextlib
 import json
 import os
 import shutil
-import socket
-import threading
-import time
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -21,17 +17,14 @@ pytest.importorskip("selenium", reason="the browser's driver: uv sync --group ui
 if not (CHROMIUM := shutil.which("chromium")) or not (DRIVER := shutil.which("chromedriver")):
     pytest.skip("chromium or chromedriver is not here: apt-get install chromium-driver", allow_module_level=True)
 
-import uvicorn  # noqa: E402
 from selenium import webdriver  # noqa: E402
 from selenium.common.exceptions import StaleElementReferenceException  # noqa: E402
 from selenium.webdriver.chrome.service import Service  # noqa: E402
 from selenium.webdriver.common.by import By  # noqa: E402
 from selenium.webdriver.support.ui import WebDriverWait  # noqa: E402
+from serving import served  # noqa: E402
 
-from minisora_jax.bundled import CODEC, MODEL  # noqa: E402
-from minisora_jax.generate import VideoPipeline  # noqa: E402
 from minisora_jax.media.video import read_clip_frames  # noqa: E402
-from minisora_jax.ui.server import application  # noqa: E402
 
 FLAGS = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
 FLAGS += " --disable-component-update --disable-sync --disable-dev-shm-usage --window-size=1280,1000"
@@ -47,22 +40,8 @@ def out(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def address(out):
-    pipeline = VideoPipeline.load(MODEL, CODEC)
-    model = {"model": None, "hash": pipeline.hash, "codec_hash": pipeline.codec.hash, "mesh": None}
-    app, queue = application(pipeline, out, model)
-    with contextlib.closing(socket.socket()) as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    quick = {"log_level": "error", "timeout_graceful_shutdown": 1}
-    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=port, **quick))
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    while not server.started:
-        time.sleep(0.05)
-    yield f"http://127.0.0.1:{port}/"
-    queue.close()
-    server.should_exit = True
-    thread.join(timeout=10)
+    with served(out) as port:
+        yield f"http://127.0.0.1:{port}/"
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,6 @@ import os
 import socket
 import subprocess
 import sys
-import threading
 import time
 import urllib.error
 import urllib.request
@@ -19,15 +18,12 @@ import pytest
 pytestmark = pytest.mark.slow
 pytest.importorskip("gradio", reason="the page needs gradio: uv sync --group ui")
 
-import uvicorn  # noqa: E402
 from PIL import Image  # noqa: E402
+from serving import served  # noqa: E402
 
-from minisora_jax.bundled import CODEC, MODEL  # noqa: E402
-from minisora_jax.generate import VideoPipeline  # noqa: E402
 from minisora_jax.media.video_writer import write_video  # noqa: E402
 from minisora_jax.ui import incoming  # noqa: E402
 from minisora_jax.ui.guard import Names  # noqa: E402
-from minisora_jax.ui.server import application  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -38,24 +34,10 @@ def out(tmp_path_factory):
 @pytest.fixture(scope="module")
 def port(out):
     """The port of a real server, which looks for old uploads every 0.2 s."""
-    pipeline = VideoPipeline.load(MODEL, CODEC)
-    model = {"model": None, "hash": pipeline.hash, "codec_hash": pipeline.codec.hash, "mesh": None}
-    app, queue = application(pipeline, out, model)
-    with contextlib.closing(socket.socket()) as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    quick = {"log_level": "error", "timeout_graceful_shutdown": 1}
-    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=port, **quick))
-    thread = threading.Thread(target=server.run, daemon=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(incoming, "SWEEP_EVERY", 0.2)
-        thread.start()
-        while not server.started:
-            time.sleep(0.05)
-        yield port
-    queue.close()
-    server.should_exit = True
-    thread.join(timeout=10)
+        with served(out) as port:
+            yield port
 
 
 def ask(port, method, path, body=None, **headers):
