@@ -3,6 +3,7 @@
 import fcntl
 import os
 import pty
+import re
 import struct
 import subprocess
 import sys
@@ -29,6 +30,14 @@ def test_a_log_gets_a_line_now_and_then():
     assert "\r" not in text and 2 <= len(lines) <= 5
     assert all(line.startswith("sampling: ") and "step/s" in line and " left" in line for line in lines)
     assert lines[-1].startswith("sampling: 60 of 60 (100 %)")
+
+
+def test_the_rate_is_that_of_the_whole_task():
+    """Also where a first step compiles, after which all others are quick."""
+    slow_first = SCRIPT.replace("time.sleep(0.02)", "time.sleep(1.5 if _ == 0 else 0.002)")
+    text = subprocess.run([sys.executable, "-c", slow_first], stderr=subprocess.PIPE, text=True, check=True).stderr
+    rate = float(re.search(r"60 of 60 .*?([\d.]+)step/s", text)[1])
+    assert 60 / 3.5 < rate < 60 / 1.5
 
 
 def test_a_terminal_gets_a_bar():

@@ -24,6 +24,7 @@ class Progress(tqdm):
         if self.plain and options.get("disable", False) is not None:  # None: no bar without a terminal
             self._began, self._wrote, self._shown = time.monotonic(), time.monotonic(), -1
             options |= {"file": io.StringIO(), "bar_format": LINE, "mininterval": 1.0, "dynamic_ncols": False}
+            options["smoothing"] = 0.0  # the rate of the whole task: lines are too far apart to weigh the last steps
         super().__init__(*args, **options)
 
     def display(self, msg: str | None = None, pos: int | None = None) -> None:
