@@ -63,8 +63,7 @@ def outcome(at: Path) -> dict[str, str]:
         name = path.relative_to(at).as_posix()
         if name.startswith("run/") and not name.startswith("run/export/"):
             continue
-        content = path.read_bytes().replace(str(at).encode(), b"")  # the config names its data
-        found[name] = hashlib.sha256(content).hexdigest()
+        found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
     rows = [json.loads(line) for line in (at / "run" / "metrics.jsonl").read_text().splitlines()]
     found["losses"] = repr([(r["step"], r["loss"], r["grad_norm"]) for r in rows])
     return found
@@ -73,26 +72,25 @@ def outcome(at: Path) -> dict[str, str]:
 def kill(count: int, seed: int, steps: int, at: Path) -> None:
     """Random kills over a journey, as many to a stage as it takes of the time; the end must be as if none had been."""
     rng = random.Random(seed)
-    clips = at / "mp4"
+    clips, here = at / "mp4", at / "journey"  # one folder for all: the exported config names it
     _write_clips(clips, 24)
     taken = {}
-    for name, command in stages(at / "whole", clips, steps).items():
+    for name, command in stages(here, clips, steps).items():
         for again in range(2):  # once to compile
             if again:
-                shutil.rmtree(at / "whole" / {"prepare": "clips", "encode": "latents", "train": "run"}[name])
+                shutil.rmtree(here / {"prepare": "clips", "encode": "latents", "train": "run"}[name])
             begin = time.monotonic()
             process = start(command, at / "cache")
             _, said = process.communicate()
             assert process.returncode == 0, said.decode()
             taken[name] = time.monotonic() - begin
-    wanted = outcome(at / "whole")
+    wanted = outcome(here)
     print("undisturbed:", {name: f"{s:.1f} s" for name, s in taken.items()}, flush=True)
     killed = dict.fromkeys(taken, 0)
     journeys = 0
     while sum(killed.values()) < count:
         journeys += 1
-        here = at / "killed"
-        shutil.rmtree(here, ignore_errors=True)
+        shutil.rmtree(here)
         for name, command in stages(here, clips, steps).items():
             kills = 0
             while True:

@@ -96,9 +96,9 @@ def test_episodes_are_clips_and_their_instructions_captions(rlds, tmp_path):
         media = source[e]
         np.testing.assert_array_equal(media.data, noise(5 + e, seed=e))
         assert (media.name, media.caption, media.fps) == (f"train-{e:08d}", f"pick up block {e}", 5)
-    assert source[2].data.reason == "empty caption" and source[3].data.reason == "not an image"
+    assert source[2].data.reason == "empty caption" and source[3].data.reason == "not a video"
     report = prepare(f"tfds:{rlds}:train?fps=5", tmp_path / "out")
-    assert report.kept == 2 and report.counts == {"empty caption": 1, "not an image": 1}
+    assert report.kept == 2 and report.counts == {"empty caption": 1, "not a video": 1}
     assert len(open_source(f"tfds:{rlds}:val[:50%]?fps=5")) == 2
     assert open_source(f"tfds:{rlds}:val?fps=5", need_caption=False)[2].data.shape == (7, 16, 24, 3)
     wrist = open_source(f"tfds:{rlds}:train?fps=5&media=steps/observation/wrist&caption=episode_metadata/file_path")
