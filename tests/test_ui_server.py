@@ -21,9 +21,11 @@ pytest.importorskip("gradio", reason="the page needs gradio: uv sync --group ui"
 from PIL import Image  # noqa: E402
 from serving import served  # noqa: E402
 
+from minisora_jax.io.lock import Busy, only_writer  # noqa: E402
 from minisora_jax.media.video_writer import write_video  # noqa: E402
 from minisora_jax.ui import incoming  # noqa: E402
 from minisora_jax.ui.guard import Names  # noqa: E402
+from minisora_jax.ui.server import serve  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +97,11 @@ def test_a_page_elsewhere_cannot_use_this_one(port):
         for path in ("/gradio_api/queue/join", "/gradio_api/call/generate", "/gradio_api/upload"):
             status, text = ask(port, "POST", path, b"{}", Host=at, Origin=origin, Content_Type="text/plain")
             assert status == 403 and "may not use this one" in text, (origin, text)
+
+
+def test_a_folder_has_one_page(tmp_path):
+    with only_writer(tmp_path, "minisora generate --batch"), pytest.raises(Busy, match="`minisora generate --batch`"):
+        serve(None, tmp_path, {}, "127.0.0.1", 0)
 
 
 def test_further_names_are_allowed_by_name():

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, TextIO
 
 from minisora_jax.generate.pipeline import VideoPipeline
 from minisora_jax.io.filesystem import printable
+from minisora_jax.io.lock import only_writer
 from minisora_jax.io.retry import DataError
 from minisora_jax.ui.conversions import Conversions
 from minisora_jax.ui.gallery import TYPES, Gallery
@@ -114,15 +115,17 @@ def serve(
 
     Raises:
         ValueError: the port is not available.
+        Busy: another page or a batch writes to `out`, where this page would delete what it has not made.
     """
     import uvicorn
 
     _require_free(host, port)
-    app, queue = application(pipeline, out, model, Names(host, further_names))
-    print(f"open http://{'localhost' if host == '127.0.0.1' else host}:{port} (results in {out}; stop with Ctrl-C)")
     streams = contextlib.redirect_stderr(_Printable(sys.stderr)), contextlib.redirect_stdout(_Printable(sys.stdout))
-    with contextlib.closing(queue), streams[0], streams[1]:
-        uvicorn.run(app, host=host, port=port, log_level="warning", timeout_graceful_shutdown=3)
+    with only_writer(out, "minisora ui"):
+        app, queue = application(pipeline, out, model, Names(host, further_names))
+        print(f"open http://{'localhost' if host == '127.0.0.1' else host}:{port} (results in {out}; stop with Ctrl-C)")
+        with contextlib.closing(queue), streams[0], streams[1]:
+            uvicorn.run(app, host=host, port=port, log_level="warning", timeout_graceful_shutdown=3)
 
 
 def _require_free(host: str, port: int) -> None:
