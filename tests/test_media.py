@@ -1,5 +1,6 @@
 """Media as players show it: time, aspect, orientation, colour, streams; and files that attack."""
 
+import io
 import os
 import socket
 import threading
@@ -13,8 +14,9 @@ from PIL import Image
 
 from minisora_jax.media.colour import ToRGB
 from minisora_jax.media.container import _deinterlaced
-from minisora_jax.media.sniff import sniff
-from minisora_jax.media.video import VideoError, open_video, probe, read_clip_frames
+from minisora_jax.media.picture import Picture
+from minisora_jax.media.sniff import Format, sniff
+from minisora_jax.media.video import STILL_FPS, VideoError, open_video, probe, read_clip_frames
 from minisora_jax.media.video_writer import write_video
 
 CASES = Path(__file__).parent / "cases"
@@ -97,6 +99,44 @@ def test_animated_pictures_are_videos(tmp_path, suffix):
     frames, fps = read_clip_frames(tmp_path / f"a{suffix}")
     assert fps == pytest.approx(5)
     np.testing.assert_array_equal(frames, squares(5))
+
+
+@pytest.mark.parametrize("sizes", [[(48, 64)] * 2, [(48, 64), (24, 32), (8, 8)], [(48, 64), *[(32, 32)] * 6]])
+def test_a_jpeg_of_several_pictures_is_its_first(tmp_path, sizes):
+    """Phones add gain maps and depth."""
+    colours = [(200, 60, 40), (30, 30, 220)]
+    first, *others = [Image.new("RGB", (W, H), colours[k > 0]) for k, (H, W) in enumerate(sizes)]
+    first.save(tmp_path / "a.jpg", format="MPO", save_all=True, append_images=others, quality=95)
+    with Image.open(tmp_path / "a.jpg") as image:
+        assert image.format == "MPO" and image.n_frames == len(sizes), "the case is what it is meant to be"
+    data = (tmp_path / "a.jpg").read_bytes()
+    at = data.index(b"MPF\0") + 4
+    for file in (tmp_path / "a.jpg", data[: at + 8] + b"\xff" * 40 + data[at + 48 :]):  # and with a damaged list
+        with open_video(file) as video:
+            assert video.still and (video.info.frames, video.info.fps) == (1, STILL_FPS)
+            frames = video.read()
+        assert frames.shape == (1, 48, 64, 3) and np.abs(frames.astype(int) - colours[0]).max() <= 4
+
+
+def test_one_frame_is_a_still_in_formats_of_animations(tmp_path):
+    image, other = (Image.fromarray(frame) for frame in squares(5)[::4])
+    image.save(tmp_path / "a.gif")
+    image.save(tmp_path / "timed.gif", duration=5000)
+    image.save(tmp_path / "a.webp", save_all=True, lossless=True, duration=40)
+    other.save(tmp_path / "a.png", save_all=True, default_image=True, append_images=[image])  # `other` is not shown
+    for name in ("a.gif", "timed.gif", "a.webp", "a.png"):
+        with open_video(tmp_path / name) as video:
+            assert video.still and (video.info.frames, video.info.fps, video.count(30)) == (1, STILL_FPS, 1)
+            np.testing.assert_array_equal(video.read(), squares(1))
+
+
+def test_an_animation_keeps_its_frame_size():
+    """No format that is read today may change it; TIFF, read as an animation, does."""
+    pages, file = [Image.new("RGB", size) for size in ((64, 48), (32, 32))], io.BytesIO()
+    pages[0].save(file, "TIFF", save_all=True, append_images=pages[1:])
+    picture = Picture(file.getvalue(), file, Format("a TIFF", pillow="TIFF", animates=True))
+    with pytest.raises(VideoError, match=r"corrupt frames: .* midway: \[\(32, 32\), \(48, 64\)\]"):
+        [pixels() for _, pixels in picture.frames(0.0, None)]
 
 
 # ---- Space
@@ -288,6 +328,52 @@ def test_a_cover_picture_is_no_video():
         probe(CASES / "song_with_cover.mp4")
 
 
+@pytest.mark.parametrize("suffix, codec", [(".mkv", "mjpeg"), (".mov", "png"), (".avi", "mjpeg")])
+@pytest.mark.parametrize("frames", [0, 1, 3], ids=["song", "film of one frame", "film"])
+def test_a_picture_as_an_ordinary_track_is_no_video(tmp_path, suffix, codec, frames):
+    """A cover of 96x96 without the flag of covers, before a smaller film or beside sound alone."""
+    path = tmp_path / f"a{suffix}"
+    with av.open(str(path), "w") as file:
+        cover = file.add_stream(codec, rate=8)
+        cover.height, cover.width, cover.pix_fmt = 96, 96, "yuvj420p" if codec == "mjpeg" else "rgb24"
+        film = file.add_stream("mpeg4", rate=8) if frames else file.add_stream("pcm_s16le", rate=48_000, layout="mono")
+        if frames:
+            film.height, film.width, film.pix_fmt = 48, 64, "yuv420p"
+        file.mux(cover.encode(av.VideoFrame.from_ndarray(np.zeros((96, 96, 3), np.uint8), format="rgb24")))
+        for pixels in squares(frames):
+            file.mux(film.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        if not frames:
+            sound = av.AudioFrame.from_ndarray(np.zeros((1, 48_000), np.int16), "s16", "mono")
+            sound.sample_rate = 48_000
+            file.mux(film.encode(sound))
+        file.mux(cover.encode())
+        file.mux(film.encode())
+    with av.open(str(path)) as file:
+        assert not any(v.disposition & av.stream.Disposition.attached_pic for v in file.streams.video)
+    if not frames:
+        with pytest.raises(VideoError, match="audio only.*a cover picture"):
+            probe(path)
+        return
+    info = probe(path)
+    assert (info.frames, info.height, info.width, info.remarks) == (frames, 48, 64, ())
+
+
+def test_films_of_picture_codecs_stay_films(tmp_path):
+    write(tmp_path / "a.mkv", squares(3), codec="mjpeg", pix_fmt="yuvj420p")
+    write(tmp_path / "b.mkv", squares(1), codec="mjpeg", pix_fmt="yuvj420p")
+    assert [probe(tmp_path / name).frames for name in ("a.mkv", "b.mkv")] == [3, 1]
+    with av.open(str(tmp_path / "c.avi"), "w") as file:  # as cameras wrote it
+        film, audio = file.add_stream("mjpeg", rate=8), file.add_stream("pcm_s16le", rate=48_000, layout="mono")
+        film.height, film.width, film.pix_fmt = 48, 64, "yuvj420p"
+        sound = av.AudioFrame.from_ndarray(np.zeros((1, 18_000), np.int16), "s16", "mono")
+        sound.sample_rate = 48_000
+        file.mux(audio.encode(sound))
+        for pixels in squares(3):
+            file.mux(film.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        file.mux(film.encode())
+    assert probe(tmp_path / "c.avi").frames == 3
+
+
 def test_sound_files_and_heic_are_named(tmp_path):
     (tmp_path / "song.mp4").write_bytes(b"\0\0\0\x20ftypM4A \0\0\0\0" + bytes(99))
     (tmp_path / "song.mkv").write_bytes(b"ID3\4" + bytes(99))
@@ -297,6 +383,42 @@ def test_sound_files_and_heic_are_named(tmp_path):
     for name in ("photo.heic", "photo.jpg", "photo.mp4"):
         (tmp_path / name).write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(99))
         with pytest.raises(VideoError, match="not an image: .* is a HEIC picture: convert it to JPEG or PNG"):
+            probe(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["TIFF", "JPEG 2000", "icon", "Netpbm", "DirectDraw", "QOI"])
+def test_pictures_of_other_formats_are_named(tmp_path, name):
+    suffix = {"TIFF": "tif", "JPEG 2000": "jp2", "icon": "ico", "Netpbm": "ppm", "DirectDraw": "dds", "QOI": "qoi"}[
+        name
+    ]
+    Image.fromarray(squares(1)[0]).save(tmp_path / f"a.{suffix}")
+    Image.fromarray(squares(1)[0]).save(tmp_path / "b.j2k")
+    assert sniff((tmp_path / "b.j2k").read_bytes()).name == "a JPEG 2000 picture"  # without a box around it
+    for path in (tmp_path / f"a.{suffix}", tmp_path / "a.mp4", tmp_path / "a.jpg"):
+        path.write_bytes((tmp_path / f"a.{suffix}").read_bytes())
+        with pytest.raises(VideoError, match=f"not an image: .* is .*{name}.*: convert it to JPEG or PNG"):
+            probe(path)
+
+
+SOUNDS = {"aiff": "pcm_s16be", "au": "pcm_s16be", "caf": "pcm_s16be", "ac3": "ac3", "wav": "pcm_s16le", "tta": "tta",
+          "w64": "pcm_s16le", "rf64": "pcm_s16le", "mp3": "mp3", "mp2": "mp2", "adts": "aac", "flac": "flac",
+          "ipod": "aac", "wv": "wavpack", "ogg": "libopus", "mka": "aac", "mp4": "aac", "asf": "wmav2"}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", SOUNDS)
+def test_sound_is_called_sound(tmp_path, kind):
+    options = {"rf64": "always"} if kind == "rf64" else {}
+    container = {"rf64": "wav", "mka": "matroska"}.get(kind, kind)
+    for name in ("a.mp4", "a.png"):
+        with av.open(str(tmp_path / name), "w", format=container, options=options) as file:
+            stream = file.add_stream(SOUNDS[kind], rate=48_000, layout="stereo", bit_rate=128_000)
+            resampler = av.AudioResampler(stream.codec_context.format.name, "stereo", 48_000, stream.frame_size or 1024)
+            frame = av.AudioFrame.from_ndarray(np.zeros((1, 19_200), np.int16), "s16", "stereo")
+            frame.sample_rate = 48_000
+            for block in [*resampler.resample(frame), *resampler.resample(None)]:
+                file.mux(stream.encode(block))
+            file.mux(stream.encode())
+        with pytest.raises(VideoError, match="audio only"):
             probe(tmp_path / name)
 
 

@@ -72,7 +72,10 @@ def open_regular(path: str | os.PathLike) -> io.BufferedReader:
         OSError: the file cannot be opened.
     """
     flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)
-    file = open(path, "rb", opener=lambda name, _: os.open(name, flags | getattr(os, "O_BINARY", 0)))
+    try:
+        file = open(path, "rb", opener=lambda name, _: os.open(name, flags | getattr(os, "O_BINARY", 0)))
+    except IsADirectoryError as error:
+        raise NotAFile(os.fspath(path), "a folder") from error
     mode = os.fstat(file.fileno()).st_mode
     if not stat.S_ISREG(mode):
         file.close()

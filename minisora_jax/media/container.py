@@ -25,6 +25,21 @@ REORDER = 16  # a seek goes back by this many frames, since codecs decode frames
 SEEKABLE = ("mov", "matroska")
 WIDEST = 8  # pixels that are more than so many times as wide as high, or as high as wide, are taken for square
 
+PICTURE_CODECS = (
+    "mjpeg",
+    "png",
+    "apng",
+    "gif",
+    "webp",
+    "bmp",
+    "tiff",
+    "jpeg2000",
+    "jpegls",
+    "ljpeg",
+    "jpegxl",
+    "targa",
+)
+
 Fit = Callable[[int, int], tuple[int, int]]  # from height and width as shown to those that are wanted
 
 
@@ -89,7 +104,8 @@ class ContainerVideo:
         if not stamps:
             raise VideoError("zero frames", f"{label(file)} has no frame; its header states {self.header_frames}")
         try:
-            self.timeline = Timeline.of(stamps, last, header_fps)
+            gif_of_one = file_format.demuxer == "gif" and len(stamps) == 1
+            self.timeline = Timeline.of_still() if gif_of_one else Timeline.of(stamps, last, header_fps)
         except ValueError as error:
             raise VideoError("not a video", f"{label(file)}: {error}") from error
         self.height, self.width = self._shown_size()
@@ -166,15 +182,26 @@ class ContainerVideo:
         return video
 
     def _choose(self, container: InputContainer) -> VideoStream:
-        """The video stream to read: the default one, and of several the largest. Cover pictures do not count."""
+        """The video stream to read: the default one, and of several the largest. Cover pictures do not count.
+
+        A stream of one picture is a cover too, beside sound or a film, if its codec is one of pictures. Other streams
+        of one frame come after films.
+        """
         covers = [v for v in container.streams.video if _is_cover(v)]
         videos = [v for v in container.streams.video if v not in covers]
+        moves = dict.fromkeys(videos, True)
+        if len(videos) > 1 or (container.streams.audio and any(_codec(v) in PICTURE_CODECS for v in videos)):
+            moves = self._moving(videos)
+            pictures = [v for v in videos if not moves[v] and _codec(v) in PICTURE_CODECS]
+            if container.streams.audio or len(pictures) < len(videos):
+                covers, videos = covers + pictures, [v for v in videos if v not in pictures]
         if not videos:
             kinds = ", ".join("a cover picture" if s in covers else s.type for s in container.streams)
             reason = "audio only" if container.streams.audio else "not a video"
             raise VideoError(reason, f"{label(self.file)} has streams: {kinds or 'none'}")
         sizes = [(0, 0) if v.codec_context is None else (v.height, v.width) for v in videos]
-        rank = lambda k: (sizes[k][0] > 0, _disposed(videos[k], "default"), sizes[k][0] * sizes[k][1], -k)
+        area = [H * W for H, W in sizes]
+        rank = lambda k: (area[k] > 0, moves[videos[k]], _disposed(videos[k], "default"), area[k], -k)
         best = max(range(len(videos)), key=rank)
         H, W = sizes[best]
         if not (H and W):
@@ -184,6 +211,20 @@ class ContainerVideo:
         if len(videos) > 1:
             self.remarks.append(f"it has {len(videos)} video streams: number {best + 1}, of {H}x{W}, is read")
         return videos[best]
+
+    def _moving(self, videos: list[VideoStream]) -> dict[VideoStream, bool]:
+        """Whether each stream has more than one frame."""
+        counts = dict.fromkeys((v.index for v in videos), 0)
+        with self._open() as container:
+            for packet in container.demux(*(container.streams[index] for index in counts)):
+                counts[packet.stream.index] += packet.size > 0
+                if min(counts.values()) > 1:
+                    break
+        return {v: counts[v.index] > 1 for v in videos}
+
+
+def _codec(video: VideoStream) -> str:
+    return video.codec_context.codec.canonical_name if video.codec_context else ""
 
 
 def _is_cover(video: VideoStream) -> bool:

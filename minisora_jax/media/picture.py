@@ -1,4 +1,7 @@
-"""Pictures that Pillow decodes: still, or animated as WebP, PNG and AVIF can be."""
+"""Pictures that Pillow decodes: still, or animated as WebP, PNG and AVIF can be.
+
+A file of several pictures that is no animation, such as a JPEG with a gain map or depth, is its first picture.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import BinaryIO
 
 import numpy as np
-from PIL import Image, ImageOps, features
+from PIL import Image, ImageOps, JpegImagePlugin, features
 
 from minisora_jax.media.colour import over_black
 from minisora_jax.media.container import Fit
@@ -16,7 +19,6 @@ from minisora_jax.media.opening import MAX_PIXELS, MediaFile, VideoError, faults
 from minisora_jax.media.sniff import Format
 from minisora_jax.media.timeline import Timeline
 
-STILL_FPS = 8.0  # frames per second assigned to an image; the procedural clips have the same rate
 MAX_ANIMATED = 2**31  # pixels of all frames of an animated picture, which is decoded once to learn its times
 TURNED = (5, 6, 7, 8)  # EXIF orientations that swap height and width
 
@@ -35,7 +37,7 @@ class Picture:
         if file_format.pillow == "AVIF" and not features.check("avif"):
             raise VideoError("not an image", f"{label(file)} is an AVIF picture, which needs pillow >= 11.3")
         with self._open() as image:
-            H, W, count = image.height, image.width, getattr(image, "n_frames", 1)
+            H, W, count = image.height, image.width, getattr(image, "n_frames", 1) if file_format.animates else 1
             if H * W > MAX_PIXELS or (count > 1 and count * H * W > MAX_ANIMATED):
                 frames = f"{count} frames of " if count > 1 else ""
                 raise VideoError("too large", f"{label(file)} has {frames}{H}x{W} pixels; the limit is {MAX_PIXELS}")
@@ -44,7 +46,7 @@ class Picture:
             # The default image of an animated PNG need not be a frame of it.
             self.first = int(count > 1 and bool(image.info.get("default_image")))
             self.count = count - self.first
-            self.timeline = Timeline(np.zeros(1), 1 / STILL_FPS, STILL_FPS)
+            self.timeline = Timeline.of_still()
             if self.count > 1:
                 with faults_of(file):
                     durations = [self._load(image, k).info.get("duration", 0) for k in range(self.count)]
@@ -55,9 +57,13 @@ class Picture:
 
     def frames(self, start: float, fit: Fit | None) -> Iterator[tuple[float, Callable[[], np.ndarray]]]:
         """As `ContainerVideo.frames`."""
+        shape: tuple[int, ...] = ()
         with self._open() as image:
             for k in range(self.count):
                 pixels = self._pixels(self._load(image, k), fit)
+                if pixels.shape != (shape := shape or pixels.shape):
+                    sizes = sorted([shape[:2], pixels.shape[:2]])
+                    raise VideoError("corrupt frames", f"{label(self.file)} changes its frame size midway: {sizes}")
                 yield float(self.timeline.stamps[k]), lambda pixels=pixels: pixels
 
     def _pixels(self, image: Image.Image, fit: Fit | None) -> np.ndarray:
@@ -74,7 +80,7 @@ class Picture:
     def _load(self, image: Image.Image, k: int) -> Image.Image:
         with faults_of(self.file):
             try:
-                if self.count > 1:
+                if self.first + self.count > 1:
                     image.seek(self.first + k)
                 image.load()
             except OSError as error:
@@ -87,6 +93,8 @@ class Picture:
         self.stream.seek(0)
         with faults_of(self.file, "not an image"), _quiet():
             try:
+                if self.format.pillow == "JPEG":  # without the list of further pictures, which may be damaged
+                    return JpegImagePlugin.JpegImageFile(self.stream)
                 return Image.open(self.stream, formats=[self.format.pillow])
             except Image.DecompressionBombError as error:
                 raise VideoError("too large", f"{label(self.file)}: {error}") from error

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
+STILL_FPS = 8.0  # frames per second assigned to an image; the procedural clips have the same rate
 SLOWEST, FASTEST = 1e-3, 1e4  # frames per second; time stamps that give another rate are damaged
 TOLERANCE = 0.002  # seconds: WebM and Matroska round their stamps to 1 ms
 
@@ -30,6 +31,11 @@ class Timeline:
     stamps: np.ndarray
     seconds: float
     fps: float
+
+    @classmethod
+    def of_still(cls) -> Timeline:
+        """The timeline of one picture."""
+        return cls(np.zeros(1), 1 / STILL_FPS, STILL_FPS)
 
     @classmethod
     def of(cls, stamps: Iterable[float], last: float | None, header_fps: float | None) -> Timeline:

@@ -19,15 +19,15 @@ import numpy as np
 from minisora_jax.media.as_made import AsMade, as_made
 from minisora_jax.media.container import ContainerVideo, Fit
 from minisora_jax.media.opening import MAX_BYTES, MediaFile, VideoError, label, opened
-from minisora_jax.media.picture import STILL_FPS, Picture
+from minisora_jax.media.picture import Picture
 from minisora_jax.media.resize import resized
-from minisora_jax.media.sniff import HEIC
-from minisora_jax.media.timeline import Timeline
+from minisora_jax.media.sniff import GIF, SOUND
+from minisora_jax.media.timeline import STILL_FPS, Timeline
 
 __all__ = ["STILL_FPS", "Fit", "MediaFile", "StoredFrames", "Video", "VideoError", "VideoInfo", "open_video"]
 
 VIDEO_SUFFIXES = (".mp4", ".avi", ".webm", ".mov", ".mkv", ".gif")
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".avif", ".heic", ".heif")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".avif", ".heic", ".heif", ".tif", ".tiff", ".jp2", ".jxl")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,12 +159,13 @@ def open_video(file: MediaFile, *, made: bool = False) -> Iterator[Video]:
     """
     with opened(file) as (stream, file_format):
         named_image = not isinstance(file, bytes) and Path(file).suffix.lower() in IMAGE_SUFFIXES
-        if not file_format.readable and (named_image or file_format is HEIC):
-            raise VideoError("not an image", f"{label(file)} is {file_format.name}: convert it to JPEG or PNG")
+        if not file_format.readable and file_format is not SOUND and (file_format.picture or named_image):
+            fix = ": convert it to JPEG or PNG" if file_format.picture else ""
+            raise VideoError("not an image", f"{label(file)} is {file_format.name}{fix}")
         kind = Picture if file_format.pillow else ContainerVideo
         content = kind(file, stream, file_format)
-        still = file_format.pillow and len(content.timeline) == 1
-        yield Video(label(file), as_made(file, content) if made else content, bool(still))
+        still = (file_format.picture or file_format is GIF) and len(content.timeline) == 1
+        yield Video(label(file), as_made(file, content) if made else content, still)
 
 
 def probe(file: MediaFile, *, made: bool = False) -> VideoInfo:
