@@ -367,6 +367,7 @@ def read_broken(cache: Path, seeds: list[int]) -> dict[str, int]:
 
     A record that is given out must be the one that was written."""
     from minisora_jax.data.latents import Latents
+    from minisora_jax.io.manifest import seal
     from minisora_jax.io.retry import DataError
 
     whole = Latents(cache)
@@ -381,7 +382,7 @@ def read_broken(cache: Path, seeds: list[int]) -> dict[str, int]:
             (copy / shard.name).write_bytes(broken)
             manifest = json.loads((copy / "manifest.json").read_text())
             manifest["shards"][0]["bytes"] = len(broken)  # or the size alone would give it away
-            (copy / "manifest.json").write_text(json.dumps(manifest))
+            (copy / "manifest.json").write_text(json.dumps(manifest | {"crc32": seal(manifest)}))
             refused = 0
             try:
                 latents = Latents(copy)

@@ -18,6 +18,7 @@ from soak import mutated
 from soak_models import changed
 
 from minisora_jax.io.filesystem import printable
+from minisora_jax.io.manifest import seal
 from minisora_jax.io.retry import DataError
 
 SECONDS = 20.0  # the most that one file may take
@@ -83,7 +84,10 @@ def _breaking(*paths: Path) -> Callable[[np.random.Generator], bytes]:
             lines[at] = json.dumps(changed(json.loads(lines[at]), rng))
             data = "\n".join(lines).encode("utf-8", "surrogatepass")
         else:
-            data = json.dumps(changed(json.loads(whole[path]), rng)).encode("utf-8", "surrogatepass")
+            value = changed(json.loads(whole[path]), rng)
+            if path.name == "manifest.json" and isinstance(value, dict):
+                value["crc32"] = seal(value)  # as a stranger would, or its checksum would refuse all
+            data = json.dumps(value).encode("utf-8", "surrogatepass")
         path.write_bytes(data)
         return data
 

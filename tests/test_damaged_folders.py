@@ -12,6 +12,7 @@ from train_tiny import make_cache
 from minisora_jax.cli import main
 from minisora_jax.curation.prepare import prepare
 from minisora_jax.data.latents import Latents
+from minisora_jax.io.manifest import seal
 from minisora_jax.io.retry import DataError
 from minisora_jax.media.video_writer import write_video
 
@@ -28,7 +29,8 @@ def test_a_finished_data_set_with_a_damaged_report_is_named_and_no_trace(tmp_pat
     prepare(tmp_path / "in", tmp_path / "out")
     assert prepare(tmp_path / "in", tmp_path / "out").kept == 1
     path = tmp_path / "out/manifest.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    changed = json.loads(path.read_text()) | change
+    path.write_text(json.dumps(changed | {"crc32": seal(changed)}))
     assert main(["inspect", str(tmp_path / "out"), "--out", str(tmp_path / "a.png")]) in (0, 2)
     if "skipped" not in change:  # which is read from its own file
         with pytest.raises(DataError, match="damaged"):
@@ -45,7 +47,7 @@ def test_sizes_of_another_form_are_refused(tmp_path):
         manifest = json.loads(path.read_text())
         np.save(tmp_path / "out/sizes.npy", sizes)
         manifest["tables"]["sizes"]["sha256"] = hashlib.sha256((tmp_path / "out/sizes.npy").read_bytes()).hexdigest()
-        path.write_text(json.dumps(manifest))
+        path.write_text(json.dumps(manifest | {"crc32": seal(manifest)}))
         with pytest.raises(DataError, match=r"sizes.npy is damaged"):
             Latents(tmp_path / "out")
 

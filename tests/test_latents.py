@@ -10,6 +10,7 @@ import pytest
 from minisora_jax.data import encode
 from minisora_jax.data.encode import encode_clips
 from minisora_jax.data.latents import Latents, write_latents
+from minisora_jax.io.manifest import seal
 from minisora_jax.io.retry import DataError
 from minisora_jax.models.text import encode_bytes
 from minisora_jax.types import Clip, LatentClip
@@ -101,7 +102,9 @@ def test_a_manifest_is_the_sign_of_a_finished_encode(copy):
     (copy / "manifest.json").write_text(text[:50])
     with pytest.raises(DataError, match="manifest.json is damaged"):
         Latents(copy)
-    (copy / "manifest.json").write_text(json.dumps({**json.loads(text), "kind": "clips"}))
+    (copy / "manifest.json").write_text(
+        json.dumps((other := {**json.loads(text), "kind": "clips"}) | {"crc32": seal(other)})
+    )
     with pytest.raises(DataError, match="kind should be 'latents' and is 'clips'"):
         Latents(copy)
     (copy / "manifest.json").unlink()

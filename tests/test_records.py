@@ -11,6 +11,7 @@ import pytest
 
 from minisora_jax.curation.prepare import prepare
 from minisora_jax.io import record_writer
+from minisora_jax.io.manifest import seal
 from minisora_jax.io.object_store import Mirror
 from minisora_jax.io.records import Shards, pack_record, sha256, unpack_record
 from minisora_jax.io.retry import DataError
@@ -153,10 +154,27 @@ def test_prepared_shapes_are_the_shapes(tmp_path):
 
 
 def altered(out, alter):
-    """Rewrite a manifest; `alter` changes it in place or returns another value."""
+    """Rewrite a manifest, as a stranger would; `alter` changes it in place or returns another value."""
     path = out / "manifest.json"
     manifest = json.loads(path.read_text())
-    path.write_text(json.dumps(alter(manifest) or manifest))
+    changed = alter(manifest) or manifest
+    path.write_text(json.dumps(changed | {"crc32": seal(changed)} if isinstance(changed, dict) else changed))
+
+
+def test_every_flipped_bit_of_a_manifest_is_noticed_or_changes_nothing(tmp_path):
+    write(tmp_path)
+    path, rng = tmp_path / "manifest.json", np.random.default_rng(0)
+    whole = path.read_bytes()
+    noticed = 0
+    for at in rng.integers(len(whole), size=300):
+        broken = bytearray(whole)
+        broken[at] ^= 1 << int(rng.integers(8))
+        path.write_bytes(broken)
+        try:
+            assert Shards(tmp_path, "things", {}).manifest == json.loads(whole)  # a space between two entries
+        except DataError:
+            noticed += 1
+    assert noticed > 200
 
 
 OUTSIDE = ["/etc/passwd", "../../x", "..", "a/b", "a\\b", ".hidden", "", None, 3, "x\0y", "a\nb"]

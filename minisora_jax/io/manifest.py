@@ -2,8 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import re
+import zlib
 from typing import Any
+
+FORMAT = 2  # of a data set and its manifest; since 2 a manifest has a checksum of its own
+
+
+def seal(manifest: dict[str, Any]) -> str:
+    """The CRC-32 of what a manifest says, without its own entry "crc32": 8 hex digits. It finds damage, not forgery."""
+    text = json.dumps({key: value for key, value in manifest.items() if key != "crc32"}, sort_keys=True)
+    return f"{zlib.crc32(text.encode()):08x}"
 
 
 def manifest_problem(manifest: Any) -> str:
@@ -26,6 +36,8 @@ def manifest_problem(manifest: Any) -> str:
     for shard in shards:
         if not (_is_count(shard.get("records")) and _is_count(shard.get("bytes"))):
             return f"{shard['file']} has no numbers of records and bytes"
+    if manifest.get("format") == FORMAT and manifest.get("crc32") != (actual := seal(manifest)):
+        return f"expected crc32 {manifest.get('crc32')}, found {actual}"
     return ""
 
 

@@ -15,8 +15,8 @@ from array_record.python.array_record_module import ArrayRecordWriter
 
 from minisora_jax.io.atomic import remove_leftovers, replacing, write_text
 from minisora_jax.io.json_files import read_json
-from minisora_jax.io.manifest import manifest_problem
-from minisora_jax.io.records import FORMAT, record_crc32, sha256
+from minisora_jax.io.manifest import FORMAT, manifest_problem, seal
+from minisora_jax.io.records import record_crc32, sha256
 from minisora_jax.io.retry import DataError
 
 PARTS = "parts"
@@ -190,6 +190,7 @@ def finish(out_dir: Path, opening: dict, shards: list, tables: dict, closing: di
         with replacing(path) as temporary:
             np.save(temporary, array)
         manifest["tables"][name] = {"file": path.name, "sha256": sha256(path)}
+    manifest["crc32"] = seal(manifest)
     write_text(out_dir / "manifest.json", json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
     (out_dir / "progress.jsonl").unlink(missing_ok=True)
     return manifest

@@ -29,11 +29,10 @@ from array_record.python.array_record_module import ArrayRecordReader
 from minisora_jax.io.concat_index import ConcatIndex
 from minisora_jax.io.filesystem import is_url, open_regular
 from minisora_jax.io.json_files import read_json
-from minisora_jax.io.manifest import manifest_problem
+from minisora_jax.io.manifest import FORMAT, manifest_problem
 from minisora_jax.io.progress import Progress
 from minisora_jax.io.retry import DataError, require_readable, with_retries
 
-FORMAT = 1
 MAGIC = b"MSR1"
 RANDOM_ACCESS = "readahead_buffer_size:0,max_parallelism:0"
 
