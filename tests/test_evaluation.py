@@ -8,6 +8,7 @@ import pytest
 from minisora_jax.cli import main
 from minisora_jax.evaluation import frames as F
 from minisora_jax.evaluation.frechet import Extractor, distance, frechet, moments, open_extractor
+from minisora_jax.evaluation.report import write_report
 from minisora_jax.generate.frame_ops import largest_step
 from minisora_jax.toy.checker import observe
 from minisora_jax.toy.grammar import parse_caption
@@ -78,6 +79,14 @@ def test_a_true_bounce_keeps_its_speed():
         if len(clip.frames_THWC) == 17 and parse_caption(clip.caption)[0][0].motion == "bounce":
             found += [u for o in observe(clip.frames_THWC) if (u := F.bounce(o)) is not None]
     assert len(found) > 10 and np.median(found) < 0.05
+
+
+def test_a_report_has_counts_in_words_and_shares_as_a_plot(tmp_path):
+    scores = {"ghost_free": 0.5, "ghosts": {"missing": 3, "jump": 1}, "motion_by_kind": {"left": [0.5, 4]}, "none": {}}
+    write_report(tmp_path / "report.html", "title", {}, {"loop": (scores, [])})
+    page = (tmp_path / "report.html").read_text()
+    assert "3 missing, 1 jump" in page and "0.5 (missed)" in page
+    assert page.count("<img") == 1 and "loop: motion_by_kind" in page
 
 
 @pytest.mark.slow

@@ -27,6 +27,8 @@ GOALS = {
     ("extend-backward", "seam_psnr"): (">=", 30.0),
     ("extend-backward", "motion"): (">=", 0.85),
     ("loop", "seam_at_most_1.5"): (">=", 0.9),
+    ("loop", "ghost_free"): (">=", 0.9),
+    ("transition-true", "ghost_free"): (">=", 0.9),
     ("transition", "no_step_above_2"): (">=", 1.0),
     ("permanence", "permanence"): (">=", 0.8),
 }
@@ -55,17 +57,24 @@ def write_report(path: Path, title: str, facts: dict, results: dict[str, tuple[d
     parts.append(_table(goals, ("measurement", "goal", "result")) if goals else "<p>No measurement has a goal.</p>")
     for name, (scores, rows) in results.items():
         parts.append(f"<h2>{_text(name)}</h2>")
-        plain = [(k, v) for k, v in scores.items() if not isinstance(v, dict)]
-        parts.append(_table(plain))
-        for key, by_kind in scores.items():
-            if isinstance(by_kind, dict) and by_kind:
-                parts.append(_plot(f"{name}: {key}", by_kind))
+        by_kind = {
+            k: v
+            for k, v in scores.items()
+            if isinstance(v, dict) and v and all(isinstance(x, list) for x in v.values())
+        }
+        parts.append(_table([(k, _counts(v)) for k, v in scores.items() if k not in by_kind]))
+        parts += [_plot(f"{name}: {key}", shares) for key, shares in by_kind.items()]
         if rows:
             sheet = path.parent / f"{name}.png"
             contact_sheet(sheet, rows[:SHOWN])
             parts.append(_image(sheet.read_bytes(), f"frames of {name}"))
     head = f"<!doctype html><meta charset=utf-8><title>{_text(title)}</title><style>{STYLE}</style>"
     write_text(path, head + "\n".join(parts) + "\n")
+
+
+def _counts(value: Any) -> Any:
+    """{what: how many} in words."""
+    return ", ".join(f"{count} {what}" for what, count in value.items()) or "none" if isinstance(value, dict) else value
 
 
 def _mark(value: float, good: bool) -> str:
