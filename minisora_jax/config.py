@@ -11,6 +11,7 @@ import ast
 import dataclasses
 import inspect
 import io
+import math
 import re
 import runpy
 import sys
@@ -198,7 +199,8 @@ def build(cls: type, values: dict, at: str = "config") -> Any:
                 raise ValueError(f"{at}.{name}={value!r} must be a group of settings: {fields}")
             value = build(hint, value, f"{at}.{name}")
         elif not _fits(value := _tuples(value), hint):
-            raise ValueError(f"{at}.{name}={value!r} must be {getattr(hint, '__name__', hint)}")
+            finite = "finite " if isinstance(value, float) and not math.isfinite(value) else ""
+            raise ValueError(f"{at}.{name}={value!r} must be {finite}{getattr(hint, '__name__', hint)}")
         arguments[name] = value
     return cls(**arguments)
 
@@ -216,7 +218,7 @@ def _fits(value: Any, hint: Any) -> bool:
         of_each = hints[:1] * len(value) if hints[-1] is ... else hints
         return len(of_each) == len(value) and all(map(_fits, value, of_each))
     if base is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     return not isinstance(base, type) or (isinstance(value, base) and (base is bool or not isinstance(value, bool)))
 
 

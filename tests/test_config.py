@@ -86,6 +86,8 @@ def test_build_makes_dataclasses_of_dicts():
         ({"count": True}, "config.count=True must be int"),
         ({"count": 1.5}, "config.count=1.5 must be int"),
         ({"on": 1}, "config.on=1 must be bool"),
+        ({"inner": {"rate": float("nan")}}, "config.inner.rate=nan must be finite float"),
+        ({"inner": {"rate": float("inf")}}, "config.inner.rate=inf must be finite float"),
     ],
 )
 def test_build_refuses_what_does_not_fit(values, message):

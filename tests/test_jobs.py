@@ -123,7 +123,7 @@ def test_a_given_video_too_large_for_the_model_is_warned_of(pipeline, media, cap
         ({"prompt": "x", "video": "a"}, "say what to do with it"),
         ({"prompt": "x", "video": "a", "extend": "up"}, "extend='up' must be one of forward, backward, both"),
         ({"prompt": "x", "seconds": 61}, "seconds=61 must be above 0 and at most 60"),
-        ({"prompt": "x", "fps": 0}, "fps=0 must be above 0"),
+        ({"prompt": "x", "fps": 0}, "fps=0 must be at least 0.1 and at most 120"),
     ],
 )
 def test_what_cannot_be_meant_is_said(said, sentence):
@@ -168,6 +168,12 @@ def test_a_batch_goes_on_and_names_what_cannot_be_done(pipeline, media, tmp_path
     assert pixels(tmp_path / "cut") == pixels(tmp_path / "whole") and len(pixels(tmp_path / "cut")) == 3
     with pytest.raises(ValueError, match="job 0 was .* use another --out"):
         run(tmp_path / "whole", [Job("another", **small)])
+
+    # Whatever letters a file's name has, it is made once; a line that is no job is noted once.
+    anywhere = [Job("ein großer roter Kreis", **small), Job("猫" * 64, **small), ValueError("line 3: no job")]
+    assert run(tmp_path / "names", anywhere) == {"made": 2, "failed": 1, "before": 0}
+    assert run(tmp_path / "names", anywhere) == {"made": 0, "failed": 1, "before": 2}
+    assert len((tmp_path / "names/manifest.jsonl").read_text().splitlines()) == 3
 
 
 def test_on_the_command_line_made_and_made_again(tmp_path, capsys):
@@ -219,6 +225,18 @@ def test_a_writer_that_fails_leaves_nothing(tmp_path):
     with pytest.raises(ValueError, match="no frames were written"), VideoWriter(tmp_path / "a.gif", 8):
         pass
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("flags, sentence", [
+    (["--upscale", "0"], "--upscale 0 must be from 1 to 64"), (["--upscale", "1000000"], "must be from 1 to 64"),
+    (["--guidance", "nan"], "guidance scale=nan must be a number"), (["--shift", "nan"], "shift=nan"),
+    (["--sampler", "dopri5", "--tolerance", "nan"], "tolerance=nan"), (["--sampler", "sde", "--eta", "nan"], "eta=nan"),
+    (["--fps", "1e-300"], "fps=1e-300 must be at least 0.1"),
+])  # fmt: skip
+def test_a_wrong_number_is_said_before_anything_is_made(tmp_path, capsys, flags, sentence):
+    assert main(["generate", RED, "--out", str(tmp_path / "out"), *flags]) == 2
+    told = capsys.readouterr().err
+    assert sentence in told and "sampling" not in told and not (tmp_path / "out").exists()
 
 
 def test_flags_are_jobs():

@@ -185,3 +185,10 @@ def test_names_with_control_codes_do_not_reach_the_terminal(tmp_path, capsys):
     assert main(["generate", "x", "--video", "\x1b[31mred.mp4", "--strength", "0.5", "--out", f"{tmp_path}/g"]) == 2
     assert "\x1b" not in capsys.readouterr().err
     assert printable("a 猫\u3000\x9b1\ud800") == "a 猫\u3000\\x9b1\\ud800"
+
+
+def test_a_share_that_holds_nothing_out_is_said(tmp_path, caplog):
+    for i in range(3):
+        write_video(tmp_path / f"{i}.mp4", clip() + np.uint8(i), 8)
+    prepare(tmp_path, tmp_path / "out", need_caption=False, held_out=0.01)
+    assert "none of 3 clips is held out" in caplog.text and not (tmp_path / "out/heldout").exists()

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import logging
 import os
 import shutil
 from collections.abc import Callable
@@ -36,6 +37,8 @@ from minisora_jax.io.retry import DataError
 from minisora_jax.sources.base import PREPROCESSING_VERSION
 from minisora_jax.sources.skips import SkipReport
 from minisora_jax.sources.spec import open_source
+
+log = logging.getLogger("minisora")
 
 SKIPPED = "skipped.jsonl"
 
@@ -218,6 +221,11 @@ def _close(plan: Plan, report: SkipReport) -> SkipReport:
         raise DataError(f"no good clip{f' except {held} held-out ones' if held else ''}: {report.summary()}")
     report.write(out_dir / SKIPPED)
     write_report(out_dir / "report.html", summary, plan.opening)
+    if plan.held_out and not shards["heldout"]:
+        log.warning(
+            "none of %d clips is held out: a file's hash decides, and %g of few may be none. Try a larger --held-out",
+            *(summary.kept, plan.held_out),
+        )
     if shards["heldout"]:
         (out_dir / "heldout").mkdir(exist_ok=True)
         moved = [{**entry, "file": f"../{entry['file']}"} for entry in shards["heldout"]]

@@ -16,6 +16,7 @@ of prediction either.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 
 import jax
@@ -56,6 +57,8 @@ class GuidanceConfig:
     def __post_init__(self) -> None:
         if self.schedule not in SCHEDULES:
             raise ValueError(f"guidance schedule={self.schedule!r} must be one of {', '.join(SCHEDULES)}")
+        if not math.isfinite(self.scale):
+            raise ValueError(f"guidance scale={self.scale} must be a number (1: no guidance)")
         low, high = self.interval
         if not 0 <= low < high <= 1:
             raise ValueError(f"guidance interval {low}-{high} must be two rising times from 0 (clean) to 1 (noise)")

@@ -219,15 +219,15 @@ class SamplerConfig:
             )
         if self.shift is not None and not 0 < self.shift < float("inf"):
             raise ValueError(f"shift={self.shift} must be a number above 0 (1: no shift)")
-        if self.tolerance <= 0:
-            raise ValueError(f"tolerance={self.tolerance} must be above 0")
+        if not 0 < self.tolerance < float("inf"):
+            raise ValueError(f"tolerance={self.tolerance} must be a number above 0")
         if self.eta is not None:
             stochastic = [name for name, sampler in SAMPLERS.items() if sampler.eta is not None]
             if self.name not in stochastic:
                 raise ValueError(
                     f"eta={self.eta} is for the samplers {', '.join(stochastic)}: {self.name} is deterministic"
                 )
-            if self.eta < 0 or (self.eta > 1 and self.name != "sde"):
+            if not 0 <= self.eta < float("inf") or (self.eta > 1 and self.name != "sde"):
                 raise ValueError(f"eta={self.eta} must be in [0, 1]; only sampler 'sde' takes values above 1")
 
     @property

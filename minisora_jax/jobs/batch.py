@@ -26,7 +26,6 @@ from minisora_jax.io.checksum import crc32
 from minisora_jax.io.filesystem import open_regular
 from minisora_jax.io.json_files import read_json_lines
 from minisora_jax.io.lock import only_writer
-from minisora_jax.io.manifest import is_plain_name
 from minisora_jax.io.records import sha256
 from minisora_jax.jobs.job import Job
 from minisora_jax.jobs.output import Output, batch_of, beside, record_of, sampling_of
@@ -152,14 +151,15 @@ def run_batch(
         ValueError: the manifest is of other jobs.
     """
     with only_writer(out, "minisora generate --batch"):
-        made, failed = _earlier(out, jobs)
+        made, failed, said = _earlier(out, jobs)
         counts = {"made": 0, "failed": 0, "before": len(made)}
         if failed:
             log.info("%d jobs failed before and are tried again", len(failed))
         for n, job in enumerate(jobs):
             if isinstance(job, ValueError):
                 counts["failed"] += 1
-                _note(out, {"number": n, "error": str(job)})
+                if (n, str(job)) not in said:
+                    _note(out, {"number": n, "error": str(job)})
                 log.warning("job %d is left out: %s", n, job)
         for first in range(0, len(jobs), batch_size):
             numbers = [n for n in range(first, min(first + batch_size, len(jobs))) if isinstance(jobs[n], Job)]
@@ -187,15 +187,16 @@ def _note(out: Path, line: dict[str, Any]) -> None:
     append_line(out / MANIFEST, json.dumps(line))
 
 
-def _earlier(out: Path, jobs: Sequence[Job | ValueError]) -> tuple[set[int], set[int]]:
-    """(numbers of the jobs whose files an earlier run made, numbers of those that it could not do)."""
-    made, failed = set[int](), set[int]()
+def _earlier(out: Path, jobs: Sequence[Job | ValueError]) -> tuple[set[int], set[int], set[tuple[int, str]]]:
+    """What earlier runs did: (numbers of jobs made, of those that failed, what was said of lines that are no jobs)."""
+    made, failed, said = set[int](), set[int](), set[tuple[int, str]]()
     manifest = out / MANIFEST
     for line in read_json_lines(manifest):
         number = line.get("number")
         if not isinstance(number, int) or not 0 <= number < len(jobs):
             continue  # of a longer batch
         if "job" not in line:  # it was no job
+            said.add((number, str(line.get("error"))))
             continue
         if isinstance(job := jobs[number], Job) and _job_of(line) != job:
             raise ValueError(
@@ -208,14 +209,15 @@ def _earlier(out: Path, jobs: Sequence[Job | ValueError]) -> tuple[set[int], set
             failed.add(number)
         elif _is_whole(out, line):
             made.add(number)
-    return made, failed
+    return made, failed, said
 
 
 def _is_whole(out: Path, line: dict[str, Any]) -> bool:
     """Whether the file of a manifest line is there, as it was written."""
-    if not is_plain_name(name := line.get("file")):
+    name = line.get("file")
+    if not isinstance(name, str) or name in ("", ".", "..") or "/" in name or "\0" in name:
         return False
-    path = out / str(name)
+    path = out / name
     if path.is_file() and "crc32" in line and crc32(path) != line["crc32"]:
         log.warning("%s is not as it was written, and is made again", path)
         return False

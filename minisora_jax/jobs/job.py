@@ -19,6 +19,7 @@ import dataclasses
 from typing import Any
 
 MOST_SECONDS = 60.0
+LEAST_FPS, MOST_FPS = 0.1, 120.0  # frames per second that a file can say
 MOST_FRAMES, MOST_SIDE, MOST_SEED = 7200, 8192, 2**63  # a minute at 120 per second; pixels
 MOST_WORDS = 10_000  # characters of a prompt
 SIDES = ("forward", "backward", "both")
@@ -57,13 +58,10 @@ class Job:
                 raise ValueError(f"the {name} has half of a character (a lone surrogate): write it as UTF-8")
         if not self.prompt.strip():
             raise ValueError("the prompt is empty; say what the video shows")
-        for name, least, most in (
-            ("seconds", 0, MOST_SECONDS),
-            ("fps", 0, 120),
-        ):
-            value = getattr(self, name)
-            if value is not None and not least < value <= most:  # also False for NaN
-                raise ValueError(f"{name}={value:g} must be above {least} and at most {most:g}")
+        if self.seconds is not None and not 0 < self.seconds <= MOST_SECONDS:  # also False for NaN
+            raise ValueError(f"seconds={self.seconds:g} must be above 0 and at most {MOST_SECONDS:g}")
+        if self.fps is not None and not LEAST_FPS <= self.fps <= MOST_FPS:
+            raise ValueError(f"fps={self.fps:g} must be at least {LEAST_FPS:g} and at most {MOST_FPS:g}")
         if self.frames is not None and not 1 <= self.frames <= MOST_FRAMES:
             raise ValueError(f"frames={self.frames} must be at least 1 and at most {MOST_FRAMES}")
         if not 0 <= self.seed < MOST_SEED:

@@ -21,6 +21,7 @@ from minisora_jax.io.atomic import replacing, replacing_folder
 from minisora_jax.media.sound import Sound, add_sound_stream, encode_sound, mixed
 
 WRITTEN = (".mp4", ".webm", ".gif", ".png")
+MOST_UPSCALE = 64  # times that a pixel may be repeated in each direction
 # Paths are made absolute for FFmpeg, which takes `x:` at the beginning of a relative one for a protocol.
 BT709 = 1  # FFmpeg's number of the colour matrix in use
 X264 = {"crf": "14", "x264-params": "mbtree=0"}  # mbtree makes the bytes of small videos vary from run to run
@@ -97,8 +98,8 @@ class VideoWriter:
         sounds: Sequence[Sound] = (),
     ):
         self.path, self.fps, self.upscale, self.note, self.sounds = Path(path), fps, upscale, note, sounds
-        if not fps > 0 or upscale < 1:
-            raise ValueError(f"fps={fps} must be above 0 and upscale={upscale} at least 1")
+        if not fps > 0 or not 1 <= upscale <= MOST_UPSCALE:
+            raise ValueError(f"fps={fps} must be above 0 and upscale={upscale} from 1 to {MOST_UPSCALE}")
         self.suffix = self.path.suffix.lower()
         if self.suffix not in (*WRITTEN, ""):
             raise ValueError(

@@ -135,7 +135,6 @@ def _require_free(host: str, port: int) -> None:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
-        except OSError as error:
-            raise ValueError(
-                f"port {port} of {host} is not available ({error.strerror}): set another --port"
-            ) from error
+        except (OSError, OverflowError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise ValueError(f"port {port} of {host} is not available ({reason}): set another --port") from error
