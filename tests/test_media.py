@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from minisora_jax.media.colour import ToRGB
+from minisora_jax.media.colour import ByLight
 from minisora_jax.media.container import _deinterlaced
 from minisora_jax.media.picture import Picture
 from minisora_jax.media.sniff import Format, sniff
@@ -546,7 +546,7 @@ def test_signatures():
 
 
 def test_wide_colour_is_converted_in_strips():
-    """The strips of `ToRGB` join without a seam."""
+    """The strips of `ByLight` join without a seam."""
     pixels = np.repeat(np.arange(600, dtype=np.uint16)[:, None, None] * 100, 3, axis=2).repeat(4, axis=1)
-    whole = ToRGB(16, 9)._to_sdr(pixels)
+    whole = ByLight.of(16, 9)(pixels)
     assert (np.diff(whole[:, 0].astype(int), axis=0) >= 0).all() and len(np.unique(whole)) > 100

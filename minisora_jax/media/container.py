@@ -16,7 +16,7 @@ from av.container import InputContainer
 from av.filter import Graph
 from av.video.stream import VideoStream
 
-from minisora_jax.media.colour import ToRGB
+from minisora_jax.media.colour import ByLight, ToRGB
 from minisora_jax.media.opening import MAX_PIXELS, MediaFile, VideoError, container_of, faults_of, label
 from minisora_jax.media.sniff import Format
 from minisora_jax.media.timeline import Timeline
@@ -118,7 +118,7 @@ class ContainerVideo:
         """
         with self._open() as container, faults_of(self.file):
             video = self._stream(container)
-            convert = ToRGB(video.codec_context.color_trc, video.codec_context.color_primaries)
+            convert = ToRGB(ByLight.of(video.codec_context.color_trc, video.codec_context.color_primaries))
             frames = _deinterlaced(self._decoded(container, video, start), video)
             stored, turn, size = None, Orientation(), (0, 0)
             for number, (stamp, frame) in enumerate(frames):

@@ -11,16 +11,26 @@ from collections.abc import Callable, Iterator
 from typing import BinaryIO
 
 import numpy as np
-from PIL import Image, ImageOps, JpegImagePlugin, features
+from PIL import Image, JpegImagePlugin, features
 
 from minisora_jax.media.colour import over_black
 from minisora_jax.media.container import Fit
 from minisora_jax.media.opening import MAX_PIXELS, MediaFile, VideoError, faults_of, label
+from minisora_jax.media.picture_colour import PictureColour
 from minisora_jax.media.sniff import Format
 from minisora_jax.media.timeline import Timeline
 
 MAX_ANIMATED = 2**31  # pixels of all frames of an animated picture, which is decoded once to learn its times
 TURNED = (5, 6, 7, 8)  # EXIF orientations that swap height and width
+UPRIGHT = {  # what each of them needs
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 class Picture:
@@ -42,6 +52,9 @@ class Picture:
                 frames = f"{count} frames of " if count > 1 else ""
                 raise VideoError("too large", f"{label(file)} has {frames}{H}x{W} pixels; the limit is {MAX_PIXELS}")
             self.comment = _comment(image)
+            place = stream.tell()  # Pillow goes on from here
+            self.colour = PictureColour(file, image, stream, file_format)
+            stream.seek(place)
             self.height, self.width = (W, H) if _orientation(image) in TURNED else (H, W)
             # The default image of an animated PNG need not be a frame of it.
             self.first = int(count > 1 and bool(image.info.get("default_image")))
@@ -59,22 +72,29 @@ class Picture:
         """As `ContainerVideo.frames`."""
         shape: tuple[int, ...] = ()
         with self._open() as image:
+            deep = self.colour.deep_frames((image.height, image.width), self.count)
             for k in range(self.count):
-                pixels = self._pixels(self._load(image, k), fit)
+                pixels = self._pixels(self._load(image, k), next(deep), fit)
                 if pixels.shape != (shape := shape or pixels.shape):
                     sizes = sorted([shape[:2], pixels.shape[:2]])
                     raise VideoError("corrupt frames", f"{label(self.file)} changes its frame size midway: {sizes}")
                 yield float(self.timeline.stamps[k]), lambda pixels=pixels: pixels
 
-    def _pixels(self, image: Image.Image, fit: Fit | None) -> np.ndarray:
+    def _pixels(self, image: Image.Image, deep_HWC: np.ndarray | None, fit: Fit | None) -> np.ndarray:
         with faults_of(self.file):
-            upright = _transposed(image)
-            if upright.mode.startswith("I;16"):  # 16-bit grey: Pillow's own conversion would clip it at 255
-                upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
-            rgb = upright.convert("RGBA" if upright.has_transparency_data else "RGB")
+            orientation = _orientation(image)
+            if deep_HWC is not None:
+                alpha = image.getchannel("A") if image.mode == "RGBA" else None
+                image = Image.fromarray(deep_HWC)
+                if alpha:
+                    image.putalpha(alpha)
+            elif image.mode.startswith("I;16"):  # 16-bit grey: Pillow's own conversion would clip it at 255
+                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            upright = image.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else image
+            rgb = self.colour.rgb(upright)
             if fit and (size := fit(rgb.height, rgb.width)) != (rgb.height, rgb.width):
                 rgb = rgb.resize((size[1], size[0]), Image.Resampling.BICUBIC)
-            pixels = np.asarray(rgb)
+            pixels = np.asarray(rgb) if deep_HWC is not None else self.colour.to_srgb(np.asarray(rgb))
             return over_black(pixels) if pixels.shape[-1] == 4 else pixels
 
     def _load(self, image: Image.Image, k: int) -> Image.Image:
@@ -115,16 +135,6 @@ def _orientation(image: Image.Image) -> int:
             return int(image.getexif().get(0x0112, 1))
     except Exception:  # Pillow raises nearly anything here
         return 1
-
-
-def _transposed(image: Image.Image) -> Image.Image:
-    if _orientation(image) == 1:
-        return image
-    try:
-        with _quiet():
-            return ImageOps.exif_transpose(image)
-    except Exception:
-        return image
 
 
 def _comment(image: Image.Image) -> str:
