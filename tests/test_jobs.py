@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 
 import numpy as np
 import pytest
@@ -129,6 +130,17 @@ def test_a_given_video_too_large_for_the_model_is_warned_of(pipeline, media, cap
 def test_what_cannot_be_meant_is_said(said, sentence):
     with pytest.raises(ValueError, match=sentence):
         Job.from_dict(said)
+
+
+def test_an_input_that_is_no_plain_file_is_called_so(pipeline, tmp_path):
+    for path, words in {
+        os.devnull: f"{os.devnull} is a device, not a plain file",
+        tmp_path: f"{tmp_path} is a folder, not a plain file",
+        tmp_path / "a.png": f"{tmp_path / 'a.png'} does not exist",
+    }.items():
+        with pytest.raises(OSError, match=re.escape(words)):
+            job = Job(RED, image=str(path))
+            run_jobs(pipeline, [job], [tmp_path / "out.mp4"], model={}, sampling={}, strict=True)
 
 
 def test_times_in_a_prompt_rise(pipeline):

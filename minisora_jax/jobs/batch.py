@@ -316,5 +316,7 @@ def _name_of(job: Job) -> str:
 
 def _require_inputs(job: Job) -> None:
     for path in job.inputs:
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"{path} does not exist")
+        try:
+            open_regular(path).close()
+        except (FileNotFoundError, NotADirectoryError, ValueError) as error:  # a ValueError for a NUL in the name
+            raise FileNotFoundError(f"{path} does not exist") from error
