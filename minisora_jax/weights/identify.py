@@ -14,7 +14,8 @@ from minisora_jax.weights.presets import TRANSFORMERS, CodecPreset, TransformerP
 # Files that hold something else than a model's weights: a pattern of their names, and what they are.
 _STRANGERS = (
     (
-        r"lora_[AB]\b|lora_(up|down)\b|^lora_(unet|te|transformer)|\.(hada|lokr)_w|dora_scale|lora_magnitude",
+        r"lora_[AB]\b|lora_(up|down)\b|^lora_(unet|te|transformer)|\.(hada|lokr)_w|dora_scale|lora_magnitude|"
+        r"\.diff(_b|_m)?$",
         "a LoRA (low-rank changes to a model), not a model: merge it into its base model first, for example with "
         "diffusers' fuse_lora and save_pretrained, and import that",
     ),
@@ -37,6 +38,18 @@ _STRANGERS = (
     (r"^(exp_avg|exp_avg_sq)\b|^state\.\d+\.", "the state of an optimiser, not a model"),
 )
 
+# Models that no preset is for: a pattern of their names, and what they are.
+_INSIDE = r"^(model\.diffusion_model\.|diffusion_model\.|transformer\.|unet\.)?"
+_ARCHITECTURES = (
+    (_INSIDE + r"(double_blocks|single_blocks|single_transformer_blocks)\.", "a Flux or HunyuanVideo transformer"),
+    (_INSIDE + r"joint_blocks\.", "a Stable Diffusion 3 transformer"),
+    (_INSIDE + r"(input_blocks|down_blocks)\.\d+\.", "a U-Net, as of Stable Diffusion"),
+    (_INSIDE + r"patchify_proj\.", "an LTX-Video transformer"),
+    (_INSIDE + r"patch_embed\.text_proj\.", "a CogVideoX transformer"),
+    (r"(^|\.)text_model\.encoder\.layers\.", "a CLIP text encoder"),
+    (r"(^|\.)encoder\.block\.\d+\.layer\.\d+\.SelfAttention\.", "a T5 text encoder"),
+)
+
 
 def stranger(checkpoint: Checkpoint) -> str | None:
     """What a file is that holds no plain weights, as the end of "FILE is ..."; None for a file of weights."""
@@ -46,6 +59,14 @@ def stranger(checkpoint: Checkpoint) -> str | None:
     whole = [n for n in checkpoint.names if n.endswith("weight") and np.issubdtype(checkpoint.dtype(n), np.integer)]
     if whole:
         return f"quantised: {shown(whole[0])} is of {checkpoint.dtype(whole[0])}: take the original weights"
+    return None
+
+
+def architecture(checkpoint: Checkpoint) -> str | None:
+    """The model that a file which fits no preset is of, as the end of "FILE is ..."; None if its names do not say."""
+    for pattern, what in _ARCHITECTURES:
+        if name := next((n for n in checkpoint.names if re.search(pattern, n)), None):
+            return f"{what} (it has {shown(name)})"
     return None
 
 

@@ -19,7 +19,7 @@ from minisora_jax.models.vae import VAE, VAEConfig
 from minisora_jax.weights import clip
 from minisora_jax.weights.checkpoint import Checkpoint
 from minisora_jax.weights.errors import WeightsFileError, shown
-from minisora_jax.weights.identify import declared, stranger
+from minisora_jax.weights.identify import architecture, declared, stranger
 from minisora_jax.weights.presets import Preset, presets
 from minisora_jax.weights.rules import Rule, import_lazily
 
@@ -61,6 +61,8 @@ def read_preset(name: str, path: str | Path) -> tuple[Any, Any]:
             raise WeightsFileError(f"{path} is {what}") from error
         if other := _other(checkpoint, name):
             raise WeightsFileError(f"{_another(path, name, other)} ({error})") from error
+        if what := architecture(checkpoint):
+            raise WeightsFileError(f"{path} is {what}, and not {name}") from error
         if kind := checkpoint.config.get("_class_name"):
             raise WeightsFileError(f"{error}. Its config.json says {shown(kind)}") from error
         raise
