@@ -9,7 +9,7 @@ from minisora_jax.toy.ghosts import ghosts
 from minisora_jax.toy.grammar import COLOURS, MOTIONS, SHAPES, caption, held_out, parse_caption
 from minisora_jax.toy.scenes import sample_scene
 from minisora_jax.toy.shapes import Shapes
-from minisora_jax.toy.transitions import sample_transition
+from minisora_jax.toy.transitions import sample_arrival, sample_transition
 
 
 @pytest.mark.parametrize("split", ["train", "heldout"])
@@ -97,3 +97,15 @@ def test_a_transition_leads_from_the_end_of_a_clip_to_the_beginning_of_one_of_it
     assert loops  # some come back to places where they have been
     with pytest.raises(ValueError, match="transitions have sizes of their own"):
         Shapes("transitions", 9, size_THW=(9, 32, 32))
+
+
+def test_an_arrival_is_the_end_of_a_clip_that_then_stands_still():
+    clips, moved = Shapes("arrivals", 10**6), 0
+    for i in range(50):
+        clip, scene = clips[i], sample_arrival(i)
+        assert clip.frames_THWC.shape[0] == 21 and not any(held_out(o.triple) for o in scene.objects)
+        assert not {o.motion for o in scene.objects} & {"bounce", "orbit", "hide-left", "hide-right"}
+        still = [np.array_equal(a, b) for a, b in zip(clip.frames_THWC, clip.frames_THWC[1:])]
+        assert all(still[8:])
+        moved += not all(still)
+    assert moved > 25

@@ -7,6 +7,7 @@ frame, grow, shrink, move in a circle, slide by as the camera pans, or pass behi
     train        no object of any clip has a held-out (colour, shape, motion) triple
     heldout      every clip has such an object: training contains its words, but not their combination
     transitions  two clips of one training caption, and the way between them (toy/transitions.py)
+    arrivals     the end of a training clip whose objects then stay where they are (toy/transitions.py)
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ import numpy as np
 
 from minisora_jax.toy.grammar import BACKGROUNDS, CHECKER, CHECKER_CELL, COLOURS, FPS, WALL, Scene, caption
 from minisora_jax.toy.scenes import sample_scene
-from minisora_jax.toy.transitions import sample_transition
+from minisora_jax.toy.transitions import sample_arrival, sample_transition
 from minisora_jax.types import Clip
 
-SPLITS = ("train", "heldout", "transitions")
+SPLITS = ("train", "heldout", "transitions", "arrivals")
 
 
 class Shapes:
@@ -27,8 +28,8 @@ class Shapes:
     def __init__(self, split: str, length: int, *, offset: int = 0, size_THW: tuple[int, int, int] | None = None):
         if split not in SPLITS:
             raise ValueError(f"split={split!r} must be one of {', '.join(SPLITS)}")
-        if split == "transitions" and size_THW:
-            raise ValueError(f"transitions have sizes of their own: size_THW={size_THW} must be None")
+        if split in ("transitions", "arrivals") and size_THW:
+            raise ValueError(f"{split} have sizes of their own: size_THW={size_THW} must be None")
         self.split, self.length, self.offset, self.size_THW = split, length, offset, size_THW
 
     @classmethod
@@ -46,8 +47,8 @@ class Shapes:
         if not 0 <= i < self.length:
             raise IndexError(f"clip {i} is out of range for {self.length} clips")
         number = i + self.offset
-        if self.split == "transitions":
-            scene = sample_transition(number)
+        if self.split in ("transitions", "arrivals"):
+            scene = (sample_transition if self.split == "transitions" else sample_arrival)(number)
         else:
             scene = sample_scene(number, self.split, self.size_THW)
         return Clip(render(scene), caption(scene), FPS, f"shapes/{self.split}/{number}")
