@@ -1,8 +1,8 @@
 """Long trials of what must survive, run by hand: their results are in docs/benchmarks.md.
 
-    python tests/soak.py kill --count 100      kill -9 at random moments of prepare, encode and train
-    python tests/soak.py fuzz --count 2000     broken files, so many a kind: no crash, no hang, each accounted for
-    python tests/soak.py elastic               an epoch on 4, then 2, then 4 processes: each clip exactly once
+python tests/soak.py kill --count 100      kill -9 at random moments of prepare, encode and train
+python tests/soak.py fuzz --count 2000     broken files, so many a kind: no crash, no hang, each accounted for
+python tests/soak.py elastic               an epoch on 4, then 2, then 4 processes: each clip exactly once
 """
 
 from __future__ import annotations
