@@ -167,7 +167,7 @@ def _folders(kind: str, folder: Path) -> tuple[Callable, Callable]:
 
     whole = {}
     for name, source in (("model", MODEL), ("codec", CODEC)):
-        shutil.copytree(source, folder / name)
+        shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("checksums.json"))
         (folder / name / "config.json").chmod(0o644)
         whole[name] = (folder / name / "config.json").read_bytes()
 
