@@ -32,7 +32,7 @@ GUIDED = 0.25  # share of the guidance: its words say how each video moves, not 
 # The new frames are made up to TRIES times, until no step is above SEAMLESS usual steps and no frame's colours drift by
 # more than STEADY. Of 192 tries, 90 % of those without ghosts drift by less than 0.0064, and 90 % of the others by more
 # than 0.0094.
-TRIES, SEAMLESS, STEADY = 4, 2.0, 0.008
+TRIES, SEAMLESS, STEADY = 6, 2.0, 0.008
 UNLIKE = 0.2  # two scenes differ if the colours of their frames are so far apart
 
 
