@@ -53,8 +53,8 @@ def media(tmp_path_factory):
     [
         ({}, "text_to_video", (17, 48, 48)),
         ({"frames": 1, "size": [64, 32]}, "text_to_video", (1, 64, 32)),
-        ({"loop": True}, "text_to_video", (16, 48, 48)),
-        ({"loop": True, "seconds": 1}, "text_to_video", (8, 48, 48)),
+        ({"loop": True}, "text_to_video", (9, 48, 48)),  # and then the way back
+        ({"loop": True, "seconds": 1}, "text_to_video", (5, 48, 48)),
         ({"seconds": 3}, "long_video", (17, 48, 48)),
         ({"image": "first.png"}, "image_to_video", None),
         ({"image": "first.png", "last": "last.jpg"}, "interpolate", None),

@@ -191,7 +191,7 @@ def test_dormand_prince_comes_closer_with_its_tolerance(name):
         ),
         (dict(name="heun", eta=0.5), "eta=0.5 is for the samplers ddim, ddpm, sde: heun is deterministic"),
         (dict(name="ddim", eta=1.5), r"eta=1.5 must be in \[0, 1\]"),
-        (dict(name="dopri5", tolerance=0.0), "tolerance=0.0 must be above 0"),
+        (dict(name="dopri5", tolerance=0.0), "tolerance=0.0 must be a number above 0"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(values, message):
