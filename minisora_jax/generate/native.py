@@ -103,6 +103,11 @@ class NativePipeline:
             raise ValueError(f"frames={T} of {kind} must be a multiple of {factor}; use {low} or {low + factor}")
         return T // factor, H // self.cell, W // self.cell
 
+    @property
+    def loop_start(self) -> int:
+        """The frame of a loop's first latent frame at which the loop starts, see `decode`."""
+        return self.codec.config.time_factor // 2
+
     def sizes_up_to(self, size_THW: tuple[int, int, int], *, loop: bool = False) -> list[tuple[int, int, int]]:
         """Sizes (frames, height, width) from a trained one up to `size_THW`, each at most twice the one before.
 
@@ -293,14 +298,13 @@ class NativePipeline:
                 with a boundary of latent frames.
             progress: whether to show a progress bar.
         """
-        shift = self.codec.config.time_factor // 2
         loops = loops or [False] * len(latents)
         keys = [(z.shape, loop) for z, loop in zip(latents, loops)]
         with Progress(total=len(latents), desc="decoding", unit="clip", disable=not progress) as bar:
 
             def decode(same_size, key):
                 z, loop = np.stack(same_size), key[1]
-                frames = np.roll(self.codec.decode_loop(z), -shift, axis=1) if loop else self.codec.decode(z)
+                frames = np.roll(self.codec.decode_loop(z), -self.loop_start, axis=1) if loop else self.codec.decode(z)
                 bar.update(len(same_size))
                 return frames
 

@@ -76,6 +76,8 @@ def upscaled_stream(pipeline: NativePipeline, frames: Task, size_HW: tuple[int, 
 
 
 def _encoded(pipeline: NativePipeline, request: Request, frames_THWC: np.ndarray) -> Task:
-    """Returns the latents of all frames; a loop is encoded with itself before itself."""
-    around = np.concatenate([frames_THWC[-1:], frames_THWC, frames_THWC]) if request.loop else frames_THWC
-    return (yield Encode(around))[-pipeline.grid(request)[0] :]
+    """Returns the latents of all frames. A loop is encoded with itself before itself, from where it is decoded."""
+    if request.loop:
+        turned = np.roll(frames_THWC, pipeline.loop_start, axis=0)
+        frames_THWC = np.concatenate([turned[-1:], turned, turned])
+    return (yield Encode(frames_THWC))[-pipeline.grid(request)[0] :]
