@@ -108,14 +108,13 @@ def run(args, _):
         raise ValueError('no prompt given; for example: minisora generate "a red circle grows on a black background"')
     if args.batch_size < 1:
         raise ValueError(f"--batch-size {args.batch_size} must be at least 1")
+    from minisora_jax.jobs.batch import free_paths, read_jobs, release, run_batch, run_jobs
+    from minisora_jax.jobs.hints import picture_hints, size_hint
     from minisora_jax.media.video_writer import MOST_UPSCALE
 
     if not 1 <= args.upscale <= MOST_UPSCALE:
         raise ValueError(f"--upscale {args.upscale} must be from 1 to {MOST_UPSCALE}")
     sampling = options.sampling_options(args)
-    from minisora_jax.jobs.batch import free_paths, read_jobs, release, run_batch, run_jobs
-    from minisora_jax.jobs.hints import picture_hints, size_hint
-
     if args.reproduce:
         return _reproduce(args)
     lines = read_jobs(Path(args.batch)) if args.batch else _jobs(args)
@@ -130,8 +129,7 @@ def run(args, _):
     for hint in (*picture_hints(pipeline, pictures), *filter(None, (size_hint(pipeline, size) for size in sizes))):
         log.warning(hint)
     out, suffix = Path(args.out), "" if args.format == "frames" else f".{args.format}"
-    common = {"model": model_record(args, pipeline), "sampling": sampling}
-    common["upscale"] = args.upscale
+    common = {"model": model_record(args, pipeline), "sampling": sampling, "upscale": args.upscale}
     with options.mesh_in_use(args.mesh):
         if args.batch:
             counts = run_batch(pipeline, lines, out, suffix, args.batch_size, **common)

@@ -221,15 +221,15 @@ def _close(plan: Plan, report: SkipReport) -> SkipReport:
         raise DataError(f"no good clip{f' except {held} held-out ones' if held else ''}: {report.summary()}")
     report.write(out_dir / SKIPPED)
     write_report(out_dir / "report.html", summary, plan.opening)
-    if plan.held_out and not shards["heldout"]:
-        log.warning(
-            "none of %d clips is held out: a file's hash decides, and %g of few may be none. Try a larger --held-out",
-            *(summary.kept, plan.held_out),
-        )
     if shards["heldout"]:
         (out_dir / "heldout").mkdir(exist_ok=True)
         moved = [{**entry, "file": f"../{entry['file']}"} for entry in shards["heldout"]]
         record_writer.finish(out_dir / "heldout", plan.opening, moved, {}, {})
+    elif plan.held_out:
+        log.warning(
+            "none of %d clips is held out: a file's hash decides, and %g of few may be none. Try a larger --held-out",
+            *(summary.kept, plan.held_out),
+        )
     closing = {
         "skipped": {"file": SKIPPED, "sha256": sha256(out_dir / SKIPPED), "counts": report.counts},
         "shortened": report.shortened,

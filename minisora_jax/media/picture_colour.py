@@ -17,12 +17,12 @@ import av
 import numpy as np
 from PIL import Image, ImageCms
 
-from minisora_jax.media.colour import ByLight, ToRGB, codes_of, light_of, to_bt709
+from minisora_jax.media.colour import SRGB, ByLight, ToRGB, codes_of, light_of, to_bt709
 from minisora_jax.media.opening import MediaFile, VideoError, container_of, faults_of
 from minisora_jax.media.sniff import AVIF, JPEG, MP4, PNG, Format
 
 MODES = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}  # Pillow's, of the colour spaces of profiles
-SRGB, SRGB_GAMMA = 13, 1 / 2.2  # the transfer by its number; the gAMA that is written for it
+SRGB_GAMMA = 1 / 2.2  # the gAMA that is written for sRGB
 ADOBE_RGB = ((0.3127, 0.3290), (0.64, 0.33), (0.21, 0.71), (0.15, 0.06))  # chromaticities (x, y), the white first
 ADOBE_GAMMA = 256 / 563
 INTEROPERABILITY = 0xA005  # an EXIF tag: cameras mark Adobe RGB by "R03" there

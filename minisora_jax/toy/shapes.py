@@ -19,7 +19,8 @@ from minisora_jax.toy.scenes import sample_scene
 from minisora_jax.toy.transitions import sample_arrival, sample_transition
 from minisora_jax.types import Clip
 
-SPLITS = ("train", "heldout", "transitions", "arrivals")
+FROM_CLIPS = {"transitions": sample_transition, "arrivals": sample_arrival}  # with sizes of their own
+SPLITS = ("train", "heldout", *FROM_CLIPS)
 
 
 class Shapes:
@@ -28,7 +29,7 @@ class Shapes:
     def __init__(self, split: str, length: int, *, offset: int = 0, size_THW: tuple[int, int, int] | None = None):
         if split not in SPLITS:
             raise ValueError(f"split={split!r} must be one of {', '.join(SPLITS)}")
-        if split in ("transitions", "arrivals") and size_THW:
+        if split in FROM_CLIPS and size_THW:
             raise ValueError(f"{split} have sizes of their own: size_THW={size_THW} must be None")
         self.split, self.length, self.offset, self.size_THW = split, length, offset, size_THW
 
@@ -47,8 +48,8 @@ class Shapes:
         if not 0 <= i < self.length:
             raise IndexError(f"clip {i} is out of range for {self.length} clips")
         number = i + self.offset
-        if self.split in ("transitions", "arrivals"):
-            scene = (sample_transition if self.split == "transitions" else sample_arrival)(number)
+        if self.split in FROM_CLIPS:
+            scene = FROM_CLIPS[self.split](number)
         else:
             scene = sample_scene(number, self.split, self.size_THW)
         return Clip(render(scene), caption(scene), FPS, f"shapes/{self.split}/{number}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -53,9 +54,8 @@ _ARCHITECTURES = (
 
 def stranger(checkpoint: Checkpoint) -> str | None:
     """What a file is that holds no plain weights, as the end of "FILE is ..."; None for a file of weights."""
-    for pattern, what in _STRANGERS:
-        if name := next((n for n in checkpoint.names if re.search(pattern, n)), None):
-            return f"{what} (it has {shown(name)})"
+    if what := _told_by_a_name(checkpoint, _STRANGERS):
+        return what
     whole = [n for n in checkpoint.names if n.endswith("weight") and np.issubdtype(checkpoint.dtype(n), np.integer)]
     if whole:
         return f"quantised: {shown(whole[0])} is of {checkpoint.dtype(whole[0])}: take the original weights"
@@ -64,7 +64,11 @@ def stranger(checkpoint: Checkpoint) -> str | None:
 
 def architecture(checkpoint: Checkpoint) -> str | None:
     """The model that a file which fits no preset is of, as the end of "FILE is ..."; None if its names do not say."""
-    for pattern, what in _ARCHITECTURES:
+    return _told_by_a_name(checkpoint, _ARCHITECTURES)
+
+
+def _told_by_a_name(checkpoint: Checkpoint, patterns: Iterable[tuple[str, str]]) -> str | None:
+    for pattern, what in patterns:
         if name := next((n for n in checkpoint.names if re.search(pattern, n)), None):
             return f"{what} (it has {shown(name)})"
     return None
