@@ -32,8 +32,9 @@ GUIDED = 0.25  # share of the guidance: its words say how each video moves, not 
 # The new frames are made up to TRIES times, until no step is above SEAMLESS usual steps and no frame's colours drift by
 # more than STEADY. Of 192 tries, 90 % of those without ghosts drift by less than 0.0064, and 90 % of the others by more
 # than 0.0094.
-TRIES, SEAMLESS, STEADY = 6, 2.0, 0.008
+TRIES, SEAMLESS, STEADY = 6, 1.5, 0.008
 UNLIKE = 0.2  # two scenes differ if the colours of their frames are so far apart
+CUT = 2.0  # a step of more usual steps is a cut
 
 
 def loop_frames(pipeline: NativePipeline, request: Request) -> Task:
@@ -89,7 +90,7 @@ def led_over(pipeline: NativePipeline, request: Request, a_THWC: np.ndarray, b_T
     b_eased = eased(b_THWC, frames[until : until + len(b_THWC)], at_end=False)
     new = frames[len(a) : until]
     unlike = not pipeline.leads_over or colour_distance(a[-1], b[0]) > UNLIKE
-    if cut > SEAMLESS and unlike:
+    if cut > CUT and unlike:
         new = evened(np.concatenate([a_eased[-1:], new, b_eased[:1]]))[1:-1]
         log.warning("the model makes no way from one scene to the other: the new frames fade")
         yield Note({"faded": True})
