@@ -226,7 +226,7 @@ def entry(*place, shape=(1,), dtype="F32"):
         ({"a": entry(0, 8, dtype=["F32"], shape=(2,))}, "whole safetensors"),
         ({"a": [1, 2]}, "whole safetensors"),
         ({"a": {"dtype": "F32"}}, "whole safetensors"),
-        ("[1]", "whole safetensors"),
+        ("[1]", "its header is list, not an object of tensors"),
         ("[" * 100_000, "whole safetensors"),
         ('{"a": ' + "9" * 5000 + "}", "whole safetensors"),
         (f'{{"a": {json.dumps(entry(0, 4))}, "a": {json.dumps(entry(4, 8))}}}', "'a' is in the header twice"),

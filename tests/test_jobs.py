@@ -251,6 +251,27 @@ def test_a_wrong_number_is_said_before_anything_is_made(tmp_path, capsys, flags,
     assert sentence in told and "sampling" not in told and not (tmp_path / "out").exists()
 
 
+def test_a_rate_that_a_format_cannot_show_is_said_before_anything_is_made(tmp_path, capsys):
+    flags = ["--out", str(tmp_path / "out"), "--fps", "60", "--format", "gif"]
+    assert main(["generate", RED, *flags]) == 2
+    told = capsys.readouterr().err
+    assert "60 frames per second: a gif shows at most 50" in told and "sampling" not in told
+    assert not list((tmp_path / "out").iterdir())
+
+
+@pytest.mark.parametrize("said, sentence", [
+    ({"seconds": 2, "frames": 17}, "frames=17 is not used: the length of this task is given in seconds"),
+    ({"loop": True, "seconds": 1, "frames": 8}, "frames=8 is not used"),
+    ({"video": "clip.mp4", "extend": "forward", "frames": 9}, "frames=9 is not used"),
+    ({"video": "clip.mp4", "strength": 0.5, "seconds": 2.5}, "seconds=2.5 is not used: the length of this task"),
+    ({"video": "clip.mp4", "strength": 0.5, "frames": 5}, ""), ({"seconds": 2}, ""), ({"frames": 17}, ""),
+    ({"video": "clip.mp4", "extend": "forward", "seconds": 1}, ""),
+])  # fmt: skip
+def test_a_length_that_is_not_used_is_said(pipeline, media, caplog, said, sentence):
+    start(pipeline, Job(prompt=RED, **said | ({"video": str(media / "clip.mp4")} if "video" in said else {})))
+    assert sentence in caplog.text and ("not used" in caplog.text) == bool(sentence)
+
+
 def test_flags_are_jobs():
     from argparse import ArgumentParser
 

@@ -231,6 +231,7 @@ def test_png_of_another_space(rgb, dtype):
         [(b"cHRM", bytes(32))],
         [(b"cHRM", b"\0\1\2\3" * 3)],
         [(b"cICP", bytes([2, 2, 0, 1]))],
+        [(b"cICP", bytes([9]))],
     ],
 )
 def test_png_of_srgb_or_of_broken_values_stays(chunks):

@@ -290,3 +290,5 @@ def test_the_command_line_reaches_every_setting(films, tmp_path, capsys):
     assert settings["files_per_part"] == 5 and filters["duplicates"] == 11
     assert main(["prepare", str(films), str(tmp_path / "x"), "--held-out", "1.5"]) == 2
     assert "held_out=1.5 must be at least 0 and below 1" in capsys.readouterr().err
+    assert main(["prepare", "shapes", str(tmp_path / "none"), "--timeout", "0"]) == 2
+    assert "timeout=0 must be above 0 seconds" in capsys.readouterr().err

@@ -3,12 +3,13 @@
 import dataclasses
 import json
 import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from torch_files import call, dict_of, number, save_torch, text, write_torch
+from torch_files import call, dict_of, number, save_torch, tensor, text, write_torch
 
 sys.path.insert(0, str(Path(__file__).parent / "parity"))
 from random_weights import draw  # noqa: E402
@@ -179,9 +180,17 @@ STRANGERS = {
     "LoRA, Wan": (lora([f"diffusion_model.blocks.0.self_attn.q.lora_{x}.weight" for x in "AB"]), "a LoRA"),
     "LoRA, PEFT": (lora([f"base_model.model.blocks.0.attn1.to_q.lora_{x}.default.weight" for x in "AB"]), "a LoRA"),
     "LoRA, kohya": (lora([f"lora_unet_blocks_0_self_attn_q.lora_{x}.weight" for x in ("down", "up")]), "a LoRA"),
+    "LoRA, diffusers": (lora([f"transformer.blocks.0.attn1.to_q.lora.{x}.weight" for x in ("down", "up")]), "a LoRA"),
+    "LoRA, old": (lora([f"unet.mid.attn1.processor.to_q_lora.{x}.weight" for x in ("down", "up")]), "a LoRA"),
     "LoKr": ({"lora_unet_blocks_0.lokr_w1": ONE, "lora_unet_blocks_0.lokr_w2": ONE}, "a LoRA"),
     "LoRA of whole differences": ({"diffusion_model.blocks.0.self_attn.q.diff": ONE}, "a LoRA"),
     "Flux": ({"double_blocks.0.img_attn.qkv.weight": ONE}, "is a Flux or HunyuanVideo transformer"),
+    "SD 3 of diffusers": ({"transformer_blocks.0.attn.add_q_proj.weight": ONE}, "a Stable Diffusion 3 or Qwen"),
+    "Mochi": ({"blocks.0.attn.qkv_x.weight": ONE}, "is a Mochi transformer"),
+    "Open-Sora": ({"spatial_blocks.0.attn.qkv.weight": ONE}, "is an Open-Sora transformer"),
+    "VACE": ({"vace_blocks.0.self_attn.q.weight": ONE}, "is a Wan VACE transformer"),
+    "CLIP's eyes": ({"vision_model.encoder.layers.0.self_attn.q_proj.weight": ONE}, "is an image encoder"),
+    "Llama": ({"model.layers.0.self_attn.q_proj.weight": ONE}, "is a language model"),
     "U-Net": ({"model.diffusion_model.input_blocks.1.0.in_layers.0.weight": ONE}, "is a U-Net"),
     "fp8 with scales": (with_extra(scaled_fp8=ONE, blocks__0__ffn__0__scale_weight=ONE), "8-bit floats with scales"),
     "bitsandbytes": (with_extra(blocks__0__ffn__0__weight__absmax=ONE), "4 bits by bitsandbytes"),
@@ -262,3 +271,21 @@ def test_the_import_records_how_the_authors_sample(tmp_path):
 def test_unknown_classes_alone_are_no_checkpoint(tmp_path, capsys):
     file = write_torch(tmp_path / "x.pt", call("posix", "system", text("exit 1")), {})
     assert "asks for posix.system" in refusal("dit-xl-2-256", file, tmp_path, capsys)
+
+
+def test_what_torch_saved_in_place_of_tensors_by_name_is_said(tmp_path, capsys):
+    alone = write_torch(tmp_path / "x.pt", tensor("0", 4, (4,)), {"0": bytes(16)})
+    assert "it is a single tensor" in refusal("dit-xl-2-256", alone, tmp_path, capsys)
+    listed = write_torch(tmp_path / "y.pt", b"](" + number(1) + b"e", {})
+    assert "it is a list of Python" in refusal("dit-xl-2-256", listed, tmp_path, capsys)
+    with zipfile.ZipFile(tmp_path / "z.pt", "w") as file:
+        for name in ("data.pkl", "constants.pkl", "code/__torch__.py"):
+            file.writestr(f"z/{name}", b"")
+    assert "is a TorchScript program" in refusal("dit-xl-2-256", tmp_path / "z.pt", tmp_path, capsys)
+
+
+def test_the_folder_of_a_whole_pipeline_names_its_parts(tmp_path, capsys):
+    (tmp_path / "Wan" / "transformer").mkdir(parents=True)
+    save_file({"w": ONE}, tmp_path / "Wan" / "transformer" / "diffusion_pytorch_model.safetensors")
+    told = refusal("wan2.1-t2v-1.3b", tmp_path / "Wan", tmp_path, capsys)
+    assert f"give one of its parts, such as {tmp_path / 'Wan' / 'transformer'}" in told

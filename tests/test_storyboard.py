@@ -73,10 +73,15 @@ def test_a_subject_is_handed_on(caplog):
     ]
     assert "from 4.5 s on, 'shrinks' is taken as 'a red circle shrinks on a black background'" in caplog.text
     assert VideoPipeline.load().unknown_words(prompt) == []  # "it" is not a word of the model
-    for bad in ("a [4s] b [2s] c", "a [4s] [8s] b", "a [1.2.3s] b"):
+    for bad in ("a [4s] b [2s] c", "a [4s] [8s] b", "a [1.2.3s] b", "a [-1s] b", "a [1:20s] b", "a [2,5 sec] b"):
         with pytest.raises(ValueError, match="prompt"):
             lines(bad)
         assert isinstance(VideoPipeline.load().unknown_words(bad), list)  # a batch goes on
+
+
+@pytest.mark.parametrize("time", ["[2.5s]", "[ 2.5 S ]", "[2.5 sec]", "[2.5 seconds]"])
+def test_spellings_of_seconds(time):
+    assert lines(f"a cat sits {time} a dog enters")[1][0] == 2.5
 
 
 def test_times_are_kept_or_refused(tmp_path, caplog):

@@ -7,6 +7,7 @@ import time
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from minisora_jax.io.retry import DataError
 from minisora_jax.jobs.output import read_record
@@ -144,3 +145,12 @@ def test_one_conversion_serves_all_who_ask(tmp_path, monkeypatch):
 
     asyncio.run(ask_at_once())
     assert len(calls) == 1 + 16 + 1
+
+
+def test_the_gif_of_a_fast_video_keeps_its_speed(tmp_path):
+    write_video(tmp_path / "a.mp4", np.zeros((60, 32, 32, 3), np.uint8), 120)
+    (tmp_path / "a.mp4.json").write_text("{}")
+    conversions.convert(tmp_path / "a.mp4", tmp_path / "a.gif")
+    with Image.open(tmp_path / "a.gif") as gif:  # equal frames may be one
+        shown = [gif.seek(k) or gif.info["duration"] for k in range(gif.n_frames)]
+    assert sum(shown) == 500 and min(shown) >= 20, "milliseconds"

@@ -208,6 +208,7 @@ def _expanded(prompts: list[str], spec: str) -> list[str]:
     from minisora_jax.curation.captioners import expand, open_captioner
 
     captioner = open_captioner(spec)
+    captioner.check()
     captions = [expand(prompt, captioner) for prompt in prompts]
     for prompt, caption in zip(prompts, captions):
         print(f"{prompt} -> {caption}")

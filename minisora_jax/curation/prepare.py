@@ -111,6 +111,8 @@ def prepare(
             f"held_out={held_out} must be at least 0 and below 1, workers={workers} at least 0, and "
             f"files_per_part={files_per_part} at least 1"
         )
+    if timeout is not None and not timeout > 0:
+        raise ValueError(f"timeout={timeout:g} must be above 0 seconds")
     if crf is not None and (not 0 <= crf <= 51 or cell % 2):
         raise ValueError(f"crf={crf} must be 0 to 51, and cell={cell} even with it: H.264 stores colour at half size")
     curation = Curation(Sizes(cell, max_frames, max_pixels, max_side, fps), shots, filters or Filters())

@@ -13,7 +13,8 @@ from minisora_jax.toy.grammar import continued
 
 log = logging.getLogger("minisora")
 
-_TIME = re.compile(r"\[\s*([\d.]+)\s*s\s*\]")  # not with the spaces around it: many of them would take long
+# Not with the spaces around it: many of them would take long.
+_TIME = re.compile(r"\[\s*([-+\d.:,]+)\s*s(?:ecs?|econds?)?\s*\]", re.I)
 _ADVERBS = "and|but|then|now|next|finally|suddenly|afterwards?|later|slowly|quickly"
 _OPENING = re.compile(rf"^(?:(?:{_ADVERBS})\b[\s,]*)+", re.I)
 _PRONOUN = re.compile(r"^(it|they|he|she|this one|these|those|both)\b(?!')\s*", re.I)

@@ -104,7 +104,8 @@ def outpaint(
     _, tall, wide = request.size_THW
     y, x = corner or ((tall - H) // 2, (wide - W) // 2)
     if min(y, x, tall - H - y, wide - W - x) < 0 or (tall, wide) == (H, W):
-        raise ValueError(f"a video of {H}x{W} at {y},{x} does not lie within {tall}x{wide} with room to make")
+        video = f"a video of {H}x{W}" + (f" at {y},{x}" if corner else "")
+        raise ValueError(f"{video} does not lie within {tall}x{wide} with room to make: give a larger size")
     pads = ((0, 0), (y, tall - H - y), (x, wide - W - x))
     canvas = np.pad(video_THWC, (*pads, (0, 0)), mode="edge")
     yield from inpaint(pipeline, request, canvas, np.pad(np.zeros((T, H, W), bool), pads, constant_values=True))

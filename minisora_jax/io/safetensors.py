@@ -135,6 +135,8 @@ def read_header(path: str | Path) -> Header:
             if length > MOST_HEADER:
                 raise ValueError(f"its header has {length} bytes, and at most {MOST_HEADER} are read")
             header = json.loads(file.read(length), object_pairs_hook=_without_doubles)
+        if not isinstance(header, dict):
+            raise ValueError(f"its header is {type(header).__name__}, not an object of tensors by name")
         metadata = header.pop("__metadata__", None) or {}
         tensors = {name: _tensor(path, 8 + length, name, entry) for name, entry in header.items()}
         end = 8 + length

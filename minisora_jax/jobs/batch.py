@@ -31,6 +31,7 @@ from minisora_jax.jobs.job import Job
 from minisora_jax.jobs.output import Output, batch_of, beside, record_of, sampling_of
 from minisora_jax.jobs.sounds import sounds_of
 from minisora_jax.jobs.starting import start
+from minisora_jax.media.video_writer import check_rate
 
 log = logging.getLogger("minisora")
 
@@ -72,7 +73,9 @@ def run_jobs(
     for i, job in enumerate(jobs):
         try:
             _require_inputs(job)
-            started.append((i, *start(pipeline, job)))
+            task, fps = start(pipeline, job)
+            check_rate(paths[i], fps)
+            started.append((i, task, fps))
         except (ValueError, OSError) as error:
             if strict:
                 raise

@@ -22,6 +22,7 @@ from minisora_jax.media.video import collected, open_video, probe
 log = logging.getLogger("minisora")
 
 DEFAULT_SIZE, DEFAULT_FRAMES, DEFAULT_LOOP_FRAMES, DEFAULT_FPS = (48, 48), 17, 16, 8.0
+COUNTED, TIMED = ("video_to_video", "inpaint", "outpaint"), ("extend", "transition", "loop")  # by frames, by seconds
 Started = tuple[Task, float]  # and the frames per second of its result
 
 
@@ -36,6 +37,9 @@ def start(pipeline: VideoPipeline, job: Job) -> Started:
     """
     if "[" in job.prompt:
         _check_times(job)
+    used, unused = ("frames", "seconds") if job.task in COUNTED else ("seconds", "frames")
+    if getattr(job, unused) is not None and (job.seconds is not None or job.task in TIMED):
+        log.warning("%s=%g is not used: the length of this task is given in %s", unused, getattr(job, unused), used)
     if not job.size:
         return _STARTS[job.task](pipeline, job)
     size_HW = job.size

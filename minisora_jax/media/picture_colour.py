@@ -144,7 +144,7 @@ def _cicp(stream: BinaryIO) -> tuple[int, int] | None:
     stream.seek(8)
     while len(head := stream.read(8)) == 8 and head[4:] not in (b"IDAT", b"IEND"):
         if head[4:] == b"cICP":
-            points = (*stream.read(2),)
+            points = (*stream.read(min(2, int.from_bytes(head[:4], "big"))),)
             return points if len(points) == 2 and not set(points) & set(UNKNOWN) else None
         stream.seek(int.from_bytes(head[:4], "big") + 4, 1)
     return None

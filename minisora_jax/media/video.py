@@ -27,7 +27,8 @@ from minisora_jax.media.timeline import STILL_FPS, Timeline
 __all__ = ["STILL_FPS", "Fit", "MediaFile", "StoredFrames", "Video", "VideoError", "VideoInfo", "open_video"]
 
 VIDEO_SUFFIXES = (".mp4", ".avi", ".webm", ".mov", ".mkv", ".gif")
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".avif", ".heic", ".heif", ".tif", ".tiff", ".jp2", ".jxl")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".mpo", ".webp", ".bmp", ".avif", ".heic", ".heif")
+IMAGE_SUFFIXES += (".tif", ".tiff", ".jp2", ".jxl")  # which are named, not read
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,13 +194,6 @@ def read_clip_frames(
     with open_video(file, made=made) as video:
         stop = None if max_frames is None else start + max_frames
         return video.read(start, stop, fps=fps, fit=fit), fps or video.info.fps
-
-
-@contextlib.contextmanager
-def open_frames(file: MediaFile, *, start: int = 0) -> Iterator[tuple[Iterator[np.ndarray], float]]:
-    """(iterator over frames start, start + 1, ..., each uint8 (H, W, 3); frames per second); see `Video.frames`."""
-    with open_video(file) as video:
-        yield video.frames(start), video.info.fps
 
 
 def read_note(path: MediaFile) -> str:

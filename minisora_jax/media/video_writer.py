@@ -21,6 +21,7 @@ from minisora_jax.io.atomic import replacing, replacing_folder
 from minisora_jax.media.sound import Sound, add_sound_stream, encode_sound, mixed
 
 WRITTEN = (".mp4", ".webm", ".gif", ".png")
+GIF_FPS = 50  # a gif counts time in 1/100 s, and players show frames of 1/100 s ten times as long
 MOST_UPSCALE = 64  # times that a pixel may be repeated in each direction
 # Paths are made absolute for FFmpeg, which takes `x:` at the beginning of a relative one for a protocol.
 BT709 = 1  # FFmpeg's number of the colour matrix in use
@@ -62,6 +63,12 @@ def write_video(
         writer.write(frames_THWC)
 
 
+def check_rate(path: Path, fps: float) -> None:
+    """Raise ValueError if the format of a path cannot show so many frames per second."""
+    if path.suffix.lower() == ".gif" and fps > GIF_FPS:
+        raise ValueError(f"{fps:g} frames per second: a gif shows at most {GIF_FPS}: use .mp4, or fewer (fps)")
+
+
 def mp4_bytes(frames_THWC: np.ndarray, fps: float, crf: int) -> bytes:
     """The bytes of an mp4 (H.264, 4:2:0) of uint8 frames with even sides. They are the same on every run.
 
@@ -98,6 +105,7 @@ class VideoWriter:
         sounds: Sequence[Sound] = (),
     ):
         self.path, self.fps, self.upscale, self.note, self.sounds = Path(path), fps, upscale, note, sounds
+        check_rate(self.path, fps)
         if not fps > 0 or not 1 <= upscale <= MOST_UPSCALE:
             raise ValueError(f"fps={fps} must be above 0 and upscale={upscale} from 1 to {MOST_UPSCALE}")
         self.suffix = self.path.suffix.lower()

@@ -14,8 +14,8 @@ from minisora_jax.io.atomic import replacing
 from minisora_jax.io.json_files import read_json
 from minisora_jax.jobs.output import beside
 from minisora_jax.media.sound import Sound
-from minisora_jax.media.video import open_frames, read_note
-from minisora_jax.media.video_writer import VideoWriter
+from minisora_jax.media.video import open_video, read_note
+from minisora_jax.media.video_writer import GIF_FPS, VideoWriter
 from minisora_jax.ui.uploads import InvalidInput
 
 CONVERTED = (".webm", ".gif", ".zip")  # the formats; a zip has the frames as png
@@ -55,7 +55,9 @@ def convert(video: Path, path: Path) -> None:
     if path.is_file():
         return
     record = read_json(beside(video))
-    with open_frames(video) as (frames, fps):
+    with open_video(video) as clip:
+        fps = min(clip.info.fps, GIF_FPS) if path.suffix == ".gif" else clip.info.fps
+        frames = clip.frames(fps=fps)
         if path.suffix == ".zip":
             with replacing(path) as temporary, zipfile.ZipFile(temporary, "w") as packed:
                 for i, frame in enumerate(frames):

@@ -117,7 +117,10 @@ def _files(path: Path) -> list[tuple[Path, _Safetensors | TorchFile]]:
             # A name that begins with a dot belongs to a file that was never finished.
             if paths := sorted(p for p in path.glob(pattern) if not p.name.startswith(".")):
                 return [f for p in paths for f in _files(p)]
-        raise WeightsFileError(f"{path} has no checkpoint: no *.safetensors, *.index.json, *.bin, *.pth or *.pt in it")
+        kinds = "*.safetensors, *.index.json, *.bin, *.pth or *.pt"
+        parts = sorted(part for part in path.iterdir() if part.is_dir() and any(part.glob("*.safetensors")))
+        fix = f": give one of its parts, such as {parts[-1]}" if parts else ""
+        raise WeightsFileError(f"{path} has no checkpoint: no {kinds} in it{fix}")
     if not path.exists():
         raise FileNotFoundError(f"there is no checkpoint {path}")
     if not path.is_file():

@@ -15,7 +15,7 @@ from minisora_jax.weights.presets import TRANSFORMERS, CodecPreset, TransformerP
 # Files that hold something else than a model's weights: a pattern of their names, and what they are.
 _STRANGERS = (
     (
-        r"lora_[AB]\b|lora_(up|down)\b|^lora_(unet|te|transformer)|\.(hada|lokr)_w|dora_scale|lora_magnitude|"
+        r"lora_(embedding_)?[AB]\b|lora[._](up|down|mid)\b|^lora_(unet|te|transformer)|\.(hada|lokr)_w|dora_scale|lora_magnitude|"
         r"\.diff(_b|_m)?$",
         "a LoRA (low-rank changes to a model), not a model: merge it into its base model first, for example with "
         "diffusers' fuse_lora and save_pretrained, and import that",
@@ -44,10 +44,16 @@ _INSIDE = r"^(model\.diffusion_model\.|diffusion_model\.|transformer\.|unet\.)?"
 _ARCHITECTURES = (
     (_INSIDE + r"(double_blocks|single_blocks|single_transformer_blocks)\.", "a Flux or HunyuanVideo transformer"),
     (_INSIDE + r"joint_blocks\.", "a Stable Diffusion 3 transformer"),
+    (_INSIDE + r"transformer_blocks\.\d+\.attn\.add_q_proj\.", "a Stable Diffusion 3 or Qwen-Image transformer"),
+    (_INSIDE + r"(t5_y_embedder|blocks\.\d+\.attn\.qkv_x)\.", "a Mochi transformer"),
+    (_INSIDE + r"(spatial|temporal)_blocks\.\d+\.", "an Open-Sora transformer"),
+    (_INSIDE + r"vace_", "a Wan VACE transformer"),
     (_INSIDE + r"(input_blocks|down_blocks)\.\d+\.", "a U-Net, as of Stable Diffusion"),
     (_INSIDE + r"patchify_proj\.", "an LTX-Video transformer"),
     (_INSIDE + r"patch_embed\.text_proj\.", "a CogVideoX transformer"),
     (r"(^|\.)text_model\.encoder\.layers\.", "a CLIP text encoder"),
+    (r"(^|\.)vision_model\.encoder\.", "an image encoder, of CLIP or SigLIP"),
+    (r"(^|\.)layers\.\d+\.self_attn\.q_proj\.", "a language model, as of the family of Llama"),
     (r"(^|\.)encoder\.block\.\d+\.layer\.\d+\.SelfAttention\.", "a T5 text encoder"),
 )
 

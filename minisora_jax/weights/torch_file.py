@@ -115,6 +115,8 @@ class TorchFile:
     def _checked_members(self) -> str:
         """The name of the pickle. All members are checked: stored as they are, and together no more than the file."""
         path, size = self._path, self._path.stat().st_size
+        if any(name.endswith("/constants.pkl") for name in self._members):
+            raise WeightsFileError(f"{path} is a TorchScript program, not weights: save the model's state_dict()")
         if squeezed := next((i for i in self._members.values() if i.compress_type != zipfile.ZIP_STORED), None):
             raise WeightsFileError(
                 f"{path}: {shown(squeezed.filename)} in it is compressed, which torch never does "
@@ -166,10 +168,11 @@ def _tensors(path: Path, tree: Any, foreign: list[str]) -> tuple[str, dict[str, 
     """(where the tensors lie, the tensors by name)."""
     if found := _search(tree, set()):
         return found
-    keys = [shown(k) for k in list(tree)[:8]] if isinstance(tree, dict) else type(tree).__name__
+    kind = "a single tensor" if isinstance(tree, View) else f"a {type(tree).__name__} of Python"
+    what = f"its keys are {[shown(k) for k in list(tree)[:8]]}" if isinstance(tree, dict) else f"it is {kind}"
     names = ", ".join(map(shown, foreign[:4]))
     asks = f"; the torch file asks for {names}: only tensors by name are read" if foreign else ""
-    raise WeightsFileError(f"{path} holds no tensors by name: its keys are {keys}{asks}")
+    raise WeightsFileError(f"{path} holds no tensors by name: {what}{asks}")
 
 
 def _search(tree: Any, seen: set[int]) -> tuple[str, dict[str, View]] | None:
