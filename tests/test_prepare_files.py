@@ -123,8 +123,8 @@ def test_linked_folders_are_followed_and_circles_named(tmp_path):
 def test_a_picture_of_a_camera_of_two_lenses_is_a_clip(tmp_path):
     first, second = (Image.fromarray(frame) for frame in clip(2))
     first.save(tmp_path / "DSCF1.MPO", save_all=True, append_images=[second])
-    source = open_source(tmp_path, need_caption=False)
-    assert len(source) == 1 and source[0].frames_THWC.shape == (1, 64, 96, 3)
+    prepare(tmp_path, tmp_path / "out", need_caption=False)
+    assert names_of(tmp_path / "out") == ["DSCF1.MPO"] and len(Records(tmp_path / "out")[0].frames_THWC) == 1
 
 
 def test_size_rate_and_compression_that_are_asked_for(tmp_path):
