@@ -272,6 +272,18 @@ def test_a_length_that_is_not_used_is_said(pipeline, media, caplog, said, senten
     assert sentence in caplog.text and ("not used" in caplog.text) == bool(sentence)
 
 
+def test_frames_that_are_left_out_are_said(pipeline, tmp_path, caplog):
+    write_video(tmp_path / "a.mp4", np.zeros((8, 48, 48, 3), np.uint8), 8)
+    job = Job(prompt=RED, video=str(tmp_path / "a.mp4"), strength=0.5)
+    start(pipeline, job)
+    assert "a.mp4: the last 3 of 8 frames are left out: the codec takes 1 + 4*k" in caplog.text
+    with pytest.raises(ValueError, match=r"frames=4 must be 1 \+ 4\*k; use 1 or 5"):
+        start(pipeline, dataclasses.replace(job, frames=4))
+    caplog.clear()
+    start(pipeline, dataclasses.replace(job, frames=5))
+    assert not caplog.text
+
+
 def test_flags_are_jobs():
     from argparse import ArgumentParser
 

@@ -185,10 +185,15 @@ def _image(pipeline: VideoPipeline, path: str | None, size_HW: tuple[int, int] |
 
 
 def _whole_video(pipeline: VideoPipeline, job: Job, size_HW: tuple[int, int] | None) -> tuple[np.ndarray, float]:
-    """As `_video`, with at most `job.frames` frames, cut at the end to 1 + 4k."""
-    frames, fps = _video(pipeline, job, size_HW, most=job.frames)
+    """As `_video`, with at most `job.frames` frames, cut at the end to 1 + 4k, with a word."""
     factor = pipeline.codec.config.time_factor
-    return frames[: 1 + (len(frames) - 1) // factor * factor], fps
+    if job.frames and (job.frames - 1) % factor:
+        pipeline.codec.config.latent_size((job.frames, 0, 0))  # which says what to use
+    frames, fps = _video(pipeline, job, size_HW, most=job.frames)
+    if extra := (len(frames) - 1) % factor:
+        said = "%s: the last %d of %d frames are left out: the codec takes 1 + %d*k"
+        log.info(said, job.video, extra, len(frames), factor)
+    return frames[: len(frames) - extra], fps
 
 
 def _video(

@@ -48,7 +48,12 @@ def faults_of(file: MediaFile, reason: str = "corrupt frames") -> Iterator[None]
     except (VideoError, ImportError):
         raise
     except Exception as error:
-        raise VideoError(reason, f"{label(file)}: {type(error).__name__}: {error}") from error
+        raise VideoError(reason, f"{label(file)}: {type(error).__name__}: {_words(error)}") from error
+
+
+def _words(error: Exception) -> str:
+    """What an error says, without FFmpeg's number and function."""
+    return str(getattr(error, "strerror", None) or error)
 
 
 def label(file: MediaFile) -> str:
@@ -99,7 +104,7 @@ def container_of(file: MediaFile, stream: BinaryIO, file_format: Format) -> Iter
     try:
         container = av.open(stream, "r", format=file_format.demuxer, options=options, buffer_size=2**18)
     except Exception as error:
-        detail = f"{label(file)} begins as {file_format.name} and then stops: {error}"
+        detail = f"{label(file)} begins as {file_format.name} and then stops: {_words(error)}"
         raise VideoError("truncated", detail) from error
     with container:
         yield container
