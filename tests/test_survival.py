@@ -185,12 +185,13 @@ def test_every_flipped_bit_of_a_checkpoint_is_noticed(tmp_path):
     assert "not within its folder" in checksum.damage(folder)
 
 
-def test_a_run_whose_only_checkpoint_is_damaged_does_not_begin_again_unasked(tmp_path):
+def test_a_run_whose_only_checkpoint_is_damaged_does_not_begin_again_unasked(tmp_path, caplog):
     line(tmp_path, steps=4)
     manifest = tmp_path / "checkpoints" / "4" / "default" / "manifest.ocdbt"
     manifest.write_bytes(manifest.read_bytes()[:-1] + b"?")
-    with pytest.raises(CheckpointError, match=r"it is the only checkpoint. Delete .*/4 to begin again at step 0"):
+    with pytest.raises(CheckpointError, match=r"it is the last checkpoint. Delete .*/4 to begin again at step 0"):
         line(tmp_path, steps=4)
+    assert "set aside" not in caplog.text and (tmp_path / "checkpoints" / "4").is_dir()
 
 
 # ---- Damaged records, and storage that is away

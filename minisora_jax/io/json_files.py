@@ -26,7 +26,7 @@ def read_json(path: str | os.PathLike, kind: type = dict) -> Any:
     try:
         value = json.loads(content.decode("utf-8"))
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{path} is damaged: expected JSON, found {error}") from error
+        raise DataError(f"{path} is damaged: expected JSON ({error})") from error
     if not isinstance(value, kind):
         raise DataError(f"{path} is damaged: expected a JSON {kind.__name__}, found {type(value).__name__}")
     return value

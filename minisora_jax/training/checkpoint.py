@@ -107,17 +107,11 @@ class Checkpoints:
             if not any_process(bool(found)):
                 return step
             others = [s for s in self._manager.all_steps() if s != step]
-            aside = self._directory / f"{step}{ASIDE}"
-            log.warning(
-                "%s; set aside as %s, going on from %s",
-                found or f"checkpoint {step} is damaged",
-                aside,
-                f"step {max(others)}" if others else "nothing",
-            )
+            found = found or f"checkpoint {step} is damaged"
             if not others:
-                raise CheckpointError(
-                    f"{found or folder}: it is the only checkpoint. Delete {folder} to begin again at step 0"
-                )
+                raise CheckpointError(f"{found}: it is the last checkpoint. Delete {folder} to begin again at step 0")
+            aside = self._directory / f"{step}{ASIDE}"
+            log.warning("%s; set aside as %s, going on from step %d", found, aside, max(others))
             if is_main():
                 folder.rename(aside)
             barrier(f"checkpoint {step} set aside")
