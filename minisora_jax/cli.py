@@ -106,9 +106,16 @@ def _run(command, args: argparse.Namespace, config_flags: list[str]) -> int:
         # What a user can mend is said in a sentence; MINISORA_TRACEBACK=1 shows where it came from.
         if os.environ.get("MINISORA_TRACEBACK") and not hasattr(error, "exit_code"):
             raise
-        message = out_of_memory(error) or f"{type(error).__name__}: {error}"
+        message = out_of_memory(error) or f"{type(error).__name__}: {_words(error)}"
         print(printable(f"minisora: {message}", keep="\n\t"), file=sys.stderr)
         return getattr(error, "exit_code", 2)
+
+
+def _words(error: BaseException) -> str:
+    """What an error says, without the operating system's number."""
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return f"{os.fsdecode(error.filename)}: {error.strerror}"
+    return str(error)
 
 
 def out_of_memory(error: BaseException) -> str:

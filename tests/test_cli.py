@@ -62,6 +62,7 @@ print(len(list(pkgutil.walk_packages(minisora_jax.__path__))) > 8, dict(xla_brid
         (["generate", "x", "--guide-model", "/nowhere"], "/nowhere is not an exported model"),
         (["generate", "x", "--model", "/nowhere"], "/nowhere is not an exported model: model.safetensors is missing"),
         (["generate", "x", "--text-encoder", "m"], "--text-encoder=m: the model reads bytes, not features"),
+        (["generate", "--batch", "/nowhere/jobs"], "FileNotFoundError: /nowhere/jobs: No such file"),
         (["generate", "x", "--expand", "/nowhere/model"], "/nowhere/model"),
         (["encode", "nowhere", "out"], "run `minisora prepare CLIPS_FOLDER nowhere` first"),
         (["train", "--workdir", "w"], "no --config=NAME given; for example --config=dit_tiny"),

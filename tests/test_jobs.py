@@ -319,6 +319,9 @@ def test_a_batch_of_an_older_version_goes_on(pipeline, tmp_path):
     (tmp_path / "manifest.jsonl").write_text(json.dumps(line) + "\n")
     counts = run_batch(pipeline, [Job.from_dict(job)], tmp_path, ".mp4", 8, model={}, sampling={})
     assert counts == {"made": 0, "failed": 1, "before": 0}  # and it is tried again
+    for damaged in ({"number": 0, "job": 3}, {"number": 0, "job": {"prompt": 5}}, {"number": True, "job": 1}):
+        (tmp_path / "manifest.jsonl").write_text(json.dumps(damaged) + "\n")
+        assert run_batch(pipeline, [Job.from_dict(job)], tmp_path, ".mp4", 8, model={}, sampling={}) == counts
     with pytest.raises(ValueError, match="both connect and transition"):
         Job.from_dict(job | {"transition": "c.mp4"})
 
@@ -350,6 +353,9 @@ def test_a_batch_file_of_any_editor_is_read(tmp_path):
     path = tmp_path / "jobs.jsonl"
     path.write_bytes('\ufeff{"prompt": "a\u2028b"}\r\n\n{"prompt": "c", "size": "64x48"}'.encode())
     assert read_jobs(path) == [Job("a\u2028b"), Job("c", size=(64, 48))]
+    for encoding in ("utf-16-le", "utf-16-be"):  # a shell of Windows
+        path.write_bytes('\ufeff{"prompt": "日本"}\r\n{"prompt": "c"}\r\n'.encode(encoding))
+        assert read_jobs(path) == [Job("日本"), Job("c")]
     path.write_text("\n")
     with pytest.raises(ValueError, match="has no jobs: one a line"):
         read_jobs(path)

@@ -120,6 +120,15 @@ def test_linked_folders_are_followed_and_circles_named(tmp_path):
     }
 
 
+def test_captions_of_an_editor_of_windows_are_read(tmp_path):
+    for name in ("a", "b"):
+        write_video(tmp_path / f"{name}.mp4", clip(5), 8)
+    (tmp_path / "a.txt").write_bytes("\ufeffun café\r\n".encode("utf-16-le"))
+    (tmp_path / "captions.csv").write_bytes("\ufefffile,caption\r\nb.mp4,日本\r\n".encode("utf-16-be"))
+    source = open_source(tmp_path)
+    assert [source[i].caption for i in range(len(source))] == ["un café", "日本"] and not source.report.counts
+
+
 def test_a_picture_of_a_camera_of_two_lenses_is_a_clip(tmp_path):
     first, second = (Image.fromarray(frame) for frame in clip(2))
     first.save(tmp_path / "DSCF1.MPO", save_all=True, append_images=[second])

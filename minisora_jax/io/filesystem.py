@@ -7,6 +7,7 @@ All access goes through fsspec. `gs://` needs gcsfs and `s3://` needs s3fs (`uv 
 
 from __future__ import annotations
 
+import codecs
 import dataclasses
 import glob
 import io
@@ -271,3 +272,13 @@ def json_or_none(text: str) -> object:
         return json.loads(text)
     except (ValueError, RecursionError):
         return None
+
+
+def text_of(content: bytes) -> str:
+    """The text of a file that a person wrote: UTF-8, or UTF-16 if its byte order mark says so, as on Windows.
+
+    Bytes that are not UTF-8 become lone surrogates, which the reader of the text refuses.
+    """
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return content.decode("utf-16", "replace")
+    return content.decode("utf-8-sig", "surrogateescape")

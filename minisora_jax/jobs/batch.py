@@ -23,7 +23,7 @@ from minisora_jax.generate.pipeline import VideoPipeline
 from minisora_jax.generate.runner import Task, run_tasks
 from minisora_jax.io.atomic import append_line
 from minisora_jax.io.checksum import crc32
-from minisora_jax.io.filesystem import open_regular
+from minisora_jax.io.filesystem import open_regular, text_of
 from minisora_jax.io.json_files import read_json_lines
 from minisora_jax.io.lock import only_writer
 from minisora_jax.io.records import sha256
@@ -122,7 +122,7 @@ def read_jobs(path: Path) -> list[Job | ValueError]:
     """
     jobs: list[Job | ValueError] = []
     with open_regular(path) as file:
-        text = file.read().decode("utf-8-sig", "surrogateescape")
+        text = text_of(file.read())
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
@@ -196,12 +196,14 @@ def _earlier(out: Path, jobs: Sequence[Job | ValueError]) -> tuple[set[int], set
     manifest = out / MANIFEST
     for line in read_json_lines(manifest):
         number = line.get("number")
-        if not isinstance(number, int) or not 0 <= number < len(jobs):
+        if type(number) is not int or not 0 <= number < len(jobs):
             continue  # of a longer batch
         if "job" not in line:  # it was no job
             said.add((number, str(line.get("error"))))
             continue
-        if isinstance(job := jobs[number], Job) and _job_of(line) != job:
+        if (earlier := _job_of(line)) is None:
+            continue  # a damaged line: the job is made again
+        if isinstance(job := jobs[number], Job) and earlier != job:
             raise ValueError(
                 f"{manifest}: job {number} was {line['job']} and is now {job.to_dict()}: "
                 f"use another --out for other jobs"

@@ -7,7 +7,7 @@ import io
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from minisora_jax.io.filesystem import json_or_none
+from minisora_jax.io.filesystem import json_or_none, text_of
 from minisora_jax.media.video import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 from minisora_jax.sources.skips import BadClip, SkipReport
 
@@ -72,11 +72,11 @@ def _caption(name: str, beside: list[str], read: Callable, captions: dict[str, s
     texts = [other for other in beside if other.endswith(".txt")]
     text = None
     if texts:
-        text = read(texts[0]).decode("utf-8-sig", "surrogateescape")
+        text = text_of(read(texts[0]))
     elif name in captions:
         text = captions[name]
     elif beside:
-        text = caption_of(json_or_none(read(beside[0]).decode("utf-8-sig", "surrogateescape")))
+        text = caption_of(json_or_none(text_of(read(beside[0]))))
     if text is None and needed:
         own = Path(name).with_suffix(".txt").name
         keys = f", and {beside[0]} has none of {', '.join(CAPTION_KEYS)}" if beside else ""
@@ -111,7 +111,7 @@ def _read_tables(files: list[str], read: Callable[[str], bytes], report: SkipRep
     captions = {}
     for table in filter(is_table, files):
         try:
-            text = read(table).decode("utf-8-sig", "surrogateescape")
+            text = text_of(read(table))
         except OSError as error:
             report.add(table, "unreadable caption", str(error))
             continue
