@@ -255,7 +255,7 @@ def test_a_rate_that_a_format_cannot_show_is_said_before_anything_is_made(tmp_pa
     flags = ["--out", str(tmp_path / "out"), "--fps", "60", "--format", "gif"]
     assert main(["generate", RED, *flags]) == 2
     told = capsys.readouterr().err
-    assert "60 frames per second: a gif shows at most 50" in told and "sampling" not in told
+    assert "60 frames per second: a gif shows 0.002 to 50" in told and "sampling" not in told
     assert not list((tmp_path / "out").iterdir())
 
 

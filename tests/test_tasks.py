@@ -258,6 +258,37 @@ def test_what_cannot_be_done_is_said(pipeline, clip, text_to_video, message):
         done(pipeline, text_to_video(pipeline, request(clip), clip.frames_THWC))
 
 
+@pytest.mark.parametrize("values, message", [
+    ({"prompt": None}, "prompt=None must be text"), ({"negative": "\ud800"}, "without lone surrogates"),
+    ({"size_THW": (17, *"48x64")}, "give three whole numbers"), ({"size_THW": (17.0, 48, 48)}, "three whole numbers"),
+    ({"seed": -1}, "seed=-1 must be"), ({"seed": None}, "seed=None must be a whole number"), ({"seed": 0.5}, "seed=0"),
+    ({"fps": 0}, "fps=0 must be"), ({"fps": float("nan")}, "fps=nan must be"), ({"fps": -5}, "fps=-5 must be a number"),
+    ({"fps": float("inf")}, "fps=inf must be a number above 0"), ({"fps": "8"}, "fps='8' must be a number"),
+])  # fmt: skip
+def test_a_request_of_wrong_values_is_refused(values, message):
+    with pytest.raises(ValueError, match=message):
+        Request(**{"prompt": "a", "size_THW": (17, 48, 48)} | values)
+    Request("a", (np.int64(17), 48, 48), np.uint32(3), np.float32(8))
+
+
+def test_pixels_of_another_form_are_refused(pipeline):
+    frames = np.zeros((9, 48, 48, 3), np.uint8)
+    for image in (frames[0] / 255.0, frames[0, ..., 0], frames[0, ..., [0, 0, 0, 0]], frames[0, :0], "cat.png"):
+        with pytest.raises(ValueError, match=r"an image is .*: give uint8 \(H, W, 3\), as ms.read_video"):
+            pipeline.image_to_video("a", image)
+        with pytest.raises(ValueError, match="an image is"):
+            pipeline.interpolate("a", frames[0], image)
+        with pytest.raises(ValueError, match="an image is"):
+            pipeline.long_video("a", frames=9, first=image)
+    for video in (frames / 255.0, frames[0], frames[:0], frames.tolist(), None):
+        for task in (pipeline.video_to_video, pipeline.extend, lambda p, v: pipeline.outpaint(p, v, (64, 64)),
+                     lambda p, v: pipeline.transition(p, frames, v)):  # fmt: skip
+            with pytest.raises(ValueError, match=r"a video is .*: give uint8 \(T, H, W, 3\)"):
+                task("a", video)
+    with pytest.raises(ValueError, match="frames=0 must be at least 1"):
+        pipeline.long_video("a", frames=0)
+
+
 def test_what_is_given_must_fit(pipeline):
     with pytest.raises(ValueError, match="nothing is left to make"):
         Given(np.zeros((1, 2, 2, 16)), np.ones((1, 1, 1), bool))

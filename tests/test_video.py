@@ -193,6 +193,13 @@ def test_errors_say_what_to_do(tmp_path):
         write_video(tmp_path / "a.mp4", np.zeros((3, 8, 8, 3), np.float32), 8)
     with pytest.raises(ValueError, match=".mp4, .webm, .gif, .png, and folders"):
         write_video(tmp_path / "a.wmv", moving_square(), 8)
+    for fps in (0, float("nan"), float("inf"), 1e-9, 1e9):
+        with pytest.raises(ValueError, match="must be from 0.001 to 10000"):
+            write_video(tmp_path / "a.mp4", moving_square(), fps)
+    for fps in (0.0015, 60):
+        with pytest.raises(ValueError, match="a gif shows 0.002 to 50"):
+            write_video(tmp_path / "a.gif", moving_square(), fps)
+    write_video(tmp_path / "a.gif", moving_square(), 0.002)
 
 
 def test_contact_sheet_shows_every_clip(tmp_path):

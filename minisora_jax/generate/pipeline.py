@@ -15,7 +15,7 @@ from minisora_jax.bundled import MODEL
 from minisora_jax.generate import tasks
 from minisora_jax.generate.loading import load_parts
 from minisora_jax.generate.native import NativePipeline
-from minisora_jax.generate.request import Request
+from minisora_jax.generate.request import Request, image_size, video_size
 from minisora_jax.generate.runner import Task, run_tasks
 from minisora_jax.generate.storyboard import storyboard
 
@@ -153,7 +153,7 @@ class VideoPipeline(NativePipeline):
             >>> ms.VideoPipeline.load().image_to_video(prompt, image, frames=5, steps=2).shape
             (5, 48, 48, 3)
         """
-        request = Request(prompt, (frames, *image.shape[:2]), seed, fps)
+        request = Request(prompt, (frames, *image_size(image)), seed, fps)
         return self._one(tasks.image_to_video(self, request, image), sampling)
 
     def interpolate(
@@ -177,7 +177,7 @@ class VideoPipeline(NativePipeline):
             >>> ms.VideoPipeline.load().interpolate(prompt, image, image, frames=9, steps=2).shape
             (9, 48, 48, 3)
         """
-        request = Request(prompt, (frames, *first.shape[:2]), seed, fps)
+        request = Request(prompt, (frames, *image_size(first)), seed, fps)
         return self._one(tasks.interpolate(self, request, first, last), sampling)
 
     def video_to_video(
@@ -195,7 +195,7 @@ class VideoPipeline(NativePipeline):
             >>> ms.VideoPipeline.load().video_to_video(prompt, video, steps=2).shape
             (5, 48, 48, 3)
         """
-        request = Request(prompt, video.shape[:3], seed, fps)
+        request = Request(prompt, video_size(video), seed, fps)
         return self._one(tasks.video_to_video(self, request, video, strength), sampling)
 
     def inpaint(
@@ -217,7 +217,7 @@ class VideoPipeline(NativePipeline):
             >>> ms.VideoPipeline.load().inpaint(prompt, video, mask, steps=2).shape
             (5, 48, 48, 3)
         """
-        request = Request(prompt, video.shape[:3], seed, fps)
+        request = Request(prompt, video_size(video), seed, fps)
         return self._one(tasks.inpaint(self, request, video, mask), sampling)
 
     def outpaint(
@@ -233,7 +233,7 @@ class VideoPipeline(NativePipeline):
             >>> ms.VideoPipeline.load().outpaint(prompt, video, (48, 48), steps=2).shape
             (5, 48, 48, 3)
         """
-        request = Request(prompt, (len(video), *size), seed, fps)
+        request = Request(prompt, (video_size(video)[0], *size), seed, fps)
         return self._one(tasks.outpaint(self, request, video), sampling)
 
     def extend(
@@ -257,7 +257,7 @@ class VideoPipeline(NativePipeline):
             >>> ms.VideoPipeline.load().extend(prompt, video, after=4, steps=2).shape
             (13, 48, 48, 3)
         """
-        request = Request(prompt, (1, *video.shape[1:3]), seed, fps)
+        request = Request(prompt, (1, *video_size(video)[1:]), seed, fps)
         return self._one(tasks.extend(self, request, video, before=before, after=after), sampling)
 
     def transition(
@@ -283,7 +283,7 @@ class VideoPipeline(NativePipeline):
             >>> ms.VideoPipeline.load().transition(prompt, video, video, between=7, steps=2).shape
             (25, 48, 48, 3)
         """
-        request = Request(prompt, (1, *first.shape[1:3]), seed, fps)
+        request = Request(prompt, (1, *video_size(first)[1:]), seed, fps)
         return self._one(tasks.transition(self, request, first, second, between=between), sampling)
 
     def loop(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import numbers
 
 import numpy as np
 
@@ -46,6 +48,9 @@ class Request:
         spacing: distance of neighbouring tokens in t, y, x; below 1, a video larger than those of training is put onto
             the grid of training (position interpolation: Chen et al. 2023, arXiv:2306.15595).
 
+    Raises:
+        ValueError: a value is of another type, or is not a number.
+
     Example:
         >>> import minisora_jax as ms
         >>> ms.Request("a red circle moves left on a black background", (17, 48, 48), seed=3).fps
@@ -63,7 +68,39 @@ class Request:
     loop: bool = False
     spacing: tuple[float, float, float] = (1.0, 1.0, 1.0)
 
+    def __post_init__(self):
+        for name, text in (("prompt", self.prompt), ("negative", self.negative)):
+            if not isinstance(text, str) or any("\ud800" <= c <= "\udfff" for c in text):
+                raise ValueError(f"{name}={text!r:.60} must be text, without lone surrogates")
+        if len(self.size_THW) != 3 or not all(isinstance(n, numbers.Integral) for n in self.size_THW):
+            raise ValueError(f"frames, height and width are {self.size_THW}: give three whole numbers, as (17, 48, 64)")
+        if not isinstance(self.seed, numbers.Integral) or self.seed < 0:
+            raise ValueError(f"seed={self.seed!r:.60} must be a whole number, at least 0")
+        if not (isinstance(self.fps, numbers.Real) and 0 < self.fps < math.inf):
+            raise ValueError(f"fps={self.fps!r:.60} must be a number above 0")
+
     @property
     def first(self) -> int:
         """The time position of its first latent frame; 0 is the first latent frame of a clip."""
         return int(self.middle or self.loop)
+
+
+def image_size(image_HWC: np.ndarray) -> tuple[int, int]:
+    """(H, W) of an image; ValueError unless it is uint8 (H, W, 3)."""
+    H, W = _size(image_HWC, "an image", ("H", "W"))
+    return H, W
+
+
+def video_size(video_THWC: np.ndarray) -> tuple[int, int, int]:
+    """(T, H, W) of a video; ValueError unless it is uint8 (T, H, W, 3)."""
+    T, H, W = _size(video_THWC, "a video", ("T", "H", "W"))
+    return T, H, W
+
+
+def _size(pixels: np.ndarray, what: str, axes: tuple[str, ...]) -> tuple[int, ...]:
+    shape: tuple[int, ...] = getattr(pixels, "shape", ())
+    dtype = getattr(pixels, "dtype", None)
+    if len(shape) != len(axes) + 1 or shape[-1:] != (3,) or dtype != np.uint8 or 0 in shape:
+        found = f"{dtype} {shape}" if shape else f"{pixels!r:.60}"
+        raise ValueError(f"{what} is {found}: give uint8 ({', '.join(axes)}, 3), as ms.read_video returns")
+    return shape[:-1]

@@ -25,7 +25,7 @@ import numpy as np
 
 from minisora_jax.generate.frame_ops import eased, feathered, filled
 from minisora_jax.generate.native import NativePipeline
-from minisora_jax.generate.request import Given, Request
+from minisora_jax.generate.request import Given, Request, image_size, video_size
 from minisora_jax.generate.runner import Decode, Encode, Frames, Task
 from minisora_jax.generate.transitions import led_back, led_over, loop_frames
 from minisora_jax.generate.upscaling import regenerated, upscaled, upscaled_stream
@@ -100,7 +100,7 @@ def outpaint(
     pipeline: NativePipeline, request: Request, video_THWC: np.ndarray, corner: tuple[int, int] | None = None
 ) -> Task:
     """The video in a larger frame, the request's. corner: (y, x) of its top left pixel; None puts it in the middle."""
-    T, H, W = video_THWC.shape[:3]
+    T, H, W = video_size(video_THWC)
     _, tall, wide = request.size_THW
     y, x = corner or ((tall - H) // 2, (wide - W) // 2)
     if min(y, x, tall - H - y, wide - W - x) < 0 or (tall, wide) == (H, W):
@@ -167,6 +167,10 @@ def long_video(
     prompts: (first frame, prompt) in order, as `storyboard` returns them; without any, the request's.
     first_HWC: the first frame. The decoder continues from window to window, so that windows have no seams.
     """
+    if frames < 1:
+        raise ValueError(f"frames={frames} must be at least 1")
+    if first_HWC is not None:
+        _require_size(request, first_HWC, "the first image")
     prompt_at = lambda frame: next((text for start, text in reversed(prompts) if frame >= start), request.prompt)
     native, *larger = _requests_up_to(pipeline, dataclasses.replace(request, size_THW=(1, *request.size_THW[1:])))
     video = windowed(pipeline, native, frames, prompt_at, first_HWC)
@@ -187,6 +191,7 @@ def _requests_up_to(pipeline: NativePipeline, request: Request) -> list[Request]
 def _require_size(request: Request, pixels: np.ndarray, what: str) -> None:
     """Raise ValueError unless pixels (..., H, W, 3) have the request's size and, of a whole video, its length."""
     T, H, W = request.size_THW
+    image_size(pixels) if "image" in what else video_size(pixels)
     if pixels.shape[-3:-1] != (H, W):
         raise ValueError(f"{what} is {pixels.shape[-3]}x{pixels.shape[-2]}, the video asked for {H}x{W}")
     if what == "the whole video" and len(pixels) != T:

@@ -19,9 +19,11 @@ from PIL.PngImagePlugin import PngInfo
 
 from minisora_jax.io.atomic import replacing, replacing_folder
 from minisora_jax.media.sound import Sound, add_sound_stream, encode_sound, mixed
+from minisora_jax.media.timeline import FASTEST, SLOWEST
 
 WRITTEN = (".mp4", ".webm", ".gif", ".png")
-GIF_FPS = 50  # a gif counts time in 1/100 s, and players show frames of 1/100 s ten times as long
+# Frames per second. A gif counts 16 bits of 1/100 s, and players show frames of 1/100 s ten times as long.
+SLOWEST_GIF, GIF_FPS = 0.002, 50
 MOST_UPSCALE = 64  # times that a pixel may be repeated in each direction
 # Paths are made absolute for FFmpeg, which takes `x:` at the beginning of a relative one for a protocol.
 BT709 = 1  # FFmpeg's number of the colour matrix in use
@@ -65,8 +67,10 @@ def write_video(
 
 def check_rate(path: Path, fps: float) -> None:
     """Raise ValueError if the format of a path cannot show so many frames per second."""
-    if path.suffix.lower() == ".gif" and fps > GIF_FPS:
-        raise ValueError(f"{fps:g} frames per second: a gif shows at most {GIF_FPS}: use .mp4, or fewer (fps)")
+    if path.suffix.lower() == ".gif" and not SLOWEST_GIF <= fps <= GIF_FPS:
+        raise ValueError(f"{fps:g} frames per second: a gif shows {SLOWEST_GIF} to {GIF_FPS}: use .mp4, or another fps")
+    if not SLOWEST <= fps <= FASTEST:
+        raise ValueError(f"fps={fps} must be from {SLOWEST:g} to {FASTEST:g}")
 
 
 def mp4_bytes(frames_THWC: np.ndarray, fps: float, crf: int) -> bytes:
@@ -106,8 +110,8 @@ class VideoWriter:
     ):
         self.path, self.fps, self.upscale, self.note, self.sounds = Path(path), fps, upscale, note, sounds
         check_rate(self.path, fps)
-        if not fps > 0 or not 1 <= upscale <= MOST_UPSCALE:
-            raise ValueError(f"fps={fps} must be above 0 and upscale={upscale} from 1 to {MOST_UPSCALE}")
+        if not 1 <= upscale <= MOST_UPSCALE:
+            raise ValueError(f"upscale={upscale} must be from 1 to {MOST_UPSCALE}")
         self.suffix = self.path.suffix.lower()
         if self.suffix not in (*WRITTEN, ""):
             raise ValueError(
