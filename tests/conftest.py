@@ -46,6 +46,7 @@ SLOW_CASES = (
     "test_generate.py::test_every_sampler_comes_to_a_like_picture[dopri5]",
     "test_generate.py::test_samplers_agree_in_the_end",
     "test_guidance.py::test_it_makes_no_difference_which_prediction_is_guided",
+    "test_held_out.py::test_a_training_writes_it",
     "test_jobs.py::test_a_picture_may_begin_a_long_video",
     "test_jobs.py::test_any_size_is_made",
     "test_jobs.py::test_on_the_command_line_made_and_made_again",

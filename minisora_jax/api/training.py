@@ -63,6 +63,7 @@ def train(
     task = build(DiffusionTask, whole)
     loaded = Codec.load(codec or CODEC)
     latents = open_latents(task.data.path, codec_hash=loaded.latents)
+    held_out = open_latents(task.data.held_out, codec_hash=loaded.latents) if task.data.held_out else None
     task = with_row_size(task, latents)
     whole["pack"] = dataclasses.asdict(task.pack)
     sample = None
@@ -70,7 +71,7 @@ def train(
         sample = sampler(requests, task, loaded, captions_of(task.dit, latents.text, None, None), Path(workdir))
     export = {"codec": loaded.latents, "text": latents.text}
     run_config = whole | {"init": str(init or "")}
-    return train_diffusion(task, Path(workdir), latents, run_config, export, sample, init)
+    return train_diffusion(task, Path(workdir), latents, run_config, export, sample, init, held_out)
 
 
 def train_codec(config: str | Mapping[str, Any], workdir: str | Path) -> Codec:

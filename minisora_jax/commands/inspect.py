@@ -44,11 +44,11 @@ def run(args, config_flags):
 
         _print(str(where), model_facts(where))
     elif (where / "checkpoints").is_dir():
-        from minisora_jax.inspection.models import draw_run, metrics, run_facts
+        from minisora_jax.inspection.models import draw_run, held_out_losses, metrics, run_facts
 
         _print(str(where), run_facts(where))
         if rows := metrics(where):
-            draw_run(out, rows)
+            draw_run(out, rows, held_out_losses(where))
             print(f"\n{out}: loss, gradient and time")
     else:
         raise FileNotFoundError(

@@ -30,6 +30,7 @@ class DataConfig:
     """The training data of a transformer."""
 
     path: str = ""  # a latent cache, or several with weights and masks: "data/a + data/b*0.5@between"
+    held_out: str = ""  # a latent cache whose loss is measured as training goes; "" for none
     temperature: float = 1.0  # above 1, small data sets come more often than in proportion to their size
     curriculum: str = ""  # "1000:1x32x32 5000:5x32x32": up to a step, latents of at most frames x rows x columns
     strict: bool = False  # stop at the first damaged clip instead of skipping it

@@ -50,6 +50,8 @@ def run_facts(workdir: Path) -> list[tuple[str, str]]:
         for name in ("loss", "grad_norm", "tokens_per_s", "clips_per_s", "padding_share", "goodput"):
             if name in last:
                 lines.append((name, f"{last[name]:.4g}"))
+        if held_out := held_out_losses(workdir):
+            lines.append(("held-out loss", f"{held_out[-1][1]:.4g} at step {held_out[-1][0]:,}"))
         parts = defaultdict(float)
         for row in rows:
             for name, value in row.items():
@@ -68,8 +70,14 @@ def metrics(workdir: Path) -> list[dict]:
     return [row for row in read_rows(workdir / "metrics.jsonl") if "loss" in row]
 
 
-def draw_run(path: str | Path, rows: list[dict]) -> None:
-    """Plot the loss with its running mean, the norm of the gradient, and the shares of time of a run."""
+def held_out_losses(workdir: Path) -> list[tuple[int, float]]:
+    """(step, loss of the held-out clips), each time that a run with `data.held_out` measured it."""
+    rows = read_rows(workdir / "metrics.jsonl")
+    return [(row["step"], row["held_out_loss"]) for row in rows if "held_out_loss" in row]
+
+
+def draw_run(path: str | Path, rows: list[dict], held_out: list[tuple[int, float]]) -> None:
+    """Plot the losses, that of training with its running mean, the norm of the gradient, and the shares of time."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -84,6 +92,9 @@ def draw_run(path: str | Path, rows: list[dict]) -> None:
     if window > 1:
         smooth = np.convolve(loss, np.ones(window) / window, mode="valid")
         loss_axes.plot(steps[window - 1 :], smooth, color="tab:blue")
+    if held_out:
+        loss_axes.plot(*zip(*held_out), color="tab:red", marker=".", label="held-out clips")
+        loss_axes.legend(fontsize=8)
     loss_axes.set(xlabel="step", ylabel="loss")
     norm_axes.plot(steps, [row.get("grad_norm", float("nan")) for row in rows], color="tab:orange", linewidth=0.8)
     norm_axes.set(xlabel="step", ylabel="norm of the gradient", yscale="log")

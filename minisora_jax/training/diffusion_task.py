@@ -37,6 +37,7 @@ from minisora_jax.models.dit import DiT, DiTConfig, abstract_params
 from minisora_jax.models.text import encode_bytes
 from minisora_jax.parallel.processes import barrier
 from minisora_jax.training.flops import count_work
+from minisora_jax.training.held_out import held_out_loss
 from minisora_jax.training.loop import RunConfig, train
 from minisora_jax.training.step import LossFn
 from minisora_jax.types import PackedBatch
@@ -94,6 +95,7 @@ def train_diffusion(
     export: dict,
     sample: Callable | None = None,
     init: str | Path | None = None,
+    held_out: Latents | Mixture | None = None,
 ) -> Path:
     """Train on a latent cache and export the averaged weights to WORKDIR/export.
 
@@ -105,6 +107,7 @@ def train_diffusion(
         export: Further entries of the exported config: the codec's hash, the text encoder.
         sample: Writes sample videos, see `train.loop.train`.
         init: An exported or imported model to start from. `task.dit` must have its shape, see `settings_of`.
+        held_out: A cache whose loss is measured every `run.evaluate_every` steps.
 
     Returns:
         The path of the exported model.
@@ -114,6 +117,11 @@ def train_diffusion(
     """
     task = with_row_size(task, latents)
     _check_latents(task, latents, init)
+    if held_out is not None and held_out.text != latents.text:
+        raise ValueError(
+            f"data.held_out={task.data.held_out} was made with the text encoder {held_out.text}, and data.path with "
+            f"{latents.text}: encode one of them again"
+        )
     if init:
         check_shapes(open_model(init)[0], abstract_params(task.dit), init)
 
@@ -127,6 +135,7 @@ def train_diffusion(
         for batch, rows in packed_batches(latents, plan, numbers, **options, damaged=damaged):
             yield batch, count_work(task.dit, task.pack, rows)
 
+    evaluate = held_out_loss(task.dit, task.objective, task.pack, held_out, damaged) if held_out is not None else None
     state = train(
         task.run,
         workdir,
@@ -140,6 +149,7 @@ def train_diffusion(
         run_config=run_config,
         start_params=functools.partial(load_params_onto, init) if init else None,
         sample=sample,
+        evaluate=evaluate,
         clip_names=lambda number: [_name(latents, int(i)) for row in plan.rows(number) for i in row],
     )
     if damaged.count:

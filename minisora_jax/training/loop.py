@@ -53,6 +53,7 @@ class RunConfig:
     log_every: int = 10  # steps between lines of metrics
     save_every: int = 500  # steps between checkpoints
     sample_every: int = 500  # steps between sample videos; 0: none
+    evaluate_every: int = 500  # steps between losses of `data.held_out`, if a transformer has one; 0: none
     keep: int = 2  # the number of checkpoints that are kept
     rollbacks: int = 0  # restarts from a checkpoint, without the bad batch, after a non-finite loss
     optim: OptimConfig = OptimConfig()
@@ -92,6 +93,7 @@ def train(
     run_config: dict,
     start_params: Callable[[Any], Any] | None = None,
     sample: Callable[[int, Any, Metrics], None] | None = None,
+    evaluate: Callable[[Any], dict[str, float]] | None = None,
     clip_names: Callable[[int], list[str]] | None = None,
 ) -> TrainState:
     """Train for `config.steps` steps, from the newest checkpoint of `workdir` if it has one.
@@ -114,6 +116,7 @@ def train(
         start_params: Returns the parameters to start from, given abstract arrays with shapes, dtypes and shardings.
             None: random parameters.
         sample: Writes sample videos of a step from averaged parameters on the host. Only the main process calls it.
+        evaluate: Scalars of averaged parameters on the mesh. All processes call it.
         clip_names: The names of the clips of a batch, for the report about a non-finite loss.
 
     Returns:
@@ -187,6 +190,9 @@ def train(
                 if config.sample_every and sample and (step % config.sample_every == 0 or step == config.steps):
                     with clock.part("sample"):
                         _sample_on_main(sample, step, state.ema, metrics)
+                if evaluate and config.evaluate_every and (step % config.evaluate_every == 0 or step == config.steps):
+                    with clock.part("evaluate"):
+                        metrics.scalars(step, evaluate(state.ema))
                 if saving:
                     with clock.part("save"):
                         checkpoints.save(step, state)

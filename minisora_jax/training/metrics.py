@@ -49,6 +49,7 @@ class Metrics:
         self._began = min((row["began"] for row in rows if "began" in row), default=time.time())
         self._file = self._path.open("a", encoding="utf-8")
         self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1 if start else None)
+        self._shown: dict[str, str] = {}  # the newest numbers, beside the bar
         self._bar = Progress(total=steps, initial=start, desc=name, unit="step", dynamic_ncols=True, mininterval=1.0)
 
     def window(self, step: int, values: dict[str, float], counts: list[dict[str, float]]) -> None:
@@ -77,7 +78,8 @@ class Metrics:
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
         self._board.flush()  # a killed run resumes from a checkpoint, and would not write these again
-        self._bar.set_postfix({k: f"{values[k]:.4g}" for k in ("loss", "tokens_per_s") if k in values}, refresh=False)
+        self._shown |= {k: f"{values[k]:.4g}" for k in ("loss", "held_out_loss", "tokens_per_s") if k in values}
+        self._bar.set_postfix(self._shown, refresh=False)
 
     def video(self, step: int, name: str, frames_THWC: np.ndarray, fps: float) -> None:
         """Write a video as a GIF to WORKDIR/samples, and to TensorBoard's image tab, where it plays."""
