@@ -50,7 +50,8 @@ setup(
         "hf": ["pyarrow>=20"],
         "cloud": ["gcsfs>=2025.3", "s3fs>=2025.3"],
         "text": ["transformers>=5"],
-        "tpu": ["jax[tpu]>=0.11.1", "tokamax>=0.0.17"],
+        # jax[tpu] 0.12.0.1 asks for libtpu 0.0.50, whose compiler takes up to half more memory (docs/benchmarks.md).
+        "tpu": ["libtpu>=0.0.52", "requests", "tokamax>=0.0.17"],
         "curate": [
             "opencv-python-headless>=4.12",
             "scenedetect-headless>=0.7.1",

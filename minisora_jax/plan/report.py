@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from importlib.metadata import version
 
 from minisora_jax.parallel.mesh import MeshConfig
 from minisora_jax.plan.compiled import CompiledStep, Workload, compile_for
@@ -32,7 +33,7 @@ def compiled_lines(work: Workload, mesh: MeshConfig, topology: Topology, compile
     each = tokens * work.rows / (mesh.data * mesh.fsdp * mesh.ring * mesh.ulysses)
     lines = [
         f"compiled for {topology.kind}: {step} of {work.rows} row{'s' * (work.rows > 1)} of {tokens:,} tokens"
-        f" ({each:,.0f} a chip), in {compiled.seconds:.0f} s on this machine",
+        f" ({each:,.0f} a chip), by libtpu {version('libtpu')} in {compiled.seconds:.0f} s on this machine",
     ]
     verdict = "fits" if compiled.fits else "DOES NOT FIT"
     lines.append(f"  memory of a chip   {compiled.total_bytes / GIB:.2f} GiB of {chip.memory / GIB:.1f}: {verdict}")
