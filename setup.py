@@ -44,6 +44,7 @@ setup(
         "tensorboardX>=2.6",
         "tqdm>=4.66",
         "fsspec>=2025.3",
+        "filelock>=3.16",  # jax asks for it to keep compiled programs within a limit
     ],
     extras_require={
         "tfds": ["tensorflow-datasets>=4.9.10", "importlib_resources>=6"],  # 4.9.10 imports the second unasked

@@ -78,6 +78,7 @@ def _run(command, args: argparse.Namespace, config_flags: list[str]) -> int:
     import logging
 
     from minisora_jax.io.filesystem import printable
+    from minisora_jax.parallel.compile_cache import keep_compiled_programs
 
     class Printable(logging.Formatter):
         """Messages name files, whose names may hold control codes of the terminal."""
@@ -89,6 +90,8 @@ def _run(command, args: argparse.Namespace, config_flags: list[str]) -> int:
     handler.setFormatter(Printable("%(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
     logging.getLogger("minisora").setLevel(logging.INFO)
+    if getattr(command, "KEEPS_PROGRAMS", True):
+        keep_compiled_programs()
     try:
         with contextlib.ExitStack() as stack:
             if getattr(command, "ON_SEVERAL_PROCESSES", False):

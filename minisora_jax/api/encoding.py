@@ -14,6 +14,7 @@ from minisora_jax.io.progress import Progress
 from minisora_jax.io.retry import DataError
 from minisora_jax.models.captions import BYTES, encoder_captions
 from minisora_jax.models.codec import Codec
+from minisora_jax.parallel.compile_cache import keep_compiled_programs
 from minisora_jax.sources.clips import open_clips
 
 
@@ -61,6 +62,7 @@ def encode(
     """
     if clips_per_part < 1:
         raise ValueError(f"clips_per_part={clips_per_part} must be at least 1")
+    keep_compiled_programs()
     loaded = Codec.load(codec or CODEC)
     captions = encoder_captions(text_encoder) if text_encoder else BYTES
     clips = open_clips(str(data), long_captions=long_captions)

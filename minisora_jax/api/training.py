@@ -13,6 +13,7 @@ from minisora_jax.config import build, complete, load
 from minisora_jax.data.latents import open_latents
 from minisora_jax.models.captions import captions_of
 from minisora_jax.models.codec import Codec
+from minisora_jax.parallel.compile_cache import keep_compiled_programs
 from minisora_jax.sources.clips import hold_out, open_clips
 from minisora_jax.training import codec_task
 from minisora_jax.training.codec_task import CodecTask
@@ -56,6 +57,7 @@ def train(
         >>> ms.VideoPipeline.load(export).known_size[0]
         17
     """
+    keep_compiled_programs()
     entries = _entries(config)
     settled = settings_of(init) if init else None
     whole = complete(entries, DiffusionTask, settled)
@@ -96,6 +98,7 @@ def train_codec(config: str | Mapping[str, Any], workdir: str | Path) -> Codec:
         >>> ms.train_codec(config, tempfile.mkdtemp()).config.time_factor
         4
     """
+    keep_compiled_programs()
     whole = complete(_entries(config), CodecTask)
     task = build(CodecTask, whole)
     clips = open_clips(task.data.path)

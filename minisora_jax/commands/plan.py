@@ -16,6 +16,7 @@ are a model, made of the chips' peaks, which are printed.
 from __future__ import annotations
 
 TAKES_CONFIG = True
+KEEPS_PROGRAMS = False  # it says how long compiling takes
 
 
 def add_arguments(parser):

@@ -12,6 +12,7 @@ that TPU pod, and times are modelled: the table says which. Writes results.csv, 
 from __future__ import annotations
 
 TAKES_CONFIG = True
+KEEPS_PROGRAMS = False  # it says how long compiling takes
 
 
 def add_arguments(parser):

@@ -16,6 +16,7 @@ from minisora_jax.io.model_dir import check_shapes, load_model, model_hash, save
 from minisora_jax.models.captions import captions_of
 from minisora_jax.models.codec import Codec
 from minisora_jax.models.dit import DiTConfig, abstract_params
+from minisora_jax.parallel.compile_cache import keep_compiled_programs
 from minisora_jax.toy.grammar import vocabulary
 from minisora_jax.weights.errors import shown
 from minisora_jax.weights.presets import TRANSFORMERS
@@ -31,6 +32,7 @@ def load_parts(
     dtype: str | None = None,
 ) -> dict[str, Any]:
     """The fields of a `NativePipeline`. See `VideoPipeline.load`."""
+    keep_compiled_programs()
     params, dit, config = _load_dit(model, dtype)
     training = config.get("training")
     training = training if isinstance(training, dict) else {}

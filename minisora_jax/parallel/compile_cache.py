@@ -1,0 +1,51 @@
+"""Compiled programs are kept on disk, so that a command that runs again, or a run that goes on, compiles nothing.
+
+They lie in ~/.cache/minisora (or $XDG_CACHE_HOME/minisora), which this user alone may read and write: jax trusts what
+it finds there. $JAX_COMPILATION_CACHE_DIR names another place, such as a bucket that all hosts of a pod share, and
+JAX_ENABLE_COMPILATION_CACHE=false keeps nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import sys
+from pathlib import Path
+
+MOST_BYTES = 4 * 2**30  # then the programs that were not used for longest are removed
+
+
+def keep_compiled_programs() -> None:
+    """Let jax keep its programs. Settings that the user or the process made before hold."""
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        return
+    settings = {
+        "jax_compilation_cache_dir": str(_directory()),
+        "jax_compilation_cache_max_size": MOST_BYTES,
+        "jax_persistent_cache_min_compile_time_secs": 0,
+    }
+    if "jax" not in sys.modules:  # it reads them when it is imported, which takes a second
+        os.environ |= {name.upper(): str(value) for name, value in settings.items()}
+        return
+    import jax
+    from jax.experimental.compilation_cache.compilation_cache import reset_cache
+
+    if jax.config.jax_compilation_cache_dir is None:
+        for name, value in settings.items():
+            jax.config.update(name, value)
+        reset_cache()  # a process that has compiled before does not look for a cache again
+
+
+def _directory() -> Path:
+    """The folder of this kind of processor: programs for another one may use instructions that it has not."""
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minisora"
+    flags = Path("/proc/cpuinfo")
+    lines = flags.read_text(encoding="utf-8", errors="replace").splitlines() if flags.exists() else []
+    kind = next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
+    directory = home / f"compiled-{hashlib.sha256(f'{platform.machine()} {kind}'.encode()).hexdigest()[:12]}"
+    try:
+        home.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError:
+        pass  # a home that cannot be written: jax says so once, and goes on without
+    return directory
