@@ -34,6 +34,7 @@ from minisora_jax.parallel.processes import (
 from minisora_jax.training.checkpoint import Checkpoints
 from minisora_jax.training.metrics import Metrics
 from minisora_jax.training.optim import OptimConfig, learning_rate, make_optimizer
+from minisora_jax.training.profiler import Profiler, profile_window
 from minisora_jax.training.step import LossFn, init_state, train_step
 from minisora_jax.types import TrainState
 
@@ -55,6 +56,7 @@ class RunConfig:
     sample_every: int = 500  # steps between sample videos; 0: none
     evaluate_every: int = 500  # steps between losses of `data.held_out`, if a transformer has one; 0: none
     keep: int = 2  # the number of checkpoints that are kept
+    profile: str = ""  # first and last step of a trace for xprof in WORKDIR/profile, such as 20:23
     rollbacks: int = 0  # restarts from a checkpoint, without the bad batch, after a non-finite loss
     optim: OptimConfig = OptimConfig()
     mesh: MeshConfig = MeshConfig()
@@ -65,6 +67,7 @@ class RunConfig:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if self.rollbacks < 0:
             raise ValueError(f"rollbacks={self.rollbacks} must be 0 or more")
+        profile_window(self.profile)
 
 
 class NonFiniteLoss(RuntimeError):
@@ -156,6 +159,9 @@ def train(
 
         step_fn = jit_train_step(loss_fn, optimizer, config.optim)
         schedule = jax.jit(learning_rate(config.optim, config.steps))
+        profiler = stack.enter_context(
+            contextlib.closing(Profiler(profile_window(config.profile), workdir / "profile"))
+        )
 
         # ---- Steps
         def run_steps(state: TrainState, skipped: list[int], metrics: Metrics) -> TrainState:
@@ -169,11 +175,13 @@ def train(
                     while number in skipped:
                         (batch, counts), number = next(stream), number + 1
                 # The first call compiles.
-                with clock.part("compile" if step == start + 1 else "step"):
+                with clock.part("compile" if step == start + 1 else "step"), profiler.step(step):
                     state, values = step_fn(state, to_global(batch, mesh), key)
                     # Check the values of the step before, so that the device never waits for the host.
                     pending, previous = (step, number, values), pending
                     _require_finite(previous, config.rollbacks)
+                if profiler.after(step, values):
+                    log.info("trace: uvx xprof --logdir=%s", workdir / "profile")
                 number += 1
                 window.append(counts)
                 metrics.advance()
@@ -277,11 +285,11 @@ def _skip_batches(workdir: Path, batches: list[int]) -> None:
 
 
 def _require_same_config(workdir: Path, run_config: dict) -> None:
-    """Write WORKDIR/config.json, or raise ValueError if it differs from `run_config` in more than the mesh."""
+    """Write WORKDIR/config.json, or raise ValueError if it differs from `run_config` in what changes the result."""
     path = workdir / "config.json"
     text = json.dumps(run_config, indent=2, sort_keys=True) + "\n"
     if path.exists():
-        before, now = (_without_mesh(with_current_names(c)) for c in (read_json(path), json.loads(text)))
+        before, now = (_of_the_result(with_current_names(c)) for c in (read_json(path), json.loads(text)))
         if changed := _changes(before, now):
             raise ValueError(
                 f"{workdir} was begun with another config ({'; '.join(changed)}): use a new --workdir or that config"
@@ -299,10 +307,12 @@ def _require_same_config(workdir: Path, run_config: dict) -> None:
         time.sleep(0.2)
 
 
-def _without_mesh(run_config: dict) -> dict:
-    """The config without its mesh. A run may go on with another mesh, which does not change the result."""
+def _of_the_result(run_config: dict) -> dict:
+    """The config without what does not change the result. A run may go on with another mesh, or be traced."""
     run = run_config.get("run")
-    return run_config | {"run": {k: v for k, v in run.items() if k != "mesh"}} if isinstance(run, dict) else run_config
+    if not isinstance(run, dict):
+        return run_config
+    return run_config | {"run": {k: v for k, v in run.items() if k not in ("mesh", "profile")}}
 
 
 def _changes(old: Any, new: Any, at: str = "config") -> list[str]:
