@@ -40,6 +40,8 @@ from minisora_jax.types import TrainState
 
 log = logging.getLogger("minisora")
 
+FREE = ("mesh", "profile", "wandb")  # settings of a run that may change when it goes on: they change no result
+
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
@@ -56,6 +58,7 @@ class RunConfig:
     sample_every: int = 500  # steps between sample videos; 0: none
     evaluate_every: int = 500  # steps between losses of `data.held_out`, if a transformer has one; 0: none
     keep: int = 2  # the number of checkpoints that are kept
+    wandb: str = ""  # a project of Weights & Biases, or ENTITY/PROJECT, that gets the metrics and samples too
     profile: str = ""  # first and last step of a trace for xprof in WORKDIR/profile, such as 20:23
     rollbacks: int = 0  # restarts from a checkpoint, without the bad batch, after a non-finite loss
     optim: OptimConfig = OptimConfig()
@@ -115,7 +118,7 @@ def train(
         loss_fn: The loss, see `train_step`.
         batches: Yields for each number of a range a tree of NumPy arrays (A, B, ...) and its counts: tokens,
             useful_tokens, useful_flops, hardware_flops where they are known.
-        run_config: The run's whole configuration. A work directory with another one is refused; the mesh may differ.
+        run_config: The run's whole configuration. A work directory with another one is refused; FREE may differ.
         start_params: Returns the parameters to start from, given abstract arrays with shapes, dtypes and shardings.
             None: random parameters.
         sample: Writes sample videos of a step from averaged parameters on the host. Only the main process calls it.
@@ -209,12 +212,15 @@ def train(
                     raise Preempted(f"ended at step {step}, which is saved: the same command goes on from there")
             return state
 
+        metrics_of = functools.partial(
+            Metrics, workdir, steps=config.steps, name=name, wandb=config.wandb, config=run_config
+        )
         while True:
             state, skipped = first_state(), _skipped_batches(workdir)
             count = sum(p.size for p in jax.tree.leaves(state.params))
             log.info("%s: %.2f M parameters, mesh %s", name, count / 1e6, dict(mesh.shape))
             try:
-                with contextlib.closing(Metrics(workdir, int(state.step), config.steps, name)) as metrics:
+                with contextlib.closing(metrics_of(int(state.step))) as metrics:
                     return run_steps(state, skipped, metrics)
             except NonFiniteLoss as error:
                 del state
@@ -312,7 +318,7 @@ def _of_the_result(run_config: dict) -> dict:
     run = run_config.get("run")
     if not isinstance(run, dict):
         return run_config
-    return run_config | {"run": {k: v for k, v in run.items() if k not in ("mesh", "profile")}}
+    return run_config | {"run": {k: v for k, v in run.items() if k not in FREE}}
 
 
 def _changes(old: Any, new: Any, at: str = "config") -> list[str]:

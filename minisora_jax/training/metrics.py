@@ -1,4 +1,4 @@
-"""The outputs of a run's numbers: TensorBoard, a metrics.jsonl that survives restarts, and a progress bar.
+"""The outputs of a run's numbers: a metrics.jsonl that survives restarts, TensorBoard, W&B, and a progress bar.
 
 *Goodput* is the share of the time since the run's first start that went into steps that count. Compiling, waiting for
 data, saving, sampling, time between runs, and repeated steps do not count (like Google's ML Goodput).
@@ -22,12 +22,15 @@ from minisora_jax.io.json_files import read_json_lines
 from minisora_jax.io.progress import Progress
 from minisora_jax.media.video_writer import write_video
 from minisora_jax.parallel.processes import is_main
+from minisora_jax.training.wandb_sink import WandbSink
 
 
 class Metrics:
     """Writes the run's scalars and videos. Only the main process writes; on the others the methods do nothing."""
 
-    def __init__(self, workdir: Path, start: int, steps: int, name: str) -> None:
+    def __init__(
+        self, workdir: Path, start: int, steps: int, name: str, *, wandb: str = "", config: dict | None = None
+    ) -> None:
         """Open the files of a run.
 
         Args:
@@ -35,6 +38,8 @@ class Metrics:
             start: The step that was restored. Rows after it are removed from metrics.jsonl.
             steps: Steps of the whole run.
             name: Label of the progress bar.
+            wandb: A project of Weights & Biases that gets everything too; "": none.
+            config: The run's whole configuration, for that project.
         """
         self.main, self.clock = is_main(), Clock()
         if not self.main:
@@ -48,6 +53,7 @@ class Metrics:
         self._productive = next((row["productive_s"] for row in reversed(kept) if "productive_s" in row), 0.0)
         self._began = min((row["began"] for row in rows if "began" in row), default=time.time())
         self._file = self._path.open("a", encoding="utf-8")
+        self._wandb = WandbSink(wandb, workdir, config or {}) if wandb else None
         self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1 if start else None)
         self._shown: dict[str, str] = {}  # the newest numbers, beside the bar
         self._bar = Progress(total=steps, initial=start, desc=name, unit="step", dynamic_ncols=True, mininterval=1.0)
@@ -77,6 +83,8 @@ class Metrics:
         self._file.flush()
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
+        if self._wandb:
+            self._wandb.scalars(step, values)
         self._board.flush()  # a killed run resumes from a checkpoint, and would not write these again
         self._shown |= {k: f"{values[k]:.4g}" for k in ("loss", "held_out_loss", "tokens_per_s") if k in values}
         self._bar.set_postfix(self._shown, refresh=False)
@@ -87,6 +95,8 @@ class Metrics:
             return
         path = self._samples / f"{name}_{step:07d}.gif"
         write_video(path, frames_THWC, fps, upscale=max(1, 128 // max(frames_THWC.shape[1:3])))
+        if self._wandb:
+            self._wandb.video(step, name, path)
         height, width = frames_THWC.shape[1:3]
         # The classes of a generated protobuf module are not visible to type checkers.
         Summary = getattr(summary_pb2, "Summary")  # noqa: B009
@@ -104,6 +114,8 @@ class Metrics:
         if self.main:
             self._bar.close()
             self._board.close()
+            if self._wandb:
+                self._wandb.close()
             self._file.close()
 
     def _write(self, rows: list[dict]) -> None:
