@@ -5,11 +5,11 @@ examples:
   python launch/local_cpu.py -n 4 -- minisora train --config=dit_tiny:data=data/latents --workdir=runs/four
   python launch/local_cpu.py -n 2 --devices 2 -- python my_script.py
 
-The processes find each other by JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, which `minisora train`
-and `minisora train-vae` read (a script of yours: `with minisora_jax.parallel.processes.started():` before any other use
-of JAX). Each line they print is prefixed with the number of its process. When one fails, the others are ended, and its
-exit code is this command's. SIGINT and SIGTERM are passed on to all of them; on SIGTERM a training saves and ends with
-exit code 0, and if all do so does this command.
+The processes find each other by JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, which `minisora train`,
+`train-vae`, `encode` and `generate` read (a script of yours: `with minisora_jax.parallel.processes.started():` before
+any other use of JAX). Each line they print is prefixed with the number of its process. When one fails, the others are
+ended, and its exit code is this command's. SIGINT and SIGTERM are passed on to all of them; on SIGTERM a training saves
+and ends with exit code 0, and if all do so does this command.
 
 Run by us: yes, with 1, 2 and 4 processes, on Linux; tests/test_processes.py does it in CI. Needs nothing but Python.
 """

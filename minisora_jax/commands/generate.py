@@ -23,7 +23,8 @@ examples:
 
 The bundled model knows coloured shapes in motion: --captions lists its words. A model trained here remembers its text
 encoder; an imported model is told with --text-encoder. For a model of classes the prompt is a class number. Sizes are
-HEIGHTxWIDTH in pixels. Each file has a record beside it and within it, from which --reproduce makes it again.
+HEIGHTxWIDTH in pixels. Each file has a record beside it and within it, from which --reproduce makes it again. On
+several processes (a pod, or launch/local_cpu.py) all take part in each video.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ from pathlib import Path
 from typing import Any
 
 from minisora_jax.commands import options
+
+ON_SEVERAL_PROCESSES = True
 
 log = logging.getLogger("minisora")
 
@@ -108,8 +111,8 @@ def run(args, _):
         raise ValueError('no prompt given; for example: minisora generate "a red circle grows on a black background"')
     if args.batch_size < 1:
         raise ValueError(f"--batch-size {args.batch_size} must be at least 1")
-    from minisora_jax.jobs.batch import free_paths, read_jobs, release, run_batch, run_jobs
-    from minisora_jax.jobs.hints import picture_hints, size_hint
+    from minisora_jax.jobs.batch import read_jobs
+    from minisora_jax.jobs.output import own_folder
     from minisora_jax.media.video_writer import MOST_UPSCALE
 
     if not 1 <= args.upscale <= MOST_UPSCALE:
@@ -118,34 +121,52 @@ def run(args, _):
     if args.reproduce:
         return _reproduce(args)
     lines = read_jobs(Path(args.batch)) if args.batch else _jobs(args)
-    jobs = [job for job in lines if not isinstance(job, ValueError)]
+    with options.mesh_in_use(args.mesh, of_all=True), own_folder(args.out) as out:
+        return _make(args, lines, sampling, out)
+
+
+def _make(args, lines: list[Any], sampling: dict[str, Any], out: Path) -> int:
+    """Make the jobs of these lines in the folder `out`; the exit code. The model is read onto the mesh in use."""
+    from minisora_jax.jobs.batch import free_paths, release, run_batch, run_jobs
+    from minisora_jax.parallel.processes import is_main
+
     pipeline = options.pipeline_of(args)
-    for job in jobs:
-        for words in filter(None, (job.prompt, job.negative)):
-            if hint := pipeline.unknown_words_hint(words):
-                log.warning("%r: %s `minisora generate --captions` lists its words.", words, hint)
+    jobs = [job for job in lines if not isinstance(job, ValueError)]
+    _give_hints(pipeline, jobs)
+    suffix = "" if args.format == "frames" else f".{args.format}"
+    common = {"model": model_record(args, pipeline), "sampling": sampling, "upscale": args.upscale}
+    if args.batch:
+        counts = run_batch(pipeline, lines, Path(args.out), suffix, args.batch_size, **common)
+        made, failed, before = (counts[what] for what in ("made", "failed", "before"))
+        if is_main():
+            print(f"{made} made, {failed} failed, {before} made before and skipped: {out / 'manifest.jsonl'}")
+        return 1 if failed else 0
+    paths, records = free_paths(out, jobs, suffix), []
+    try:
+        for first in range(0, len(jobs), args.batch_size):
+            batch = slice(first, first + args.batch_size)
+            records += run_jobs(pipeline, jobs[batch], paths[batch], **common)
+    finally:
+        release(paths)
+    if is_main():
+        print(*paths, sep="\n")
+        print(options.write_sheet(out, paths, [job.prompt for job in jobs]))
+    return 1 if any("one_colour" in record for record in records) else 0
+
+
+def _give_hints(pipeline, jobs: list[Any]) -> None:
+    """Say what the model does not know of these jobs: words, sizes, pictures."""
+    from minisora_jax.jobs.hints import picture_hints, size_hint
+    from minisora_jax.parallel.processes import is_main
+
+    words = [text for job in jobs for text in (job.prompt, job.negative) if text]
+    told = ((text, pipeline.unknown_words_hint(text)) for text in words)
+    hints = [f"{text!r}: {hint} `minisora generate --captions` lists its words." for text, hint in told if hint]
     pictures = [path for job in jobs for path in (job.image, job.last, job.video, job.transition) if path]
     sizes = {job.size: None for job in jobs if not job.video}
-    for hint in (*picture_hints(pipeline, pictures), *filter(None, (size_hint(pipeline, size) for size in sizes))):
-        log.warning(hint)
-    out, suffix = Path(args.out), "" if args.format == "frames" else f".{args.format}"
-    common = {"model": model_record(args, pipeline), "sampling": sampling, "upscale": args.upscale}
-    with options.mesh_in_use(args.mesh):
-        if args.batch:
-            counts = run_batch(pipeline, lines, out, suffix, args.batch_size, **common)
-            made, failed, before = (counts[what] for what in ("made", "failed", "before"))
-            print(f"{made} made, {failed} failed, {before} made before and skipped: {out / 'manifest.jsonl'}")
-            return 1 if failed else 0
-        paths, records = free_paths(out, jobs, suffix), []
-        try:
-            for first in range(0, len(jobs), args.batch_size):
-                batch = slice(first, first + args.batch_size)
-                records += run_jobs(pipeline, jobs[batch], paths[batch], **common)
-        finally:
-            release(paths)
-    print(*paths, sep="\n")
-    print(options.write_sheet(out, paths, [job.prompt for job in jobs]))
-    return 1 if any("one_colour" in record for record in records) else 0
+    hints += [*picture_hints(pipeline, pictures), *filter(None, (size_hint(pipeline, size) for size in sizes))]
+    for hint in hints if is_main() else []:  # all processes take part in looking at the pictures
+        log.warning("%s", hint)
 
 
 def _jobs(args) -> list[Any]:
@@ -185,21 +206,23 @@ def model_record(args, pipeline) -> dict:
 def _reproduce(args) -> int:
     """Make a file again from its record, and compare."""
     from minisora_jax.jobs.batch import reproduce
-    from minisora_jax.jobs.output import different_machine, read_record
+    from minisora_jax.jobs.output import different_machine, own_folder, read_record
+    from minisora_jax.parallel.processes import is_main
 
     record = read_record(args.reproduce)
     model = record["model"]
     names = ("model", "codec", "guide_model", "text_encoder", "window", "dtype")
-    pipeline = options.load_pipeline(**{name: model.get(name) for name in names})
     if words := different_machine(record):
         print(words)
     source = Path(args.reproduce)
-    path = Path(args.out) / (source.with_suffix("") if source.suffix == ".json" else source).name
-    with options.mesh_in_use(model["mesh"]):
-        again = reproduce(pipeline, record, path, upscale=args.upscale)["pixels"]
+    name = (source.with_suffix("") if source.suffix == ".json" else source).name
+    with options.mesh_in_use(model["mesh"], of_all=True), own_folder(args.out) as out:
+        pipeline = options.load_pipeline(**{name: model.get(name) for name in names})
+        again = reproduce(pipeline, record, out / name, upscale=args.upscale)["pixels"]
     before = record.get("pixels")
     verdict = "no hash to compare with" if not before else "the same to the bit" if again == before else "NOT the same"
-    print(f"{path}: {verdict} ({again[:16]})")
+    if is_main():
+        print(f"{out / name}: {verdict} ({again[:16]})")
     return 0 if before in (None, again) else 1
 
 

@@ -157,16 +157,22 @@ def add_mesh(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def mesh_in_use(text: str | None) -> contextlib.AbstractContextManager:
-    """A context with the mesh of that text set, over this process's devices; without a mesh for None."""
-    if text is None:
+def mesh_in_use(text: str | None, *, of_all: bool = False) -> contextlib.AbstractContextManager:
+    """A context with the mesh of that text set, over this process's devices; without a mesh for None.
+
+    of_all: over the devices of all processes, if there are several; None then divides rows over them.
+    """
+    from minisora_jax.parallel.processes import several
+
+    of_all = of_all and several()
+    if text is None and not of_all:
         return contextlib.nullcontext()
 
     import jax
 
     from minisora_jax.parallel.mesh import MeshConfig, make_mesh
 
-    return jax.set_mesh(make_mesh(MeshConfig.parse(text), jax.local_devices()))
+    return jax.set_mesh(make_mesh(MeshConfig.parse(text or ""), None if of_all else jax.local_devices()))
 
 
 def add_config(parser: argparse.ArgumentParser, verb: str, rest: str) -> None:

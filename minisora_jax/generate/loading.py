@@ -12,11 +12,12 @@ import jax.numpy as jnp
 from minisora_jax.bundled import CODEC, MODEL
 from minisora_jax.diffusion.objective import ObjectiveConfig
 from minisora_jax.diffusion.time import TimeConfig
-from minisora_jax.io.model_dir import check_shapes, load_model, model_hash, saved_settings
+from minisora_jax.io.model_dir import check_shapes, load_model, load_params_onto, model_hash, open_model, saved_settings
 from minisora_jax.models.captions import captions_of
 from minisora_jax.models.codec import Codec
 from minisora_jax.models.dit import DiTConfig, abstract_params
 from minisora_jax.parallel.compile_cache import keep_compiled_programs
+from minisora_jax.parallel.mesh import with_shardings
 from minisora_jax.toy.grammar import vocabulary
 from minisora_jax.weights.errors import shown
 from minisora_jax.weights.presets import TRANSFORMERS
@@ -72,18 +73,26 @@ def load_parts(
 
 
 def _load_dit(model: str | Path, dtype: str | None = None) -> tuple[dict, DiTConfig, dict]:
-    """(parameters, model config, whole exported config) of a model. `dtype`: of the parameters and the arithmetic."""
+    """(parameters, model config, whole exported config) of a model, the parameters on the mesh in use if there is one.
+
+    dtype: of the parameters and the arithmetic; None: parameters as stored, arithmetic as the model says.
+    """
     if dtype not in (None, *DTYPES):
         raise ValueError(f"dtype={dtype!r} must be one of {', '.join(DTYPES)}")
-    params, config = load_model(model, dtype or "float32")
+    stored, config = open_model(model)
     if config.get("kind") != "dit":
         raise ValueError(f"{model} holds a {config.get('kind')!r} model, not a diffusion transformer ('dit')")
     dit = saved_settings(DiTConfig, config, "dit", model)
-    check_shapes(params, abstract_params(dit), model)
+    check_shapes(stored, abstract_params(dit), model)
     dit = dataclasses.replace(dit, dtype=dtype or dit.dtype)
     if dit.image_features:
         raise ValueError(f"{model} needs the features of an image encoder, which this command does not compute yet")
-    return jax.tree.map(jnp.asarray, params), dit, config
+    mesh = jax.sharding.get_mesh()
+    if mesh.empty:
+        return jax.tree.map(jnp.asarray, load_model(model, dtype)[0]), dit, config
+    typed = lambda at, x: jax.ShapeDtypeStruct(at.shape, dtype or x.dtype, sharding=at.sharding)
+    places = jax.tree.map(typed, with_shardings(abstract_params(dit), mesh), stored)
+    return load_params_onto(model, places), dit, config
 
 
 def _leads_over(training: dict) -> bool:

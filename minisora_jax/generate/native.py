@@ -24,6 +24,7 @@ from minisora_jax.models.captions import BYTES, Captions
 from minisora_jax.models.codec import Codec
 from minisora_jax.models.dit import DiTConfig, abstract_params
 from minisora_jax.parallel.mesh import cuts, params_on_mesh
+from minisora_jax.parallel.processes import is_main
 from minisora_jax.toy.grammar import example_captions
 
 MOST_UNKNOWN = 5  # unknown words that a hint names
@@ -245,7 +246,7 @@ class NativePipeline:
         latents: dict[int, np.ndarray] = {}
         ticks = sum(1 if s.name == "dopri5" else s.steps for s, _ in work)
         ticked = itertools.count(1)
-        with Progress(total=ticks, desc="sampling", unit="step", disable=not progress) as bar:
+        with Progress(total=ticks, desc="sampling", unit="step", disable=not progress or not is_main()) as bar:
 
             def on_step(_, look):
                 bar.update()
@@ -300,7 +301,7 @@ class NativePipeline:
         """
         loops = loops or [False] * len(latents)
         keys = [(z.shape, loop) for z, loop in zip(latents, loops)]
-        with Progress(total=len(latents), desc="decoding", unit="clip", disable=not progress) as bar:
+        with Progress(total=len(latents), desc="decoding", unit="clip", disable=not progress or not is_main()) as bar:
 
             def decode(same_size, key):
                 z, loop = np.stack(same_size), key[1]

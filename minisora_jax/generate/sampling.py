@@ -28,6 +28,7 @@ from minisora_jax.diffusion.time import TimeConfig, latest_time, sampling_times,
 from minisora_jax.generate.request import Request
 from minisora_jax.models.dit import DiT, DiTConfig, split_variance
 from minisora_jax.parallel.mesh import TOKENS, put_batch, take_in_row
+from minisora_jax.parallel.processes import whole
 from minisora_jax.types import PackedBatch
 
 CUTS = 2  # cuts of a circle at each step; their results are averaged
@@ -160,8 +161,8 @@ def sample(
         first = jnp.minimum(sampling_token_times(times, start_BS, batch), latest)
         x = _begin(path, batch, tokens(packed.noise(0)), first, start_BS)
         x = _integrate(static, times, latest, sampler.tolerance, x, start_BS, inputs(batch)).block_until_ready()
-        on_step(1, lambda: packed.latents(np.asarray(x)))
-        return packed.latents(np.asarray(x))
+        on_step(1, lambda: packed.latents(whole(x)))
+        return packed.latents(whole(x))
 
     times_BS = sampling_times(times, sampler.steps, batch, path, sampler.time_schedule, latest, start_BS)
     # Wan's authors begin at time 0.9998 with the noise itself.
@@ -181,8 +182,8 @@ def sample(
         x, past = results[0] if len(results) == 1 else jax.tree.map(lambda *each: sum(each) / len(each), *results)
         x.block_until_ready()
         so_far = functools.partial(_clean_estimate, path, before, x, now, then)
-        on_step(k + 1, lambda estimate=so_far: packed.latents(np.asarray(estimate())))
-    return packed.latents(np.asarray(x))
+        on_step(k + 1, lambda estimate=so_far: packed.latents(whole(estimate())))
+    return packed.latents(whole(x))
 
 
 def require_finite(latents_thwc: np.ndarray, request: Request) -> None:

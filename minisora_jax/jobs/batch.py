@@ -28,10 +28,11 @@ from minisora_jax.io.json_files import read_json_lines
 from minisora_jax.io.lock import only_writer
 from minisora_jax.io.records import sha256
 from minisora_jax.jobs.job import Job
-from minisora_jax.jobs.output import Output, batch_of, beside, record_of, sampling_of
+from minisora_jax.jobs.output import Output, batch_of, beside, own_folder, record_of, sampling_of
 from minisora_jax.jobs.sounds import sounds_of
 from minisora_jax.jobs.starting import start
 from minisora_jax.media.video_writer import check_rate
+from minisora_jax.parallel.processes import barrier, is_main
 
 log = logging.getLogger("minisora")
 
@@ -153,8 +154,9 @@ def run_batch(
     Raises:
         ValueError: the manifest is of other jobs.
     """
-    with only_writer(out, "minisora generate --batch"):
+    with only_writer(out, "minisora generate --batch"), own_folder(out) as folder:
         made, failed, said = _earlier(out, jobs)
+        barrier("what earlier runs did")  # before the main process adds to it
         counts = {"made": 0, "failed": 0, "before": len(made)}
         if failed:
             log.info("%d jobs failed before and are tried again", len(failed))
@@ -171,7 +173,7 @@ def run_batch(
             # Else all of them: a job's rounding depends on those that it is packed with.
             counts["before"] -= len(made.intersection(numbers))
             group = [job for n in numbers if isinstance(job := jobs[n], Job)]
-            paths = [out / f"{n:05d}-{_name_of(job)}{suffix_of(job, suffix)}" for n, job in zip(numbers, group)]
+            paths = [folder / f"{n:05d}-{_name_of(job)}{suffix_of(job, suffix)}" for n, job in zip(numbers, group)]
             results = run_jobs(pipeline, group, paths, strict=False, **options) if group else []
             for n, job, path, result in zip(numbers, group, paths, results):
                 line: dict[str, Any] = {"number": n, "job": job.to_dict()}
@@ -187,7 +189,8 @@ def run_batch(
 
 
 def _note(out: Path, line: dict[str, Any]) -> None:
-    append_line(out / MANIFEST, json.dumps(line))
+    if is_main():
+        append_line(out / MANIFEST, json.dumps(line))
 
 
 def _earlier(out: Path, jobs: Sequence[Job | ValueError]) -> tuple[set[int], set[int], set[tuple[int, str]]]:

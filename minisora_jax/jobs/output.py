@@ -9,12 +9,14 @@ the whole batch again: bit for bit on the same kind of machine and versions.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import os
 import platform
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,7 @@ from minisora_jax.media.as_made import MOST_RECORD
 from minisora_jax.media.sound import Sound
 from minisora_jax.media.video import VideoError, read_note
 from minisora_jax.media.video_writer import VideoWriter
+from minisora_jax.parallel.processes import is_main
 
 
 @dataclasses.dataclass
@@ -116,6 +119,19 @@ class Output:
         """Leave no file."""
         error = RuntimeError("abandoned")
         self._writer.__exit__(type(error), error, None)
+
+
+@contextlib.contextmanager
+def own_folder(out: str | os.PathLike) -> Iterator[Path]:
+    """The folder in which this process writes: `out` on the main process, elsewhere one that is removed.
+
+    Each process of a pod makes every video, for each has a part of every array, and one of them keeps the files.
+    """
+    if is_main():
+        yield Path(out)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder)
 
 
 def beside(path: Path) -> Path:

@@ -26,11 +26,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
-from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 
 from minisora_jax.parallel.attention import attend
-from minisora_jax.parallel.mesh import FRAMES, REPLICATED, ROWS, SEQUENCE, like, shard
+from minisora_jax.parallel.mesh import FRAMES, REPLICATED, ROWS, SEQUENCE, like, put_whole, shard
+from minisora_jax.parallel.processes import whole
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,7 +202,7 @@ def put_frames(x_BTHWC: np.ndarray, units: int) -> Any:
     extra_clips = -B % math.prod(mesh.shape[axis] for axis in ROWS)
     x = np.concatenate([x_BTHWC, x_BTHWC[-1:].repeat(extra_clips, axis=0)])
     x = np.pad(x, ((0, 0), (0, 0), (0, H * shards.padded // units - H), (0, 0), (0, 0)))
-    return jax.make_array_from_callback(x.shape, NamedSharding(mesh, FRAMES), lambda index: x[index])
+    return put_whole(x, NamedSharding(mesh, FRAMES))
 
 
 def fetch_frames(x_BTHWC: jax.Array, clips: int, units: int) -> np.ndarray:
@@ -213,8 +213,7 @@ def fetch_frames(x_BTHWC: jax.Array, clips: int, units: int) -> np.ndarray:
         clips: B before padding.
         units: Height in latent rows before padding.
     """
-    x = np.asarray(x_BTHWC if x_BTHWC.is_fully_addressable else multihost_utils.process_allgather(x_BTHWC, tiled=True))
-    shards = height_shards(units)
+    x, shards = whole(x_BTHWC), height_shards(units)
     return x if shards is None else x[:clips, :, : x.shape[2] * units // shards.padded]
 
 
@@ -224,4 +223,4 @@ def put_params(params: Any) -> Any:
     if mesh.empty:
         return jax.device_put(params)
     replicated = NamedSharding(mesh, REPLICATED)
-    return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, replicated, lambda index: x[index]), params)
+    return jax.tree.map(lambda x: put_whole(x, replicated), params)

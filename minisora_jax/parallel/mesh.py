@@ -19,6 +19,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -280,21 +281,28 @@ def put_batch(batch: Any, specs: Any = None) -> Any:
     """A batch (B, ...) of NumPy arrays on the mesh in use; on the default device without a mesh.
 
     Args:
-        batch: A tree of arrays, whose rows are the `host_rows` of this process.
-        specs: PartitionSpecs; None: `batch_specs(batch)`.
+        batch: A tree of arrays, with all rows, the same on every process.
+        specs: A PartitionSpec, or a tree of them; None: `batch_specs(batch)`.
     """
     mesh = jax.sharding.get_mesh()
     if mesh.empty:
         return jax.tree.map(jnp.asarray, batch)
-    return to_global(batch, mesh, batch_specs(batch) if specs is None else specs)
+    specs = jax.tree.map(lambda _: specs, batch) if isinstance(specs, P) else specs or batch_specs(batch)
+    return jax.tree.map(lambda x, spec: put_whole(x, NamedSharding(mesh, spec)), batch, specs)
+
+
+def put_whole(x: Any, sharding: NamedSharding) -> jax.Array:
+    """An array that every process has, on devices of all processes."""
+    host = np.asarray(x)
+    return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
 
 def params_on_mesh(params: Any, abstract: Callable[[], Any]) -> Any:
-    """Parameters on the mesh in use, with the shardings of `abstract()`; without a mesh, the parameters themselves."""
-    mesh = jax.sharding.get_mesh()
-    if mesh.empty:
+    """Parameters on the mesh in use, with the shardings of `abstract()`. Without a mesh, or there already: as given."""
+    mesh, first = jax.sharding.get_mesh(), jax.tree.leaves(params)[0]
+    if mesh.empty or getattr(getattr(first, "sharding", None), "mesh", None) == mesh:
         return params
-    return jax.tree.map(lambda x, a: jax.device_put(x, a.sharding), params, with_shardings(abstract(), mesh))
+    return jax.tree.map(lambda x, a: put_whole(x, a.sharding), params, with_shardings(abstract(), mesh))
 
 
 def cuts() -> tuple[int, int]:

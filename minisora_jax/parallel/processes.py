@@ -213,6 +213,11 @@ def _rows(x: jax.Array, first: int, count: int) -> jax.Array:
     return jax.lax.dynamic_slice_in_dim(x, first, count, axis=0)
 
 
+def whole(x: jax.Array) -> np.ndarray:
+    """The array on the host of every process. All processes must call it."""
+    return np.asarray(x if x.is_fully_addressable else multihost_utils.process_allgather(x, tiled=True))
+
+
 def gathered(tree: Any) -> Any:
     """The tree as NumPy arrays on the main process, and as None on the others. All processes must call it."""
 
