@@ -14,9 +14,9 @@ from minisora_jax.data.packing import PackConfig
 from minisora_jax.data.rows import pack_segments, training_segment
 from minisora_jax.diffusion.objective import ObjectiveConfig
 from minisora_jax.io.retry import Damaged
-from minisora_jax.models.dit import DiT
+from minisora_jax.models.dit import DiT, abstract_params
 from minisora_jax.parallel.mesh import MeshConfig, make_mesh
-from minisora_jax.training.diffusion_task import init_params, train_diffusion
+from minisora_jax.training.diffusion_task import train_diffusion
 from minisora_jax.training.held_out import LEVELS, UNMASKED, held_out_loss
 
 ONE = MeshConfig(data=1)
@@ -32,8 +32,8 @@ def latents(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def params():
-    random = init_params(task(1), jax.random.key(0))
-    return jax.tree.map(lambda p: p + 0.05 * jax.random.normal(jax.random.key(p.size), p.shape), random)
+    rng = np.random.default_rng(0)
+    return jax.tree.map(lambda p: 0.2 * rng.standard_normal(p.shape, np.float32), abstract_params(DIT))
 
 
 def measured(params, latents, mesh=ONE, devices=1, **pack):

@@ -36,6 +36,7 @@ from minisora_jax.training.metrics import Metrics
 from minisora_jax.training.optim import OptimConfig, learning_rate, make_optimizer
 from minisora_jax.training.profiler import Profiler, profile_window
 from minisora_jax.training.step import LossFn, init_state, train_step
+from minisora_jax.training.wandb_sink import wandb_package
 from minisora_jax.types import TrainState
 
 log = logging.getLogger("minisora")
@@ -135,6 +136,8 @@ def train(
     """
     # ---- Mesh
     require_started()
+    if config.wandb:
+        wandb_package(config.wandb)  # else it would be missed after minutes of compiling
     mesh = make_mesh(config.mesh)
     require_divisible(mesh, rows=rows, tokens=tokens, heads=heads)
     with jax.set_mesh(mesh), contextlib.ExitStack() as stack:

@@ -4,8 +4,18 @@ from __future__ import annotations
 
 import secrets
 from pathlib import Path
+from typing import Any
 
 from minisora_jax.io.atomic import write_text
+
+
+def wandb_package(project: str) -> Any:
+    """The package, for a run of that project; ImportError, with the command that installs it, if it is missing."""
+    try:
+        import wandb
+    except ImportError as error:
+        raise ImportError(f"run.wandb={project} needs the package wandb: pip install wandb") from error
+    return wandb
 
 
 class WandbSink:
@@ -22,10 +32,7 @@ class WandbSink:
         Raises:
             ImportError: wandb is not installed.
         """
-        try:
-            import wandb
-        except ImportError as error:
-            raise ImportError(f"run.wandb={project} needs the package wandb: pip install wandb") from error
+        wandb = wandb_package(project)
         path = workdir / "wandb_id"
         if not path.exists():
             write_text(path, secrets.token_hex(8))
