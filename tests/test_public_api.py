@@ -68,6 +68,7 @@ def test_generate_upscales_what_the_raw_call_refuses():
 
 def test_words_that_no_caption_of_training_has_are_named():
     words = ms.VideoPipeline.load().unknown_words
+    assert words("a red e\u0301cran") == ["\u00e9cran"]  # an accent of its own
     assert words("a cat on a skateboard [2s] ein Hund, 猫") == ["cat", "skateboard", "ein", "hund", "猫"]
     assert words("a red circle grows on a black background [4s] a photo of a small cross") == []
     assert words("an orange sqare") == ["sqare"]

@@ -185,6 +185,8 @@ def test_dormand_prince_comes_closer_with_its_tolerance(name):
     [
         (dict(name="rk4"), r"sampler='rk4' must be one of euler, heun, ddim, ddpm, sde, dpm\+\+2m, unipc, dopri5"),
         (dict(steps=0), "steps=0 must be at least 1"),
+        (dict(steps=1.5), "steps=1.5 must be at least 1, and whole"),
+        (dict(shift=1e300), r"shift=1e\+300 must be from 0.001 to 1000"),
         (
             dict(time_schedule="log"),
             "time_schedule='log' must be one of even, wan, karras, leading, linspace, trailing",

@@ -46,7 +46,7 @@ BAD = {
     "text.mp4": "not a video",
     "text.png": "not an image",
     "zero.avi": "zero frames",
-    "old.wmv": "unknown suffix",
+    "old.rm": "unknown suffix",
     "orphan.txt": "caption without a clip",
     "gone.mp4": "caption without a clip",
     "captions.jsonl:2": "bad caption row",
@@ -112,7 +112,7 @@ def folder(tmp_path_factory):
     (folder / "text.mp4").write_text("this is no video\n" * 50)
     (folder / "text.png").write_text("this is no image\n" * 50)
     write_raw(folder / "zero.avi", "mpeg4", noise(0, 16, 16))
-    (folder / "old.wmv").write_bytes(b"wmv")
+    (folder / "old.rm").write_bytes(b"rm")
     (folder / ".hidden.mp4").write_bytes(b"ignored")
 
     (folder / "orphan.txt").write_text("describes nothing")
@@ -125,7 +125,7 @@ def folder(tmp_path_factory):
         '{"file": "gone.mp4", "caption": "x"}',
     ]
     (folder / "captions.jsonl").write_text("\n".join(rows) + "\n")
-    others = [n for n in [*GOOD, *BAD] if (folder / n).suffix.lower() not in (".wmv", ".txt")]
+    others = [n for n in [*GOOD, *BAD] if (folder / n).suffix.lower() not in (".rm", ".txt")]
     others = [n for n in others if n not in ("clip.mp4", "sub/deep.mkv", "mute.mp4", "gone.mp4", "latin1.mp4")]
     others = [n for n in others if n != "empty-caption.mp4" and ":" not in n and n != "latin1-row.mp4"]
     table = "file,caption\n" + "".join(f'{n},"noise, in {n}"\n' for n in others)
@@ -284,3 +284,19 @@ def test_a_folder_without_a_good_clip_is_an_error(tmp_path):
     (tmp_path / "in/a.txt").write_text("a caption")
     with pytest.raises(DataError, match="no good clip: 0 clips kept, 1 skipped: 1 empty file"):
         prepare(tmp_path / "in", tmp_path / "out")
+
+
+OLDER = {"tape.mpg": "mpeg2video", "camera.ts": "libx264", "old.wmv": "msmpeg4v3", "web.flv": "flv"}
+
+
+@pytest.mark.parametrize("name", OLDER)
+def test_films_of_older_kinds_are_clips(tmp_path, name):
+    frames = noise(9, 32, 48)
+    with av.open(str(tmp_path / name), "w") as container:
+        stream = container.add_stream(OLDER[name], rate=25)
+        stream.height, stream.width, stream.pix_fmt = 32, 48, "yuv420p"
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+    clips, skipped = decoded(open_source(tmp_path, need_caption=False))
+    assert not skipped and [clip.frames_THWC.shape for clip in clips.values()] == [(9, 32, 48, 3)]

@@ -10,9 +10,9 @@ examples:
   minisora prepare /nfs/films /nfs/clips --curate --beam='--runner=FlinkRunner --flink_master=localhost:8081'
   minisora prepare shapes data/shapes --count 2000 --split heldout
 
-A folder holds videos (mp4, avi, webm, mov, mkv, gif) and images, each captioned by NAME.txt beside it or by a line of
-captions.jsonl ({"file": ..., "caption": ...}) or captions.csv (file,caption). Clips keep their size and rate, unless
---max-side or --fps are given; they are cut to 1 + 4k frames and to whole cells of pixels.
+A folder holds videos (mp4, mov, webm, mkv, avi, gif, mpg, ts, wmv, ...) and images, each captioned by NAME.txt beside
+it or by a line of captions.jsonl ({"file": ..., "caption": ...}) or captions.csv (file,caption). Clips keep their
+size and rate, unless --max-side or --fps are given; they are cut to 1 + 4k frames and to whole cells of pixels.
 
 OUT/report.html shows what was left out and why, the measurements, and pictures; OUT/skipped.jsonl names each.
 Interrupted, the same command goes on after the last finished part. A file whose decoder crashes or hangs is left out.

@@ -16,7 +16,6 @@ of prediction either.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable
 
 import jax
@@ -28,6 +27,8 @@ from minisora_jax.parallel.mesh import take_in_row
 
 # (w - 1) / mean(w - 1) at time t. "linear" and "cosine" are weak at first and strong at the end, which gives sharper
 # and more varied images (Wang et al. 2024, arXiv:2404.13040).
+MOST_GUIDANCE = 1000.0
+
 SCHEDULES: dict[str, Callable[[jax.Array], jax.Array]] = {
     "constant": lambda t: jnp.ones_like(t),
     "linear": lambda t: 2.0 * (1.0 - t),
@@ -57,8 +58,8 @@ class GuidanceConfig:
     def __post_init__(self) -> None:
         if self.schedule not in SCHEDULES:
             raise ValueError(f"guidance schedule={self.schedule!r} must be one of {', '.join(SCHEDULES)}")
-        if not math.isfinite(self.scale):
-            raise ValueError(f"guidance scale={self.scale} must be a number (1: no guidance)")
+        if not abs(self.scale) <= MOST_GUIDANCE:  # also for NaN
+            raise ValueError(f"guidance scale={self.scale} must be a number up to {MOST_GUIDANCE:g} (1: no guidance)")
         low, high = self.interval
         if not 0 <= low < high <= 1:
             raise ValueError(f"guidance interval {low}-{high} must be two rising times from 0 (clean) to 1 (noise)")

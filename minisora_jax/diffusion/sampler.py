@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from minisora_jax.diffusion.denoiser import Denoiser, where_moving
 from minisora_jax.diffusion.multistep import Past, begin, dpmpp_2m, unipc
 from minisora_jax.diffusion.noise_path import DDPM_STEPS, solve
-from minisora_jax.diffusion.time import TIME_SCHEDULES
+from minisora_jax.diffusion.time import MOST_SHIFT, TIME_SCHEDULES
 
 Step = tuple[jax.Array, tuple[Past, ...]]  # (x_BSP, past)
 
@@ -209,16 +209,16 @@ class SamplerConfig:
     def __post_init__(self) -> None:
         if self.name not in SAMPLER_NAMES:
             raise ValueError(f"sampler={self.name!r} must be one of {', '.join(SAMPLER_NAMES)}")
-        if self.steps < 1:
-            raise ValueError(f"steps={self.steps} must be at least 1")
+        if not isinstance(self.steps, int) or self.steps < 1:
+            raise ValueError(f"steps={self.steps} must be at least 1, and whole")
         if self.time_schedule not in TIME_SCHEDULES:
             raise ValueError(f"time_schedule={self.time_schedule!r} must be one of {', '.join(TIME_SCHEDULES)}")
         if self.time_schedule in ("leading", "linspace", "trailing") and self.steps > DDPM_STEPS:
             raise ValueError(
                 f"steps={self.steps} must be at most {DDPM_STEPS} with time_schedule={self.time_schedule!r}"
             )
-        if self.shift is not None and not 0 < self.shift < float("inf"):
-            raise ValueError(f"shift={self.shift} must be a number above 0 (1: no shift)")
+        if self.shift is not None and not 1 / MOST_SHIFT <= self.shift <= MOST_SHIFT:
+            raise ValueError(f"shift={self.shift} must be from {1 / MOST_SHIFT:g} to {MOST_SHIFT:g} (1: no shift)")
         if not 0 < self.tolerance < float("inf"):
             raise ValueError(f"tolerance={self.tolerance} must be a number above 0")
         if self.eta is not None:

@@ -26,6 +26,7 @@ from minisora_jax.models.layers import per_token
 from minisora_jax.types import PackedBatch
 
 LINEAR = PATHS["linear"]
+MOST_SHIFT = 1000.0  # Wan's is 5
 
 # (mean + std z, z, path) -> time, for a standard normal z
 DISTRIBUTIONS: dict[str, Callable[[jax.Array, jax.Array, NoisePath], jax.Array]] = {
@@ -56,8 +57,9 @@ class TimeConfig:
             raise ValueError(f"times.distribution={self.distribution!r} must be one of {', '.join(DISTRIBUTIONS)}")
         if self.std < 0:
             raise ValueError(f"times.std={self.std} must not be negative")
-        if not 0 < self.sampling_shift < float("inf"):
-            raise ValueError(f"the sampling shift {self.sampling_shift} must be a number above 0 (1: no shift)")
+        if not 1 / MOST_SHIFT <= self.sampling_shift <= MOST_SHIFT:
+            least, most = f"{1 / MOST_SHIFT:g}", f"{MOST_SHIFT:g}"
+            raise ValueError(f"the sampling shift {self.sampling_shift} must be from {least} to {most} (1: no shift)")
 
 
 def shift(time: jax.Array, tokens: jax.Array, base_tokens: int) -> jax.Array:

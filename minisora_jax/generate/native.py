@@ -7,6 +7,7 @@ import functools
 import itertools
 import math
 import re
+import unicodedata
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -149,6 +150,7 @@ class NativePipeline:
         if self.vocabulary is None:
             return []
         text = " ".join(whole_lines(prompt) if "[" in prompt else [prompt]).lower()
+        text = unicodedata.normalize("NFC", text)  # else a letter and its accent are two words
         words = re.findall(r"[^\W_]+(?:[-'][^\W_]+)*", text)
         return list(dict.fromkeys(word for word in words if word not in self.vocabulary))
 

@@ -26,7 +26,8 @@ from minisora_jax.media.timeline import STILL_FPS, Timeline
 
 __all__ = ["STILL_FPS", "Fit", "MediaFile", "StoredFrames", "Video", "VideoError", "VideoInfo", "open_video"]
 
-VIDEO_SUFFIXES = (".mp4", ".avi", ".webm", ".mov", ".mkv", ".gif")
+VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".3gp", ".webm", ".mkv", ".avi", ".gif")
+VIDEO_SUFFIXES += (".mpg", ".mpeg", ".ts", ".m2ts", ".mts", ".wmv", ".flv", ".ogv")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".mpo", ".webp", ".bmp", ".avif", ".heic", ".heif")
 IMAGE_SUFFIXES += (".tif", ".tiff", ".jp2", ".jxl")  # which are named, not read
 
