@@ -78,7 +78,7 @@ def _run(command, args: argparse.Namespace, config_flags: list[str]) -> int:
     import logging
 
     from minisora_jax.io.filesystem import printable
-    from minisora_jax.parallel.compile_cache import keep_compiled_programs
+    from minisora_jax.parallel.programs import keep_compiled_programs
 
     class Printable(logging.Formatter):
         """Messages name files, whose names may hold control codes of the terminal."""

@@ -90,6 +90,7 @@ SLOW_CASES = (
     "test_ring.py::test_every_mesh_is_the_dense_path[ring4-ulysses2]",
     "test_ring.py::test_nothing_is_kept_but_the_inputs_and_the_result",
     "test_ring.py::test_tiles_of_any_side",
+    "test_room.py::test_the_number_grows_with_the_pixels",
     "test_samplers.py::test_known_tokens_do_not_move[ddpm-velocity]",
     "test_source_kinds.py::test_every_kind_of_source_gives_the_same_prepared_bytes[parquet_of_datasets",
     "test_step.py::test_eight_devices_step_as_one",

@@ -11,7 +11,7 @@ from train_tiny import make_cache
 
 COUNTING = """
 import sys
-from minisora_jax.parallel.compile_cache import keep_compiled_programs
+from minisora_jax.parallel.programs import keep_compiled_programs
 if sys.argv.pop(1) == "late":
     import jax
     jax.numpy.ones(3).sum()  # the process has compiled before

@@ -14,7 +14,7 @@ from minisora_jax.io.progress import Progress
 from minisora_jax.io.retry import DataError
 from minisora_jax.models.captions import BYTES, encoder_captions
 from minisora_jax.models.codec import Codec
-from minisora_jax.parallel.compile_cache import keep_compiled_programs
+from minisora_jax.parallel.programs import keep_compiled_programs
 from minisora_jax.sources.clips import open_clips
 
 

@@ -13,7 +13,7 @@ from minisora_jax.config import build, complete, load
 from minisora_jax.data.latents import open_latents
 from minisora_jax.models.captions import captions_of
 from minisora_jax.models.codec import Codec
-from minisora_jax.parallel.compile_cache import keep_compiled_programs
+from minisora_jax.parallel.programs import keep_compiled_programs
 from minisora_jax.sources.clips import hold_out, open_clips
 from minisora_jax.training import codec_task
 from minisora_jax.training.codec_task import CodecTask

@@ -16,8 +16,8 @@ from minisora_jax.io.model_dir import check_shapes, load_model, load_params_onto
 from minisora_jax.models.captions import captions_of
 from minisora_jax.models.codec import Codec
 from minisora_jax.models.dit import DiTConfig, abstract_params
-from minisora_jax.parallel.compile_cache import keep_compiled_programs
 from minisora_jax.parallel.mesh import with_shardings
+from minisora_jax.parallel.programs import keep_compiled_programs
 from minisora_jax.toy.grammar import vocabulary
 from minisora_jax.weights.errors import shown
 from minisora_jax.weights.presets import TRANSFORMERS

@@ -17,6 +17,7 @@ from minisora_jax.generate.storyboard import lines, storyboard
 from minisora_jax.io.filesystem import printable
 from minisora_jax.io.progress import Progress
 from minisora_jax.jobs.job import Job
+from minisora_jax.jobs.room import require_room
 from minisora_jax.media.video import collected, open_video, probe
 
 log = logging.getLogger("minisora")
@@ -45,6 +46,7 @@ def start(pipeline: VideoPipeline, job: Job) -> Started:
     size_HW = job.size
     if min(size_HW) < pipeline.cell:
         raise ValueError(f"size={size_HW[0]}x{size_HW[1]}: this model makes {pipeline.cell} pixels a side and more")
+    require_room(pipeline.codec, size_HW, video=job.frames != 1)
     height, width = (-(-n // pipeline.cell) * pipeline.cell for n in size_HW)
     task, fps = _STARTS[job.task](pipeline, dataclasses.replace(job, size=(height, width)))
     return altered(task, lambda frames: None if frames is None else _cropped(frames, size_HW)), fps
@@ -243,6 +245,7 @@ def _read(
             )
         fit = None if size_HW is None else lambda H, W: _covering(H, W, size_HW)
         crop_HW = size_HW or (info.height // cell * cell, info.width // cell * cell)
+        require_room(pipeline.codec, crop_HW, video=True)
         rate = None if video.still else fps
         if rate and not math.isclose(rate, info.fps, rel_tol=1e-3):
             log.info("%s: shown at %g frames per second, which is %g in the file", path, rate, info.fps)

@@ -24,6 +24,7 @@ import numpy as np
 from minisora_jax.io.model_dir import export_model, in_words, load_model, model_hash, saved_settings
 from minisora_jax.models.vae import VAE, VAEConfig
 from minisora_jax.parallel.halo import fetch_frames, put_frames, put_params, shard_height
+from minisora_jax.parallel.programs import memory_of
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -218,6 +219,20 @@ class Codec:
         turns = -(-(1 + self.config.decoder_reach) // t)
         frames = [f for i, f in enumerate(self.stream(z_Bthwc for _ in range(turns + 1))) if i >= turns * t]
         return np.concatenate(frames, axis=1)
+
+    def decode_bytes(self, size_HW: tuple[int, int], *, video: bool) -> int:
+        """The bytes of a device that decoding one latent frame takes, by the compiler: nothing is computed.
+
+        Args:
+            size_HW: Height and width in pixels, multiples of `space_factor`.
+            video: The frames of a latent frame within a video; False: an image.
+        """
+        _, h, w = self.config.latent_size((1, *size_HW))
+        params = {"params": {"decoder": self.params["params"]["decoder"]}}
+        z_Bthwc = jax.ShapeDtypeStruct((1, 1, h, w, self.config.latent_channels), jnp.float32)
+        past = jax.eval_shape(functools.partial(_decode, self.config, h), params, z_Bthwc, None)[1] if video else None
+        memory = memory_of(_decode.lower(self.config, h, params, z_Bthwc, past).compile())
+        return memory.temp_size_in_bytes + memory.output_size_in_bytes + memory.argument_size_in_bytes
 
     def _chunks(self, frames: int, past: Any) -> list[slice]:
         """Slices of `frames` frames, one latent frame each. A clip's first chunk (past is None) has 1 frame."""

@@ -21,6 +21,7 @@ from minisora_jax.diffusion.sampler import SAMPLERS
 from minisora_jax.generate.sampling import sampling_step
 from minisora_jax.models.dit import abstract_batch
 from minisora_jax.parallel.mesh import TOKENS, MeshConfig, batch_specs, make_mesh, with_shardings
+from minisora_jax.parallel.programs import memory_of
 from minisora_jax.plan.hardware import Topology
 from minisora_jax.plan.schedule import Traffic, read_traffic
 from minisora_jax.training.diffusion_task import DiffusionTask, init_params, loss_of
@@ -146,18 +147,6 @@ def compile_for(
     traffic = read_traffic(compiled.as_text() or "", dict(mesh.shape))
     sizes = memory.temp_size_in_bytes, memory.generated_code_size_in_bytes
     return CompiledStep(parameters, seconds, counts, *sizes, traffic, topology.chip.memory)
-
-
-def memory_of(compiled: jax.stages.Compiled) -> Any:
-    """The compiler's memory statistics of a program.
-
-    Raises:
-        RuntimeError: The backend has none.
-    """
-    memory = compiled.memory_analysis()
-    if memory is None:
-        raise RuntimeError("this backend reports no memory statistics of a compiled program")
-    return memory
 
 
 def bytes_held(tree: Any) -> int:

@@ -13,7 +13,8 @@ from jax.sharding import NamedSharding
 
 from minisora_jax.models.dit import DiT, DiTConfig, abstract_batch, abstract_params
 from minisora_jax.parallel.mesh import BATCH, MeshConfig, make_mesh, with_shardings
-from minisora_jax.plan.compiled import IMAGE_TOKENS, bytes_held, memory_of
+from minisora_jax.parallel.programs import memory_of
+from minisora_jax.plan.compiled import IMAGE_TOKENS, bytes_held
 from minisora_jax.plan.hardware import Topology
 from minisora_jax.weights import dit
 from minisora_jax.weights.checkpoint import Checkpoint

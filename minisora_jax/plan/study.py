@@ -27,7 +27,8 @@ from minisora_jax.data.rows import Segment, pack_segments
 from minisora_jax.io.progress import Progress
 from minisora_jax.models.text import encode_bytes
 from minisora_jax.parallel.mesh import MeshConfig, make_mesh, to_global
-from minisora_jax.plan.compiled import Workload, compile_for, memory_of
+from minisora_jax.parallel.programs import memory_of
+from minisora_jax.plan.compiled import Workload, compile_for
 from minisora_jax.plan.cost_model import arithmetic, estimate
 from minisora_jax.plan.hardware import Topology
 from minisora_jax.plan.report import mesh_name

@@ -1,5 +1,6 @@
-"""Compiled programs are kept on disk, so that a command that runs again, or a run that goes on, compiles nothing.
+"""Compiled programs: their memory, and their cache.
 
+They are kept on disk, so that a command that runs again, or a run that goes on, compiles nothing.
 They lie in ~/.cache/minisora (or $XDG_CACHE_HOME/minisora), which this user alone may read and write: jax trusts what
 it finds there. $JAX_COMPILATION_CACHE_DIR names another place, such as a bucket that all hosts of a pod share, and
 JAX_ENABLE_COMPILATION_CACHE=false keeps nothing.
@@ -12,6 +13,7 @@ import os
 import platform
 import sys
 from pathlib import Path
+from typing import Any
 
 MOST_BYTES = 4 * 2**30  # then the programs that were not used for longest are removed
 
@@ -35,6 +37,18 @@ def keep_compiled_programs() -> None:
         for name, value in settings.items():
             jax.config.update(name, value)
         reset_cache()  # a process that has compiled before does not look for a cache again
+
+
+def memory_of(compiled: Any) -> Any:
+    """The compiler's memory statistics of a program.
+
+    Raises:
+        RuntimeError: The backend has none.
+    """
+    memory = compiled.memory_analysis()
+    if memory is None:
+        raise RuntimeError("this backend reports no memory statistics of a compiled program")
+    return memory
 
 
 def _directory() -> Path:
