@@ -119,6 +119,17 @@ def test_the_real_step_is_lowered_for_a_mesh(sample):
     assert work.row_tokens(mesh) == (1536 if sample else 1024)
 
 
+def test_sampling_keeps_weights_in_their_own_type():
+    mesh = make_mesh(MeshConfig(data=1, ring=8))
+    held = [
+        sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(lower(work, mesh)[0]["parameters"]))
+        for work in (Workload(TINY, 600, text_tokens=16, sample=True, weights=w) for w in ("float32", "bfloat16"))
+    ]
+    assert held[0] == 2 * held[1]
+    with pytest.raises(ValueError, match=r"=1 cannot be divided over mesh\.data=1 x mesh\.fsdp=8"):
+        lower(Workload(TINY, 600, text_tokens=16), make_mesh(MeshConfig(data=1, fsdp=8)))
+
+
 def test_arithmetic_is_the_closed_form():
     n, cfg = (
         512,

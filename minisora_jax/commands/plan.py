@@ -33,6 +33,9 @@ def add_arguments(parser):
     )
     parser.add_argument("--attention", default="splash", help="the kernel to compile (default: splash)")
     parser.add_argument("--sample", action="store_true", help="a sampling step, and not a train step")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights, with --sample"
+    )
     parser.add_argument("--search", type=int, default=0, metavar="N", help="rank all meshes, and compile the N best")
     parser.add_argument(
         "--largest", action="store_true", help="find the longest clip that fits, by compiling twice more"
@@ -57,7 +60,7 @@ def run(args, config_flags):
     task = task_of(args.preset, config_flags, args.remat, args.attention)
     tokens, what = clip_tokens(args.clip, args.fps, args.codec, task.dit.patch)
     text = task.dit.caption_tokens or 512
-    work = Workload(task, tokens, args.clips, args.rows, text, args.sample)
+    work = Workload(task, tokens, args.clips, args.rows, text, args.sample, args.dtype)
     print(
         f"{args.preset or 'model'}: {parameter_count(task) / 1e9:.2f} B parameters; a clip of {what}: {tokens:,} tokens"
     )

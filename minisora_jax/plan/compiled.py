@@ -20,7 +20,14 @@ from minisora_jax.diffusion.guidance import GuidanceConfig
 from minisora_jax.diffusion.sampler import SAMPLERS
 from minisora_jax.generate.sampling import sampling_step
 from minisora_jax.models.dit import abstract_batch
-from minisora_jax.parallel.mesh import TOKENS, MeshConfig, batch_specs, make_mesh, with_shardings
+from minisora_jax.parallel.mesh import (
+    TOKENS,
+    MeshConfig,
+    batch_specs,
+    make_mesh,
+    require_divisible,
+    with_shardings,
+)
 from minisora_jax.parallel.programs import memory_of
 from minisora_jax.plan.hardware import Topology
 from minisora_jax.plan.schedule import Traffic, read_traffic
@@ -42,6 +49,7 @@ class Workload:
     rows: int = 1
     text_tokens: int = 512  # of a clip's caption
     sample: bool = False  # plan a step of Heun's sampler with guidance, which has each clip twice
+    weights: str = "float32"  # the type in which a sampling step keeps the weights
 
     @property
     def segments(self) -> int:
@@ -93,6 +101,7 @@ def lower(work: Workload, mesh: jax.sharding.Mesh) -> tuple[dict[str, Any], jax.
     Returns:
         ({kind: abstract arrays on the chips}, the lowered step). Kinds are parameters, average, optimiser and batch.
     """
+    require_divisible(mesh, rows=work.rows, heads=work.task.dit.heads)
     state, tokens = abstract_state(work, mesh), work.row_tokens(mesh)
     text = work.segments * work.text_tokens
     batch = abstract_batch(work.task.dit, work.rows, tokens, text, IMAGE_TOKENS, slots=work.segments)
@@ -103,12 +112,14 @@ def lower(work: Workload, mesh: jax.sharding.Mesh) -> tuple[dict[str, Any], jax.
     if work.sample:
         time_BS: Any = on(jax.ShapeDtypeStruct((work.rows, tokens), jnp.float32), TOKENS)
         index_BS = on(jax.ShapeDtypeStruct((work.rows, tokens), jnp.int32), TOKENS)
-        inputs = ((state.params,), batch, index_BS, index_BS, 3.0, (0.0, 1.0))
+        stored = lambda x: jax.ShapeDtypeStruct(x.shape, work.weights, sharding=x.sharding)
+        params = jax.tree.map(stored, state.params)
+        inputs = ((params,), batch, index_BS, index_BS, 3.0, (0.0, 1.0))
         static = (work.task.dit,), work.task.objective, GuidanceConfig().static
         past = SAMPLERS["heun"].begin(batch.tokens_BSP, time_BS)
         with jax.set_mesh(mesh):
             lowered = sampling_step.lower(static, "heun", batch.tokens_BSP, time_BS, time_BS, past, None, 0.0, inputs)
-        return {"parameters": state.params, "batch": batch}, lowered
+        return {"parameters": params, "batch": batch}, lowered
     optim = work.task.run.optim
     with jax.set_mesh(mesh):
         key = with_shardings(jax.eval_shape(lambda: jax.random.key(0)), mesh)

@@ -119,7 +119,8 @@ def _memory(work: Workload, mesh: MeshConfig, parameters: int) -> dict[str, floa
     cfg, (tokens, shards) = work.task.dit, _per_chip(work, mesh)
     weights, ratio = 4.0 * parameters / shards, cfg.mlp_ratio
     if work.sample:
-        return {"parameters": weights, "temporaries": tokens * cfg.width * (2 * 20 + 12 + 4 * ratio)}
+        stored = weights / (2 if work.weights == "bfloat16" else 1)
+        return {"parameters": stored, "temporaries": tokens * cfg.width * (2 * 20 + 12 + 4 * ratio)}
     # bfloat16 values that each token keeps in each block for its gradient, in units of the width
     kept = {"full": 1.0, "attention": 2.0, "matmuls": 8.0 + ratio, "none": 22.0 + 3 * ratio}[cfg.remat]
     temporaries = 2.0 * tokens * cfg.width * (kept * cfg.depth * len(cfg.attention_pattern) + 12 + 24 + 3 * ratio + 8)
