@@ -57,6 +57,15 @@ def test_another_place_or_none_may_be_named(tmp_path):
     assert not (tmp_path / "minisora").exists() or not any((tmp_path / "minisora").rglob("*-cache"))
 
 
+def test_a_folder_that_others_may_write_or_nobody_is_not_used(tmp_path):
+    home = tmp_path / "minisora"
+    home.mkdir()
+    home.chmod(0o777)
+    assert counts(tmp_path, SMALL) == (0, 0) and not list(home.iterdir())
+    (tmp_path / "file").touch()
+    assert counts(tmp_path / "file", SMALL) == (0, 0)  # a home that is no folder
+
+
 @pytest.mark.slow
 def test_a_training_that_goes_on_compiles_nothing(tmp_path):
     make_cache(tmp_path / "latents")

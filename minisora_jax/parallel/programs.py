@@ -19,11 +19,14 @@ MOST_BYTES = 4 * 2**30  # then the programs that were not used for longest are r
 
 
 def keep_compiled_programs() -> None:
-    """Let jax keep its programs. Settings that the user or the process made before hold."""
-    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
+    """Let jax keep its programs. Settings that the user or the process made before hold.
+
+    Nothing is kept where the folder cannot be written, or others may write it.
+    """
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ or (directory := _directory()) is None:
         return
     settings = {
-        "jax_compilation_cache_dir": str(_directory()),
+        "jax_compilation_cache_dir": str(directory),
         "jax_compilation_cache_max_size": MOST_BYTES,
         "jax_persistent_cache_min_compile_time_secs": 0,
     }
@@ -51,15 +54,20 @@ def memory_of(compiled: Any) -> Any:
     return memory
 
 
-def _directory() -> Path:
-    """The folder of this kind of processor: programs for another one may use instructions that it has not."""
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minisora"
+def _directory() -> Path | None:
+    """The folder of this kind of processor: programs for another one may use instructions that it has not.
+
+    None: there is none that this user alone may write.
+    """
     flags = Path("/proc/cpuinfo")
     lines = flags.read_text(encoding="utf-8", errors="replace").splitlines() if flags.exists() else []
     kind = next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
-    directory = home / f"compiled-{hashlib.sha256(f'{platform.machine()} {kind}'.encode()).hexdigest()[:12]}"
+    name = f"compiled-{hashlib.sha256(f'{platform.machine()} {kind}'.encode()).hexdigest()[:12]}"
     try:
+        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minisora"
         home.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except OSError:
-        pass  # a home that cannot be written: jax says so once, and goes on without
-    return directory
+        status = home.stat()
+    except (OSError, RuntimeError):  # the latter for a user without a home
+        return None
+    own = status.st_uid == os.geteuid() and not status.st_mode & 0o022
+    return home / name if own and os.access(home, os.W_OK) else None
