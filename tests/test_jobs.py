@@ -241,6 +241,7 @@ def test_a_writer_that_fails_leaves_nothing(tmp_path):
 
 @pytest.mark.parametrize("flags, sentence", [
     (["--upscale", "0"], "--upscale 0 must be from 1 to 64"), (["--upscale", "1000000"], "must be from 1 to 64"),
+    (["--guidance", "nan"], "guidance scale=nan must be a number"),
     (["--guidance", "1e30"], "guidance scale=1e+30 must be a number up to 1000"), (["--shift", "nan"], "shift=nan"),
     (["--sampler", "dopri5", "--tolerance", "nan"], "tolerance=nan"), (["--sampler", "sde", "--eta", "nan"], "eta=nan"),
     (["--fps", "1e-300"], "fps=1e-300 must be at least 0.1"),

@@ -212,7 +212,7 @@ def _reproduce(args) -> int:
     record = read_record(args.reproduce)
     model = record["model"]
     names = ("model", "codec", "guide_model", "text_encoder", "window", "dtype")
-    if words := different_machine(record):
+    if is_main() and (words := different_machine(record)):
         print(words)
     source = Path(args.reproduce)
     name = (source.with_suffix("") if source.suffix == ".json" else source).name
@@ -229,7 +229,10 @@ def _reproduce(args) -> int:
 def _expanded(prompts: list[str], spec: str) -> list[str]:
     """The prompts as long captions, each printed."""
     from minisora_jax.curation.captioners import expand, open_captioner
+    from minisora_jax.parallel.processes import several
 
+    if several():  # each would ask, and get another answer
+        raise ValueError("--expand is for one process: expand the prompts there, and give the long captions to all")
     captioner = open_captioner(spec)
     captioner.check()
     captions = [expand(prompt, captioner) for prompt in prompts]

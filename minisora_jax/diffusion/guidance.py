@@ -25,10 +25,10 @@ from minisora_jax.diffusion.noise_path import NoisePath, solve, target
 from minisora_jax.models.layers import per_slot_mean, per_token
 from minisora_jax.parallel.mesh import take_in_row
 
-# (w - 1) / mean(w - 1) at time t. "linear" and "cosine" are weak at first and strong at the end, which gives sharper
-# and more varied images (Wang et al. 2024, arXiv:2404.13040).
 MOST_GUIDANCE = 1000.0
 
+# (w - 1) / mean(w - 1) at time t. "linear" and "cosine" are weak at first and strong at the end, which gives sharper
+# and more varied images (Wang et al. 2024, arXiv:2404.13040).
 SCHEDULES: dict[str, Callable[[jax.Array], jax.Array]] = {
     "constant": lambda t: jnp.ones_like(t),
     "linear": lambda t: 2.0 * (1.0 - t),

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from minisora_jax.bundled import CODEC, MODEL
 from minisora_jax.diffusion.objective import ObjectiveConfig
 from minisora_jax.diffusion.time import TimeConfig
-from minisora_jax.io.model_dir import check_shapes, load_model, load_params_onto, model_hash, open_model, saved_settings
+from minisora_jax.io.model_dir import check_shapes, in_memory, model_hash, onto_devices, open_model, saved_settings
 from minisora_jax.models.captions import captions_of
 from minisora_jax.models.codec import Codec
 from minisora_jax.models.dit import DiTConfig, abstract_params
@@ -89,10 +89,10 @@ def _load_dit(model: str | Path, dtype: str | None = None) -> tuple[dict, DiTCon
         raise ValueError(f"{model} needs the features of an image encoder, which this command does not compute yet")
     mesh = jax.sharding.get_mesh()
     if mesh.empty:
-        return jax.tree.map(jnp.asarray, load_model(model, dtype)[0]), dit, config
+        return jax.tree.map(jnp.asarray, in_memory(stored, model, dtype)), dit, config
     typed = lambda at, x: jax.ShapeDtypeStruct(at.shape, dtype or x.dtype, sharding=at.sharding)
     places = jax.tree.map(typed, with_shardings(abstract_params(dit), mesh), stored)
-    return load_params_onto(model, places), dit, config
+    return onto_devices(stored, places, model), dit, config
 
 
 def _leads_over(training: dict) -> bool:

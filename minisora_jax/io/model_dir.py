@@ -70,6 +70,11 @@ def load_model(directory: str | Path, dtype: str | None = "float32") -> tuple[An
         ValueError: a file is damaged, or weights are NaN or infinite.
     """
     stored, config = open_model(directory)
+    return in_memory(stored, directory, dtype), config
+
+
+def in_memory(stored: Any, directory: str | Path, dtype: str | None) -> Any:
+    """NumPy params of what `open_model` returned; `dtype` None keeps their types. ValueError for NaN or infinity."""
     params = jax.tree.map(lambda x: np.array(x[...], dtype or x.dtype), stored)
     flat: dict[str, Any] = traverse_util.flatten_dict(params, sep="/")
     if broken := [name for name, array in flat.items() if not is_finite(array)]:
@@ -77,7 +82,7 @@ def load_model(directory: str | Path, dtype: str | None = "float32") -> tuple[An
             f"{directory}: {len(broken)} of {len(flat)} parameters hold numbers that are NaN or infinite, {broken[0]} "
             f"first: the file is damaged, or the model's training diverged"
         )
-    return params, config
+    return params
 
 
 def is_finite(array: np.ndarray) -> bool:
@@ -126,6 +131,11 @@ def load_params_onto(directory: str | Path, abstract: Any) -> Any:
     """
     stored, _ = open_model(directory)
     check_shapes(stored, abstract, directory)
+    return onto_devices(stored, abstract, directory)
+
+
+def onto_devices(stored: Any, abstract: Any, directory: str | Path) -> Any:
+    """The params of what `open_model` returned, as `load_params_onto` does it."""
 
     def to_devices(x: StoredTensor, target: jax.ShapeDtypeStruct) -> jax.Array:
         def read_part(index):
