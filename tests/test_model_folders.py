@@ -151,8 +151,12 @@ PROMPT = "a red circle moves left on a black background"
 
 
 def test_a_result_that_is_not_finite_is_an_error(tmp_path, capsys):
-    """Guidance of 1e38 overflows: no black picture, and no exit code 0."""
-    command = ["generate", PROMPT, "--frames=5", "--steps=2", f"--out={tmp_path / 'out'}", "--guidance=3e38"]
+    """Finite weights that overflow: no black picture, and no exit code 0."""
+    model = copied(MODEL, tmp_path / "model")
+    weights = load_file(model / "model.safetensors")
+    last = weights["params/patch_out/kernel"].astype(np.float32)
+    save_file(weights | {"params/patch_out/kernel": np.full_like(last, 3e38)}, model / "model.safetensors")
+    command = ["generate", PROMPT, "--frames=5", "--steps=2", f"--out={tmp_path / 'out'}", f"--model={model}"]
     assert main(command) == 2
     error = capsys.readouterr().err
     assert "latents that are NaN or infinite" in error and "Traceback" not in error
