@@ -12,10 +12,13 @@ from safetensors.numpy import load_file
 from minisora_jax.weights.checkpoint import Checkpoint, WeightsFileError
 
 FIXTURES = Path(__file__).parent / "parity/fixtures"
+# The same tensors, by torch.save(..., _use_new_zipfile_serialization=False): the format of torchvision's old files
+OLD = Path(__file__).parent / "cases/nested_old.pth"
 
 
-def test_a_torch_file_is_what_torch_wrote():
-    file, expected = Checkpoint(FIXTURES / "nested.pth"), load_file(FIXTURES / "nested.safetensors")
+@pytest.mark.parametrize("path", [FIXTURES / "nested.pth", OLD], ids=["torch", "torch before 1.6"])
+def test_a_torch_file_is_what_torch_wrote(path):
+    file, expected = Checkpoint(path), load_file(FIXTURES / "nested.safetensors")
     assert set(file.names) == set(expected)
     for name, tensor in expected.items():
         read = file.read(name)

@@ -135,6 +135,42 @@ def test_a_damaged_pickle(what, tmp_path):
     refused(write_torch(tmp_path / "m.pt", DAMAGED[what], {}), "damaged|holds no tensors")
 
 
+def old_torch(tree=ONE, version=1001, facts=None, keys=None, storages=((4, FOUR["0"]),), tail=b""):
+    """A file of torch before 1.6, whose storages have a length each."""
+    facts = {"little_endian": True} if facts is None else facts
+    plain = (pickle.dumps(x, 2) for x in (0x1950A86A20F9469CFC6C, version, facts))
+    data = b"".join(count.to_bytes(8, "little") + numbers for count, numbers in storages)
+    return b"".join(plain) + b"\x80\x02" + tree + b"." + pickle.dumps(["0"] if keys is None else keys, 2) + data + tail
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (dict(version=1002), "unknown torch"),
+        (dict(facts={"little_endian": False}), "big-endian machine"),
+        (dict(facts=[]), "big-endian machine"),
+        (dict(keys={"0": 1}), "no list of its storages"),
+        (dict(keys=[0]), "no list of its storages"),
+        (dict(keys=["0", "0"]), "no tensor has the storage 0"),
+        (dict(keys=["1"]), "no tensor has the storage 1"),
+        (dict(keys=[]), "bytes follow its last storage"),
+        (dict(storages=[(2**61, FOUR["0"])]), "cut short or damaged: the storage 0 of 9,223,372,036,854,775,808 bytes"),
+        (dict(storages=[(5, FOUR["0"])]), "cut short or damaged"),
+        (dict(storages=[(3, FOUR["0"][:12])]), "has 12 bytes, not those of 4 numbers"),
+        (dict(storages=[]), "cut short or damaged|missing"),
+        (dict(tail=b"x"), "1 bytes follow its last storage"),
+        (dict(tree=dict_of({"w": tensor("0", 4, [5])})), "leaves its storage of 4 numbers"),
+        (dict(tree=dict_of({"v": tensor("0", 4, [4]), "w": tensor("0", 9, [9])})), "has two types or lengths"),
+        (dict(tree=b"}("), "a pickle in it is damaged"),
+    ],
+)
+def test_an_old_torch_file_that_lies(change, words, tmp_path):
+    (tmp_path / "m.pth").write_bytes(old_torch())
+    np.testing.assert_array_equal(Checkpoint(tmp_path / "m.pth").read("w"), np.arange(4))
+    (tmp_path / "m.pth").write_bytes(old_torch(**change))
+    refused(tmp_path / "m.pth", words)
+
+
 def test_a_deep_tree_takes_no_stack(monkeypatch):
     deep = b"(" * 100_000 + b"t" * 100_000
     read_pickle(b"\x80\x02" + deep + b".")

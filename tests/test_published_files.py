@@ -214,7 +214,7 @@ def test_a_stranger_is_named(what, tmp_path, capsys):
         (b"GGUF\x03\x00\x00\x00" + bytes(64), "a GGUF file"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "git lfs pull"),
         (b"<!DOCTYPE html><html>", "a web page"),
-        (b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19." + bytes(64), "before 1.6"),
+        (b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19." + bytes(64), "a pickle in it is damaged"),
         (b"", "is not a torch file|whole safetensors"),
     ],
 )

@@ -21,6 +21,7 @@ from minisora_jax.io import checksum
 from minisora_jax.io.safetensors import read_header, read_tensors
 from minisora_jax.weights.errors import WeightsFileError, shown
 from minisora_jax.weights.torch_file import TorchFile
+from minisora_jax.weights.torch_old import MAGIC, OldTorchFile
 
 __all__ = ["Checkpoint", "WeightsFileError"]
 
@@ -34,7 +35,6 @@ STRANGERS = {
     b"<html": "a web page: the download needs a login, or the address is not the file's",
     b"\x89HDF": "an HDF5 file, of Keras or an old TensorFlow: take the PyTorch weights",
     b"\x93NUMPY": "a NumPy array: take the PyTorch weights",
-    b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j": "a torch file in the format before 1.6: save it again with a new torch.save",
 }
 
 
@@ -136,6 +136,8 @@ def _opener(path: Path) -> Callable[[Path], _Safetensors | TorchFile]:
         first = file.read(32)
     if first.startswith(b"PK\x03\x04"):
         return TorchFile
+    if first.startswith(MAGIC):
+        return OldTorchFile
     if first[8:9] == b"{":
         return _Safetensors
     if what := next((what for magic, what in STRANGERS.items() if first.startswith(magic)), None):

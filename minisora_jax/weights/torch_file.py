@@ -16,9 +16,9 @@ import ml_dtypes
 import numpy as np
 
 from minisora_jax.weights.errors import WeightsFileError, shown
-from minisora_jax.weights.torch_pickle import PickleError, View, read_pickle
+from minisora_jax.weights.torch_pickle import Pickle, PickleError, View, read_pickle
 
-_DTYPES = {
+DTYPES = {
     "float64": np.float64,
     "float32": np.float32,
     "float16": np.float16,
@@ -32,7 +32,7 @@ _DTYPES = {
     "uint8": np.uint8,
     "bool": np.bool_,
 }
-_STORAGES = {
+STORAGES = {
     "DoubleStorage": "float64",
     "FloatStorage": "float32",
     "HalfStorage": "float16",
@@ -75,7 +75,7 @@ class TorchFile:
             self._members = {info.filename: info for info in self._zip.infolist()}
             member = self._checked_members()
             self._root = member.removesuffix("data.pkl")
-            tree, foreign = read_pickle(self._zip.read(member))
+            pickle = read_pickle(self._zip.read(member))
         except PickleError as error:
             raise WeightsFileError(f"{path}: the pickle in it is damaged or no checkpoint's: {error}") from error
         except WeightsFileError:
@@ -84,7 +84,11 @@ class TorchFile:
             raise WeightsFileError(
                 f"{path} is not a torch file in the zip format (torch >= 1.6), or it is cut short or damaged: {error}"
             ) from error
-        self.entry, self._views = _tensors(path, tree, foreign)
+        self._take(pickle)
+
+    def _take(self, pickle: Pickle) -> None:
+        """Keep the views of a pickle, each checked."""
+        self.entry, self._views = _tensors(self._path, pickle.tree, pickle.foreign)
         self.names = list(self._views)
         for name, view in self._views.items():
             self._check(name, view)
@@ -93,7 +97,7 @@ class TorchFile:
         """The tensor, as a view of its whole storage."""
         view = self._views[name]
         try:
-            data = self._zip.read(self._member(view))
+            data = self._stored(view.storage.key)
         except _DAMAGE as error:
             raise WeightsFileError(f"{self._path}: the storage of {shown(name)} is damaged: {error}") from error
         flat = np.frombuffer(data, self.dtype(name))
@@ -107,10 +111,16 @@ class TorchFile:
     def dtype(self, name: str) -> np.dtype:
         """The tensor's type."""
         kind = self._views[name].type
-        return np.dtype(_DTYPES[_STORAGES.get(kind, kind)])
+        return np.dtype(DTYPES[STORAGES.get(kind, kind)])
 
-    def _member(self, view: View) -> str:
-        return f"{self._root}data/{view.storage.key}"
+    def _stored(self, key: str) -> bytes:
+        """The bytes of a storage."""
+        return self._zip.read(f"{self._root}data/{key}")
+
+    def _size(self, key: str) -> int | None:
+        """The number of bytes of a storage; None if there is none of this key."""
+        info = self._members.get(f"{self._root}data/{key}")
+        return info.file_size if info else None
 
     def _checked_members(self) -> str:
         """The name of the pickle. All members are checked: stored as they are, and together no more than the file."""
@@ -143,19 +153,19 @@ class TorchFile:
 
     def _check(self, name: str, view: View) -> None:
         """Raise WeightsFileError unless the tensor lies within its storage, and the storage in the file."""
-        info = self._members.get(self._member(view))
-        if info is None:
+        size = self._size(view.storage.key)
+        if size is None:
             raise WeightsFileError(f"{self._path}: the storage {shown(view.storage.key)} of {shown(name)} is missing")
-        stored = _STORAGES.get(view.storage.type)
-        kind = _STORAGES.get(view.type, view.type)
-        if stored is None or kind not in _DTYPES:
+        stored = STORAGES.get(view.storage.type)
+        kind = STORAGES.get(view.type, view.type)
+        if stored is None or kind not in DTYPES:
             raise WeightsFileError(f"{self._path}: {shown(name)} has the type {shown(view.type)}, which is not read")
-        if view.storage.length * np.dtype(_DTYPES[stored]).itemsize != info.file_size:
+        if view.storage.length * np.dtype(DTYPES[stored]).itemsize != size:
             raise WeightsFileError(
-                f"{self._path}: the storage of {shown(name)} has {info.file_size:,} bytes, not those of "
+                f"{self._path}: the storage of {shown(name)} has {size:,} bytes, not those of "
                 f"{view.storage.length:,} numbers of {stored}"
             )
-        room, count = info.file_size // np.dtype(_DTYPES[kind]).itemsize, math.prod(view.shape)
+        room, count = size // np.dtype(DTYPES[kind]).itemsize, math.prod(view.shape)
         last = view.offset + sum((n - 1) * s for n, s in zip(view.shape, view.stride)) if count else view.offset - 1
         if last >= room or view.offset > room or count > room:
             raise WeightsFileError(

@@ -54,21 +54,29 @@ class _Mark:
 _MARK = _Mark()
 
 
-def read_pickle(data: bytes) -> tuple[Any, list[str]]:
-    """(the tree, the names that it would import beyond those of tensors).
+@dataclasses.dataclass(frozen=True)
+class Pickle:
+    """What a pickle holds. Dictionaries have only entries whose keys are strings or numbers. A tree may have a loop."""
 
-    Dictionaries hold only entries whose keys are strings or numbers. A tree may contain itself.
+    tree: Any
+    foreign: list[str]  # the names that it would import beyond those of tensors
+    storages: dict[str, Storage]  # all that it names, by key
+
+
+def read_pickle(data: bytes | io.BytesIO) -> Pickle:
+    """Read a pickle; of a stream the one that begins at its place, and leave its place behind it.
 
     Raises:
         PickleError: the pickle is damaged, states a tensor that cannot be, or has too many steps.
     """
     machine = _Machine()
     try:
-        for count, (step, argument, _) in enumerate(pickletools.genops(io.BytesIO(data))):
+        stream = io.BytesIO(data) if isinstance(data, bytes) else data
+        for count, (step, argument, _) in enumerate(pickletools.genops(stream)):
             if count >= MOST_STEPS:
                 raise PickleError(f"it has more than {MOST_STEPS:,} steps")
             if step.name == "STOP":
-                return machine.pop(), sorted(machine.foreign)
+                return Pickle(machine.pop(), sorted(machine.foreign), machine.storages)
             machine.do(step.name, argument)
     except PickleError:
         raise
@@ -93,6 +101,7 @@ class _Machine:
         self.stack: list[Any] = []
         self.memo: dict[int, Any] = {}
         self.foreign: set[str] = set()
+        self.storages: dict[str, Storage] = {}
 
     def pop(self) -> Any:
         value = self.stack.pop()
@@ -158,7 +167,10 @@ class _Machine:
             name, module = self.pop(), self.pop()
             self.stack.append(Placeholder(f"{module}.{name}" if isinstance(module, str) else "?"))
         elif step in ("PERSID", "BINPERSID"):
-            self.stack.append(_storage(argument if step == "PERSID" else self.pop()))
+            storage = _storage(argument if step == "PERSID" else self.pop())
+            if self.storages.setdefault(storage.key, storage) != storage:
+                raise PickleError(f"the storage {storage.key[:40]!r} has two types or lengths")
+            self.stack.append(storage)
         elif step in ("REDUCE", "NEWOBJ"):
             arguments, function = self.pop(), self.pop()
             self.stack.append(self.called(function, arguments))
@@ -188,7 +200,7 @@ class _Machine:
         """What a call of a function gives: a tensor, a container, or a placeholder for all else."""
         if not isinstance(function, Placeholder) or not isinstance(arguments, tuple):
             return Placeholder("?")
-        if function.name in ("torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_tensor_v3"):
+        if function.name in _REBUILD:
             return _view(function.name, arguments)
         if function.name in ("torch._utils._rebuild_parameter", "torch._utils._rebuild_parameter_with_state"):
             return arguments[0] if arguments else Placeholder("?")
@@ -205,8 +217,10 @@ class _Machine:
         return arguments[0] if function.name == "torch.Size" and arguments else Placeholder(function.name)
 
 
-def _storage(identity: Any) -> Any:
-    """The storage that a persistent id ("storage", type, key, device, length) names."""
+def _storage(identity: Any) -> Storage:
+    """The storage that a persistent id ("storage", type, key, device, length) names. Old ones end with None."""
+    if isinstance(identity, tuple) and len(identity) == 6 and identity[5] is None:
+        identity = identity[:5]
     if not isinstance(identity, tuple) or len(identity) != 5 or identity[0] != "storage":
         raise PickleError("a storage is named in an unknown way")
     _, kind, key, _, length = identity
@@ -234,6 +248,7 @@ def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**62
 
 
+_REBUILD = tuple(f"torch._utils._rebuild_tensor{version}" for version in ("", "_v2", "_v3"))
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 _EMPTY = {"EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_TUPLE": tuple, "EMPTY_SET": list}
 _TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
