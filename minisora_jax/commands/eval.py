@@ -2,7 +2,8 @@
 
 examples:
   minisora eval codec --data shapes:heldout:256
-  minisora eval codec --codec=runs/codec/export --data data/clips --lpips my_lpips.py:distance
+  minisora eval codec --codec=runs/codec/export --data data/clips/heldout --lpips models/lpips
+  minisora eval codec --data data/clips/heldout --extractor i3d:i3d_torchscript.pt       # reconstructed against true
   minisora eval model --count 256 --out eval                  # does each video show what its caption says?
   minisora eval tasks --count 128 --out eval                  # every task, with pictures: eval/report.html
   minisora eval tasks --only loop transition --count 32
@@ -27,8 +28,12 @@ def add_arguments(parser):
     parser.add_argument("what", type=_current, choices=("codec", "model", "tasks", "frechet"))
     parser.add_argument("--data", default=None, help="clips for `codec` and `frechet` (default shapes:heldout:256)")
     parser.add_argument("--against", default=None, help="clips for `frechet` in place of generated ones")
-    parser.add_argument("--extractor", default=None, help="of `frechet`: random, i3d:FILE, inception:FILE, FILE.py:F")
-    parser.add_argument("--lpips", default=None, metavar="FILE.py:F", help="of `codec`: F(frames, frames) -> distance")
+    parser.add_argument(
+        "--extractor", default=None, help="of `frechet`, `codec`: random, i3d:FILE, inception:FILE, FILE.py:F"
+    )
+    parser.add_argument(
+        "--lpips", default=None, help="of `codec`: what `minisora import lpips` wrote, or FILE.py:F of two clips"
+    )
     parser.add_argument(
         "--only", nargs="*", type=_current, default=None, metavar="TASK", help="of `tasks`: which (default: all)"
     )
@@ -63,7 +68,7 @@ def _codec(args, out: Path) -> dict:
     from minisora_jax.sources.clips import open_clips
 
     clips = open_clips(args.data or "shapes:heldout:256")
-    scores, rows = evaluate_codec(Codec.load(args.codec or CODEC), clips, args.lpips)
+    scores, rows = evaluate_codec(Codec.load(args.codec or CODEC), clips, args.lpips, args.extractor)
     contact_sheet(out / "codec.png", rows[:32])
     return scores
 

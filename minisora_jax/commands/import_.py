@@ -4,6 +4,7 @@ examples:
   minisora import wan2.1-vae Wan2.1-T2V-1.3B-Diffusers/vae --out=models/wan-vae
   minisora import umt5-xxl models_t5_umt5-xxl-enc-bf16.pth --tokenizer=google/umt5-xxl --out=models/umt5
   minisora import wan2.1-t2v-1.3b Wan2.1-T2V-1.3B-Diffusers/transformer --out=models/wan
+  minisora import lpips my_lpips/ --out=models/lpips          vgg16-397923af.pth and the lpips package's vgg.pth
   minisora eval codec --codec=models/wan-vae --data=data/clips
 
 PATH is a file (safetensors, or torch's pth, pt, bin), a directory with one, or the index of a sharded one, in the
@@ -24,9 +25,9 @@ TOKENIZER_FILES += ("special_tokens_map.json", "added_tokens.json")
 
 
 def add_arguments(parser):
-    from minisora_jax.weights.presets import CODECS, TEXT_ENCODERS, TRANSFORMERS
+    from minisora_jax.weights.presets import CODECS, LOSSES, TEXT_ENCODERS, TRANSFORMERS
 
-    choices = CODECS | TRANSFORMERS | TEXT_ENCODERS
+    choices = CODECS | TRANSFORMERS | TEXT_ENCODERS | LOSSES
     parser.add_argument("preset", metavar="PRESET", choices=choices, help="one of those listed below")
     parser.add_argument("path", metavar="PATH", help="the published file or directory")
     parser.add_argument("--out", required=True, help="the directory to write the model to")
@@ -36,7 +37,7 @@ def add_arguments(parser):
     parser.add_argument("--dtype", choices=DTYPES, help="precision to keep the weights in (default: the published)")
     table = lambda presets: "".join(f"  {name:<18}{preset.what}\n" for name, preset in presets.items())
     parser.epilog = f"codecs:\n{table(CODECS)}\ndiffusion transformers:\n{table(TRANSFORMERS)}"
-    parser.epilog += f"\ntext encoders:\n{table(TEXT_ENCODERS)}"
+    parser.epilog += f"\ntext encoders:\n{table(TEXT_ENCODERS)}\nlosses of a codec:\n{table(LOSSES)}"
 
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -44,13 +45,11 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 def run(args, _):
     from minisora_jax.models.captions import TOKENIZER
-    from minisora_jax.weights.presets import CODECS, TEXT_ENCODERS, TRANSFORMERS
+    from minisora_jax.weights.presets import CODECS, LOSSES, TEXT_ENCODERS, TRANSFORMERS
 
     export = import_text_encoder
-    if args.preset in CODECS:
-        export = import_codec
-    if args.preset in TRANSFORMERS:
-        export = import_transformer
+    for presets, what in ((CODECS, import_codec), (TRANSFORMERS, import_transformer), (LOSSES, import_lpips)):
+        export = what if args.preset in presets else export
     tokenizer = tokenizer_files(args.tokenizer, args.path) if args.preset in TEXT_ENCODERS else []
     what, digest = export(args.preset, args.path, args.out, args.dtype)
     for file in tokenizer:
@@ -93,6 +92,14 @@ def import_text_encoder(name: str, path: str, out: str, dtype: str | None) -> tu
 
     config, params = read_preset(name, path)
     return "text encoder", TextEncoder(config, params).export(out, {"imported": name}, dtype, "importing")
+
+
+def import_lpips(name: str, path: str, out: str, dtype: str | None) -> tuple[str, str]:
+    from minisora_jax.models.perceptual import LPIPS
+    from minisora_jax.weights.reading import read_preset
+
+    config, params = read_preset(name, path)
+    return "LPIPS", LPIPS(config, params).export(out, {"imported": name}, dtype, "importing")
 
 
 def tokenizer_files(given: str | None, path: str) -> list[Path]:

@@ -14,7 +14,7 @@ Inception of the FID paper. So the result names the extractor and its file's sha
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import jax
@@ -41,16 +41,21 @@ def frechet(generated: Iterable[np.ndarray], reference: Iterable[np.ndarray], ex
 
 
 def moments(videos: Iterable[np.ndarray], extractor: Extractor) -> tuple[np.ndarray, np.ndarray]:
-    """(mean (d,), covariance (d, d)) of the features of the videos, both float64.
+    """(mean (d,), covariance (d, d)) of the features of the videos, both float64; ValueError for fewer than 2."""
+    return gaussian([extractor.features(v) for v in videos])
+
+
+def gaussian(features: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """(mean (d,), covariance (d, d)), both float64, of the features (d,) or (n, d) of each video.
 
     Raises:
         ValueError: there are fewer than 2 feature vectors.
     """
-    vectors = [np.atleast_2d(np.asarray(extractor.features(v), np.float64)) for v in videos]
+    vectors = [np.atleast_2d(np.asarray(f, np.float64)) for f in features]
     if sum(map(len, vectors)) < LEAST:
         raise ValueError(f"{len(vectors)} videos are too few for a Frechet distance: give at least {LEAST}")
-    features = np.concatenate(vectors)
-    return features.mean(0), np.cov(features, rowvar=False).reshape(features.shape[1], -1)
+    rows = np.concatenate(vectors)
+    return rows.mean(0), np.cov(rows, rowvar=False).reshape(rows.shape[1], -1)
 
 
 def distance(a: tuple[np.ndarray, np.ndarray], b: tuple[np.ndarray, np.ndarray]) -> float:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from minisora_jax.curation.filters import load_function
+from minisora_jax.evaluation.frechet import distance, gaussian, open_extractor
 from minisora_jax.generate import Request, VideoPipeline
 from minisora_jax.io.progress import Progress
 from minisora_jax.models.codec import Codec
+from minisora_jax.models.perceptual import LPIPS
 from minisora_jax.toy.checker import check_all
 from minisora_jax.toy.grammar import FPS
 from minisora_jax.toy.shapes import Shapes
@@ -20,22 +24,31 @@ from minisora_jax.types import ClipSequence
 Rows = list[tuple[np.ndarray, str]]  # (frames_THWC, label), for a contact sheet
 
 
-def evaluate_codec(codec: Codec, clips: ClipSequence, lpips: str | None = None) -> tuple[dict, Rows]:
+def evaluate_codec(
+    codec: Codec, clips: ClipSequence, lpips: str | None = None, extractor: str | None = None
+) -> tuple[dict, Rows]:
     """(scores, rows of originals and reconstructions) of a codec. Clips are decoded from the posterior mean.
 
     Args:
-        lpips: FILE.py:FUNCTION, a distance of two clips uint8 (T, H, W, 3) that loads its own weights; None for none.
+        lpips: What `minisora import lpips` wrote, or FILE.py:FUNCTION, a distance of two clips uint8 (T, H, W, 3) that
+            loads its own weights; None for none.
+        extractor: Of a Frechet distance between the clips and their reconstructions, see `open_extractor`. With the
+            I3D of the FVD paper it is the reconstruction FVD. None for none.
 
     Returns:
         scores: the means of "psnr" in dB, "ssim" and others; "psnr_worst" is the smallest PSNR of a clip.
     """
-    each, rows = [], []
-    perceptual = load_function(lpips) if lpips else None
+    each, rows, seen = [], [], ([], [])
+    perceptual = _distance(lpips) if lpips else None
+    eye = open_extractor(extractor) if extractor else None
     for i in Progress(range(len(clips)), desc="codec", unit="clip"):
         clip = clips[i]
         scores, [(_, frames)] = reconstruct(codec, [clip])
         if perceptual:
             scores["lpips"] = float(perceptual(clip.frames_THWC, frames))
+        if eye:
+            for features, video in zip(seen, (clip.frames_THWC, frames)):
+                features.append(eye.features(video))
         each.append(scores)
         if len(rows) < 32:
             rows += [
@@ -44,7 +57,13 @@ def evaluate_codec(codec: Codec, clips: ClipSequence, lpips: str | None = None) 
             ]
     mean = {k: round(float(np.mean([s[k] for s in each])), 4) for k in each[0]}
     facts = {"clips": len(clips), "codec": codec.hash} | ({"lpips_by": lpips} if lpips else {})
+    if eye:
+        facts |= {"frechet": round(distance(*map(gaussian, seen)), 5), "extractor": eye.name}
     return mean | {"psnr_worst": round(min(s["psnr"] for s in each), 4)} | facts, rows
+
+
+def _distance(lpips: str) -> Callable[[np.ndarray, np.ndarray], float]:
+    return LPIPS.load(lpips).distance if os.path.isdir(lpips) else load_function(lpips)
 
 
 def evaluate_model(pipeline: VideoPipeline, split: str, count: int, **options: Any) -> tuple[dict, Rows]:

@@ -27,9 +27,10 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from minisora_jax.parallel.attention import attend
-from minisora_jax.parallel.mesh import FRAMES, REPLICATED, ROWS, SEQUENCE, like, put_whole, shard
+from minisora_jax.parallel.mesh import BATCH, FRAMES, REPLICATED, ROWS, SEQUENCE, like, put_whole, shard
 from minisora_jax.parallel.processes import whole
 
 
@@ -93,6 +94,26 @@ def shard_height(f: Callable, units: int, params: Any, *frames: Any) -> Any:
     specs = (REPLICATED, *(FRAMES for _ in frames))
     # check_vma is off because the outputs of Pallas kernels carry no varying axes.
     return jax.shard_map(on_device, in_specs=specs, out_specs=FRAMES, check_vma=False)(params, *frames)
+
+
+def over_clips(f: Callable, params: Any, *frames: jax.Array) -> jax.Array:
+    """f(params, *frames) of whole frames, computed by each device for its clips. Gradients equal f's.
+
+    Devices along the sequence axes compute the same clips. Without a mesh, f itself runs.
+
+    Args:
+        f: A function of parameters and frames (B, T, H, ...), whose result is (B, ...). No clip depends on another.
+        params: Parameters. They are gathered to every device.
+        *frames: B is divided over the axes of rows. A divided height is gathered.
+    """
+    if jax.sharding.get_abstract_mesh().empty:
+        return f(params, *frames)
+    params = jax.tree.map(lambda x: shard(x, REPLICATED), params)
+    specs = (REPLICATED, *(BATCH for _ in frames))
+    # check_vma is off because the outputs of Pallas kernels carry no varying axes.
+    return jax.shard_map(f, in_specs=specs, out_specs=BATCH, check_vma=False)(
+        params, *(shard(x, P(*BATCH, *(None,) * (x.ndim - 1))) for x in frames)
+    )
 
 
 def require_whole_units(mesh: jax.sharding.Mesh, units: int, what: str) -> None:

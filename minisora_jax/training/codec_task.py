@@ -1,6 +1,6 @@
 """Training of the codec: reconstruction of random crops, with a weak pull of the posterior towards N(0, 1).
 
-    loss = |x - y| + (x - y)^2 / 2 * l2 + kl * KL(q(z|x) || N(0, I))        each term a mean over its own elements
+codec_losses.py has the loss: absolute and squared error, then LPIPS, then a discriminator, each from its own step on.
 
 The codec is convolutional and causal. So crops of one size train it for every size, and the first frame of each crop
 trains it for images.
@@ -21,10 +21,13 @@ import numpy as np
 from minisora_jax.data.loader import ClipsConfig, crop_batches
 from minisora_jax.io.retry import Damaged
 from minisora_jax.models.codec import Codec, to_float
+from minisora_jax.models.perceptual import LPIPS
 from minisora_jax.models.vae import VAE, VAEConfig
 from minisora_jax.parallel.halo import require_whole_units, shard_height
 from minisora_jax.parallel.mesh import FRAMES, like, make_mesh, shard
 from minisora_jax.parallel.processes import barrier, gathered, is_main
+from minisora_jax.training import codec_losses as losses
+from minisora_jax.training.codec_losses import AdversarialConfig, PerceptualConfig
 from minisora_jax.training.loop import RunConfig, train
 from minisora_jax.training.metrics import Metrics
 from minisora_jax.types import Clip, ClipSequence
@@ -46,6 +49,8 @@ class CodecTask:
     batch: int = 8  # crops of a step, on all devices together
     l2: float = 4.0  # weight of half the squared error, beside the absolute error
     kl: float = 1e-4  # weight of the KL divergence to a standard normal, per latent
+    lpips: PerceptualConfig = PerceptualConfig()  # how it looks, as a part of the loss
+    gan: AdversarialConfig = AdversarialConfig()  # a discriminator against the codec
     export_dtype: str = "float32"  # of the exported weights
     start: str = ""  # an exported codec to start from; "": random weights
     decoder_only: bool = False  # keep the encoder of `start`, so its latents stay valid
@@ -59,7 +64,7 @@ class CodecTask:
 
 
 def loss_terms(
-    task: CodecTask, params: Any, frames_BTHWC: jax.Array, key: jax.Array
+    task: CodecTask, params: Any, frames_BTHWC: jax.Array, key: jax.Array, step: Any = 0, lpips: LPIPS | None = None
 ) -> dict[str, tuple[jax.Array, jax.Array]]:
     """The loss terms of each clip: {name: (values (B,), weights (B,))}, all weights 1.
 
@@ -67,21 +72,30 @@ def loss_terms(
 
     Args:
         task: The settings.
-        params: Parameters of the VAE.
+        params: Parameters of the VAE; with `task.gan.weight`, {"codec": those, "discriminator": its own}.
         frames_BTHWC: Crops, uint8.
         key: For the posterior's sample.
+        step: The number of the step, which decides which terms count.
+        lpips: The network of `task.lpips`; None: without LPIPS.
     """
+    playing = task.gan.weight > 0
+    params, critic = (params["codec"], params["discriminator"]) if playing else (params, None)
     vae, units = VAE(task.vae), task.vae.latent_size(task.crop_THW)[1]
     x = to_float(shard(frames_BTHWC, FRAMES))
     mean, logvar = shard_height(lambda p, x: vae.apply(p, x, method="encode")[:2], units, params, x)
     if task.decoder_only:
         mean, logvar = jax.lax.stop_gradient((mean, logvar))
     z = mean + jnp.exp(0.5 * logvar) * like(jax.random.normal(key, mean.shape), mean)
-    y = shard_height(lambda p, z: vae.apply(p, z, method="decode")[0], units, params, z)
-    per_clip = lambda v: jnp.mean(v, axis=range(1, v.ndim))
-    l1, l2 = per_clip(jnp.abs(x - y)), per_clip((x - y) ** 2)
-    kl = per_clip(0.5 * (mean**2 + jnp.exp(logvar) - 1.0 - logvar))
-    terms = {"loss": l1 + 0.5 * task.l2 * l2 + task.kl * kl, "l1": l1, "mse": l2, "kl": kl}
+    decoded = lambda params: shard_height(lambda p, z: vae.apply(p, z, method="decode")[0], units, params, z)
+    rebuild = lambda y: losses.reconstruction(x, y, step, task.l2, task.lpips, lpips)
+    if playing:
+        y, at_last = jax.vjp(lambda k: decoded(losses.with_last_kernel(params, k)), losses.last_kernel(params))
+        against = lambda critic, y: losses.against(task.gan, critic, x, y, rebuild, lambda g: at_last(g)[0])
+        loss, terms = losses.staged(task.gan.start, step, against, lambda _, y: rebuild(y), critic, y)
+    else:
+        loss, terms = rebuild(decoded(params))
+    kl = losses.divergence(mean, logvar)
+    terms = {"loss": loss + task.kl * kl, **terms, "kl": kl}
     return {name: (v, jnp.ones_like(v)) for name, v in terms.items()}
 
 
@@ -108,20 +122,32 @@ def train_codec(task: CodecTask, workdir: Path, clips: ClipSequence, held_out: C
             f"the codec to start from, {task.start}, has another shape: {start.config}, and the config has {task.vae}"
         )
 
+    lpips = LPIPS.load(task.lpips.path) if task.lpips.path else None
+
     def init_params(key: jax.Array) -> Any:
         frames = jnp.zeros((1, *task.crop_THW, 3))
-        return jax.tree.map(jnp.asarray, start.params) if start else VAE(task.vae).init(key, frames)
+        params = jax.tree.map(jnp.asarray, start.params) if start else VAE(task.vae).init(key, frames)
+        if not task.gan.weight:
+            return params
+        critic = task.gan.discriminator.init(jax.random.fold_in(key, 1), frames)
+        return {"codec": params, "discriminator": critic}
+
+    of_codec = lambda params: params["codec"] if task.gan.weight else params
 
     damaged = Damaged(workdir / f"damaged_{jax.process_index()}.jsonl", strict=task.data.strict)
 
     def batches(numbers: range) -> Iterator:
         options = {"crop_THW": task.crop_THW, "batch": task.batch, "enlarge": task.enlarge}
         options |= {"accumulate": task.run.optim.accumulate, "seed": task.run.seed}
-        for frames in crop_batches(clips, numbers, **options, damaged=damaged):
-            yield frames, {"clips": float(task.batch * task.run.optim.accumulate)}
+        for number, frames in zip(numbers, crop_batches(clips, numbers, **options, damaged=damaged)):
+            batch = {"frames": frames, "number": np.full(frames.shape[:2], number, np.int32)}
+            yield batch, {"clips": float(task.batch * task.run.optim.accumulate)}
+
+    def loss_fn(params: Any, batch: dict[str, jax.Array], key: jax.Array) -> dict:
+        return loss_terms(task, params, batch["frames"], key, jnp.max(batch["number"]), lpips)
 
     def sample(step: int, params: Any, metrics: Metrics) -> None:
-        codec = Codec(task.vae, params, *_unit_stats(task.vae))
+        codec = Codec(task.vae, of_codec(params), *_unit_stats(task.vae))
         scores, pairs = reconstruct(codec, [held_out[i] for i in range(min(8, len(held_out)))])
         metrics.scalars(step, {f"held_out/{k}": v for k, v in scores.items()})
         clip, frames = pairs[0]
@@ -133,12 +159,13 @@ def train_codec(task: CodecTask, workdir: Path, clips: ClipSequence, held_out: C
         name="codec",
         rows=task.batch,
         init_params=init_params,
-        loss_fn=lambda params, frames, key: loss_terms(task, params, frames, key),
+        loss_fn=loss_fn,
+        optimizer=losses.two_optimizers(task.run.optim, task.gan, task.run.steps) if task.gan.weight else None,
         batches=batches,
         run_config=run_config,
         sample=sample,
     )
-    raw = Codec(task.vae, gathered(state.ema), *_unit_stats(task.vae))
+    raw = Codec(task.vae, gathered(of_codec(state.ema)), *_unit_stats(task.vae))
     if is_main():
         if start and task.decoder_only:
             statistics = {"latent_mean": start.latent_mean, "latent_std": start.latent_std, "latents": start.latents}

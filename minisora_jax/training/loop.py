@@ -96,6 +96,7 @@ def train(
     heads: int = 0,
     init_params: Callable[[jax.Array], Any],
     loss_fn: LossFn,
+    optimizer: optax.GradientTransformation | None = None,
     batches: Callable[[range], Iterator[tuple[Any, dict[str, float]]]],
     run_config: dict,
     start_params: Callable[[Any], Any] | None = None,
@@ -117,6 +118,7 @@ def train(
         heads: Attention heads, if the model has them.
         init_params: Draws random parameters from a key.
         loss_fn: The loss, see `train_step`.
+        optimizer: None: that of `config.optim` for all parameters.
         batches: Yields for each number of a range a tree of NumPy arrays (A, B, ...) and its counts: tokens,
             useful_tokens, useful_flops, hardware_flops where they are known.
         run_config: The run's whole configuration. A work directory with another one is refused; FREE may differ.
@@ -147,7 +149,7 @@ def train(
         _require_same_config(workdir, run_config)
         stack.enter_context(preemption_handler())
         key = jax.random.key(config.seed)
-        optimizer = make_optimizer(config.optim, config.steps)
+        optimizer = optimizer or make_optimizer(config.optim, config.steps)
         # This program runs once. On CPUs, LLVM would spend minutes on optimising its random draws.
         compiler_options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
         init = jax.jit(lambda k: init_state(init_params(k), optimizer), compiler_options=compiler_options)

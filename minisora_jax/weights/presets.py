@@ -9,9 +9,10 @@ from minisora_jax.diffusion.objective import ObjectiveConfig
 from minisora_jax.diffusion.time import TimeConfig
 from minisora_jax.models.clip import CLIPConfig
 from minisora_jax.models.dit import DiTConfig
+from minisora_jax.models.perceptual import LPIPSConfig
 from minisora_jax.models.t5 import T5Config
 from minisora_jax.models.vae import VAEConfig
-from minisora_jax.weights import clip, dit, sd_vae, t5, wan_vae
+from minisora_jax.weights import clip, dit, lpips, sd_vae, t5, wan_vae
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +51,17 @@ class TransformerPreset:
     within: tuple[str, ...] = ()
 
 
-Preset = CodecPreset | TextPreset | TransformerPreset
+@dataclasses.dataclass(frozen=True)
+class LossPreset:
+    """A network that a codec's loss looks through. The fields are those of `CodecPreset`."""
+
+    what: str
+    config: LPIPSConfig
+    family: ModuleType
+    within: tuple[str, ...] = ()
+
+
+Preset = CodecPreset | TextPreset | TransformerPreset | LossPreset
 
 
 CODECS = {
@@ -97,7 +108,9 @@ TRANSFORMERS = {
     for family in [name.split("-")[0]]
 }
 
+LOSSES = {"lpips": LossPreset(lpips.ABOUT, lpips.CONFIG, lpips)}
+
 
 def presets() -> dict[str, Preset]:
     """All presets by name."""
-    return {**CODECS, **TRANSFORMERS, **TEXT_ENCODERS}
+    return {**CODECS, **TRANSFORMERS, **TEXT_ENCODERS, **LOSSES}

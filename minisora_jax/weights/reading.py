@@ -15,6 +15,7 @@ from minisora_jax.models.clip import CLIPConfig
 from minisora_jax.models.dit import abstract_params
 from minisora_jax.models.dit_config import DiTConfig
 from minisora_jax.models.encoder import TextEncoder
+from minisora_jax.models.perceptual import LPIPSConfig, LPIPSNet
 from minisora_jax.models.vae import VAE, VAEConfig
 from minisora_jax.weights import clip
 from minisora_jax.weights.checkpoint import Checkpoint
@@ -136,6 +137,9 @@ def _abstract(config: Any) -> Any:
     if isinstance(config, VAEConfig):
         frames = jax.ShapeDtypeStruct((1, 1, config.space_factor, config.space_factor, 3), jnp.float32)
         return jax.eval_shape(VAE(config).init, jax.random.key(0), frames)
+    if isinstance(config, LPIPSConfig):
+        frames = jax.ShapeDtypeStruct((1, config.smallest, config.smallest, 3), jnp.float32)
+        return jax.eval_shape(LPIPSNet(config).init, jax.random.key(0), frames, frames)
     ids = jax.ShapeDtypeStruct((1, 8), jnp.int32)
     return jax.eval_shape(TextEncoder(config, {}).module.init, jax.random.key(0), ids, ids)
 

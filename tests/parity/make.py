@@ -15,12 +15,14 @@ import reference
 import torch
 from make_codecs import sd_vae, wan22_vae, wan_original, wan_vae
 from make_dit import dit, latte, pixart, wan
+from make_losses import codec_losses, lpips
 from make_schedulers import schedulers
 from make_text import clip, t5
 from make_torch_file import nested
 from make_trajectories import trajectories
 
 MAKERS = (wan_vae, wan22_vae, wan_original, sd_vae, t5, clip, wan, dit, pixart, latte, schedulers, nested, trajectories)
+MAKERS += (lpips, codec_losses)
 
 if __name__ == "__main__":
     makers = {make.__name__: make for make in MAKERS}

@@ -45,6 +45,8 @@ REFERENCES = {  # system -> (the class it is compared with, layouts that load, i
     "T5 v1.1, ByT5": ("transformers T5EncoderModel", "transformers, Wan's own", ["T5 forward"]),
     "umT5": ("transformers UMT5EncoderModel", "transformers, Wan's own", []),
     "CLIP text, quick_gelu": ("transformers CLIPTextModelWithProjection", "transformers", ["CLIP forward"]),
+    "LPIPS": ("lpips 0.1.4, VGG16", "torchvision's VGG16 with lpips' heads, lpips' own", []),
+    "codec losses": ("Open-Sora 2.0's losses.py, written out in torch", "", []),
     "CLIP text, gelu": ("transformers CLIPTextModelWithProjection", "transformers, OpenCLIP", []),
 }
 FULL_SIZE = {"wan2.1-t2v-1.3b": "v5p:2x2x1", "wan2.1-t2v-14b": "v5p:2x2x1", "wan2.1-i2v-14b": "v5p:2x2x1"}
