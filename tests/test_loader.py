@@ -1,14 +1,19 @@
 """Batches are a function of (seed, step): a resumed run sees what the uninterrupted one would have."""
 
+import tracemalloc
+
 import jax
 import numpy as np
 import pytest
 from train_tiny import make_cache
 
+from minisora_jax.curation.prepare import prepare
 from minisora_jax.data.conditioning import ConditioningConfig
 from minisora_jax.data.latents import Latents, Mixture
 from minisora_jax.data.loader import crop_batches, packed_batches
 from minisora_jax.data.packing import PackConfig, PackPlan, token_counts
+from minisora_jax.media.video_writer import write_video
+from minisora_jax.sources.clips import Part, hold_out, open_clips, size_and_frames
 from minisora_jax.toy.shapes import Shapes
 from minisora_jax.types import Clip
 
@@ -120,6 +125,51 @@ def test_crops_of_enlarged_clips():
     factor = 4.0 / ((inner[:, -1] - inner[:, 0]) / 16)
     assert factor.min() > 0.95 and factor.max() < 4.3
     np.testing.assert_allclose(np.quantile(factor, [0.25, 0.75, 0.9]), 4.0 ** np.array([0, 0.5, 0.8]), rtol=0.15)
+
+
+@pytest.fixture(scope="module")
+def films(tmp_path_factory):
+    """Data sets of one film each, short and long, in pixels and in H.264."""
+    folder = tmp_path_factory.mktemp("films")
+    x = np.arange(64)
+    for frames in (61, 901):
+        wave = 127 + 120 * np.sin((x[:, None, None] + 2 * x[None, :, None]) / 9 + np.arange(frames) / 7)  # (H, W, T)
+        source = folder / f"source{frames}"
+        source.mkdir()
+        write_video(source / "film.mp4", np.stack([wave.transpose(2, 0, 1).astype(np.uint8)] * 3, axis=-1), fps=25)
+        for name, crf in (("pixels", None), ("h264", 18)):
+            options = dict(need_caption=False, max_frames=frames, workers=0, crf=crf)
+            prepare(str(source), str(folder / f"{name}{frames}"), **options)
+    return lambda name: open_clips(folder / name)
+
+
+@pytest.mark.parametrize("name", ["pixels901", "h264901"])
+def test_a_window_is_that_part_of_the_film(films, name):
+    clips = films(name)
+    whole = clips[0].frames_THWC
+    assert whole.shape == (901, 64, 64, 3)
+    for start, count in ((0, 1), (0, 9), (244, 17), (511, 9), (884, 17), (896, 17)):
+        np.testing.assert_array_equal(clips.window(0, start, count), whole[start : start + count])
+    options = dict(crop_THW=(9, 32, 16), batch=3, accumulate=1, seed=5, enlarge=2.0)
+    ours, theirs = (next(crop_batches(c, range(1), **options)) for c in (clips, [clips[0]]))
+    np.testing.assert_array_equal(ours, theirs)
+    part = hold_out(Part([clips[0], clips[0]], 0, 2))[0]  # a part of whole clips is read as they are
+    np.testing.assert_array_equal(size_and_frames(part, 0)[1](3, 2), whole[3:5])
+
+
+def test_the_memory_of_a_crop_does_not_grow_with_the_film(films):
+    def most(name):
+        clips = films(name)
+        clips.window(0, 0, 1)  # opens the file
+        tracemalloc.start()
+        frames = clips.window(0, int(clips.sizes[0, 0]) - 20, 9)
+        peak = tracemalloc.get_traced_memory()[1] / frames.nbytes
+        tracemalloc.stop()
+        return peak
+
+    short, long, pixels = most("h26461"), most("h264901"), most("pixels901")
+    # The film's compressed bytes and the stamps of its frames grow; its pixels are a hundred times a window's.
+    assert short < 4 and long < 8 < 90 < pixels, (short, long, pixels)
 
 
 def test_clips_that_are_all_too_small_are_an_error():

@@ -22,6 +22,7 @@ from minisora_jax.data.rows import Segment, pack_segments, training_segment
 from minisora_jax.io.retry import Damaged, DataError
 from minisora_jax.media.resize import resized
 from minisora_jax.parallel.mesh import host_rows
+from minisora_jax.sources.clips import size_and_frames
 from minisora_jax.types import ClipSequence, PackedBatch
 
 
@@ -69,6 +70,9 @@ def crop_batches(
 ) -> Iterator[np.ndarray]:
     """uint8 frames (A, B, T, H, W, C), one array a step: random crops of random clips.
 
+    Of a data set that `prepare --crf` wrote, a crop decodes the frames of its window, however long the clip is. A clip
+    of lossless pixels is one compressed record, which is read whole.
+
     A clip shorter than the crop repeats its last frame. A clip that is smaller, or damaged, is replaced by another.
 
     Args:
@@ -87,20 +91,20 @@ def crop_batches(
         rng = np.random.default_rng([seed, step, row])
         for _ in range(1000):
             try:
-                frames = clips[int(rng.integers(len(clips)))].frames_THWC
+                (T, *sides), read = size_and_frames(clips, int(rng.integers(len(clips))))
+                if not all(n >= c for n, c in zip(sides, crop_THW[1:])):
+                    continue
+                factor = enlarge ** max(rng.uniform(-1, 1), 0.0) if enlarge > 1 else 1.0
+                cut = (crop_THW[0], *(round(c / factor) for c in crop_THW[1:]))
+                start, top, left = (int(rng.integers(max(n - c, 0) + 1)) for n, c in zip((T, *sides), cut))
+                frames = read(start, cut[0])[:, top : top + cut[1], left : left + cut[2]]
             except DataError as error:
                 damage_log.add(error)
                 continue
-            if all(n >= c for n, c in zip(frames.shape[1:], crop_THW[1:])):
-                break
-        else:
-            raise ValueError(f"1000 random clips are all smaller than crop_THW={crop_THW}: lower it")
-        if len(frames) < crop_THW[0]:
-            frames = np.concatenate([frames, np.repeat(frames[-1:], crop_THW[0] - len(frames), axis=0)])
-        factor = enlarge ** max(rng.uniform(-1, 1), 0.0) if enlarge > 1 else 1.0
-        cut = (crop_THW[0], *(round(c / factor) for c in crop_THW[1:]))
-        at = [int(rng.integers(n - c + 1)) for n, c in zip(frames.shape, cut)]
-        return resized(frames[tuple(slice(a, a + c) for a, c in zip(at, cut))], crop_THW[1:])
+            if len(frames) < cut[0]:
+                frames = np.concatenate([frames, np.repeat(frames[-1:], cut[0] - len(frames), axis=0)])
+            return resized(frames, crop_THW[1:])
+        raise ValueError(f"1000 random clips are all smaller than crop_THW={crop_THW}: lower it")
 
     mine = host_rows(batch)
 

@@ -64,9 +64,18 @@ class Media:
         return data
 
 
-def stored_frames(arrays: dict[str, np.ndarray]) -> np.ndarray:
-    """The frames of a record, uint8 (T, H, W, 3), which `prepare` stores as pixels or, with --crf, as an mp4."""
-    return arrays["frames"] if "frames" in arrays else read_clip_frames(arrays["mp4"].tobytes())[0]
+def stored_frames(arrays: dict[str, np.ndarray], start: int = 0, count: int | None = None) -> np.ndarray:
+    """Frames of a record, uint8 (T, H, W, 3), which `prepare` stores as pixels or, with --crf, as an mp4.
+
+    Of an mp4 only those frames are decoded, and those since the key frame before them.
+
+    Args:
+        start: The first frame.
+        count: How many; None: all that follow.
+    """
+    if "frames" in arrays:
+        return arrays["frames"][start : None if count is None else start + count]
+    return read_clip_frames(arrays["mp4"].tobytes(), start=start, max_frames=count)[0]
 
 
 class Source(Protocol):

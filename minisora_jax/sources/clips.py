@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
+from collections.abc import Callable
 
 import numpy as np
 
@@ -48,16 +50,36 @@ class Records:
     def __getitem__(self, i: int) -> Clip:
         arrays, metadata = self.shards.read(i)
         caption, fps, name = self.shards.fields(i, metadata, {"caption": str, "fps": (int, float), "name": str})
-        try:
-            frames_THWC = stored_frames(arrays)
-        except (KeyError, VideoError) as error:
-            raise DataError(f"record {i} of {self.shards.directory} is corrupt: {error}") from error
-        if frames_THWC.dtype != np.uint8 or frames_THWC.ndim != 4 or frames_THWC.shape[-1] != 3:
-            raise DataError(f"record {i} of {self.shards.directory} is corrupt: it has no uint8 frames (T, H, W, 3)")
+        frames_THWC = self._frames(i, arrays)
         self.shards.require_size(i, frames_THWC.shape[:3])
         if captions := metadata.get("captions") or {}:
             self.shards.fields(i, captions, {"short": str, "long": str})
         return Clip(frames_THWC, choose_caption(caption, captions, name, self.long_captions), float(fps), name)
+
+    def window(self, i: int, start: int, count: int) -> np.ndarray:
+        """Frames start, start + 1, ... of clip i, uint8 (T, H, W, 3), without decoding the others.
+
+        Args:
+            start: The first frame.
+            count: How many; fewer where the clip ends.
+        """
+        frames_THWC = self._frames(i, self.shards.read(i)[0], start, count)
+        T, H, W = self.sizes[i, :3].tolist()
+        if frames_THWC.shape[:3] != (expected := (min(count, T - start), H, W)):
+            raise DataError(
+                f"record {i} of {self.shards.directory} is corrupt: frames {start} to {start + count} should have the "
+                f"size {expected}, and have {frames_THWC.shape[:3]}"
+            )
+        return frames_THWC
+
+    def _frames(self, i: int, arrays: dict[str, np.ndarray], start: int = 0, count: int | None = None) -> np.ndarray:
+        try:
+            frames_THWC = stored_frames(arrays, start, count)
+        except (KeyError, VideoError) as error:
+            raise DataError(f"record {i} of {self.shards.directory} is corrupt: {error}") from error
+        if frames_THWC.dtype != np.uint8 or frames_THWC.ndim != 4 or frames_THWC.shape[-1] != 3:
+            raise DataError(f"record {i} of {self.shards.directory} is corrupt: it has no uint8 frames (T, H, W, 3)")
+        return frames_THWC
 
 
 def open_clips(spec: str | os.PathLike, *, long_captions: float = LONG_CAPTIONS) -> ClipSequence:
@@ -90,6 +112,19 @@ class Part:
 
     def __getitem__(self, i: int) -> Clip:
         return self.clips[self.range[i]]
+
+
+def size_and_frames(clips: ClipSequence, i: int) -> tuple[tuple[int, ...], Callable[[int, int], np.ndarray]]:
+    """The size (T, H, W) of clip i, and a function (start, count) that reads its frames.
+
+    Of a prepared data set nothing is read until that function is called. Other clips are made whole.
+    """
+    if isinstance(clips, Part):
+        return size_and_frames(clips.clips, clips.range[i])
+    if isinstance(clips, Records):
+        return tuple(clips.sizes[i, :3].tolist()), functools.partial(clips.window, i)
+    frames_THWC = clips[i].frames_THWC
+    return frames_THWC.shape[:3], lambda start, count: frames_THWC[start : start + count]
 
 
 def hold_out(clips: ClipSequence, share: float = 1 / 16) -> tuple[ClipSequence, ClipSequence]:
