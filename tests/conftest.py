@@ -57,6 +57,8 @@ SLOW_CASES = (
     "test_jobs.py::test_on_the_command_line_made_and_made_again",
     "test_model_folders.py::test_a_precision_may_be_chosen",
     "test_model_folders.py::test_a_result_that_is_not_finite_is_an_error",
+    "test_mup.py::test_muon_keeps_the_spectral_norm_that_the_widths_ask_for",
+    "test_mup.py::test_nothing_changes_at_the_base_width[muon]",
     "test_noise_path.py::test_a_weight_is_of_the_error_and_not_of_how_it_is_predicted[edm-ddpm]",
     "test_noise_path.py::test_a_weight_is_of_the_error_and_not_of_how_it_is_predicted[min-snr-ddpm]",
     "test_noise_path.py::test_every_prediction_gives_every_other[ddpm]",

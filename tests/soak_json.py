@@ -154,7 +154,7 @@ def _manifests(at: Path) -> Reading:
 def _runs(at: Path) -> Reading:
     """The files of a run, as `inspect` shows them and as going on with it reads them."""
     from minisora_jax.inspection.models import metrics, run_facts
-    from minisora_jax.training.loop import _require_same_config, _skipped_batches
+    from minisora_jax.training.loop import _skipped_batches, require_same_config
     from minisora_jax.training.metrics import Metrics
 
     run = at / "run"
@@ -177,7 +177,7 @@ def _runs(at: Path) -> Reading:
         opened = Metrics(run, 10, 40, "fuzz")
         opened.close()
         shutil.rmtree(run / "tensorboard", ignore_errors=True)
-        _require_same_config(run, config)
+        require_same_config(run, config)
 
     files = [run / name for name in ("config.json", "metrics.jsonl", "left_out.json", "damaged_0.jsonl")]
     return _breaking(*files), read, ["inspect", str(run), "--out", str(at / "a.png")]

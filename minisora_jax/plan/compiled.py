@@ -31,9 +31,8 @@ from minisora_jax.parallel.mesh import (
 from minisora_jax.parallel.programs import memory_of
 from minisora_jax.plan.hardware import Topology
 from minisora_jax.plan.schedule import Traffic, read_traffic
-from minisora_jax.training.diffusion_task import DiffusionTask, init_params, loss_of
+from minisora_jax.training.diffusion_task import DiffusionTask, init_params, loss_of, optimizer_of
 from minisora_jax.training.loop import jit_train_step
-from minisora_jax.training.optim import make_optimizer
 from minisora_jax.training.step import init_state
 
 IMAGE_TOKENS = 257  # of the image encoder in Wan's image-to-video
@@ -89,7 +88,7 @@ class CompiledStep:
 
 def abstract_state(work: Workload, mesh: jax.sharding.Mesh) -> Any:
     """The TrainState of a run as `jax.ShapeDtypeStruct`s on the mesh."""
-    optimizer = make_optimizer(work.task.run.optim, work.task.run.steps)
+    optimizer = optimizer_of(work.task)
     with jax.set_mesh(mesh):
         key = jax.eval_shape(lambda: jax.random.key(0))
         return with_shardings(jax.eval_shape(lambda k: init_state(init_params(work.task, k), optimizer), key), mesh)
@@ -123,7 +122,7 @@ def lower(work: Workload, mesh: jax.sharding.Mesh) -> tuple[dict[str, Any], jax.
     optim = work.task.run.optim
     with jax.set_mesh(mesh):
         key = with_shardings(jax.eval_shape(lambda: jax.random.key(0)), mesh)
-        step = jit_train_step(loss_of(work.task), make_optimizer(optim, work.task.run.steps), optim)
+        step = jit_train_step(loss_of(work.task), optimizer_of(work.task), optim)
         lowered = step.lower(state, batch, key)
     return {"parameters": state.params, "average": state.ema, "optimiser": state.opt_state, "batch": batch}, lowered
 

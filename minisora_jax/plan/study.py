@@ -32,9 +32,8 @@ from minisora_jax.plan.compiled import Workload, compile_for
 from minisora_jax.plan.cost_model import arithmetic, estimate
 from minisora_jax.plan.hardware import Topology
 from minisora_jax.plan.report import mesh_name
-from minisora_jax.training.diffusion_task import DiffusionTask, init_params, loss_of
+from minisora_jax.training.diffusion_task import DiffusionTask, init_params, loss_of, optimizer_of
 from minisora_jax.training.loop import jit_train_step
-from minisora_jax.training.optim import make_optimizer
 from minisora_jax.training.step import init_state
 from minisora_jax.types import PackedBatch
 
@@ -113,7 +112,7 @@ def measure(task: DiffusionTask, case: Case, rows: int, *, repeats: int, peak: f
     task = _task_for(task, case)
     mesh = make_mesh(case.mesh)
     optim = task.run.optim
-    optimizer = make_optimizer(optim, task.run.steps)
+    optimizer = optimizer_of(task)
     seconds = cpu_seconds = device_bytes = flops = 0.0
     tokens = 0
     with jax.set_mesh(mesh):

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from minisora_jax.data.conditioning import ConditioningConfig
 from minisora_jax.data.epochs import Epochs, curriculum, within
@@ -39,6 +40,8 @@ from minisora_jax.parallel.processes import barrier
 from minisora_jax.training.flops import count_work
 from minisora_jax.training.held_out import held_out_loss
 from minisora_jax.training.loop import RunConfig, train
+from minisora_jax.training.mup import base_model, base_shapes
+from minisora_jax.training.optim import make_optimizer
 from minisora_jax.training.step import LossFn
 from minisora_jax.types import PackedBatch
 
@@ -61,11 +64,14 @@ class DiffusionTask:
     objective: ObjectiveConfig = ObjectiveConfig()
     conditioning: ConditioningConfig = ConditioningConfig()
     caption_dropout: float = 0.1  # share of clips that are trained with the empty caption, for guidance
+    mup_base_width: int = 0  # muP: the dit.width that the learning rate was found at; 0: use it as it is at any width
     export_dtype: str = "float32"  # of the exported weights
 
     def __post_init__(self) -> None:
         if not 0 <= self.caption_dropout < 1:
             raise ValueError(f"caption_dropout={self.caption_dropout} must be in [0, 1)")
+        if self.mup_base_width:
+            base_model(self.dit, self.mup_base_width)  # raises for heads of another width
 
 
 def example_batch(task: DiffusionTask) -> PackedBatch:
@@ -85,6 +91,11 @@ def loss_of(task: DiffusionTask) -> LossFn:
     """The loss function of the task's model, times and objective."""
     model = DiT(task.dit)
     return lambda params, batch, key: diffusion_loss(model, task.times, params, batch, key, task.objective)
+
+
+def optimizer_of(task: DiffusionTask) -> optax.GradientTransformation:
+    """The optimiser of the task's run."""
+    return make_optimizer(task.run.optim, task.run.steps, base_shapes(task.dit, task.mup_base_width))
 
 
 def train_diffusion(
@@ -148,6 +159,7 @@ def train_diffusion(
         batches=batches,
         run_config=run_config,
         start_params=functools.partial(load_params_onto, init) if init else None,
+        optimizer=optimizer_of(task),
         sample=sample,
         evaluate=evaluate,
         clip_names=lambda number: [_name(latents, int(i)) for row in plan.rows(number) for i in row],

@@ -146,7 +146,7 @@ def train(
         # ---- State: from the newest checkpoint, else from given weights, else random
         stack.enter_context(only_writer(workdir, "minisora train"))
         workdir.mkdir(parents=True, exist_ok=True)
-        _require_same_config(workdir, run_config)
+        require_same_config(workdir, run_config)
         stack.enter_context(preemption_handler())
         key = jax.random.key(config.seed)
         optimizer = optimizer or make_optimizer(config.optim, config.steps)
@@ -295,7 +295,7 @@ def _skip_batches(workdir: Path, batches: list[int]) -> None:
     barrier("left_out.json")
 
 
-def _require_same_config(workdir: Path, run_config: dict) -> None:
+def require_same_config(workdir: Path, run_config: dict) -> None:
     """Write WORKDIR/config.json, or raise ValueError if it differs from `run_config` in what changes the result."""
     path = workdir / "config.json"
     text = json.dumps(run_config, indent=2, sort_keys=True) + "\n"

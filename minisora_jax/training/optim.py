@@ -16,6 +16,7 @@ import optax.contrib
 from jax.sharding import PartitionSpec as P
 
 from minisora_jax.parallel.mesh import like, shard
+from minisora_jax.training.mup import growth, with_mup
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,8 +57,14 @@ def learning_rate(config: OptimConfig, steps: int) -> optax.Schedule:
     )
 
 
-def make_optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformation:
-    """The gradient transformation for a run of `steps` steps."""
+def make_optimizer(config: OptimConfig, steps: int, base_shapes: Any = None) -> optax.GradientTransformation:
+    """The gradient transformation for a run of `steps` steps.
+
+    Args:
+        config: The settings.
+        steps: Steps of the whole run.
+        base_shapes: The parameters at muP's base width (`mup.base_shapes`); None: the standard parametrisation.
+    """
     schedule = learning_rate(config, steps)
     matrices = lambda params: jax.tree.map(lambda p: p.ndim > 1, params)
     if config.name == "muon":
@@ -75,7 +82,12 @@ def make_optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformat
         )
     else:
         update = optax.adamw(schedule, b1=config.b1, b2=config.b2, weight_decay=config.weight_decay, mask=matrices)
-    return optax.chain(optax.clip_by_global_norm(config.clip), update)
+    clip = optax.clip_by_global_norm(config.clip)
+    if base_shapes is None:
+        return optax.chain(clip, update)
+    muon = config.name == "muon"
+    factor = lambda of: of.muon if muon else of.adam
+    return with_mup(clip, update, lambda params: growth(params, base_shapes, _matrix_axes(params)), factor)
 
 
 def _matrix_axes(params: Any) -> Any:
