@@ -1,12 +1,17 @@
 """A wrong config is refused in a sentence that names the entry and the fix; every config in configs/ is right."""
 
 import dataclasses
+import re
 import runpy
+from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from minisora_jax.config import build, load, names, parse_arg, read_config, settings
-from minisora_jax.training.codec_task import CodecTask
+from minisora_jax.models.discriminator import scores
+from minisora_jax.training.codec_task import CodecTask, init_params
 from minisora_jax.training.diffusion_task import DiffusionTask
 
 
@@ -117,6 +122,23 @@ def test_a_shipped_config_is_found_by_name_from_anywhere(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match="no config file nope; the shipped configs are dit_finetune, dit_tiny"):
         load("nope")
     assert set(names()) >= {"dit_finetune", "dit_tiny", "vae_films", "vae_tiny"} and all(names().values())
+
+
+@pytest.mark.parametrize("name", [name for name in names() if name.startswith("vae")])
+def test_a_codec_has_the_size_that_its_config_states(name):
+    task = build(CodecTask, load(name).to_dict())
+    stated, time, space, channels = re.search(
+        r"([\d.]+) M parameters, (\d+)x(\d+)x\3 compression into (\d+) channels", names()[name]
+    ).groups()
+    shapes = jax.eval_shape(lambda key: init_params(task, None, key), jax.random.key(0))
+    codec = shapes["codec"] if task.gan.weight else shapes
+    assert f"{sum(x.size for x in jax.tree.leaves(codec)) / 1e6:.1f}" == stated
+    vae = task.vae
+    assert (vae.time_factor, vae.space_factor, vae.latent_channels) == tuple(map(int, (time, space, channels)))
+    if task.gan.weight:  # a score for each part of a crop, and more than one
+        of = lambda params: scores(task.gan.discriminator, params, jnp.zeros((1, *task.crop_THW, 3)))
+        assert jax.eval_shape(of, shapes["discriminator"]).shape[1] > 100
+    assert len((Path("configs") / f"{name}.py").read_text(encoding="utf-8").splitlines()) <= 60
 
 
 def test_old_keys_are_taken_for_one_release_and_unknown_ones_named():

@@ -2,17 +2,22 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 
+from minisora_jax.bundled import CODEC
 from minisora_jax.cli import main
 from minisora_jax.evaluation import frames as F
 from minisora_jax.evaluation.frechet import Extractor, distance, frechet, moments, open_extractor
 from minisora_jax.evaluation.report import write_report
 from minisora_jax.generate.frame_ops import largest_step
+from minisora_jax.models.codec import Codec
+from minisora_jax.models.perceptual import LPIPS, LPIPSConfig, LPIPSNet
 from minisora_jax.toy.checker import observe
 from minisora_jax.toy.grammar import parse_caption
 from minisora_jax.toy.shapes import Shapes
+from minisora_jax.training.codec_task import reconstruct
 
 
 def test_frechet_of_gaussians_is_the_formula():
@@ -30,6 +35,29 @@ def test_frechet_of_gaussians_is_the_formula():
     c = c @ c.T
     direct = np.trace(a[1] + c - 2 * np.real(sqrtm(a[1] @ c)))
     assert distance((np.zeros(3), a[1]), (np.zeros(3), c)) == pytest.approx(direct, abs=1e-8)
+
+
+def test_a_codec_is_measured_by_what_was_imported(tmp_path, capsys):
+    """`eval codec --lpips --extractor`: the numbers of the two measures by themselves, on the same reconstructions."""
+    small, x = LPIPSConfig(widths=(4, 8), depths=(1, 2)), np.zeros((1, 8, 8, 3), np.float32)
+    lpips = LPIPS(small, jax.device_get(LPIPSNet(small).init(jax.random.key(5), x, x)))
+    lpips.export(tmp_path / "lpips", {})
+    flags = [f"--lpips={tmp_path / 'lpips'}", "--extractor=random", f"--out={tmp_path / 'eval'}"]
+    assert main(["eval", "codec", "--data=shapes:heldout:3", *flags]) == 0
+    scores = json.loads((tmp_path / "eval/codec.json").read_text())
+    clips = [Shapes("heldout", 3)[i] for i in range(3)]
+    pairs = reconstruct(Codec.load(CODEC), clips)[1]
+    frame = lambda a, b: LPIPSNet(small).apply(lpips.params, a[None] / 127.5 - 1, b[None] / 127.5 - 1)[0]
+    each = [np.mean([frame(a, b) for a, b in zip(clip.frames_THWC[:2], made[:2])]) for clip, made in pairs]
+    halves = [lpips.distance(clip.frames_THWC[:2], made[:2]) for clip, made in pairs]
+    np.testing.assert_allclose(halves, each, rtol=1e-4)
+    whole = np.mean([lpips.distance(clip.frames_THWC, made) for clip, made in pairs])
+    assert scores["lpips"] == pytest.approx(whole, abs=6e-5) and scores["lpips_by"] == str(tmp_path / "lpips")
+    true, made = ([p[i] if i else p[i].frames_THWC for p in pairs] for i in (0, 1))
+    assert scores["frechet"] == pytest.approx(frechet(made, true, open_extractor("random")), rel=1e-3, abs=1e-4)
+    assert scores["extractor"] == "random-0"
+    assert main(["eval", "codec", "--data=shapes:heldout:3", f"--lpips={CODEC}", flags[2]]) == 2
+    assert "not LPIPS: `minisora import lpips`" in capsys.readouterr().err
 
 
 def test_frechet_sees_what_differs_and_names_what_saw_it(tmp_path):

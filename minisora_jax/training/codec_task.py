@@ -9,6 +9,7 @@ trains it for images.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import dm_pix as pix
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from minisora_jax.data.loader import ClipsConfig, crop_batches
 from minisora_jax.io.retry import Damaged
@@ -30,6 +32,7 @@ from minisora_jax.training import codec_losses as losses
 from minisora_jax.training.codec_losses import AdversarialConfig, PerceptualConfig
 from minisora_jax.training.loop import RunConfig, train
 from minisora_jax.training.metrics import Metrics
+from minisora_jax.training.optim import make_optimizer
 from minisora_jax.types import Clip, ClipSequence
 
 
@@ -99,6 +102,23 @@ def loss_terms(
     return {name: (v, jnp.ones_like(v)) for name, v in terms.items()}
 
 
+def init_params(task: CodecTask, start: Codec | None, key: jax.Array) -> Any:
+    """The parameters that `loss_terms` takes: random, but for a codec to start from."""
+    frames = jnp.zeros((1, *task.crop_THW, 3))
+    params = jax.tree.map(jnp.asarray, start.params) if start else VAE(task.vae).init(key, frames)
+    if not task.gan.weight:
+        return params
+    critic = task.gan.discriminator.init(jax.random.fold_in(key, 1), frames)
+    return {"codec": params, "discriminator": critic}
+
+
+def optimizer_of(task: CodecTask) -> optax.GradientTransformation:
+    """The optimiser of these parameters."""
+    if not task.gan.weight:
+        return make_optimizer(task.run.optim, task.run.steps)
+    return losses.two_optimizers(task.run.optim, task.gan, task.run.steps)
+
+
 def train_codec(task: CodecTask, workdir: Path, clips: ClipSequence, held_out: ClipSequence, run_config: dict) -> Codec:
     """Train a codec and export it to WORKDIR/export.
 
@@ -123,14 +143,6 @@ def train_codec(task: CodecTask, workdir: Path, clips: ClipSequence, held_out: C
         )
 
     lpips = LPIPS.load(task.lpips.path) if task.lpips.path else None
-
-    def init_params(key: jax.Array) -> Any:
-        frames = jnp.zeros((1, *task.crop_THW, 3))
-        params = jax.tree.map(jnp.asarray, start.params) if start else VAE(task.vae).init(key, frames)
-        if not task.gan.weight:
-            return params
-        critic = task.gan.discriminator.init(jax.random.fold_in(key, 1), frames)
-        return {"codec": params, "discriminator": critic}
 
     of_codec = lambda params: params["codec"] if task.gan.weight else params
 
@@ -158,9 +170,9 @@ def train_codec(task: CodecTask, workdir: Path, clips: ClipSequence, held_out: C
         workdir,
         name="codec",
         rows=task.batch,
-        init_params=init_params,
+        init_params=functools.partial(init_params, task, start),
         loss_fn=loss_fn,
-        optimizer=losses.two_optimizers(task.run.optim, task.gan, task.run.steps) if task.gan.weight else None,
+        optimizer=optimizer_of(task),
         batches=batches,
         run_config=run_config,
         sample=sample,
