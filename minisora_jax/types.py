@@ -101,5 +101,10 @@ class TrainState:
 
     step: jax.Array  # int32 ()
     params: Any
-    ema: Any  # exponential moving average of params
+    ema: Any  # exponential moving average of params; None where none is kept
     opt_state: Any
+
+    @property
+    def average(self) -> Any:
+        """The parameters to evaluate and to export: the average, or the newest where none is kept."""
+        return self.params if self.ema is None else self.ema

@@ -1,11 +1,13 @@
 """One step is the same on one device, on eight, and in parts."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from minisora_jax.data.packing import PackConfig
@@ -15,7 +17,7 @@ from minisora_jax.diffusion.time import TimeConfig
 from minisora_jax.models.dit import DiT, DiTConfig
 from minisora_jax.models.text import encode_bytes
 from minisora_jax.models.vae import VAE, VAEConfig
-from minisora_jax.parallel.mesh import BATCH, SHARDS, MeshConfig, make_mesh, to_global
+from minisora_jax.parallel.mesh import BATCH, SHARDS, MeshConfig, make_mesh, to_global, with_shardings
 from minisora_jax.training.codec_task import CodecTask, loss_terms
 from minisora_jax.training.optim import OptimConfig, learning_rate, make_optimizer
 from minisora_jax.training.step import init_state, train_step
@@ -93,6 +95,98 @@ def test_muon_makes_a_matrix_update_orthogonal():
     np.testing.assert_allclose(singular, 0.1 * 0.2 * 4.0, rtol=0.45)
 
 
+def test_no_average_is_kept_where_none_is_wanted():
+    config = OptimConfig(ema=0.0, warmup=1, learning_rate=0.1)
+    optimizer = make_optimizer(config, 100)
+    state = init_state({"w": jnp.array([1.0, -2.0])}, optimizer, config.ema > 0)
+    x = jnp.ones((1, 4))
+    state, _ = train_step(state, x, jax.random.key(0), loss_fn=quadratic, optimizer=optimizer, config=config)
+    assert state.ema is None and state.average is state.params
+    kept, _ = run(quadratic, {"w": jnp.array([1.0, -2.0])}, x, config)
+    np.testing.assert_array_equal(kept.ema["w"], kept.params["w"])  # an average with decay 0 is the newest
+    np.testing.assert_array_equal(kept.params["w"], state.params["w"])
+
+
+def least_squares(params, x, key):
+    return {"loss": (0.5 * jnp.sum((params["layer"]["kernel"] - x[0]) ** 2)[None], jnp.ones(1))}
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_moments_in_bfloat16_take_half_and_train_alike(name):
+    rng = np.random.default_rng(0)
+    target = jnp.asarray(rng.standard_normal((1, 1, 128, 256)), jnp.float32)
+    zeros = {"layer": {"kernel": jnp.zeros((128, 256))}}
+    kinds = dict(learning_rate=0.02, warmup=1, clip=1e9, name=name)
+    states = [
+        run(least_squares, zeros, target, OptimConfig(**kinds, moments=m), 30)[0] for m in ("float32", "bfloat16")
+    ]
+    size = lambda state: sum(x.nbytes for x in jax.tree.leaves(state.opt_state))
+    assert size(states[1]) < 0.51 * size(states[0])
+    full, half = (np.asarray(s.params["layer"]["kernel"]) for s in states)
+    assert 0 < np.linalg.norm(full - half) < 0.02 * np.linalg.norm(full)
+    with pytest.raises(ValueError, match="b2=0.999 with moments='bfloat16'"):
+        OptimConfig(moments="bfloat16", b2=0.999)
+
+
+def test_factored_moments_are_adafactors():
+    """Three steps in float64 from the paper (arXiv:1804.04235, algorithm 4), with momentum after the clip by RMS."""
+    rng = np.random.default_rng(0)
+    target = rng.standard_normal((128, 256))
+    config = OptimConfig(moments="factored", learning_rate=0.1, warmup=1, clip=1e9, final=1.0)
+    zeros = {"layer": {"kernel": jnp.zeros((128, 256))}}
+    state, _ = run(least_squares, zeros, jnp.asarray(target[None, None], jnp.float32), config, 4)
+    assert sum(x.nbytes for x in jax.tree.leaves(state.opt_state)) < 128 * 256 * 2 + 4 * (128 + 256) + 64
+    w, row, column, momentum = np.zeros((128, 256)), 0.0, 0.0, 0.0
+    for t in range(4):
+        g, keep = w - target, 1 - (t + 1.0) ** -0.8
+        row = keep * row + (1 - keep) * np.mean(g * g + 1e-30, axis=1)
+        column = keep * column + (1 - keep) * np.mean(g * g + 1e-30, axis=0)
+        update = g / np.sqrt(np.outer(row, column) / row.mean())
+        update /= max(1.0, np.sqrt(np.mean(update**2)))
+        momentum = 0.9 * momentum + 0.1 * update
+        w = w - float(learning_rate(config, 100)(t)) * momentum
+    np.testing.assert_allclose(state.params["layer"]["kernel"], w, atol=0.01 * np.abs(w).max())
+
+
+@pytest.mark.parametrize("kind", [dict(moments="factored"), dict(name="muon"), dict(name="muon", moments="bfloat16")])
+@pytest.mark.parametrize("spec", [P(SHARDS, "tensor"), P(None, SHARDS), P(None, None)], ids=str)
+def test_an_optimiser_of_matrices_on_eight_devices_is_that_of_one(kind, spec):
+    rng = np.random.default_rng(0)
+    kernel, grad = rng.standard_normal((2, 128, 256)).astype(np.float32)
+    optimizer = make_optimizer(OptimConfig(learning_rate=0.1, warmup=1, **kind), 100)
+
+    def steps(params, grads):
+        state = optimizer.init(params)
+        for _ in range(3):
+            updates, state = optimizer.update(grads, state, params)
+            params = jax.tree.map(jnp.add, params, updates)
+        return params, state
+
+    tree = lambda x: {"layer": {"kernel": x}}
+    one = jax.jit(steps)(tree(kernel), tree(grad))[0]
+    mesh = make_mesh(MeshConfig(data=1, fsdp=2, ring=2, tensor=2), jax.devices())
+    with jax.set_mesh(mesh):
+        placed = [tree(jax.device_put(x, NamedSharding(mesh, spec))) for x in (kernel, grad)]
+        eight, state = jax.jit(steps)(*placed)
+    np.testing.assert_allclose(eight["layer"]["kernel"], one["layer"]["kernel"], atol=2e-3)
+    largest = max(jax.tree.leaves(state), key=lambda x: x.size)  # the momentum: cut as the kernel is
+    assert largest.shape == kernel.shape and largest.sharding.spec == spec
+
+
+def test_muon_holds_whole_matrices_of_its_own_layers_only():
+    """A device's share of 64 layers is 8: it works with a few times that, and never with all."""
+    mesh = make_mesh(MeshConfig(data=1, fsdp=8), jax.devices())
+    optimizer = make_optimizer(OptimConfig(name="muon"), 100)
+    shape, spec = (64, 256, 256), P(None, SHARDS, None)
+    abstract = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, spec))
+    tree = {"blocks": {"mlp": {"kernel": abstract}}}
+    with jax.set_mesh(mesh):
+        state = with_shardings(jax.eval_shape(optimizer.init, tree), mesh)
+        compiled = jax.jit(optimizer.update).lower(tree, state, tree).compile()
+    whole = 4 * math.prod(shape)
+    assert compiled.memory_analysis().temp_size_in_bytes < 0.6 * whole
+
+
 def test_warmup_then_cosine():
     schedule = learning_rate(OptimConfig(learning_rate=1.0, warmup=10, final=0.1), 110)
     np.testing.assert_allclose([schedule(i) for i in (0, 5, 10, 60, 110)], [0, 0.5, 1, 0.55, 0.1], atol=1e-6)
@@ -143,13 +237,16 @@ def train_on(mesh_config: MeshConfig, devices, optim: OptimConfig, steps: int = 
         ("adamw", MeshConfig(data=2, fsdp=4)),
         ("muon", MeshConfig(data=1, fsdp=2, ring=2, ulysses=2)),
         ("adamw", MeshConfig(data=1, ring=2, ulysses=2, tensor=2)),
+        ("muon", MeshConfig(data=2, fsdp=2, tensor=2)),
+        ("factored", MeshConfig(data=1, fsdp=2, ring=2, tensor=2)),
     ],
     ids=str,
 )
 def test_eight_devices_step_as_one(name, mesh):
     # A large epsilon-free Adam step turns rounding into whole steps where a gradient is nearly zero; a small
     # learning rate keeps what is compared the gradients and their use.
-    optim = OptimConfig(name=name, learning_rate=1e-3, warmup=1)
+    kind = dict(moments="factored") if name == "factored" else dict(name=name)
+    optim = OptimConfig(**kind, learning_rate=1e-3, warmup=1)
     one, metrics, _ = train_on(MeshConfig(data=1), tuple(jax.devices()[:1]), optim)
     eight, metrics_8, specs = train_on(mesh, tuple(jax.devices()), optim)
     np.testing.assert_allclose(metrics_8["loss"], metrics["loss"], rtol=1e-5)

@@ -89,9 +89,9 @@ class CompiledStep:
 def abstract_state(work: Workload, mesh: jax.sharding.Mesh) -> Any:
     """The TrainState of a run as `jax.ShapeDtypeStruct`s on the mesh."""
     optimizer = optimizer_of(work.task)
+    init = lambda key: init_state(init_params(work.task, key), optimizer, work.task.run.optim.ema > 0)
     with jax.set_mesh(mesh):
-        key = jax.eval_shape(lambda: jax.random.key(0))
-        return with_shardings(jax.eval_shape(lambda k: init_state(init_params(work.task, k), optimizer), key), mesh)
+        return with_shardings(jax.eval_shape(init, jax.eval_shape(lambda: jax.random.key(0))), mesh)
 
 
 def lower(work: Workload, mesh: jax.sharding.Mesh) -> tuple[dict[str, Any], jax.stages.Lowered]:

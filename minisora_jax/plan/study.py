@@ -116,7 +116,7 @@ def measure(task: DiffusionTask, case: Case, rows: int, *, repeats: int, peak: f
     seconds = cpu_seconds = device_bytes = flops = 0.0
     tokens = 0
     with jax.set_mesh(mesh):
-        state = jax.jit(lambda k: init_state(init_params(task, k), optimizer))(jax.random.key(0))
+        state = jax.jit(lambda k: init_state(init_params(task, k), optimizer, optim.ema > 0))(jax.random.key(0))
         step = jit_train_step(loss_of(task), optimizer, optim)
         for length, clips in batches(case, rows):
             batch = to_global(_random_batch(task, length, clips, mesh), mesh)

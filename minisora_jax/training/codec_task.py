@@ -177,7 +177,7 @@ def train_codec(task: CodecTask, workdir: Path, clips: ClipSequence, held_out: C
         run_config=run_config,
         sample=sample,
     )
-    raw = Codec(task.vae, gathered(of_codec(state.ema)), *_unit_stats(task.vae))
+    raw = Codec(task.vae, gathered(of_codec(state.average)), *_unit_stats(task.vae))
     if is_main():
         if start and task.decoder_only:
             statistics = {"latent_mean": start.latent_mean, "latent_std": start.latent_std, "latents": start.latents}

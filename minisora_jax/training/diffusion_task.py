@@ -169,7 +169,7 @@ def train_diffusion(
     config = {"kind": "dit", "latent_size": _trained_size(latents)} | {
         k: dataclasses.asdict(getattr(task, k)) for k in ("dit", "times", "objective")
     }
-    export_model(workdir / "export", state.ema, config | export | {"training": run_config}, dtype=task.export_dtype)
+    export_model(workdir / "export", state.average, config | export | {"training": run_config}, dtype=task.export_dtype)
     barrier("export")
     return workdir / "export"
 

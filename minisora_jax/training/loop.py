@@ -152,7 +152,9 @@ def train(
         optimizer = optimizer or make_optimizer(config.optim, config.steps)
         # This program runs once. On CPUs, LLVM would spend minutes on optimising its random draws.
         compiler_options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
-        init = jax.jit(lambda k: init_state(init_params(k), optimizer), compiler_options=compiler_options)
+        init = jax.jit(
+            lambda k: init_state(init_params(k), optimizer, config.optim.ema > 0), compiler_options=compiler_options
+        )
         checkpoints = stack.enter_context(Checkpoints(workdir / "checkpoints", keep=config.keep))
 
         def first_state() -> TrainState:
@@ -162,7 +164,7 @@ def train(
                 return state
             if start_params:
                 params = start_params(with_shardings(jax.eval_shape(init, key).params, mesh))
-                return jax.jit(lambda p: init_state(p, optimizer), donate_argnums=0)(params)
+                return jax.jit(lambda p: init_state(p, optimizer, config.optim.ema > 0), donate_argnums=0)(params)
             return init(jax.random.fold_in(key, 2**31 - 1))
 
         step_fn = jit_train_step(loss_fn, optimizer, config.optim)
@@ -205,10 +207,10 @@ def train(
                     window = []
                 if config.sample_every and sample and (step % config.sample_every == 0 or step == config.steps):
                     with clock.part("sample"):
-                        _sample_on_main(sample, step, state.ema, metrics)
+                        _sample_on_main(sample, step, state.average, metrics)
                 if evaluate and config.evaluate_every and (step % config.evaluate_every == 0 or step == config.steps):
                     with clock.part("evaluate"):
-                        metrics.scalars(step, evaluate(state.ema))
+                        metrics.scalars(step, evaluate(state.average))
                 if saving:
                     with clock.part("save"):
                         checkpoints.save(step, state)

@@ -16,11 +16,11 @@ from minisora_jax.types import TrainState
 LossFn = Callable[[Any, Any, jax.Array], dict[str, tuple[jax.Array, jax.Array]]]
 
 
-def init_state(params: Any, optimizer: optax.GradientTransformation) -> TrainState:
-    """The state at step 0. The averaged weights start as the parameters."""
+def init_state(params: Any, optimizer: optax.GradientTransformation, ema: bool = True) -> TrainState:
+    """The state at step 0. The averaged weights start as the parameters; without `ema` there are none."""
     # A copy: params and ema must not share buffers, which donation would free twice.
-    ema = jax.tree.map(lambda p: p + jnp.zeros_like(p), params)
-    return TrainState(step=jnp.zeros((), jnp.int32), params=params, ema=ema, opt_state=optimizer.init(params))
+    average = jax.tree.map(lambda p: p + jnp.zeros_like(p), params) if ema else None
+    return TrainState(step=jnp.zeros((), jnp.int32), params=params, ema=average, opt_state=optimizer.init(params))
 
 
 def train_step(
@@ -78,7 +78,7 @@ def train_step(
     params = optax.apply_updates(state.params, updates)
     # The decay ramps up, so the average forgets the random start (similar to Karras et al. 2023, arXiv:2312.02696).
     decay = jnp.minimum(config.ema, (1.0 + state.step) / (10.0 + state.step))
-    ema = jax.tree.map(lambda e, p: e + (1 - decay) * (p - e), state.ema, params)
+    ema = state.ema if state.ema is None else jax.tree.map(lambda e, p: e + (1 - decay) * (p - e), state.ema, params)
     metrics = {name: total / jnp.maximum(w, 1.0) for name, (total, w) in sums.items()}
     metrics["grad_norm"] = optax.global_norm(grads)
     return TrainState(step=state.step + 1, params=params, ema=ema, opt_state=opt_state), metrics
