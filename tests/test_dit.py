@@ -75,11 +75,11 @@ def test_a_clip_packed_among_others_is_as_if_alone(params, rows):
 def test_what_is_computed_again_changes_nothing(params):
     batch = pack([[0, 1]], 20, 48, 2)
     values = {}
-    for remat in ("none", "matmuls", "full"):
+    for remat in ("none", "matmuls", "attention", "full", "host"):
         model = DiT(dataclasses.replace(CONFIG, remat=remat))
         loss = lambda p: jnp.sum(model.apply(p, batch.tokens_BSP, times(batch), batch) ** 2)  # noqa: B023
         values[remat] = jax.tree.leaves(jax.jit(jax.grad(loss))(params))
-    for remat in ("matmuls", "full"):
+    for remat in ("matmuls", "attention", "full", "host"):
         for a, b in zip(values[remat], values["none"]):
             np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * max(1.0, float(np.abs(b).max())))
 

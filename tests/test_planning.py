@@ -9,7 +9,7 @@ import pytest
 from minisora_jax.models.dit import DiTConfig
 from minisora_jax.parallel.mesh import MeshConfig, make_mesh
 from minisora_jax.plan.compiled import Workload, _needed_bytes, lower
-from minisora_jax.plan.cost_model import arithmetic, estimate, largest, meshes, search
+from minisora_jax.plan.cost_model import arithmetic, estimate, largest, meshes, search, seconds_of
 from minisora_jax.plan.hardware import Topology
 from minisora_jax.plan.schedule import read_traffic
 from minisora_jax.plan.workload import clip_tokens, mesh_of, parameter_count, task_of, token_count
@@ -95,6 +95,38 @@ def test_a_schedule_is_read():
     exchange, gather = traffic["all-to-all", False], traffic["all-gather", False]
     assert exchange.axes == ("ulysses",) and exchange.sent == 32 * 2 / 2 and not exchange.asynchronous
     assert gather.axes == ("ring", "ulysses") and gather.sent == 16 * 8 * 4 * 3 / 4
+
+
+HOST = """
+%body (p: (bf16[4,2,8], bf16[2,8])) -> (bf16[4,2,8], bf16[2,8]) {
+  %p = (KEPT, bf16[2,8]{1,0}) parameter(0)
+  %up = ((KEPT, bf16[1,2,8]{2,1,0}, s32[]), KEPT, u32[]{:S(2)}) dynamic-update-slice-start(%kept, %x, %i)
+  %work = bf16[2,8]{1,0} fusion(%x), kind=kLoop, calls=%fused
+  %up-done = KEPT dynamic-update-slice-done(%up)
+  %down = ((KEPT, s32[]), bf16[1,2,8]{2,1,0}, u32[]{:S(2)}) dynamic-slice-start(%up-done, %i)
+  %down-done = bf16[1,2,8]{2,1,0} dynamic-slice-done(%down)
+  %within = (bf16[8]{0:S(1)}, bf16[8]{0}, u32[]{:S(2)}) copy-start(%bias)
+  ROOT %end = (bf16[4,2,8], bf16[2,8]) tuple(%up-done, %work)
+}
+ENTRY %main (a: bf16[2,8]) -> bf16[2,8] {
+  %whole = (bf16[6,8]{1,0:S(5)}, bf16[6,8]{1,0}, u32[]{:S(2)}) copy-start(%a)
+  %whole-done = bf16[6,8]{1,0:S(5)} copy-done(%whole)
+  ROOT %loop = (bf16[4,2,8], bf16[2,8]) while(%start), condition=%cond, body=%body
+}
+""".replace("KEPT", "bf16[4,2,8]{2,1,0:T(8,128)(2,1)S(5)}")
+
+
+def test_copies_to_the_host_are_read():
+    copies = {(t.kind, t.hidden): t for t in read_traffic(HOST, {"ring": 2})}
+    assert {key: t.sent for key, t in copies.items()} == {
+        ("copy to the host", True): 2 * 8 * 2,
+        ("copy from the host", False): 2 * 8 * 2,
+        ("copy to the host", False): 6 * 8 * 2,
+    }
+    assert {t.where for t in copies.values()} == {"host"} and all(t.asynchronous for t in copies.values())
+    assert (
+        seconds_of(copies["copy to the host", True], MeshConfig(data=1, ring=2), Topology.parse("v5p:2x1x1").chip) == 0
+    )
 
 
 def test_the_compilers_words_of_memory():

@@ -19,6 +19,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.ad_checkpoint import checkpoint_name
 
 from minisora_jax.models.conditioning import ClipCondition, ImageTokens, caption_tokens
 from minisora_jax.models.dit_config import DiTConfig
@@ -27,11 +28,19 @@ from minisora_jax.models.rope import fixed_positions, rope_angles, sinusoids
 from minisora_jax.parallel.ring import SAVED
 from minisora_jax.types import PackedBatch
 
+BLOCK_INPUT = "block input"  # the checkpoint name of what a block starts from
+
 # What a block keeps for its backward pass, by `DiTConfig.remat`.
 _SAVE_POLICIES = {
     "matmuls": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "attention": jax.checkpoint_policies.save_only_these_names(SAVED),
     "full": None,
+    "host": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=[BLOCK_INPUT],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
 }
 
 
@@ -83,7 +92,8 @@ class Block(nn.Module):
             modulation_BSx = Einsum("bsd,de->bse", (D, 6 * D), scale=0.0, name="modulation")(modulation_BSx)
         else:
             table = self.param("modulation", nn.initializers.zeros, (6 * D,))
-            modulation_BSx = modulation_BSx + table.astype(modulation_BSx.dtype)
+            parts = zip(jnp.split(modulation_BSx, 6, axis=-1), jnp.split(table.astype(modulation_BSx.dtype), 6))
+            return [part + row for part, row in parts]  # by parts: their sum is never in memory as a whole
         return jnp.split(modulation_BSx, 6, axis=-1)
 
 
@@ -94,6 +104,7 @@ class Blocks(nn.Module):
 
     @nn.compact
     def __call__(self, x_BSD: jax.Array, inputs: BlockInputs, layer: jax.Array) -> tuple[jax.Array, None]:
+        x_BSD = checkpoint_name(x_BSD, BLOCK_INPUT)
         for kind in self.config.attention_pattern:
             if kind == "temporal" and inputs.frame_BSD is not None:
                 x_BSD = x_BSD + jnp.where(layer == 0, inputs.frame_BSD, 0)

@@ -30,7 +30,7 @@ import dataclasses
 from minisora_jax.parallel.kernels import NAMES
 
 _CHOICES = {
-    "remat": ("none", "matmuls", "attention", "full"),
+    "remat": ("none", "matmuls", "attention", "full", "host"),
     "attention": ("auto", *NAMES),
     "time_input": ("1000 t", "1 - t"),
     "modulation": ("shared", "single", "block"),
@@ -59,7 +59,8 @@ class DiTConfig:
     text_width: int = 256  # width of the refined caption's tokens
     text_depth: int = 2  # layers of the refiner
     dtype: str = "bfloat16"  # of the computation; parameters are float32
-    remat: str = "none"  # what the backward pass recomputes: "none", all but "matmuls", all but "attention", "full"
+    remat: str = "none"  # what the backward pass recomputes: "none", all but "matmuls", all but "attention", "full";
+    # "host" recomputes all and keeps the blocks' inputs in the host's memory
     attention: str = "auto"  # the kernel, see parallel/kernels; "auto": the fastest on this backend
     # ---- Switches between the published families
     time_input: str = "1000 t"  # the number that the model receives for time t; SiT receives "1 - t"

@@ -44,7 +44,7 @@ def arithmetic(work: Workload) -> Arithmetic:
     attention = segments * 4.0 * cfg.depth * cfg.width * sum(pairs[kind] for kind in cfg.attention_pattern)
     if work.sample:
         return Arithmetic(2 * forward, 2 * forward)  # Heun's sampler has two model calls a step
-    recomputed = {"none": 0.0, "matmuls": attention, "attention": forward - attention, "full": forward}[cfg.remat]
+    recomputed = {"none": 0.0, "matmuls": attention, "attention": forward - attention}.get(cfg.remat, forward)
     return Arithmetic(3 * forward, 3 * forward + (ATTENTION_BACKWARD - 2) * attention + recomputed)
 
 
@@ -103,8 +103,11 @@ def seconds_of(traffic: Traffic, mesh: MeshConfig, chip: Chip) -> float:
     """The seconds that a chip's traffic takes at peak rates.
 
     A permute uses one link. Other collectives use the two links of an axis; in an all-to-all each byte also travels
-    n / 4 links on average. Traffic between slices uses the network.
+    n / 4 links on average. Traffic between slices uses the network. Copies to the host count as nothing: no data sheet
+    has their rate.
     """
+    if not traffic.axes:
+        return 0.0
     if traffic.network:
         return traffic.sent / chip.network
     n = math.prod(getattr(mesh, axis) for axis in traffic.axes)
@@ -122,7 +125,7 @@ def _memory(work: Workload, mesh: MeshConfig, parameters: int) -> dict[str, floa
         stored = weights / (2 if work.weights == "bfloat16" else 1)
         return {"parameters": stored, "temporaries": tokens * cfg.width * (2 * 20 + 12 + 4 * ratio)}
     # bfloat16 values that each token keeps in each block for its gradient, in units of the width
-    kept = {"full": 1.0, "attention": 2.0, "matmuls": 8.0 + ratio, "none": 22.0 + 3 * ratio}[cfg.remat]
+    kept = {"host": 0.0, "full": 1.0, "attention": 2.0, "matmuls": 8.0 + ratio, "none": 22.0 + 3 * ratio}[cfg.remat]
     temporaries = 2.0 * tokens * cfg.width * (kept * cfg.depth * len(cfg.attention_pattern) + 12 + 24 + 3 * ratio + 8)
     state = {"parameters": weights, "average": weights, "optimiser": 2 * weights, "gradient": weights}
     return state | {"temporaries": temporaries}
@@ -138,7 +141,7 @@ def _traffic(work: Workload, mesh: MeshConfig, parameters: int, slices: int = 1)
     """The traffic of a step, estimated from shapes."""
     cfg, (tokens, shards) = work.task.dit, _per_chip(work, mesh)
     layers = cfg.depth * len(cfg.attention_pattern)
-    passes = 2 if work.sample else 1 + (cfg.remat in ("full", "matmuls"))  # passes through attention's forward
+    passes = 2 if work.sample else 1 + (cfg.remat in ("full", "host", "matmuls"))  # passes through attention's forward
     traffic: list[Traffic] = []
 
     def add(kind: str, axes: tuple[str, ...], hidden: bool, times: int, sent: float) -> None:

@@ -49,6 +49,9 @@ def compiled_lines(work: Workload, mesh: MeshConfig, topology: Topology, compile
         count = f"{t.times:,} times from {t.sites} places"
         lines.append(f"    {t.where:<17}{t.kind:<19}{t.sent / GIB:10.3f} GiB, {count}, {how}")
     cost = estimate(work, mesh, topology, compiled.parameters, compiled)
+    if copied := sum(t.sent for t in compiled.traffic if not t.axes):
+        rate = copied / cost.seconds["computing"] / 1e9
+        lines.append(f"    the host must take and give {rate:.2g} GB/s a chip for its copies to stay hidden")
     return [*lines, *cost_lines(cost, compiled, mesh)]
 
 

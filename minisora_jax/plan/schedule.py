@@ -4,6 +4,7 @@ The text of a compiled module is its schedule: operations are listed in the orde
 collective is a pair, `-start` and `-done`. It is hidden if an operation that computes (a fusion, a kernel, a loop or a
 branch) stands between the two. The operations of a loop count once for each iteration, by the loop's condition.
 Transfers between slices over the data centre's network are a `send` to the host and a `recv` of the same rendezvous.
+Copies to and from the host's memory, space S(5), are what remat="host" makes.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ import numpy as np
 
 BYTES = {"pred": 1, "s8": 1, "u8": 1, "f8e4m3fn": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8}
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+TO_HOST, FROM_HOST = "copy to the host", "copy from the host"
+HOST_COPIES = ("copy-start", "dynamic-slice-start", "dynamic-update-slice-start")
 BETWEEN_SLICES = ("data",)  # the only axis that spans slices (parallel/mesh.py)
 # Operations that compute. All others move or name data.
 COMPUTES = ("fusion", "custom-call", "convolution", "dot", "while", "conditional", "call")
@@ -26,8 +29,8 @@ COMPUTES = ("fusion", "custom-call", "convolution", "dot", "while", "conditional
 class Traffic:
     """All collectives of one kind along the same mesh axes, in one run of the program."""
 
-    kind: str  # one of KINDS
-    axes: tuple[str, ...]
+    kind: str  # one of KINDS, TO_HOST or FROM_HOST
+    axes: tuple[str, ...]  # () for copies to and from the host
     asynchronous: bool
     hidden: bool  # computation runs at the same time
     sites: int  # places in the program
@@ -38,7 +41,7 @@ class Traffic:
     @property
     def where(self) -> str:
         """The axes in words."""
-        return "slices" if self.network else "+".join(self.axes)
+        return "slices" if self.network else "+".join(self.axes) or "host"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +91,12 @@ def read_traffic(hlo: str, mesh_shape: dict[str, int]) -> list[Traffic]:
                 sums[1] += times
                 sums[2] += times * _sent(kind, op.text if kind != "reduce-scatter" or network else source, n)
                 seen.add((name, op.name))
+            elif op.opcode in HOST_COPIES and (copy := _host_copy(op)):
+                sums = total[copy[0], (), True, _is_hidden(operations, i), False]
+                sums[0] += (name, op.name) not in seen
+                sums[1] += times
+                sums[2] += times * copy[1]
+                seen.add((name, op.name))
             elif op.opcode == "while":
                 visit(_called(op.text, "body"), times * _iterations(op, operations, computations))
             elif op.opcode == "conditional":
@@ -102,7 +111,7 @@ def read_traffic(hlo: str, mesh_shape: dict[str, int]) -> list[Traffic]:
         for (kind, axes, asynchronous, hidden, network), (sites, times, sent) in sorted(
             total.items(), key=lambda item: -item[1][2]
         )
-        if axes
+        if axes or kind in (TO_HOST, FROM_HOST)
     ]
 
 
@@ -175,6 +184,20 @@ def _is_hidden(operations: list[Operation], start: int) -> bool:
         if op.opcode in COMPUTES and "AllocateBuffer" not in op.text:
             return True
     return True
+
+
+def _host_copy(op: Operation) -> tuple[str, float] | None:
+    """(TO_HOST or FROM_HOST, bytes) of an asynchronous copy; None if no side of it is the host's memory."""
+    result = op.text.partition(" = ")[2].partition(f" {op.opcode}(")[0]
+    arrays = re.findall(r"(\w+)\[([\d,]*)\](\{[^}]*\})?", result)
+    host = ["S(5)" in layout for _, _, layout in arrays]
+    if not any(host):
+        return None
+    sizes = [BYTES.get(t, 0) * math.prod(int(d) for d in dims.split(",") if d) for t, dims, _ in arrays]
+    device = max(size for size, on_host in zip(sizes, host) if not on_host)
+    slices = op.opcode != "copy-start"  # the result of a plain copy begins with what it writes
+    to_host = op.opcode == "dynamic-update-slice-start" if slices else host[0]
+    return TO_HOST if to_host else FROM_HOST, device
 
 
 def _rendezvous(text: str) -> str:

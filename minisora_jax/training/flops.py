@@ -50,7 +50,7 @@ def forward_flops(
 
 
 def count_work(cfg: DiTConfig, pack: PackConfig, rows_thwL: list[np.ndarray]) -> dict[str, float]:
-    """Counts of one training step. Backward costs two forward passes, and remat="full" adds one.
+    """Counts of one training step. Backward costs two forward passes, and remat="full" or "host" adds one.
 
     Args:
         cfg: The model.
@@ -74,5 +74,5 @@ def count_work(cfg: DiTConfig, pack: PackConfig, rows_thwL: list[np.ndarray]) ->
         "tokens": float(B * S),
         "useful_tokens": float(n.sum()),
         "useful_flops": 3.0 * useful,
-        "hardware_flops": (4.0 if cfg.remat == "full" else 3.0) * dense,
+        "hardware_flops": (4.0 if cfg.remat in ("full", "host") else 3.0) * dense,
     }
