@@ -6,6 +6,7 @@ examples:
   minisora plan --topology v6e:4x4 --preset wan2.1-t2v-1.3b --clip 5s@480p --rows 16 --mesh fsdp=16 --sample
   minisora plan --topology h100:64 --preset wan2.1-t2v-1.3b --clip 200k --search 5
   minisora plan --topology v5p:2x2x1 --config=dit_tiny:data=data/latents --clip 8k --largest
+  minisora plan --topology v5e:8x8 --config=t2v:size=1b,stage=480p,data=data/480p --clip 5s@832x480
 
 --clip is SECONDS@HEIGHTp, SECONDS@WIDTHxHEIGHT or a number of tokens (8k, 16.8M). The real train step (or, with
 --sample, a guided step of Heun's sampler) is compiled by the TPU's own compiler: memory, and which collectives run
@@ -25,11 +26,15 @@ def add_arguments(parser):
     parser.add_argument("--clip", required=True, help="60s@1080p, 5s@832x480 or a number of tokens such as 16.8M")
     parser.add_argument("--fps", type=float, default=24.0, help="of the clip (default: 24)")
     parser.add_argument("--codec", default="wan2.1-vae", help="the codec that turns pixels into tokens")
-    parser.add_argument("--clips", type=int, default=1, help="clips packed into each row (default: 1)")
-    parser.add_argument("--rows", type=int, default=1, help="rows of a batch, over all chips (default: 1)")
-    parser.add_argument("--mesh", default="", help="such as ring=16,ulysses=4; what is left goes to data")
+    parser.add_argument("--clips", type=int, default=0, help="clips of a row (default: those that fill the config's)")
     parser.add_argument(
-        "--remat", choices=("none", "matmuls", "attention", "full"), help="default: the config's, or full"
+        "--rows", type=int, default=0, help="rows of a batch, over all chips (default: the config's, or 1)"
+    )
+    parser.add_argument(
+        "--mesh", default="", help="such as ring=16,ulysses=4; what is left goes to data (default: the config's)"
+    )
+    parser.add_argument(
+        "--remat", choices=("none", "matmuls", "attention", "full", "host"), help="default: the config's, or full"
     )
     parser.add_argument("--attention", default="splash", help="the kernel to compile (default: splash)")
     parser.add_argument("--sample", action="store_true", help="a sampling step, and not a train step")
@@ -51,6 +56,7 @@ def run(args, config_flags):
     import jax
 
     jax.config.update("jax_platforms", "cpu")
+    from minisora_jax.parallel.mesh import MeshConfig
     from minisora_jax.plan.compiled import Workload
     from minisora_jax.plan.hardware import Topology
     from minisora_jax.plan.report import compile_and_print, print_largest, print_search
@@ -60,20 +66,19 @@ def run(args, config_flags):
     task = task_of(args.preset, config_flags, args.remat, args.attention)
     tokens, what = clip_tokens(args.clip, args.fps, args.codec, task.dit.patch)
     text = task.dit.caption_tokens or 512
-    work = Workload(task, tokens, args.clips, args.rows, text, args.sample, args.dtype)
+    clips, rows = args.clips or max(task.pack.tokens // tokens, 1), args.rows or task.pack.rows or 1
+    work = Workload(task, tokens, clips, rows, text, args.sample, args.dtype)
     print(
         f"{args.preset or 'model'}: {parameter_count(task) / 1e9:.2f} B parameters; a clip of {what}: {tokens:,} tokens"
     )
+    mesh = mesh_of(args.mesh, topology.chips) if args.mesh else MeshConfig(*task.run.mesh.sizes(topology.chips))
     if args.search or not topology.is_tpu:
-        best = print_search(
-            work, topology, parameter_count(task), max(args.search, 5), default=mesh_of(args.mesh, topology.chips)
-        )
+        best = print_search(work, topology, parameter_count(task), max(args.search, 5), default=mesh)
         if not topology.is_tpu:
             return None
-        for tried, mesh, _ in best[: args.search]:
-            compile_and_print(tried, mesh, topology)
+        for tried, other, _ in best[: args.search]:
+            compile_and_print(tried, other, topology)
         return None
-    mesh = mesh_of(args.mesh, topology.chips)
     compiled = compile_and_print(work, mesh, topology)
     if args.largest:
         print_largest(work, mesh, topology, compiled)
