@@ -48,7 +48,7 @@ setup(
     ],
     extras_require={
         "tfds": ["tensorflow-datasets>=4.9.10", "importlib_resources>=6"],  # 4.9.10 imports the second unasked
-        "hf": ["pyarrow>=20"],
+        "hf": ["pyarrow>=20", "huggingface_hub>=1"],
         "cloud": ["gcsfs>=2025.3", "s3fs>=2025.3"],
         "text": ["transformers>=5"],
         # jax[tpu] 0.12.0.1 asks for libtpu 0.0.50, whose compiler takes up to half more memory (docs/benchmarks.md).

@@ -98,6 +98,11 @@ def _run(command, args: argparse.Namespace, config_flags: list[str]) -> int:
                 from minisora_jax.parallel.processes import started
 
                 stack.enter_context(started())
+            for name, value in vars(args).items():
+                if isinstance(value, str) and value.startswith("hf://"):
+                    from minisora_jax.io.hub import local_folder
+
+                    setattr(args, name, str(local_folder(value)))
             return command.run(args, config_flags) or 0
     except BrokenPipeError:  # the reader of a pipe, such as `head`, has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

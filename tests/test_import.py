@@ -73,6 +73,9 @@ def test_there_and_back_is_the_same_to_the_bit(name, dtype, tmp_path, capsys):
     assert (tmp_path / "theirs/model.safetensors.index.json").exists()
     same_bits(tmp_path / "theirs", tensors)
     theirs = json.loads((tmp_path / "theirs/config.json").read_text())
+    card = (tmp_path / "theirs/README.md").read_text()
+    assert "library_name: transformers" in card and f"import {theirs['architectures'][0]}" in card
+    assert f"| converted from the published | `{name}` |" in card
     assert theirs["model_type"] == {"t5": "t5", "by": "t5", "um": "umt5", "cl": "clip_text_model"}[name[:2]]
     ids = np.ones((1, 5), np.int32)
     features = encoder.module.apply(jax.tree.map(lambda x: x.astype(np.float32), encoder.params), ids, ids)

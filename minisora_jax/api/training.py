@@ -11,6 +11,7 @@ from minisora_jax.api.samples import sample_requests, sampler
 from minisora_jax.bundled import CODEC
 from minisora_jax.config import build, complete, load
 from minisora_jax.data.latents import open_latents
+from minisora_jax.io.hub import local_folder
 from minisora_jax.models.captions import captions_of
 from minisora_jax.models.codec import Codec
 from minisora_jax.parallel.programs import keep_compiled_programs
@@ -58,7 +59,7 @@ def train(
         17
     """
     keep_compiled_programs()
-    entries = _entries(config)
+    entries, init = _entries(config), init and local_folder(init)
     settled = settings_of(init) if init else None
     whole = complete(entries, DiffusionTask, settled)
     prompts = whole.pop("prompts", 0)

@@ -7,7 +7,8 @@ examples:
 
 The tensors of an imported model come back bit for bit: codecs and transformers by diffusers' names, text encoders by
 transformers' (T5EncoderModel, UMT5EncoderModel, CLIPTextModel), with the config.json of each, so that their
-`from_pretrained` reads the directory. SiT, which diffusers has no class for, keeps its authors' names.
+`from_pretrained` reads the directory. SiT, which diffusers has no class for, keeps its authors' names. A model card,
+README.md, says what the model is and how to load it; one that is there already is kept.
 """
 
 from __future__ import annotations
@@ -21,9 +22,13 @@ def add_arguments(parser):
 
 def run(args, _):
     import json
+    import math
     from pathlib import Path
 
+    import jax
+
     from minisora_jax.io import checksum
+    from minisora_jax.io.model_card import write_card
     from minisora_jax.io.model_dir import open_model
     from minisora_jax.weights.rules import export_lazily, save_sharded
 
@@ -31,8 +36,16 @@ def run(args, _):
     rules, theirs, stem = published(config, args.model)
     save_sharded(args.out, export_lazily(leaves, rules), stem, shard_bytes=int(args.shard_gb * 2**30))
     (Path(args.out) / "config.json").write_text(json.dumps(theirs, indent=2) + "\n", encoding="utf-8")
-    checksum.write_checksums(Path(args.out))
+    checksum.write_checksums(Path(args.out), without=["README.md"])
+    write_card(Path(args.out), config, sum(math.prod(x.shape) for x in jax.tree.leaves(leaves)), loader_of(theirs))
     print(f"{args.model} written to {args.out}")
+
+
+def loader_of(theirs: dict) -> str:
+    """The class whose `from_pretrained` reads a published config, such as "diffusers.WanTransformer3DModel"."""
+    if name := theirs.get("_class_name"):
+        return f"diffusers.{name}"
+    return next((f"transformers.{name}" for name in theirs.get("architectures", ())), "")
 
 
 def published(config: dict, model: str):

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from minisora_jax.bundled import CODEC, MODEL
 from minisora_jax.diffusion.objective import ObjectiveConfig
 from minisora_jax.diffusion.time import TimeConfig
+from minisora_jax.io.hub import local_folder
 from minisora_jax.io.model_dir import check_shapes, in_memory, model_hash, onto_devices, open_model, saved_settings
 from minisora_jax.models.captions import captions_of
 from minisora_jax.models.codec import Codec
@@ -34,6 +35,8 @@ def load_parts(
 ) -> dict[str, Any]:
     """The fields of a `NativePipeline`. See `VideoPipeline.load`."""
     keep_compiled_programs()
+    model = local_folder(model)
+    codec, guide_model, text_encoder = (x and local_folder(x) for x in (codec, guide_model, text_encoder))
     params, dit, config = _load_dit(model, dtype)
     training = config.get("training")
     training = training if isinstance(training, dict) else {}

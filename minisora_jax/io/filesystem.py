@@ -2,7 +2,8 @@
 
     clips/a.tar   clips/train-{000..999}.tar   clips/*.parquet   gs://bucket/clips/*.tar   s3://...   https://...
 
-All access goes through fsspec. `gs://` needs gcsfs and `s3://` needs s3fs (`uv sync --extra cloud`).
+All access goes through fsspec. gs:// needs gcsfs and s3:// needs s3fs (`uv sync --extra cloud`). Data sets of the
+Hugging Face Hub, hf://datasets/OWNER/NAME/..., need huggingface_hub (`uv sync --extra hf`).
 """
 
 from __future__ import annotations
@@ -109,9 +110,10 @@ def filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
     try:
         return fsspec.core.url_to_fs(url)
     except ImportError as error:
-        raise ImportError(f"{url} needs another package: {how_to_install('cloud')} ({error})") from error
+        extra = "hf" if url.startswith("hf:") else "cloud"
+        raise ImportError(f"{url} needs another package: {how_to_install(extra)} ({error})") from error
     except ValueError as error:
-        raise ValueError(f"{url}: {error}; gs://, s3:// and https:// are known") from error
+        raise ValueError(f"{url}: {error}; gs://, s3://, hf:// and https:// are known") from error
 
 
 def read_url(url: str) -> bytes:

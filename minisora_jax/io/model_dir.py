@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from minisora_jax.config import build, with_current_names
 from minisora_jax.io import checksum
 from minisora_jax.io.atomic import write_text
 from minisora_jax.io.filesystem import open_regular
+from minisora_jax.io.model_card import write_card
 from minisora_jax.io.safetensors import LazyArray, StoredTensor, order_of, read_tensors, write_tensors
 from minisora_jax.parallel.processes import is_main, parts_of
 
@@ -31,7 +33,7 @@ MOST_LAYERS, MOST = 1000, 2**24  # limits of a saved number of layers, and of an
 def export_model(
     directory: str | Path, params: Any, config: dict, *, dtype: str | None = "float32", progress: str = ""
 ) -> str:
-    """Write params and config to `directory`, each file atomically, and return the model's hash.
+    """Write params, config and a model card to `directory`, each file atomically, and return the model's hash.
 
     With several processes all must call it. The main process writes; the others send their parts and return "". No
     process waits for the file: call `barrier` for that.
@@ -53,6 +55,7 @@ def export_model(
     write_text(directory / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
     others = {path.name for path in directory.rglob("*")} - {*FILES}
     checksum.write_checksums(directory, without=others)
+    write_card(directory, config, sum(math.prod(x.shape) for x in tensors.values()))
     return model_hash(directory)
 
 

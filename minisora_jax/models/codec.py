@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from minisora_jax.io.hub import local_folder
 from minisora_jax.io.model_dir import export_model, in_words, load_model, model_hash, saved_settings
 from minisora_jax.models.vae import VAE, VAEConfig
 from minisora_jax.parallel.halo import fetch_frames, put_frames, put_params, shard_height
@@ -61,6 +62,7 @@ class Codec:
         Raises:
             ValueError: The directory holds another kind of model.
         """
+        directory = local_folder(directory)
         params, config = load_model(directory)
         if config.get("kind") != "vae":
             raise ValueError(f"{directory} holds a {config.get('kind')!r} model, not a codec ('vae')")
