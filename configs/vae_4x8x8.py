@@ -4,7 +4,8 @@
     minisora prepare my_films/ data/films --curate --no-captions --crf 14 --held-out 0.01
     minisora train-vae --config=vae_4x8x8:data=data/films,lpips=models/lpips --workdir=runs/codec
 
-Hardware: MESH. On fewer chips give a smaller `batch`. Without `lpips` the second stage is left out.
+Without `lpips` the second stage is left out. Mesh: data=-1, so every chip has its own crops and all parameters.
+Hardware: GPUs or TPUs. Nobody has run it, nor compiled it for a pod: `minisora plan` plans no codecs.
 """
 
 from ml_collections import ConfigDict

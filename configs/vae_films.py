@@ -1,7 +1,10 @@
 """A small codec for real films: 2.9 M parameters, 4x8x8 compression into 16 channels. The bundled codec's shape.
 
-minisora prepare my_films/ data/films --curate --no-captions --max-frames 17 --max-side 640 --held-out 0.2
-minisora train-vae --config=vae_films:data=data/films --workdir=runs/films
+    minisora prepare my_films/ data/films --curate --no-captions --min-seconds 0.1 --max-frames 17 --max-side 640 \\
+        --held-out 0.2
+    minisora train-vae --config=vae_films:data=data/films,held_out=data/films/heldout --workdir=runs/films
+
+Hardware: 2 CPU cores. Absolute and squared error alone, so PSNR counts: 27.6 dB on held-out films after 1500 steps.
 """
 
 from ml_collections import ConfigDict
