@@ -32,6 +32,7 @@ from minisora_jax.parallel.processes import (
     several,
 )
 from minisora_jax.training.checkpoint import Checkpoints
+from minisora_jax.training.goodput import Goodput
 from minisora_jax.training.metrics import Metrics
 from minisora_jax.training.optim import OptimConfig, learning_rate, make_optimizer
 from minisora_jax.training.profiler import Profiler, profile_window
@@ -41,7 +42,12 @@ from minisora_jax.types import TrainState
 
 log = logging.getLogger("minisora")
 
-FREE = ("mesh", "profile", "wandb")  # settings of a run that may change when it goes on: they change no result
+FREE = (
+    "mesh",
+    "profile",
+    "wandb",
+    "goodput",
+)  # settings of a run that may change when it goes on: they change no result
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +67,7 @@ class RunConfig:
     keep: int = 2  # the number of checkpoints that are kept
     wandb: str = ""  # a project of Weights & Biases, or ENTITY/PROJECT, that gets the metrics and samples too
     profile: str = ""  # first and last step of a trace for xprof in WORKDIR/profile, such as 20:23
+    goodput: str = ""  # a log of Google's Cloud Logging that gets what ML Goodput is computed from, see goodput.py
     rollbacks: int = 0  # restarts from a checkpoint, without the bad batch, after a non-finite loss
     optim: OptimConfig = OptimConfig()
     mesh: MeshConfig = MeshConfig()
@@ -148,6 +155,7 @@ def train(
         workdir.mkdir(parents=True, exist_ok=True)
         require_same_config(workdir, run_config)
         stack.enter_context(preemption_handler())
+        goodput = stack.enter_context(contextlib.closing(Goodput(config.goodput, workdir)))
         key = jax.random.key(config.seed)
         optimizer = optimizer or make_optimizer(config.optim, config.steps)
         # This program runs once. On CPUs, LLVM would spend minutes on optimising its random draws.
@@ -179,11 +187,15 @@ def train(
             number = batch_number(start, skipped)
             stream = iter(batches(range(number, config.steps + len(skipped))))
             pending, window = None, []
+            goodput.prepared()
             for step in range(start + 1, config.steps + 1):
+                goodput.data(waiting=True)
                 with clock.part("data"):
                     batch, counts = next(stream)
                     while number in skipped:
                         (batch, counts), number = next(stream), number + 1
+                goodput.data(waiting=False)
+                goodput.step(step)
                 # The first call compiles.
                 with clock.part("compile" if step == start + 1 else "step"), profiler.step(step):
                     state, values = step_fn(state, to_global(batch, mesh), key)
