@@ -1,5 +1,6 @@
 """Runs that are killed go on bit for bit; runs that go wrong say so."""
 
+import dataclasses
 import itertools
 import json
 import os
@@ -12,9 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from train_tiny import make_cache, run
+from train_tiny import make_cache, run, task
 
-from minisora_jax.training.loop import NonFiniteLoss, RunConfig, train
+from minisora_jax.training.diffusion_task import DiffusionTask
+from minisora_jax.training.loop import NonFiniteLoss, RunConfig, require_same_config, train
 from minisora_jax.training.optim import OptimConfig
 
 STEPS = 40
@@ -78,6 +80,18 @@ def test_the_loss_falls(whole):
 def test_a_workdir_of_another_config_is_refused(whole, cache):
     with pytest.raises(ValueError, match=r"begun with another config \(config.steps: 40 -> 3\)"):
         run(whole, cache, 3)
+
+
+def test_a_work_directory_of_an_older_version_goes_on(tmp_path):
+    """What its config lacks has the default, which is what the version before the setting did."""
+    whole = dataclasses.asdict(task(steps=3))
+    older = json.loads(json.dumps(whole))
+    del older["mup_base_width"], older["run"]["optim"]["moments"], older["data"]["held_out"]
+    (tmp_path / "config.json").write_text(json.dumps(older))
+    require_same_config(tmp_path, whole, DiffusionTask)
+    whole["run"]["optim"]["moments"] = "bfloat16"
+    with pytest.raises(ValueError, match="config.run.optim.moments: float32 -> bfloat16"):
+        require_same_config(tmp_path, whole, DiffusionTask)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):

@@ -175,6 +175,7 @@ def train_codec(task: CodecTask, workdir: Path, clips: ClipSequence, held_out: C
         optimizer=optimizer_of(task),
         batches=batches,
         run_config=run_config,
+        settings=CodecTask,
         sample=sample,
     )
     raw = Codec(task.vae, gathered(of_codec(state.average)), *_unit_stats(task.vae))

@@ -158,6 +158,7 @@ def train_diffusion(
         loss_fn=loss_of(task),
         batches=batches,
         run_config=run_config,
+        settings=DiffusionTask,
         start_params=functools.partial(load_params_onto, init) if init else None,
         optimizer=optimizer_of(task),
         sample=sample,

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import optax
 
-from minisora_jax.config import with_current_names
+from minisora_jax.config import complete, with_current_names
 from minisora_jax.io.atomic import write_text
 from minisora_jax.io.json_files import read_json
 from minisora_jax.io.lock import only_writer
@@ -42,12 +42,8 @@ from minisora_jax.types import TrainState
 
 log = logging.getLogger("minisora")
 
-FREE = (
-    "mesh",
-    "profile",
-    "wandb",
-    "goodput",
-)  # settings of a run that may change when it goes on: they change no result
+# Settings of a run that may change when it goes on: they change no result.
+FREE = ("mesh", "profile", "wandb", "goodput")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,6 +102,7 @@ def train(
     optimizer: optax.GradientTransformation | None = None,
     batches: Callable[[range], Iterator[tuple[Any, dict[str, float]]]],
     run_config: dict,
+    settings: type | None = None,
     start_params: Callable[[Any], Any] | None = None,
     sample: Callable[[int, Any, Metrics], None] | None = None,
     evaluate: Callable[[Any], dict[str, float]] | None = None,
@@ -129,6 +126,7 @@ def train(
         batches: Yields for each number of a range a tree of NumPy arrays (A, B, ...) and its counts: tokens,
             useful_tokens, useful_flops, hardware_flops where they are known.
         run_config: The run's whole configuration. A work directory with another one is refused; FREE may differ.
+        settings: Its dataclass. Its defaults stand for what the configuration of an older version lacks.
         start_params: Returns the parameters to start from, given abstract arrays with shapes, dtypes and shardings.
             None: random parameters.
         sample: Writes sample videos of a step from averaged parameters on the host. Only the main process calls it.
@@ -153,7 +151,7 @@ def train(
         # ---- State: from the newest checkpoint, else from given weights, else random
         stack.enter_context(only_writer(workdir, "minisora train"))
         workdir.mkdir(parents=True, exist_ok=True)
-        require_same_config(workdir, run_config)
+        require_same_config(workdir, run_config, settings)
         stack.enter_context(preemption_handler())
         goodput = stack.enter_context(contextlib.closing(Goodput(config.goodput, workdir)))
         key = jax.random.key(config.seed)
@@ -309,12 +307,16 @@ def _skip_batches(workdir: Path, batches: list[int]) -> None:
     barrier("left_out.json")
 
 
-def require_same_config(workdir: Path, run_config: dict) -> None:
-    """Write WORKDIR/config.json, or raise ValueError if it differs from `run_config` in what changes the result."""
+def require_same_config(workdir: Path, run_config: dict, settings: type | None = None) -> None:
+    """Write WORKDIR/config.json, or raise ValueError if it differs from `run_config` in what changes the result.
+
+    The defaults of `settings` stand for what the file lacks: a version that had no such setting did what they say.
+    """
     path = workdir / "config.json"
     text = json.dumps(run_config, indent=2, sort_keys=True) + "\n"
     if path.exists():
-        before, now = (_of_the_result(with_current_names(c)) for c in (read_json(path), json.loads(text)))
+        whole = lambda config: complete(config, settings) if settings else with_current_names(config)
+        before, now = (_of_the_result(whole(config)) for config in (read_json(path), json.loads(text)))
         if changed := _changes(before, now):
             raise ValueError(
                 f"{workdir} was begun with another config ({'; '.join(changed)}): use a new --workdir or that config"
