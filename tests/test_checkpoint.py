@@ -13,7 +13,7 @@ from minisora_jax.weights.checkpoint import Checkpoint, WeightsFileError
 
 FIXTURES = Path(__file__).parent / "parity/fixtures"
 # The same tensors, by torch.save(..., _use_new_zipfile_serialization=False): the format of torchvision's old files
-OLD = Path(__file__).parent / "cases/nested_old.pth"
+OLD = Path(__file__).parent / "checkpoints/nested_old.pth"
 
 
 @pytest.mark.parametrize("path", [FIXTURES / "nested.pth", OLD], ids=["torch", "torch before 1.6"])

@@ -75,7 +75,7 @@ class Jobs:
             args = argparse.Namespace(workdir=workdir, codec=None, init=None, list_config=False)
             train.run(args, [sys.argv[1], *flags])
 
-sys.exit(_run(Jobs, None, []))
+sys.exit(_run(Jobs, argparse.Namespace(), []))
 """
 )
 

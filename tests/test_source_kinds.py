@@ -528,7 +528,7 @@ def test_what_cannot_be_opened_says_why(tmp_path, monkeypatch):
         open_source(tmp_path / "nowhere")
     with pytest.raises(FileNotFoundError, match="there is no file .*x.tar"):
         open_source(tmp_path / "x.tar")
-    with pytest.raises(ValueError, match="gs://, s3:// and https:// are known"):
+    with pytest.raises(ValueError, match="gs://, s3://, hf:// and https:// are known"):
         open_source("ftpx://host/x.tar")
     monkeypatch.setitem(sys.modules, "gcsfs", None)
     with pytest.raises(ImportError, match=r"uv sync --extra cloud"):

@@ -1,5 +1,6 @@
 """Runs and the world: a notice to end, a full disk, damaged and flaky storage, a batch that breaks the loss."""
 
+import argparse
 import itertools
 import json
 import os
@@ -80,7 +81,7 @@ def test_it_is_no_failure_to_the_caller(capsys):
         def run(args, flags):
             raise Preempted("ended at step 7")
 
-    assert _run(Command, None, []) == 0 and "ended at step 7" in capsys.readouterr().err
+    assert _run(Command, argparse.Namespace(), []) == 0 and "ended at step 7" in capsys.readouterr().err
 
 
 def test_time_is_accounted_for(tmp_path):
