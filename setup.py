@@ -41,6 +41,7 @@ setup(
         "pillow>=11",
         "dm-pix>=0.4.4",
         "matplotlib>=3.9",
+        "scipy>=1.14",
         "tensorboardX>=2.6",
         "tqdm>=4.66",
         "fsspec>=2025.3",
