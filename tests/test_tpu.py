@@ -67,3 +67,19 @@ def test_a_train_step_is_compiled_for_a_pod():
     assert fits and 1e7 < temporary < 2e9
     assert ring and all(asynchronous for asynchronous, _, _ in ring)
     assert sum(sent for _, hidden, sent in ring if hidden) > 0.8 * sum(sent for _, _, sent in ring)
+
+
+POD = """
+from minisora_jax.cli import main
+pod = ["--topology=v6e:2x2", "--config=dit_256:size=S,data=data,rows=32", "--clip=1280", "--remat=host"]
+assert main(["plan", *pod]) == 0
+"""
+
+
+@needs_libtpu
+@needs_tokamax
+def test_the_small_config_for_pods_is_compiled_for_one():
+    """Its mesh takes the four chips. The blocks' inputs go to the host's memory and come back."""
+    plan = run(POD)
+    assert "mesh fsdp=4, remat host" in plan and "of 29.8: fits" in plan
+    assert "copy to the host" in plan and "copy from the host" in plan
