@@ -197,7 +197,18 @@ def spread(widths: tuple[int, ...], name: str, learning_rate: float, base_width:
     return {k: float(np.abs(v / v.mean() - 1).max()) for k, v in values.items()}
 
 
+@pytest.fixture
+def keeping_no_programs():
+    """jaxlib 0.12.0.1 once died of a segmentation fault as it wrote one of these programs for the cache on disk."""
+    name = "jax_persistent_cache_min_compile_time_secs"
+    before = jax.config.jax_persistent_cache_min_compile_time_secs
+    jax.config.update(name, 1e9)
+    yield
+    jax.config.update(name, before)
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("keeping_no_programs")
 @pytest.mark.parametrize("name, learning_rate", [("adamw", 3e-4), ("muon", 2e-3)])
 def test_steps_move_activations_as_far_at_every_width(name, learning_rate):
     flat = spread((64, 128, 256, 512), name, learning_rate, 64, 4)
