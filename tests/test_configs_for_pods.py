@@ -4,10 +4,11 @@ import jax
 import numpy as np
 import pytest
 
-from minisora_jax.config import build, load, names, read_config
+from minisora_jax.config import load, names
 from minisora_jax.models.dit import abstract_params
 from minisora_jax.parallel.mesh import MeshConfig
 from minisora_jax.plan.hardware import Topology
+from minisora_jax.plan.workload import configured_task, parameter_count
 from minisora_jax.training.diffusion_task import DiffusionTask
 
 SIZES = {"1b": ("v5e:8x8", 1.07e9), "3b": ("v5p:4x4x4", 2.81e9), "14b": ("v5p:8x8x8", 13.9e9)}
@@ -15,12 +16,7 @@ PAPER = {"S": 33e6, "B": 130e6, "L": 458e6, "XL": 675e6}  # of table 1 of the Di
 
 
 def task_of(config: str) -> DiffusionTask:
-    values = read_config([f"--config={config}"], DiffusionTask, "")
-    return build(DiffusionTask, {k: v for k, v in values.items() if k != "prompts"})
-
-
-def count(task: DiffusionTask) -> int:
-    return sum(x.size for x in jax.tree.leaves(abstract_params(task.dit)))
+    return configured_task([f"--config={config}"])
 
 
 def of_blocks(task: DiffusionTask) -> int:
@@ -36,7 +32,7 @@ def of_blocks(task: DiffusionTask) -> int:
 def test_t2v(size, stage):
     topology, parameters = SIZES[size]
     task = task_of(f"t2v:size={size},stage={stage},data=data")
-    assert abs(count(task) / parameters - 1) < 0.02
+    assert abs(parameter_count(task) / parameters - 1) < 0.02
     blocks = sum(x.size for x in jax.tree.leaves(abstract_params(task.dit)["params"]["blocks"]))
     assert blocks == of_blocks(task)
     divides(task, Topology.parse(topology).chips)

@@ -74,21 +74,18 @@ def run(args, config_flags):
 def _study_losses(args, config_flags):
     from pathlib import Path
 
-    from minisora_jax.config import build, read_config
     from minisora_jax.parallel.programs import keep_compiled_programs
     from minisora_jax.plan import loss_report
     from minisora_jax.plan.loss_findings import conclude
     from minisora_jax.plan.loss_study import LossStudy
-    from minisora_jax.plan.workload import token_count
-    from minisora_jax.training.diffusion_task import DiffusionTask
+    from minisora_jax.plan.workload import configured_task, token_count
 
     if given := [name for name in ("topology", "preset", "devices", "mixed") if getattr(args, name)]:
         raise ValueError(f"--{given[0]} belongs to a study of steps, and not to --loss")
     if args.check < 0:
         raise ValueError(f"--check={args.check:g} must be above 0: the FLOPs to predict, in budgets of the largest")
     keep_compiled_programs()
-    config = read_config(config_flags, DiffusionTask, "dit_tiny:data=data/latents")
-    task = build(DiffusionTask, {k: v for k, v in config.items() if k != "prompts"})
+    task = configured_task(config_flags)
     study = LossStudy(task, Path(args.out))
     cells = study.grid(
         _numbers(args.widths, "widths", int) or [task.dit.width],

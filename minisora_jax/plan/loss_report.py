@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import numpy as np
 from minisora_jax.plan.loss_findings import Findings, best_of_each, best_rates, groups
 from minisora_jax.plan.loss_fit import interval
 from minisora_jax.plan.loss_study import LossStudy, Trained
+from minisora_jax.plan.table import write_csv
 from minisora_jax.training.held_out import LEVELS
 
 FURTHER = (1.0, 4.0, 16.0)  # times the largest budget of the grid: rows of the table of best sizes
@@ -24,10 +24,7 @@ def write(found: Findings, study: LossStudy, title: str) -> None:
     rows = [_entries(r, "grid") for r in found.results]
     if found.checked:
         rows.append(_entries(found.checked, "check"))
-    with (out / "results.csv").open("w", newline="", encoding="utf-8") as file:
-        table = csv.DictWriter(file, list(rows[0]))
-        table.writeheader()
-        table.writerows(rows)
+    write_csv(out / "results.csv", rows)
     plots = _plots(found, out)
     settings = (
         f"Depth {task.dit.depth}, heads of {study.head_width}, {task.run.optim.name} with muP from width "

@@ -15,7 +15,6 @@ import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import jax
 import numpy as np
 
 from minisora_jax.data.latents import open_latents
@@ -23,9 +22,9 @@ from minisora_jax.io.atomic import write_text
 from minisora_jax.io.json_files import read_json
 from minisora_jax.io.progress import Progress
 from minisora_jax.io.retry import DataError
-from minisora_jax.models.dit import abstract_params
 from minisora_jax.models.dit_config import DiTConfig
 from minisora_jax.parallel.processes import is_main
+from minisora_jax.plan.workload import parameter_count
 from minisora_jax.training.diffusion_task import DiffusionTask, pack_plan, padded_sizes, train_diffusion, with_row_size
 from minisora_jax.training.flops import count_work
 from minisora_jax.training.loop import require_same_config
@@ -55,6 +54,19 @@ class Cell:
 
 
 @dataclasses.dataclass(frozen=True)
+class Costs:
+    """What a step or a whole training costs."""
+
+    tokens: float  # useful ones
+    flops: float
+
+    @property
+    def size(self) -> float:
+        """N = C / (6 D): the parameters that a token passes, with attention counted as such."""
+        return self.flops / (6 * self.tokens)
+
+
+@dataclasses.dataclass(frozen=True)
 class Trained:
     """A finished training."""
 
@@ -67,21 +79,8 @@ class Trained:
 
     @property
     def size(self) -> float:
-        """N = C / (6 D): the parameters that a token passes, with attention counted as such."""
-        return self.flops / (6 * self.tokens)
-
-
-@dataclasses.dataclass(frozen=True)
-class Costs:
-    """What one step costs."""
-
-    tokens: float  # useful ones
-    flops: float
-
-    @property
-    def size(self) -> float:
-        """N, as in `Trained`."""
-        return self.flops / (6 * self.tokens)
+        """N, see `Costs`."""
+        return Costs(self.tokens, self.flops).size
 
 
 class LossStudy:
@@ -229,7 +228,7 @@ class LossStudy:
             cell,
             cell.steps * costs.tokens,
             cell.steps * costs.flops,
-            sum(p.size for p in jax.tree.leaves(abstract_params(dataclasses.replace(task.dit, attention="reference")))),
+            parameter_count(task),
             last["held_out_loss"],
             {k.removeprefix("held_out_loss/"): v for k, v in last.items() if k.startswith("held_out_loss/")},
         )

@@ -10,7 +10,6 @@ the time is modelled (cost_model.py). Each row of the result names its method.
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import math
 import time
@@ -32,6 +31,7 @@ from minisora_jax.plan.compiled import Workload, compile_for
 from minisora_jax.plan.cost_model import arithmetic, estimate
 from minisora_jax.plan.hardware import Topology
 from minisora_jax.plan.report import mesh_name
+from minisora_jax.plan.table import write_csv
 from minisora_jax.training.diffusion_task import DiffusionTask, init_params, loss_of, optimizer_of
 from minisora_jax.training.loop import jit_train_step
 from minisora_jax.training.step import init_state
@@ -210,10 +210,7 @@ def write(results: Sequence[Result], out: Path, title: str) -> None:
     """Write results.csv, README.md and plots of step time, memory and MFU against context under `out`."""
     out.mkdir(parents=True, exist_ok=True)
     rows = [r.entries() for r in results]
-    with (out / "results.csv").open("w", newline="", encoding="utf-8") as file:
-        table = csv.DictWriter(file, list(rows[0]))
-        table.writeheader()
-        table.writerows(rows)
+    write_csv(out / "results.csv", rows)
     plots = _plots(results, out)
     text = [f"# {title}", "", *(f"![{name}]({name})" for name in plots), "", *_markdown(results)]
     (out / "README.md").write_text("\n".join(text) + "\n", encoding="utf-8")

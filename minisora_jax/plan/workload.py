@@ -35,10 +35,15 @@ def task_of(preset: str | None, config_flags: list[str], remat: str | None, atte
         task = DiffusionTask(dit=TRANSFORMERS[preset].config)
         remat = remat or "full"
     else:
-        config = read_config(config_flags, DiffusionTask, "dit_tiny:data=data/latents")
-        task = build(DiffusionTask, {k: v for k, v in config.items() if k != "prompts"})
+        task = configured_task(config_flags)
     dit = dataclasses.replace(task.dit, remat=remat or task.dit.remat, attention=attention, dtype="bfloat16")
     return dataclasses.replace(task, dit=dit)
+
+
+def configured_task(config_flags: list[str]) -> DiffusionTask:
+    """The training task that "--config=NAME" and its overrides say, without the prompts of its samples."""
+    config = read_config(config_flags, DiffusionTask, "dit_tiny:data=data/latents")
+    return build(DiffusionTask, {k: v for k, v in config.items() if k != "prompts"})
 
 
 def parameter_count(task: DiffusionTask) -> int:
