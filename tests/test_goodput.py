@@ -1,14 +1,11 @@
 """A run's steps reach ML Goodput, whose own calculator reads them. Cloud Logging is a list here."""
 
-import dataclasses
+import functools
 import importlib
 import sys
 
 import pytest
-from train_tiny import make_cache, task
-
-from minisora_jax.data.latents import Latents
-from minisora_jax.training.diffusion_task import train_diffusion
+from train_tiny import make_cache, train_with
 
 
 class Entries:
@@ -29,10 +26,7 @@ class Entries:
         pass
 
 
-def train(cache, workdir, steps: int):
-    small = task(steps)
-    small = dataclasses.replace(small, run=dataclasses.replace(small.run, goodput="runs"))
-    train_diffusion(small, workdir, Latents(cache), {"run": {"goodput": "runs"}}, {})
+train = functools.partial(train_with, goodput="runs")
 
 
 @pytest.mark.slow

@@ -1,20 +1,13 @@
 """The metrics of a run reach Weights & Biases, here its offline files. A run that goes on is the same run there."""
 
-import dataclasses
+import functools
 import json
 import sys
 
 import pytest
-from train_tiny import make_cache, task
+from train_tiny import make_cache, train_with
 
-from minisora_jax.data.latents import Latents
-from minisora_jax.training.diffusion_task import train_diffusion
-
-
-def train(cache, workdir, steps: int):
-    small = task(steps)
-    small = dataclasses.replace(small, run=dataclasses.replace(small.run, wandb="team/videos"))
-    train_diffusion(small, workdir, Latents(cache), {"run": {"wandb": "team/videos"}}, {})
+train = functools.partial(train_with, wandb="team/videos")
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """A run for test_train.py to start, kill and start again: python tests/train_tiny.py WORKDIR CACHE STEPS."""
 
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -31,6 +32,13 @@ def make_cache(directory, codec_hash: str = "test") -> None:
 
     text = {"encoder": "bytes"}
     write_latents(directory, list(clips()), codec_hash=codec_hash, text=text, empty_text_LE=encode_bytes(""))
+
+
+def train_with(cache, workdir, steps: int, **settings) -> None:
+    """A run with other settings of `RunConfig`."""
+    small = task(steps)
+    small = dataclasses.replace(small, run=dataclasses.replace(small.run, **settings))
+    train_diffusion(small, workdir, Latents(cache), {"run": settings}, {})
 
 
 def task(steps: int, rows: int = 8, strict: bool = False) -> DiffusionTask:

@@ -27,8 +27,7 @@ def run(args, _):
 
     import jax
 
-    from minisora_jax.io import checksum
-    from minisora_jax.io.model_card import write_card
+    from minisora_jax.io import checksum, model_card
     from minisora_jax.io.model_dir import open_model
     from minisora_jax.weights.rules import export_lazily, save_sharded
 
@@ -36,8 +35,10 @@ def run(args, _):
     rules, theirs, stem = published(config, args.model)
     save_sharded(args.out, export_lazily(leaves, rules), stem, shard_bytes=int(args.shard_gb * 2**30))
     (Path(args.out) / "config.json").write_text(json.dumps(theirs, indent=2) + "\n", encoding="utf-8")
-    checksum.write_checksums(Path(args.out), without=["README.md"])
-    write_card(Path(args.out), config, sum(math.prod(x.shape) for x in jax.tree.leaves(leaves)), loader_of(theirs))
+    checksum.write_checksums(Path(args.out), without=[model_card.NAME])
+    model_card.write_card(
+        Path(args.out), config, sum(math.prod(x.shape) for x in jax.tree.leaves(leaves)), loader_of(theirs)
+    )
     print(f"{args.model} written to {args.out}")
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from minisora_jax.io.atomic import write_text
 
+NAME = "README.md"
 TASKS = {"dit": "text-to-video", "vae": "image-to-image", "t5": "feature-extraction", "clip": "feature-extraction"}
 NOUNS = {"dit": "diffusion transformer", "vae": "video codec", "t5": "text encoder", "clip": "text encoder"}
 RECORDED = (  # (label, keys of the entry in the run's config)
@@ -33,8 +34,8 @@ def write_card(folder: Path, config: dict[str, Any], parameters: int, loader: st
         parameters: their number.
         loader: the class of diffusers or transformers that reads the folder; "": it has this project's layout.
     """
-    if not (folder / "README.md").exists():
-        write_text(folder / "README.md", model_card(folder.resolve().name, config, parameters, loader))
+    if not (folder / NAME).exists():
+        write_text(folder / NAME, model_card(folder.resolve().name, config, parameters, loader))
 
 
 def model_card(name: str, config: dict[str, Any], parameters: int, loader: str = "") -> str:

@@ -6,6 +6,8 @@ reads it back; JOB is the name of the work directory. metrics.jsonl has a goodpu
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,11 +45,14 @@ class Goodput:
         if self._recorder:
             self._recorder.record_training_preparation_end_time()
 
-    def data(self, waiting: bool) -> None:
-        """The run begins to wait for a batch, or has it."""
+    @contextlib.contextmanager
+    def data(self) -> Iterator[None]:
+        """A context in which the run waits for a batch."""
         if self._recorder:
-            record = self._recorder.record_data_loading_start_time
-            (record if waiting else self._recorder.record_data_loading_end_time)()
+            self._recorder.record_data_loading_start_time()
+        yield
+        if self._recorder:
+            self._recorder.record_data_loading_end_time()
 
     def step(self, number: int) -> None:
         """Step `number` begins. They count from 1; the package counts from 0."""

@@ -187,12 +187,10 @@ def train(
             pending, window = None, []
             goodput.prepared()
             for step in range(start + 1, config.steps + 1):
-                goodput.data(waiting=True)
-                with clock.part("data"):
+                with goodput.data(), clock.part("data"):
                     batch, counts = next(stream)
                     while number in skipped:
                         (batch, counts), number = next(stream), number + 1
-                goodput.data(waiting=False)
                 goodput.step(step)
                 # The first call compiles.
                 with clock.part("compile" if step == start + 1 else "step"), profiler.step(step):
