@@ -4,7 +4,8 @@
     minisora train --config=dit_tiny:data=data/shapes-latents --workdir=runs/model
     minisora eval model --model=runs/model/export
 
-Hardware: 2 CPU cores. What it reached is in minisora_jax/bundled/README.md.
+Hardware: 2 CPU cores. What it reached is in minisora_jax/bundled/README.md. With classes=N the model reads classes,
+of a cache that `encode --classes` made.
 """
 
 from ml_collections import ConfigDict
@@ -13,9 +14,10 @@ from minisora_jax.config import parse_arg
 
 
 def get_config(arg=None):
-    arg = parse_arg(arg, data="", steps=5000, rows=0, prompts=True, lr=3e-3)
+    arg = parse_arg(arg, data="", classes=0, steps=5000, rows=0, prompts=True, lr=3e-3)
     if not arg["data"]:
         raise ValueError("name the latent cache: --config=dit_tiny:data=DIR (`minisora encode` writes one)")
+    label = dict(caption="label", classes=arg["classes"] + 1, micro_conditioning=False) if arg["classes"] else {}
     return ConfigDict(
         dict(
             data=dict(path=arg["data"]),
@@ -30,6 +32,7 @@ def get_config(arg=None):
                 text_width=128,
                 text_depth=1,
                 dtype="float32",  # bfloat16 is no faster on CPUs, where memory traffic and not arithmetic decides
+                **label,
             ),
             pack=dict(rows=arg["rows"]),  # the rest follows from the clips: 256 tokens for these
             times=dict(mean=0.0, std=1.0, base_tokens=32, per_frame=0.1),

@@ -20,9 +20,10 @@ from minisora_jax.data.latents import Latents, write_latents  # noqa: E402
 from minisora_jax.io.model_dir import load_model, load_params_onto  # noqa: E402
 from minisora_jax.media.video import read_clip_frames  # noqa: E402
 from minisora_jax.media.video_writer import write_video  # noqa: E402
+from minisora_jax.models.captions import BYTES, class_captions  # noqa: E402
+from minisora_jax.models.codec import Codec  # noqa: E402
 from minisora_jax.models.dit import DiT, abstract_batch, abstract_params  # noqa: E402
 from minisora_jax.models.t5 import T5Config, T5Encoder  # noqa: E402
-from minisora_jax.models.text import encode_bytes  # noqa: E402
 from minisora_jax.models.vae import VAE  # noqa: E402
 from minisora_jax.parallel.mesh import SHARDS, MeshConfig, make_mesh, with_shardings  # noqa: E402
 from minisora_jax.toy.shapes import Shapes  # noqa: E402
@@ -216,15 +217,32 @@ def test_a_class_is_asked_for_by_its_number(project, capsys):
     assert "frames=5: this model makes images; use --frames 1" in refused(capsys, "generate", "7", *model, "--frames=5")
     said = refused(capsys, "generate", "a dog", *model, "--frames=1")
     assert "prompt 'a dog' must be the number of a class, 0 to 9" in said
-    assert "latent caches hold captions" in refused(capsys, *finetune(at, "no", init="dit"))
+    said = refused(capsys, *finetune(at, "no", init="dit"))
+    assert "dit learns from 10 classes, and the latent cache was made with the text encoder" in said
+    assert "encode the clips with --classes" in said
 
 
-def write(directory: Path, codec_hash: str, channels: int) -> None:
-    """A latent cache with captions as bytes."""
-    blank = np.zeros((1, 4, 4, channels), np.float32)
-    text = encode_bytes("")
-    clips = [LatentClip(blank, blank, text, "", 8.0, "blank")]
-    write_latents(directory, clips, codec_hash=codec_hash, text={"encoder": "bytes"}, empty_text_LE=text)
+def test_a_model_of_classes_learns_from_images_of_its_classes(project, capsys):
+    at, codec_hash = project, Codec.load(project / "sd-vae").latents
+    names, image = [f"class {i}" for i in range(10)], (1, 8, 8)
+    write(at / "labels", codec_hash, 4, class_captions(11, names), names[3], image)
+    minisora(*finetune(at, "labelled", "labels", "dit", "sd-vae", changes=["pack.rows=8", "run.steps=1"]))
+    assert load_model(at / "labelled/export")[1]["text"] == {"encoder": "classes", "names": names}
+    write(at / "fewer", codec_hash, 4, class_captions(4, names[:3]), names[2], image)
+    said = refused(capsys, *finetune(at, "no", "fewer", "dit", "sd-vae"))
+    assert "learns from 10 classes, and the latent cache has 3 classes: 'class 0'" in said
+    assert "encode the clips with --classes=FILE of all 10 names" in said
+    write(at / "films", codec_hash, 4, class_captions(11, names), names[3], (2, 8, 8))
+    assert "makes images, since its tokens have no place in time, and 8 of the 8 clips are videos" in refused(
+        capsys, *finetune(at, "no", "films", "dit", "sd-vae")
+    )
+
+
+def write(directory: Path, codec_hash: str, channels: int, captions=BYTES, caption="", size=(1, 4, 4)) -> None:
+    """A latent cache of 8 blank clips."""
+    blank, [text, empty] = np.zeros((*size, channels), np.float32), captions.encode([caption, ""])
+    clips = [LatentClip(blank, blank, text, caption, 8.0, "blank")] * 8
+    write_latents(directory, clips, codec_hash=codec_hash, text=captions.record, empty_text_LE=empty)
 
 
 def test_what_does_not_fit_is_said_before_anything_is_compiled(project, capsys, monkeypatch):

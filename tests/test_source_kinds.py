@@ -489,6 +489,38 @@ def test_columns_that_leave_a_choice_are_asked_for(columns, spec, message, tmp_p
         open_source(f"{tmp_path}/x.parquet{spec}")
 
 
+def test_classes_are_the_names_of_folders(files, tmp_path):
+    """In a folder and in a tar, whatever lies beside the clips; a pickle keeps it, and its identity is its own."""
+    inside = {"cats/a.mp4": files["a.mp4"], "dogs/deep/c.png": files["c.png"], "d.webm": files["d.webm"]}
+    inside["cats/a.txt"] = b"a caption that is no class"
+    for name, data in inside.items():
+        (tmp_path / "folder" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "folder" / name).write_bytes(data)
+    write_tar(tmp_path / "x.tar", inside)
+    for spec in (tmp_path / "folder", tmp_path / "x.tar"):
+        source = open_source(f"{spec}?caption=folder")
+        captions = {name: media.caption for name, media in media_of(pickle.loads(pickle.dumps(source))).items()}
+        assert captions == {"cats/a.mp4": "cats", "dogs/deep/c.png": "dogs"}
+        assert skipped(source) == {"d.webm": "no class"}
+        assert source.identity != open_source(spec).identity
+        with pytest.raises(ValueError, match=r"'\?caption=title' must be '\?caption=folder'"):
+            open_source(f"{spec}?caption=title")
+
+
+def test_classes_of_datasets_are_named(files, tmp_path):
+    """The ClassLabel of `datasets` is a number, whose name is in the metadata. Plain numbers are their own names."""
+    rows = [{"bytes": files["c.png"], "path": f"{i}.png"} for i in range(3)]
+    table = pa.table({"image": rows, "label": pa.array([1, 0, 7]), "n": pa.array([1, 0, 7])})
+    label = {"names": ["cat", "dog"], "_type": "ClassLabel"}
+    note = {"huggingface": json.dumps({"info": {"features": {"image": {"_type": "Image"}, "label": label}}})}
+    pq.write_table(table.replace_schema_metadata(note), tmp_path / "x.parquet")
+    source = open_source(tmp_path / "x.parquet")
+    assert [source[i].caption for i in range(len(source))] == ["dog", "cat"]
+    assert skipped(source) == {"2.png": "no caption"}
+    source = open_source(f"{tmp_path / 'x.parquet'}?caption=n")
+    assert [source[i].caption for i in range(3)] == ["1", "0", "7"]
+
+
 def test_splits_of_a_directory_must_be_chosen(files, tmp_path):
     for split in ("train", "test"):
         write_parquet(tmp_path / f"{split}-00000-of-00001.parquet", files, list(CAPTIONS.values()))

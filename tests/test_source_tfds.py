@@ -195,6 +195,18 @@ def test_frames_as_a_tensor_and_single_images(tmp_path):
     assert len(open_source(f"tfds:photos:train?data_dir={tmp_path}", need_caption=False)) == 1
 
 
+def test_a_class_has_its_name(tmp_path):
+    """ImageNet's form: an image, a label, and a file name, which is text but no caption."""
+    features = {"image": F.Image(shape=(None, None, 3)), "label": F.ClassLabel(names=["tench", "goldfish"])}
+    features["file_name"] = F.Text()
+    rows = [{"image": png(noise(1)[0]), "label": n, "file_name": f"{n}.JPEG"} for n in (1, 0)]
+    written("Pets", features, lambda: rows, tmp_path)
+    for option in ("", "&caption=label"):
+        source = open_source(f"tfds:pets:train?data_dir={tmp_path}{option}")
+        again = pickle.loads(pickle.dumps(source))
+        assert [again[i].caption for i in range(2)] == ["goldfish", "tench"]
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("clips")

@@ -7,12 +7,13 @@ from pathlib import Path
 
 from minisora_jax.api.samples import held_out_examples
 from minisora_jax.bundled import CODEC
+from minisora_jax.data.classes import OfClasses, classes_of, read_classes
 from minisora_jax.data.encode import encode_clips
 from minisora_jax.data.latents import my_parts, write_latents
 from minisora_jax.io.lock import only_writer
 from minisora_jax.io.progress import Progress
 from minisora_jax.io.retry import DataError
-from minisora_jax.models.captions import BYTES, encoder_captions
+from minisora_jax.models.captions import BYTES, class_captions, encoder_captions
 from minisora_jax.models.codec import Codec
 from minisora_jax.parallel.programs import keep_compiled_programs
 from minisora_jax.sources.clips import open_clips
@@ -24,6 +25,7 @@ def encode(
     *,
     codec: str | Path | None = None,
     text_encoder: str | Path | None = None,
+    classes: bool | str | Path = False,
     long_captions: float = 0.95,
     strict: bool = False,
     shard_mb: int = 256,
@@ -40,6 +42,9 @@ def encode(
         out: the directory of the cache.
         codec: the directory of a codec; None for the bundled one.
         text_encoder: the directory of a text encoder that `minisora import` wrote; None keeps captions as bytes.
+        classes: captions are classes, which the cache stores as numbers. True: each caption is one, in the order of
+            their letters. Or the names of all classes, so that several caches have the same ones: a text file with a
+            name a line, or another latent cache.
         long_captions: share of clips that get their long caption, where a captioner wrote one (DALL-E 3 used 0.95).
         strict: raise at the first damaged clip instead of leaving it out.
         shard_mb: size of a shard in MiB.
@@ -51,7 +56,7 @@ def encode(
 
     Raises:
         FileNotFoundError: if there is no such data set or model.
-        ValueError: if `out` holds a cache of another codec or data set.
+        ValueError: if `out` holds a cache of another codec or data set, or both `classes` and `text_encoder` are given.
 
     Example:
         >>> import tempfile
@@ -64,8 +69,15 @@ def encode(
         raise ValueError(f"clips_per_part={clips_per_part} must be at least 1")
     keep_compiled_programs()
     loaded = Codec.load(codec or CODEC)
+    if classes and text_encoder:
+        raise ValueError("captions become classes (--classes) or features (--text-encoder), one of the two")
     captions = encoder_captions(text_encoder) if text_encoder else BYTES
-    clips = open_clips(str(data), long_captions=long_captions)
+    source = open_clips(str(data), long_captions=None if classes else long_captions)
+    clips, examples = source, held_out_examples(str(data))
+    if classes:
+        names = classes_of(source, progress) if classes is True else read_classes(classes)
+        captions, clips = class_captions(len(names) + 1, names), OfClasses(source, names)
+        examples = [e for e in examples if clips.names.of_caption(e["prompt"]) is not None]
     mine = my_parts(len(clips), clips_per_part)
     count = sum(map(len, mine.values()))
     bar = Progress(desc="encoding", unit="clip", total=count, disable=not progress)
@@ -85,8 +97,8 @@ def encode(
             codec_hash=loaded.latents,
             text=captions.record,
             empty_text_LE=captions.encode([""])[0],
-            source=getattr(clips, "identity", str(data)),
-            examples=held_out_examples(str(data)),
+            source=getattr(source, "identity", str(data)),
+            examples=examples,
             shard_bytes=shard_mb * 2**20,
             clips_per_part=clips_per_part,
         )

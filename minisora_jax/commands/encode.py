@@ -4,6 +4,7 @@ examples:
   minisora encode data/clips data/latents --codec=runs/codec/export
   minisora encode data/clips data/latents --codec=models/wan-vae --text-encoder=models/umt5
   minisora encode data/clips data/latents --codec=models/wan-vae --mesh data=2,ring=4
+  minisora encode data/imagenet data/latents --codec=models/sd-vae --classes=LOC_synset_mapping.txt
   minisora encode shapes:train:20000 data/shapes-latents
 
 Interrupted, the same command goes on after the last finished part. On several processes (a pod, or
@@ -26,6 +27,15 @@ def add_arguments(parser):
         "--text-encoder", default=None, help="a text encoder that `minisora import` wrote (default: captions as bytes)"
     )
     parser.add_argument(
+        "--classes",
+        nargs="?",
+        const=True,
+        default=False,
+        metavar="FILE",
+        help="captions are classes, for models that read labels: the data set's own in the order of their letters, or "
+        "--classes=FILE of one name a line, or of a latent cache, so that several caches have the same ones",
+    )
+    parser.add_argument(
         "--long-captions",
         type=float,
         default=0.95,
@@ -46,6 +56,7 @@ def run(args, _):
 
     from minisora_jax.api.encoding import encode
     from minisora_jax.io.json_files import read_json
+    from minisora_jax.models.captions import CLASSES, in_words
     from minisora_jax.parallel.processes import is_main
 
     with mesh_in_use(args.mesh):
@@ -54,6 +65,7 @@ def run(args, _):
             args.out,
             codec=args.codec,
             text_encoder=args.text_encoder,
+            classes=args.classes,
             long_captions=args.long_captions,
             strict=args.strict,
             shard_mb=args.shard_mb,
@@ -63,4 +75,5 @@ def run(args, _):
         manifest = read_json(Path(args.out) / "manifest.json")
         left_out = f", {len(names)} left out" if isinstance(names := manifest.get("left_out"), list) and names else ""
         shards = f"{manifest['records']} clips in {len(manifest['shards'])} shards"
-        print(f"{shards} of latents of codec {manifest['settings']['codec_hash']}{left_out}: {args.out}")
+        classes = f", {in_words(text)}" if (text := manifest["settings"]["text"])["encoder"] == CLASSES else ""
+        print(f"{shards} of latents of codec {manifest['settings']['codec_hash']}{classes}{left_out}: {args.out}")

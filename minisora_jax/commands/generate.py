@@ -22,9 +22,9 @@ examples:
   minisora generate 207 --model=models/dit --codec=models/sd-vae --size 256x256 --frames 1
 
 The bundled model knows coloured shapes in motion: --captions lists its words. A model trained here remembers its text
-encoder; an imported model is told with --text-encoder. For a model of classes the prompt is a class number. Sizes are
-HEIGHTxWIDTH in pixels. Each file has a record beside it and within it, from which --reproduce makes it again. On
-several processes (a pod, or launch/local_cpu.py) all take part in each video.
+encoder; an imported model is told with --text-encoder. For a model of classes the prompt is the number or the name of a
+class. Sizes are HEIGHTxWIDTH in pixels. Each file has a record beside it and within it, from which --reproduce makes it
+again. On several processes (a pod, or launch/local_cpu.py) all take part in each video.
 """
 
 from __future__ import annotations

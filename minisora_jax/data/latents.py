@@ -23,6 +23,7 @@ from minisora_jax.io.concat_index import ConcatIndex
 from minisora_jax.io.json_files import read_json
 from minisora_jax.io.records import Shards, pack_record
 from minisora_jax.io.retry import DataError
+from minisora_jax.models.captions import CLASSES, class_names, in_words
 from minisora_jax.parallel.processes import barrier, is_main, several
 from minisora_jax.sources.base import PREPROCESSING_VERSION
 from minisora_jax.types import LatentClip
@@ -140,6 +141,10 @@ class Latents:
         self.text, self.codec_hash = settings.get("text"), settings.get("codec_hash")
         if not isinstance(self.text, dict) or not isinstance(self.codec_hash, str):
             raise DataError(f"{self.shards.directory}/manifest.json is damaged: it names no codec or no text encoder")
+        try:
+            self.classes = len(class_names(self.text)) if self.text.get("encoder") == CLASSES else 0
+        except ValueError as error:
+            raise DataError(f"{self.shards.directory}/manifest.json is damaged: {error}") from error
         self.counts, self.weights, self.masks = (len(self.shards),), (1.0,), ("",)
 
     @property
@@ -161,6 +166,8 @@ class Latents:
             raise DataError(
                 f"record {i} of {self.shards.directory} is corrupt: {mean.shape}, {std.shape}, {text.shape}"
             )
+        if self.classes and not (text.shape == (1, 1) and text.dtype.kind == "i" and 0 <= text[0, 0] < self.classes):
+            raise DataError(f"record {i} of {self.shards.directory} is corrupt: {text!r:.50} is no class")
         self.shards.require_size(i, (*mean.shape[:3], len(text)))
         return LatentClip(mean, std, text, caption, float(fps), name)
 
@@ -175,14 +182,16 @@ class Mixture:
     def __init__(self, caches: list[Latents], weights: list[float], masks: list[str] | None = None):
         first = caches[0]
         for cache in caches[1:]:
-            for name, ours, theirs in (
-                ("text encoder", first.text, cache.text),
-                ("codec", first.codec_hash, cache.codec_hash),
+            for ours, theirs in (
+                (first.text, cache.text),
+                (f"the codec {first.codec_hash}", f"the codec {cache.codec_hash}"),
             ):
                 if ours != theirs:
+                    said = [x if isinstance(x, str) else in_words(x) for x in (theirs, ours)]
                     raise DataError(
-                        f"{cache.shards.directory} was made with the {name} {theirs}, {first.shards.directory} with "
-                        f"{ours}: the caches of one mixture must share it. Encode one of them again"
+                        f"{cache.shards.directory} was made with {said[0]}, {first.shards.directory} with {said[1]}: "
+                        f"the caches of one mixture must share it. Encode one of them again (with --classes="
+                        f"{first.shards.directory} for classes in common)"
                     )
         self.caches, self.weights = caches, tuple(weights)
         self.masks = tuple(masks or [""] * len(caches))

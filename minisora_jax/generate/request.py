@@ -34,7 +34,7 @@ class Request:
     """One video for the model to sample.
 
     Args:
-        prompt: what it shows; for a model of classes the number of a class.
+        prompt: what it shows; for a model of classes the number or the name of a class.
         size_THW: frames, height and width in pixels: 1 + 4k frames (4k of a loop or a middle stretch), height and width
             multiples of the pipeline's `cell`.
         seed: seed of the noise.

@@ -202,6 +202,6 @@ def _check_same(out_dir: Path, opening: dict, stored: dict) -> None:
     for key in [*ours, *theirs]:
         if ours.get(key) != theirs.get(key):
             raise DataError(
-                f"{out_dir} already holds a data set with {key}={theirs.get(key)!r}; this one has "
-                f"{key}={ours.get(key)!r}. Write to another folder, or delete {out_dir}"
+                f"{out_dir} already holds a data set with {key}={theirs.get(key)!r:.200}; this one has "
+                f"{key}={ours.get(key)!r:.200}. Write to another folder, or delete {out_dir}"
             )

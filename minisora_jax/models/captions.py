@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from minisora_jax.config import how_to_install
+from minisora_jax.models.class_names import ClassNames
 from minisora_jax.models.clip import CLIPConfig
 from minisora_jax.models.dit import DiTConfig
 from minisora_jax.models.encoder import TextEncoder
@@ -30,6 +31,7 @@ log = logging.getLogger("minisora")
 
 MAX_TOKENS = 512  # of a caption, as most models with T5 train (CLIP has its own number)
 BATCH = 8  # captions encoded together
+CLASSES = "classes"  # the "encoder" of captions that are classes
 TOKENIZER = "tokenizer"  # the folder beside an encoder's weights that `minisora import` copies its tokenizer to
 
 
@@ -37,7 +39,8 @@ TOKENIZER = "tokenizer"  # the folder beside an encoder's weights that `minisora
 class Captions:
     """One way to turn captions into features."""
 
-    record: dict[str, Any]  # JSON: {"encoder": "bytes", "classes" or a hash, "path": directory of the encoder}
+    # JSON: {"encoder": "bytes", "classes" or a hash, "path": directory of the encoder, "names" of the classes}
+    record: dict[str, Any]
     width: int  # E
     encode: Callable[[list[str]], list[np.ndarray]]  # (L, E) for each caption
 
@@ -45,19 +48,42 @@ class Captions:
 BYTES = Captions({"encoder": "bytes"}, 1, lambda captions: [encode_bytes(c) for c in captions])
 
 
-def class_captions(classes: int) -> Captions:
-    """Captions that are the number of a class. The last class means "no class" and is the empty caption.
+def class_captions(classes: int, names: Sequence[str] = ()) -> Captions:
+    """Captions that are the name or the number of a class, see `ClassNames`. The empty caption means "no class".
 
-    Its `encode` raises ValueError for a caption that is neither empty nor a number from 0 to classes - 2.
+    Its `encode` raises ValueError for a caption that is no class.
+
+    Args:
+        classes: Rows of the model's table of labels. The last one means "no class".
+        names: The name of each other class; none: they have numbers only.
     """
+    known = ClassNames(classes - 1, names)
 
     def encode(caption: str) -> np.ndarray:
-        number = int(caption) if caption.isdecimal() else classes if caption else classes - 1
-        if number >= classes - bool(caption):
-            raise ValueError(f"prompt {caption!r} must be the number of a class, 0 to {classes - 2}")
-        return np.full((1, 1), number, np.int32)
+        return np.full((1, 1), known.of_prompt(caption) if caption else classes - 1, np.int32)
 
-    return Captions({"encoder": "classes"}, 1, lambda captions: [encode(c.strip()) for c in captions])
+    record = {"encoder": CLASSES} | ({"names": list(names)} if names else {})
+    return Captions(record, 1, lambda captions: [encode(c.strip()) for c in captions])
+
+
+def class_names(record: dict | None) -> list[str]:
+    """The names of the classes of a `Captions.record`; [] if it has none.
+
+    Raises:
+        ValueError: They are no list of different texts.
+    """
+    names = (record or {}).get("names", [])
+    if not isinstance(names, list) or not all(isinstance(n, str) and n for n in names) or len(set(names)) < len(names):
+        raise ValueError(f"the names of classes are {names!r:.100}, and must be a list of different texts")
+    return names
+
+
+def in_words(record: dict | None) -> str:
+    """What a `Captions.record` says, on a line."""
+    if record and record.get("encoder") == CLASSES:
+        names = class_names(record)
+        return f"{len(names)} classes: {', '.join(map(repr, names)):.100}"
+    return f"the text encoder {record}"
 
 
 def encoder_captions(directory: str | Path) -> Captions:
@@ -155,7 +181,7 @@ def captions_of(config: DiTConfig, record: dict | None, directory: str | Path | 
         ValueError: The text encoder is missing, or it is not the one that the model was trained with.
     """
     if config.caption == "label" or config.text_features == 1:
-        plain = class_captions(config.classes) if config.caption == "label" else BYTES
+        plain = _labels(config.classes, record) if config.caption == "label" else BYTES
         if directory:
             raise ValueError(f"--text-encoder={directory}: the model reads {plain.record['encoder']}, not features")
         return plain
@@ -180,3 +206,13 @@ def captions_of(config: DiTConfig, record: dict | None, directory: str | Path | 
             f"{captions.record['encoder']}: give the one it was trained with by --text-encoder=DIR"
         )
     return captions
+
+
+def _labels(classes: int, record: dict | None) -> Captions:
+    names = class_names(record)
+    if names and len(names) != classes - 1:
+        raise ValueError(
+            f"the model's record names {len(names)} classes, and its table of labels has {classes} rows, of which one "
+            f'is "no class": it needs {classes - 1} names'
+        )
+    return class_captions(classes, names)

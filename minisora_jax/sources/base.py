@@ -6,6 +6,8 @@
       captions.jsonl              {"file": "sub/dog.webm", "caption": "a dog runs"} a line, or
       captions.csv                a header line `file,caption`, then rows
       metadata.jsonl, .csv        Hugging Face's image and video folders: `file_name` and `text`, in any subfolder
+    imagenet/train?caption=folder
+      n02099601/1.JPEG            the caption is the name of the folder: a class
     shapes:train:5000             the procedural clips of toy/shapes.py
     clips.tar, gs://..., ...      docs/sources.md lists them all
 
@@ -39,7 +41,7 @@ from minisora_jax.media.video import (
     open_video,
     read_clip_frames,
 )
-from minisora_jax.sources.captions import MAX_CAPTION, MAX_TABLE, is_table, scan_names
+from minisora_jax.sources.captions import MAX_CAPTION, MAX_TABLE, caption_option, is_table, scan_names
 from minisora_jax.sources.skips import SkipReport
 
 PREPROCESSING_VERSION = 2  # changes when the same file gives other pixels; caches store it
@@ -123,19 +125,22 @@ class Folder:
     the same.
 
     Args:
+        caption: "folder": the caption of a clip is the name of the folder below `path` that it lies in, its class.
         need_caption: skip clips without a caption.
         strict: raise BadClip instead of skipping.
 
     Raises:
         FileNotFoundError: the path is no folder.
+        ValueError: `caption` is neither "" nor "folder".
     """
 
-    def __init__(self, path: str | os.PathLike, *, need_caption: bool = True, strict: bool = False):
+    def __init__(self, path: str | os.PathLike, caption: str = "", *, need_caption: bool = True, strict: bool = False):
         self.path, self.need_caption = Path(path), need_caption
+        self.caption = caption_option(os.fspath(path), caption)
         if not self.path.is_dir():
             raise FileNotFoundError(f"{path} is not a folder of clips")
         self.report = SkipReport(strict)
-        self.entries: list[tuple[str, str]] = _scan(self.path, need_caption, self.report)  # (name, caption)
+        self.entries: list[tuple[str, str]] = _scan(self)  # (name, caption)
         metadata = (f.stat() if (f := self.path / name).exists() else f.lstat() for name, _ in self.entries)
         rows = ([name, caption, s.st_size, s.st_mtime_ns] for (name, caption), s in zip(self.entries, metadata))
         digest = hashlib.sha256()
@@ -151,7 +156,7 @@ class Folder:
         return Media(name, caption, self.path / name)
 
     def __reduce__(self):
-        return reopened, (Folder, (str(self.path.resolve()),), self.need_caption, self.identity)
+        return reopened, (Folder, (str(self.path.resolve()), self.caption), self.need_caption, self.identity)
 
 
 @functools.lru_cache(maxsize=8)
@@ -167,14 +172,15 @@ def reopened(kind: type, where: tuple, need_caption: bool, identity: str) -> Sou
     return source
 
 
-def _scan(folder: Path, need_caption: bool, report: SkipReport) -> list[tuple[str, str]]:
+def _scan(folder: Folder) -> list[tuple[str, str]]:
     def read(name: str) -> bytes:
-        with open_regular(folder / name) as file:
+        with open_regular(folder.path / name) as file:
             if (size := os.fstat(file.fileno()).st_size) > (MAX_TABLE if is_table(name) else MAX_CAPTION):
                 raise OSError(f"{name} has {size} bytes, too many for a caption")
             return file.read()
 
-    return scan_names(_files(folder, report), read, need_caption, report)
+    files = _files(folder.path, folder.report)
+    return scan_names(files, read, folder.need_caption, folder.report, caption=folder.caption)
 
 
 def _files(folder: Path, report: SkipReport) -> list[str]:

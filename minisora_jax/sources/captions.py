@@ -12,13 +12,20 @@ from minisora_jax.media.video import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 from minisora_jax.sources.skips import BadClip, SkipReport
 
 TABLES = ("captions.jsonl", "captions.csv")  # caption tables at the top of a folder
+FOLDER = "folder"  # "?caption=folder": a clip's caption is the name of the folder that it lies in, its class
 METADATA = ("metadata.jsonl", "metadata.csv")  # caption tables in any folder, about the files in it
 CAPTION_KEYS = ("caption", "text", "prompt", "description")  # keys of a table or a .json; the first present one counts
 MAX_CAPTION, MAX_TABLE = 2**24, 2**31  # bytes; a larger file is not read as a caption, or as a table of captions
 
 
 def scan_names(
-    files: list[str], read: Callable[[str], bytes], need_caption: bool, report: SkipReport, *, samples: bool = False
+    files: list[str],
+    read: Callable[[str], bytes],
+    need_caption: bool,
+    report: SkipReport,
+    *,
+    caption: str = "",
+    samples: bool = False,
 ) -> list[tuple[str, str]]:
     """(name, caption) of the files that are clips by their suffix and have a caption. Other files go to the report.
 
@@ -26,11 +33,12 @@ def scan_names(
         files: all names, with forward slashes.
         read: reads the bytes of a file; called for captions and tables only.
         need_caption: skip clips without a caption.
+        caption: FOLDER, or "" for the files beside the clips and for tables.
         samples: files with the same name up to the first dot are one sample (webdataset), so a.mp4 and a.front.mp4
             may share a.txt.
     """
     entries, known = [], set(files)
-    captions = _read_tables(files, read, report)
+    captions = {} if caption else _read_tables(files, read, report)
     used = {beside for name in files for beside in _beside(name, samples)} & known
     for name in files:
         suffix = Path(name).suffix.lower()
@@ -46,7 +54,8 @@ def scan_names(
             continue
         try:
             beside = [other for other in _beside(name, samples) if other in known]
-            entries.append((name, _caption(name, beside, read, captions, need_caption)))
+            text = _of_folder(name) if caption else _caption(name, beside, read, captions, need_caption)
+            entries.append((name, text))
         except BadClip as bad:
             report.add(bad.name, bad.reason, bad.detail)
         except OSError as error:
@@ -67,6 +76,23 @@ def _beside(name: str, samples: bool) -> list[str]:
     return [f"{stem.as_posix()}{suffix}" for suffix in (".txt", ".json") for stem in stems]
 
 
+def caption_option(where: str, caption: str) -> str:
+    """The option of a folder or tar; ValueError unless it is "" or FOLDER."""
+    if caption not in ("", FOLDER):
+        raise ValueError(
+            f"{where}: '?caption={caption}' must be '?caption={FOLDER}', which makes captions of the names of folders"
+        )
+    return caption
+
+
+def _of_folder(name: str) -> str:
+    """The folder that a clip lies in, below the top: its class, as in ImageNet and UCF-101."""
+    folder, below, _ = name.partition("/")
+    if not below:
+        raise BadClip(name, "no class", "it lies in no folder, and the names of folders are the captions")
+    return clean_caption(name, folder, True)
+
+
 def _caption(name: str, beside: list[str], read: Callable, captions: dict[str, str], needed: bool) -> str:
     """A clip's caption with normalised spaces, from a .txt beside it, a table, or a .json beside it, in this order."""
     texts = [other for other in beside if other.endswith(".txt")]
@@ -80,6 +106,7 @@ def _caption(name: str, beside: list[str], read: Callable, captions: dict[str, s
     if text is None and needed:
         own = Path(name).with_suffix(".txt").name
         keys = f", and {beside[0]} has none of {', '.join(CAPTION_KEYS)}" if beside else ""
+        keys += f"; '?caption={FOLDER}' after the source takes the name of its folder" if "/" in name else ""
         raise BadClip(name, "no caption", f"neither {own} nor a row of {' or '.join(TABLES + METADATA)}{keys}")
     return clean_caption(name, text or "", needed)
 

@@ -26,13 +26,14 @@ class Records:
     `sizes` is (n, 4): frames, height and width in pixels, and the length of the longest caption in bytes.
 
     Args:
-        long_captions: the share of clips that get their long caption, if a captioner wrote captions (`choose_caption`).
+        long_captions: the share of clips that get their long caption, if a captioner wrote captions (`choose_caption`);
+            None: all keep the caption of their source.
 
     Raises:
         DataError: see io/records.py.
     """
 
-    def __init__(self, directory: str | os.PathLike, *, long_captions: float = LONG_CAPTIONS):
+    def __init__(self, directory: str | os.PathLike, *, long_captions: float | None = LONG_CAPTIONS):
         self.shards = Shards(directory, "clips", {"preprocessing_version": PREPROCESSING_VERSION})
         self.sizes: np.ndarray = self.shards.sizes
         self.long_captions = long_captions
@@ -45,16 +46,24 @@ class Records:
         """The sha256 of the manifest, which has the sha256 of all other files, and the choice of captions."""
         manifest = sha256(self.shards.directory / "manifest.json")
         recaptioned = self.shards.manifest["settings"].get("captioner")
-        return f"{manifest}+{self.long_captions:g} long captions" if recaptioned else manifest
+        if not recaptioned:
+            return manifest
+        return f"{manifest}+{'no' if self.long_captions is None else f'{self.long_captions:g}'} long captions"
 
     def __getitem__(self, i: int) -> Clip:
         arrays, metadata = self.shards.read(i)
         caption, fps, name = self.shards.fields(i, metadata, {"caption": str, "fps": (int, float), "name": str})
         frames_THWC = self._frames(i, arrays)
         self.shards.require_size(i, frames_THWC.shape[:3])
-        if captions := metadata.get("captions") or {}:
+        if self.long_captions is not None and (captions := metadata.get("captions") or {}):
             self.shards.fields(i, captions, {"short": str, "long": str})
-        return Clip(frames_THWC, choose_caption(caption, captions, name, self.long_captions), float(fps), name)
+            caption = choose_caption(caption, captions, name, self.long_captions)
+        return Clip(frames_THWC, caption, float(fps), name)
+
+    def caption(self, i: int) -> str:
+        """The caption of clip i in its source, without decoding its frames."""
+        [caption] = self.shards.fields(i, self.shards.read(i)[1], {"caption": str})
+        return caption
 
     def window(self, i: int, start: int, count: int) -> np.ndarray:
         """Frames start, start + 1, ... of clip i, uint8 (T, H, W, 3), without decoding the others.
@@ -82,8 +91,12 @@ class Records:
         return frames_THWC
 
 
-def open_clips(spec: str | os.PathLike, *, long_captions: float = LONG_CAPTIONS) -> ClipSequence:
+def open_clips(spec: str | os.PathLike, *, long_captions: float | None = LONG_CAPTIONS) -> ClipSequence:
     """The clips of "shapes", "shapes:heldout", "shapes:train:5000", or of a directory that `prepare` wrote.
+
+    Args:
+        spec: the clips.
+        long_captions: see `Records`.
 
     Raises:
         FileNotFoundError: the directory is not a prepared data set.

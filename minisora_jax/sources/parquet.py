@@ -32,7 +32,7 @@ class Parquets(Sharded):
 
     Args:
         media: the column of files; "" finds it by metadata, type or name.
-        caption: the column of captions; "" finds it.
+        caption: the column of captions, texts or classes; "" finds it. The name of a class is the caption.
     """
 
     kind = "parquet"
@@ -53,6 +53,7 @@ class Parquets(Sharded):
             try:
                 table = _pyarrow().ParquetFile(opened)
                 media, caption, path = self.columns(file, table.schema_arrow)
+                classes = _classes(table.schema_arrow, caption)
             except (pa.ArrowException, OSError) as error:
                 report.add("", "unreadable file", f"{file.url}: {error}")
                 return []
@@ -63,7 +64,9 @@ class Parquets(Sharded):
                 try:
                     if columns:
                         texts = table.read_row_group(group, columns=columns)
-                        captions = _values(texts[caption]) if caption else captions
+                        captions = (
+                            [_named(value, classes) for value in _values(texts[caption])] if caption else captions
+                        )
                         paths = _values(texts[media]) if path else paths
                 except Exception as error:  # pyarrow raises many kinds at damaged bytes
                     report.add("", "corrupt row group", f"rows {first} to {first + rows - 1} of {file.url}: {error}")
@@ -168,14 +171,32 @@ def _name(path: str | None, row: int, taken: set[str]) -> str:
     return name
 
 
-def _media_columns(schema: pa.Schema) -> list[str]:
-    import pyarrow.types as types
-
+def _features(schema: pa.Schema) -> dict[str, dict[str, Any]]:
+    """What the metadata of `datasets` says of each column; {} where there is none."""
     value: object = json_or_none((schema.metadata or {}).get(b"huggingface", b"{}").decode("utf-8", "replace"))
     for key in ("info", "features"):  # notes that are damaged say nothing
         value = value.get(key) if isinstance(value, dict) else None
     features = value if isinstance(value, dict) else {}
-    kinds = {name: feature.get("_type") for name, feature in features.items() if isinstance(feature, dict)}
+    return {name: feature for name, feature in features.items() if isinstance(feature, dict)}
+
+
+def _classes(schema: pa.Schema, column: str) -> list[str]:
+    """The names of a column's classes; [] for a column of texts or of plain numbers."""
+    names = _features(schema).get(column, {}).get("names")
+    return names if isinstance(names, list) and all(isinstance(name, str) for name in names) else []
+
+
+def _named(value: Any, classes: list[str]) -> Any:
+    """The caption that a value stands for: the name of a class, or of a number itself."""
+    if not isinstance(value, int):
+        return value
+    return classes[value] if 0 <= value < len(classes) else None if classes else str(value)
+
+
+def _media_columns(schema: pa.Schema) -> list[str]:
+    import pyarrow.types as types
+
+    kinds = {name: feature.get("_type") for name, feature in _features(schema).items()}
     declared = [name for name in schema.names if kinds.get(name) in ("Video", "Image")]
     structs = [field.name for field in schema if "bytes" in _fields(field.type)]
     binary = [f.name for f in schema if types.is_binary(f.type) or types.is_large_binary(f.type)]
@@ -188,6 +209,8 @@ def _caption_column(file: File, schema: pa.Schema, needed: bool) -> str:
     texts = [field.name for field in schema if types.is_string(field.type) or types.is_large_string(field.type)]
     if named := [name for name in CAPTION_KEYS if name in texts]:
         return named[0]
+    labels = [name for name in schema.names if _features(schema).get(name, {}).get("_type") == "ClassLabel"]
+    texts = texts or labels
     return _only("caption", file, texts, schema.names) if needed else ""
 
 

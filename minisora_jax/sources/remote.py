@@ -8,7 +8,7 @@ from typing import Any
 
 from minisora_jax.io.filesystem import File, filesystem, listing
 from minisora_jax.sources.base import Media, reopened
-from minisora_jax.sources.captions import is_table, scan_names
+from minisora_jax.sources.captions import caption_option, is_table, scan_names
 from minisora_jax.sources.skips import SkipReport
 
 CAPTIONS = (".txt", ".json")
@@ -21,11 +21,13 @@ class RemoteFolder:
     contents are the same. With very many clips, tars or one caption table open faster than a caption file a clip.
     """
 
-    def __init__(self, url: str, *, need_caption: bool = True, strict: bool = False):
+    def __init__(self, url: str, caption: str = "", *, need_caption: bool = True, strict: bool = False):
         self.url, self.need_caption, self.report = url, need_caption, SkipReport(strict)
+        self.caption = caption_option(url, caption)
         files = listing(url)
-        texts = _read_all({name: f for name, f in files.items() if name.endswith(CAPTIONS) or is_table(name)})
-        entries = scan_names(list(files), texts.__getitem__, need_caption, self.report)
+        wanted = lambda name: not caption and (name.endswith(CAPTIONS) or is_table(name))
+        texts = _read_all({name: f for name, f in files.items() if wanted(name)})
+        entries = scan_names(list(files), texts.__getitem__, need_caption, self.report, caption=caption)
         self.entries: list[tuple[str, str, File]] = [(name, caption, files[name]) for name, caption in entries]
         digest = hashlib.sha256()
         for name, caption, file in self.entries:
@@ -40,7 +42,7 @@ class RemoteFolder:
         return Media(name, caption, file.read())
 
     def __reduce__(self):
-        return reopened, (RemoteFolder, (self.url,), self.need_caption, self.identity)
+        return reopened, (RemoteFolder, (self.url, self.caption), self.need_caption, self.identity)
 
 
 def _read_all(files: dict[str, File]) -> dict[str, bytes]:

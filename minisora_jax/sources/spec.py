@@ -98,12 +98,13 @@ def _folder(where: str, options: dict, rules: dict[str, Any]) -> Source:
         return Prepared(where, **rules)
     if files := _only_parquets(where):
         return _parquets(files, options, rules)
+    caption = options.pop("caption", "")
     _refuse_options(where, options)
     if is_url(where):
         from minisora_jax.sources.remote import RemoteFolder
 
-        return RemoteFolder(where, **rules)
-    return Folder(where, **rules)
+        return RemoteFolder(where, caption, **rules)
+    return Folder(where, caption, **rules)
 
 
 def is_prepared(where: str) -> bool:

@@ -5,7 +5,7 @@
     tfds:/data/bridge/2.0.0:train?fps=5                the directory itself
 
 One feature of an example is the clip, and another its caption. `find_features` finds them by types and names;
-"?media=PATH" and "?caption=PATH" choose them:
+"?media=PATH" and "?caption=PATH" choose them. The caption may be a ClassLabel, as of ImageNet; its name is taken then.
 
     Text (a file's bytes)              VideoClips of sources/tfds_builder.py, and sets like it
     Video, Sequence(Image), Tensor     frames
@@ -37,7 +37,15 @@ from minisora_jax.media.video import VideoError
 from minisora_jax.sources.base import Media, reopened
 from minisora_jax.sources.captions import clean_caption
 from minisora_jax.sources.skips import BadClip, SkipReport
-from minisora_jax.sources.tfds_features import builder_of, find_features, import_tfds, texts_of, undecoded, value_of
+from minisora_jax.sources.tfds_features import (
+    builder_of,
+    class_names,
+    find_features,
+    import_tfds,
+    texts_of,
+    undecoded,
+    value_of,
+)
 
 VERSION = re.compile(r"\d+\.\d+\.\d+")
 
@@ -83,6 +91,7 @@ class Tfds:
             raise ValueError(f"{directory} has the splits {', '.join(builder.info.splits)}, not {split!r}") from error
         features = builder.info.features
         self.clip, self.caption, self.rate = find_features(features, directory, media, caption, need_caption)
+        self.classes = class_names(features, self.caption)
         self.fps = _rate(fps) if fps else None
         if self.clip.kind in ("frames", "tensor", "steps") and not (self.rate or self.fps):
             raise ValueError(f"{directory} has no feature with the frames per second: add '?fps=10', for example")
@@ -114,6 +123,11 @@ class Tfds:
 
     def _caption(self, name: str, example: dict) -> str:
         texts = texts_of(example, self.caption) if self.caption else ()
+        if self.classes:
+            number = int(next(iter(texts), -1))
+            if not 0 <= number < len(self.classes):
+                raise VideoError("no class", f"{'/'.join(self.caption)} is {number}, of {len(self.classes)} classes")
+            return self.classes[number]
         text = next(filter(bytes.strip, texts), b"")
         try:
             return clean_caption(name, text.decode("utf-8", "surrogateescape"), self.need_caption)

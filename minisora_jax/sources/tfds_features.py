@@ -95,7 +95,7 @@ def find_features(
         features: the data set's FeaturesDict.
         where: the name of the data set in errors.
         media: the path of the clip's feature; "" finds it.
-        caption: the path of the caption's feature; "" finds it.
+        caption: the path of the caption's feature, a text or a class; "" finds it.
 
     Raises:
         ValueError: no feature fits, or several do.
@@ -106,11 +106,13 @@ def find_features(
     if clip not in kinds:
         raise ValueError(f"{where} has no clips in {media!r}; it may have them in {_listed(kinds) or 'no feature'}")
     texts = [path for path, leaf in leaves.items() if _is_text(leaf) and path != clip]
-    if caption and tuple(caption.split("/")) not in texts:
-        raise ValueError(f"{where} has no text in {caption!r}; it has text in {_listed(texts) or 'no feature'}")
+    labels = [path for path, leaf in leaves.items() if _is_label(leaf)]
+    known = _listed([*texts, *labels]) or "no feature"
+    if caption and tuple(caption.split("/")) not in [*texts, *labels]:
+        raise ValueError(f"{where} has no text in {caption!r}; it has text in {known}")
     named = sorted((path for path in texts if path[-1] in CAPTIONS), key=lambda path: CAPTIONS.index(path[-1]))
+    named = named or (labels if len(labels) == 1 else [])
     if not caption and not named and need_caption:
-        known = _listed(texts) or "no feature"
         raise ValueError(f"{where}: which feature is the caption? Name it by '?caption=PATH'; text is in {known}")
     caption_path: Path = tuple(caption.split("/")) if caption else (named or [()])[0]
     rates = [path for path in leaves if path[-1] in RATES and not _in_steps(path, features)]
@@ -153,6 +155,18 @@ def _is_rgb(image: Any) -> bool:
 
 def _is_text(leaf: Any) -> bool:
     return getattr(leaf, "shape", None) == () and getattr(leaf, "np_dtype", None) == np.object_
+
+
+def class_names(features: Any, path: Path) -> list[str]:
+    """The names of the classes of a feature; [] for a text."""
+    leaf = dict(_leaves(features)).get(path)
+    return list(leaf.names) if leaf is not None and _is_label(leaf) else []
+
+
+def _is_label(leaf: Any) -> bool:
+    import tensorflow_datasets as tfds
+
+    return isinstance(leaf, tfds.features.ClassLabel)
 
 
 def _in_steps(path: Path, features: Any) -> bool:

@@ -15,7 +15,7 @@ from typing import BinaryIO
 from minisora_jax.io.filesystem import File, is_hidden
 from minisora_jax.media.video import VideoError
 from minisora_jax.sources.base import Media
-from minisora_jax.sources.captions import MAX_CAPTION, scan_names
+from minisora_jax.sources.captions import MAX_CAPTION, caption_option, scan_names
 from minisora_jax.sources.sharded import Entry, Sharded
 from minisora_jax.sources.skips import SkipReport
 
@@ -23,9 +23,17 @@ COMPRESSED = {b"\x1f\x8b": "gunzip", b"BZ": "bunzip2", b"\xfd7": "unxz", b"(\xb5
 
 
 class Tars(Sharded):
-    """The clips of tar files. An entry is (name, caption, offset of the first byte, length in bytes)."""
+    """The clips of tar files. An entry is (name, caption, offset of the first byte, length in bytes).
 
-    kind = "tar"
+    Args:
+        caption: "folder": the caption of a clip is the name of its folder within the tar, its class.
+    """
+
+    kind, caption = "tar", ""
+
+    def __init__(self, files: list[File], *, caption: str = "", need_caption: bool = True, strict: bool = False):
+        self.caption = caption_option("a tar", caption)
+        super().__init__(files, need_caption=need_caption, strict=strict)
 
     def index(self, file: File, report: SkipReport) -> list[Entry]:
         """The entries of a file; see `Sharded.index`."""
@@ -39,7 +47,8 @@ class Tars(Sharded):
                 opened.seek(start)
                 return opened.read(size)
 
-            names = scan_names(list(places), read, self.need_caption, report, samples=True)
+            options = {"caption": self.caption, "samples": True}
+            names = scan_names(list(places), read, self.need_caption, report, **options)
         return [(name, caption, *places[name]) for name, caption in names]
 
     def read(self, file: File, entry: Entry) -> Media:

@@ -34,6 +34,7 @@ from minisora_jax.io.model_dir import (
     saved_settings,
 )
 from minisora_jax.io.retry import Damaged, DataError
+from minisora_jax.models.captions import CLASSES, class_names, in_words
 from minisora_jax.models.dit import DiT, DiTConfig, abstract_params
 from minisora_jax.models.text import encode_bytes
 from minisora_jax.parallel.processes import barrier
@@ -130,8 +131,8 @@ def train_diffusion(
     _check_latents(task, latents, init)
     if held_out is not None and held_out.text != latents.text:
         raise ValueError(
-            f"data.held_out={task.data.held_out} was made with the text encoder {held_out.text}, and data.path with "
-            f"{latents.text}: encode one of them again"
+            f"data.held_out={task.data.held_out} was made with {in_words(held_out.text)}, and data.path with "
+            f"{in_words(latents.text)}: encode one of them again"
         )
     if init:
         check_shapes(open_model(init)[0], abstract_params(task.dit), init)
@@ -265,9 +266,11 @@ def _check_latents(task: DiffusionTask, latents: Latents | Mixture, init: str | 
             f"dit.image_features={dit.image_features}: latent caches hold no image features, so a model with them "
             f"cannot be trained"
         )
-    if dit.caption == "label":
+    _check_classes(dit, latents.text, init)
+    if dit.makes_images and (videos := int((latents.sizes[:, 0] > 1).sum())):
         raise ValueError(
-            "dit.caption='label' learns from classes, and latent caches hold captions: such a model cannot be trained"
+            f"{init or 'the model'} makes images, since its tokens have no place in time, and {videos} of the "
+            f"{len(latents)} clips are videos: encode images alone, or set dit.positions='learned'"
         )
     if channels != dit.latent_channels:
         fix = f"set dit.latent_channels={channels}"
@@ -284,3 +287,26 @@ def _check_latents(task: DiffusionTask, latents: Latents | Mixture, init: str | 
                 f"(`minisora encode --text-encoder=DIR`)"
             )
         raise ValueError(f"the latent cache has caption features of width {features}: {fix}")
+
+
+def _check_classes(dit: DiTConfig, text: dict[str, Any] | None, init: str | Path | None) -> None:
+    """Raise ValueError unless the model reads classes and the cache has as many, or neither."""
+    labels, of_classes = dit.caption == "label", bool(text) and text.get("encoder") == CLASSES
+    who = init or f"dit.caption={dit.caption!r}"
+    if labels and not of_classes:
+        raise ValueError(
+            f"{who} learns from {dit.classes - 1} classes, and the latent cache was made with {in_words(text)}: encode "
+            f"the clips with --classes"
+        )
+    if of_classes and not labels:
+        fix = (
+            "encode the clips without --classes" if init else "set classes=N in --config, as in dit_tiny:classes=N,..."
+        )
+        raise ValueError(f"{who} learns from captions, and the latent cache has {in_words(text)}: {fix}")
+    if labels and (count := len(class_names(text))) != dit.classes - 1:
+        fix = f'set dit.classes={count + 1}: the last row of its table is "no class"'
+        if init:
+            fix = f"encode the clips with --classes=FILE of all {dit.classes - 1} names, in the order of {init}"
+        raise ValueError(
+            f"{who} learns from {dit.classes - 1} classes, and the latent cache has {in_words(text)}: {fix}"
+        )
