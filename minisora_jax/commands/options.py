@@ -181,6 +181,18 @@ def add_config(parser: argparse.ArgumentParser, verb: str, rest: str) -> None:
     parser.add_argument("--list-config", action="store_true", help="print every key of the config, and exit")
 
 
+def lora_flags(text: str | None) -> list[str]:
+    """The `--config...` flags that "rank=32,alpha=32,targets=attention" stands for; none for None."""
+    items = [item.partition("=") for item in text.split(",")] if text is not None else []
+    if not all(name in ("rank", "alpha", "targets", "base") and value for name, _, value in items):
+        raise ValueError(
+            f"--lora {text!r} must be rank=N, and may have alpha=X, targets=WHICH and base=TYPE after commas"
+        )
+    if items and "rank" not in {name for name, _, _ in items}:
+        raise ValueError(f"--lora {text!r} lacks the rank of the adapters, such as rank=32")
+    return [f"--config.lora.{name}={value}" for name, _, value in items]
+
+
 def print_settings(cls: type) -> None:
     """Every setting of a config: key, type, default and meaning; and the shipped configs."""
     import textwrap

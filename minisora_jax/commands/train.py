@@ -6,6 +6,8 @@ examples:
   minisora train --config=dit_tiny:data=data/latents --config.run.mesh.fsdp=4 --workdir=runs/m2
   minisora train --config=dit_finetune:data=data/latents --init=models/wan --codec=models/wan-vae \\
       --workdir=runs/wan
+  minisora train --config=dit_finetune:data=data/latents,lr=1e-4 --init=models/wan --lora rank=32,alpha=32 \\
+      --codec=models/wan-vae --workdir=runs/adapter           # adapters over the frozen model
 
 A config is a shipped one by name, or a file such as my/config.py. An interrupted run goes on from its last checkpoint,
 bit for bit, with the same command. To watch it:
@@ -29,17 +31,24 @@ def add_arguments(parser):
         default=None,
         help="a model to start from, trained here or imported. The config overrides its shape and objective",
     )
+    parser.add_argument(
+        "--lora",
+        default=None,
+        metavar="rank=N,...",
+        help="train adapters over --init, which stays as it is: short for --config.lora.rank=N and so on: alpha, "
+        "targets (attention, mlp, all, or a pattern) and base (float32, bfloat16 or int8)",
+    )
 
 
 def run(args, config_flags):
-    from minisora_jax.commands.options import print_settings
+    from minisora_jax.commands.options import lora_flags, print_settings
     from minisora_jax.config import read_config
     from minisora_jax.training.diffusion_task import DiffusionTask, settings_of
 
     if args.list_config:
         return print_settings(DiffusionTask)
     settled = settings_of(args.init) if args.init else None
-    config = read_config(config_flags, DiffusionTask, "dit_tiny:data=data/latents", settled)
+    config = read_config([*config_flags, *lora_flags(args.lora)], DiffusionTask, "dit_tiny:data=data/latents", settled)
     if not args.workdir:
         raise ValueError("no --workdir given; for example --workdir=runs/model")
     from minisora_jax.api.training import train

@@ -32,11 +32,17 @@ def scan_layers(block: type[nn.Module], depth: int, in_axes: Any) -> Any:
         depth: Number of layers.
         in_axes: For each further input, `nn.broadcast` or the axis that is scanned over.
     """
-    return nn.scan(block, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=in_axes, length=depth)
+    axes: Any = dict.fromkeys(("params", "lora", "int8"), 0)
+    return nn.scan(block, variable_axes=axes, split_rngs={"params": True}, in_axes=in_axes, length=depth)
 
 
 class Einsum(nn.Module):
     """einsum(equation, x, w) + b, computed in x's dtype. Sharded weights are gathered just before use.
+
+    Two collections beside "params" change the kernel, where they have leaves at this module's path (models/lora.py):
+
+        lora   "a" (inputs, r) and "b" (r, outputs): x w + (x a) b. Nothing has the kernel's shape but the kernel.
+        int8   "scale" (outputs): the kernel holds whole numbers, and its products are multiplied by the scale.
 
     Attributes:
         equation: einsum equation of x and the kernel.
@@ -65,11 +71,42 @@ class Einsum(nn.Module):
         b = self.param("bias", nn.initializers.zeros, self.shape[self.inputs :]).astype(x.dtype) if self.bias else None
         # Backward, the barrier holds the gradient of x until those of w and b are there. Without it XLA's scheduler may
         # put them off, and all that they read stays in memory: 5 GiB of a chip in Wan 14B.
-        x, w, b = jax.lax.optimization_barrier((x, w, b))
+        adapter = self._adapter(kept, x.dtype)
+        x, w, b, adapter = jax.lax.optimization_barrier((x, w, b, adapter))
         lead = jax.typeof(x).sharding.spec[: x.ndim - self.inputs]
-        out = P(*lead, *kept[self.inputs :]) if "tensor" in kept[: self.inputs] else None
+        summed = "tensor" in kept[: self.inputs]
+        out = P(*lead, *kept[self.inputs :]) if summed else None
         y = jnp.einsum(self.equation, x, w, out_sharding=out)
+        if self.has_variable("int8", "scale"):
+            y = y * self.get_variable("int8", "scale").astype(x.dtype)
+        if adapter:
+            inwards, outwards = self._thin_equations()
+            h = jnp.einsum(inwards, x, adapter[0], out_sharding=P(*lead, None) if summed else None)
+            y = y + jnp.einsum(outwards, h, adapter[1])
         return y if b is None else y + b
+
+    def _adapter(self, kept: list[str | None], dtype: Any) -> tuple[jax.Array, jax.Array] | None:
+        """(a, b) of the collection "lora", gathered like the kernel; None where it has none."""
+        if not self.has_variable("lora", "a"):
+            return None
+        a, b = (self.get_variable("lora", name).astype(dtype) for name in ("a", "b"))
+        return shard(a, P(*kept[: self.inputs], None)), shard(b, P(None, *kept[self.inputs :]))
+
+    def _thin_equations(self) -> tuple[str, str]:
+        """The equations of x a and (x a) b, such as "bsd,dZ->bsZ" and "bsZ,Znk->bsnk"."""
+        operands, out = self.equation.split("->")
+        x, kernel = operands.split(",")
+        lead, inputs, outputs = x[: len(x) - self.inputs], kernel[: self.inputs], kernel[self.inputs :]
+        return f"{x},{inputs}Z->{lead}Z", f"{lead}Z,Z{outputs}->{out}"
+
+
+def matrix_axes(path: tuple, ndim: int) -> tuple[int, int]:
+    """(leading axes that count the layers, axes after them that are a kernel's inputs). The other axes are outputs."""
+    names = [k.key for k in path]
+    layers = 1 if "blocks" in names else 0  # the first axis of a scanned stack counts its layers
+    if ndim - layers == 5:  # (t, h, w, in, out)
+        return layers, 4
+    return layers, 2 if names[-2] == "out" and ndim - layers == 3 else 1
 
 
 class Norm(nn.Module):

@@ -31,9 +31,8 @@ from minisora_jax.parallel.mesh import (
 from minisora_jax.parallel.programs import memory_of
 from minisora_jax.plan.hardware import Topology
 from minisora_jax.plan.schedule import Traffic, read_traffic
-from minisora_jax.training.diffusion_task import DiffusionTask, init_params, loss_of, optimizer_of
-from minisora_jax.training.loop import jit_train_step
-from minisora_jax.training.step import init_state
+from minisora_jax.training.diffusion_task import DiffusionTask, frozen_of, init_params, loss_of, optimizer_of
+from minisora_jax.training.step import init_state, jit_train_step
 
 IMAGE_TOKENS = 257  # of the image encoder in Wan's image-to-video
 
@@ -122,9 +121,16 @@ def lower(work: Workload, mesh: jax.sharding.Mesh) -> tuple[dict[str, Any], jax.
     optim = work.task.run.optim
     with jax.set_mesh(mesh):
         key = with_shardings(jax.eval_shape(lambda: jax.random.key(0)), mesh)
-        step = jit_train_step(loss_of(work.task), optimizer_of(work.task), optim)
-        lowered = step.lower(state, batch, key)
-    return {"parameters": state.params, "average": state.ema, "optimiser": state.opt_state, "batch": batch}, lowered
+        frozen = frozen_of(work.task)
+        fixed = with_shardings(frozen.abstract(), mesh)
+        step = jit_train_step(loss_of(work.task), optimizer_of(work.task), optim, frozen.join)
+        lowered = step.lower(state, batch, key, fixed)
+    return {
+        "parameters": {"trained": state.params, "frozen": fixed},
+        "average": state.ema,
+        "optimiser": state.opt_state,
+        "batch": batch,
+    }, lowered
 
 
 def compile_for(

@@ -33,8 +33,7 @@ from minisora_jax.plan.hardware import Topology
 from minisora_jax.plan.report import mesh_name
 from minisora_jax.plan.table import write_csv
 from minisora_jax.training.diffusion_task import DiffusionTask, init_params, loss_of, optimizer_of
-from minisora_jax.training.loop import jit_train_step
-from minisora_jax.training.step import init_state
+from minisora_jax.training.step import init_state, jit_train_step
 from minisora_jax.types import PackedBatch
 
 BATCHING = ("packed", "padded", "bucketed")

@@ -29,16 +29,18 @@ from minisora_jax.io.model_dir import (
     config_fields,
     export_model,
     load_config,
-    load_params_onto,
+    model_hash,
     open_model,
     saved_settings,
 )
 from minisora_jax.io.retry import Damaged, DataError
 from minisora_jax.models.captions import CLASSES, class_names, in_words
 from minisora_jax.models.dit import DiT, DiTConfig, abstract_params
+from minisora_jax.models.lora import LoraConfig, apart, init_adapter, together
 from minisora_jax.models.text import encode_bytes
 from minisora_jax.parallel.processes import barrier
 from minisora_jax.training.flops import count_work
+from minisora_jax.training.frozen import NOTHING, Frozen, frozen_base, frozen_rest, read_part, unchanged
 from minisora_jax.training.held_out import held_out_loss
 from minisora_jax.training.loop import RunConfig, train
 from minisora_jax.training.mup import base_model, base_shapes
@@ -54,7 +56,7 @@ class DiffusionTask:
     """The settings of a transformer's training.
 
     Raises:
-        ValueError: `caption_dropout` is not in [0, 1).
+        ValueError: `caption_dropout` is not in [0, 1), or two settings contradict each other.
     """
 
     dit: DiTConfig = DiTConfig()
@@ -65,6 +67,8 @@ class DiffusionTask:
     objective: ObjectiveConfig = ObjectiveConfig()
     conditioning: ConditioningConfig = ConditioningConfig()
     caption_dropout: float = 0.1  # share of clips that are trained with the empty caption, for guidance
+    lora: LoraConfig = LoraConfig()  # train adapters over the model of --init, which stays as it is
+    train_only: str = ""  # train the parameters of --init whose path this pattern matches, such as "norm"; "": all
     mup_base_width: int = 0  # muP: the dit.width that the learning rate was found at; 0: use it as it is at any width
     export_dtype: str = "float32"  # of the exported weights
 
@@ -73,6 +77,19 @@ class DiffusionTask:
             raise ValueError(f"caption_dropout={self.caption_dropout} must be in [0, 1)")
         if self.mup_base_width:
             base_model(self.dit, self.mup_base_width)  # raises for heads of another width
+            if self.in_part:
+                raise ValueError(
+                    f"mup_base_width={self.mup_base_width} is for the training of all parameters: set it to 0"
+                )
+        if self.lora.rank and self.train_only:
+            raise ValueError(
+                f"lora.rank={self.lora.rank} trains adapters only: train_only={self.train_only!r} must be ''"
+            )
+
+    @property
+    def in_part(self) -> bool:
+        """Whether most of the model stays as it is."""
+        return bool(self.lora.rank or self.train_only)
 
 
 def example_batch(task: DiffusionTask) -> PackedBatch:
@@ -83,9 +100,20 @@ def example_batch(task: DiffusionTask) -> PackedBatch:
 
 
 def init_params(task: DiffusionTask, key: jax.Array) -> Any:
-    """Random parameters of the task's model."""
+    """The parameters that the task trains, at random."""
+    if task.lora.rank:
+        return init_adapter(task.lora, abstract_params(task.dit), key)
     batch = jax.tree.map(jnp.asarray, example_batch(task))
-    return DiT(task.dit).init(key, batch.tokens_BSP, jnp.zeros((1, 1)), batch)
+    params = DiT(task.dit).init(key, batch.tokens_BSP, jnp.zeros((1, 1)), batch)
+    return apart(params, task.train_only)[0] if task.train_only else params
+
+
+def frozen_of(task: DiffusionTask, init: str | Path | None = None) -> Frozen:
+    """The parameters that the task does not train, read from the model `init`; None: they are only planned."""
+    abstract = functools.partial(abstract_params, task.dit)
+    if task.lora.rank:
+        return frozen_base(task.lora, abstract, init)
+    return frozen_rest(task.train_only, abstract, init) if task.train_only else NOTHING
 
 
 def loss_of(task: DiffusionTask) -> LossFn:
@@ -118,11 +146,12 @@ def train_diffusion(
         run_config: The run's whole configuration, stored with the model.
         export: Further entries of the exported config: the codec's hash, the text encoder.
         sample: Writes sample videos, see `train.loop.train`.
-        init: An exported or imported model to start from. `task.dit` must have its shape, see `settings_of`.
+        init: An exported or imported model to start from. `task.dit` must have its shape, see `settings_of`. It is the
+            base of an adapter.
         held_out: A cache whose loss is measured every `run.evaluate_every` steps.
 
     Returns:
-        The path of the exported model.
+        The path of the exported model, or of the exported adapter.
 
     Raises:
         ValueError: The model cannot learn from these latents, or `init` has another shape.
@@ -136,6 +165,10 @@ def train_diffusion(
         )
     if init:
         check_shapes(open_model(init)[0], abstract_params(task.dit), init)
+    if task.in_part:
+        if not init:
+            raise ValueError("lora and train_only change a given model: name it by --init=DIR")
+        run_config = run_config | {"base": model_hash(init)}  # a run goes on over the same base only
 
     plan = pack_plan(task, latents, workdir)
     plan.rows(0)  # raises here if the clips do not fill a step
@@ -160,7 +193,8 @@ def train_diffusion(
         batches=batches,
         run_config=run_config,
         settings=DiffusionTask,
-        start_params=functools.partial(load_params_onto, init) if init else None,
+        start_params=functools.partial(read_part, init) if init and not task.lora.rank else None,
+        frozen=frozen_of(task, init),
         optimizer=optimizer_of(task),
         sample=sample,
         evaluate=evaluate,
@@ -168,10 +202,13 @@ def train_diffusion(
     )
     if damaged.count:
         log.warning("damaged clips were skipped %d times, listed in %s", damaged.count, damaged.path)
-    config = {"kind": "dit", "latent_size": _trained_size(latents)} | {
-        k: dataclasses.asdict(getattr(task, k)) for k in ("dit", "times", "objective")
-    }
-    export_model(workdir / "export", state.average, config | export | {"training": run_config}, dtype=task.export_dtype)
+    kept = ("dit", "times", "objective", *(("lora",) if task.lora.rank else ()))
+    config = {k: dataclasses.asdict(getattr(task, k)) for k in kept} | export | {"training": run_config}
+    config |= {"kind": kept[-1] if task.lora.rank else "dit", "latent_size": _trained_size(latents)}
+    average = state.average
+    if task.train_only and init:
+        average = together(average, apart(unchanged(init), task.train_only)[1])
+    export_model(workdir / "export", average, config, dtype=task.export_dtype)
     barrier("export")
     return workdir / "export"
 

@@ -32,11 +32,12 @@ from minisora_jax.parallel.processes import (
     several,
 )
 from minisora_jax.training.checkpoint import Checkpoints
+from minisora_jax.training.frozen import NOTHING, Frozen
 from minisora_jax.training.goodput import Goodput
 from minisora_jax.training.metrics import Metrics
 from minisora_jax.training.optim import OptimConfig, learning_rate, make_optimizer
 from minisora_jax.training.profiler import Profiler, profile_window
-from minisora_jax.training.step import LossFn, init_state, train_step
+from minisora_jax.training.step import LossFn, init_state, jit_train_step
 from minisora_jax.training.wandb_sink import wandb_package
 from minisora_jax.types import TrainState
 
@@ -104,6 +105,7 @@ def train(
     run_config: dict,
     settings: type | None = None,
     start_params: Callable[[Any], Any] | None = None,
+    frozen: Frozen = NOTHING,
     sample: Callable[[int, Any, Metrics], None] | None = None,
     evaluate: Callable[[Any], dict[str, float]] | None = None,
     clip_names: Callable[[int], list[str]] | None = None,
@@ -129,6 +131,7 @@ def train(
         settings: Its dataclass. Its defaults stand for what the configuration of an older version lacks.
         start_params: Returns the parameters to start from, given abstract arrays with shapes, dtypes and shardings.
             None: random parameters.
+        frozen: The parameters that are not trained. `loss_fn`, `sample` and `evaluate` take all of them, joined.
         sample: Writes sample videos of a step from averaged parameters on the host. Only the main process calls it.
         evaluate: Scalars of averaged parameters on the mesh. All processes call it.
         clip_names: The names of the clips of a batch, for the report about a non-finite loss.
@@ -173,7 +176,7 @@ def train(
                 return jax.jit(lambda p: init_state(p, optimizer, config.optim.ema > 0), donate_argnums=0)(params)
             return init(jax.random.fold_in(key, 2**31 - 1))
 
-        step_fn = jit_train_step(loss_fn, optimizer, config.optim)
+        step_fn, fixed = jit_train_step(loss_fn, optimizer, config.optim, frozen.join), frozen.on(mesh)
         schedule = jax.jit(learning_rate(config.optim, config.steps))
         profiler = stack.enter_context(
             contextlib.closing(Profiler(profile_window(config.profile), workdir / "profile"))
@@ -194,7 +197,7 @@ def train(
                 goodput.step(step)
                 # The first call compiles.
                 with clock.part("compile" if step == start + 1 else "step"), profiler.step(step):
-                    state, values = step_fn(state, to_global(batch, mesh), key)
+                    state, values = step_fn(state, to_global(batch, mesh), key, fixed)
                     # Check the values of the step before, so that the device never waits for the host.
                     pending, previous = (step, number, values), pending
                     _require_finite(previous, config.rollbacks)
@@ -215,10 +218,10 @@ def train(
                     window = []
                 if config.sample_every and sample and (step % config.sample_every == 0 or step == config.steps):
                     with clock.part("sample"):
-                        _sample_on_main(sample, step, state.average, metrics)
+                        _sample_on_main(sample, step, frozen.join(state.average, fixed), metrics)
                 if evaluate and config.evaluate_every and (step % config.evaluate_every == 0 or step == config.steps):
                     with clock.part("evaluate"):
-                        metrics.scalars(step, evaluate(state.average))
+                        metrics.scalars(step, evaluate(frozen.join(state.average, fixed)))
                 if saving:
                     with clock.part("save"):
                         checkpoints.save(step, state)
@@ -245,12 +248,6 @@ def train(
                     raise
                 log.warning("%s; skipping its batch (rollback %d of %d)", error, len(skipped) + 1, config.rollbacks)
                 _skip_batches(workdir, [*skipped, error.batch])
-
-
-def jit_train_step(loss_fn: LossFn, optimizer: optax.GradientTransformation, config: OptimConfig) -> Any:
-    """The jitted train step (state, batch, key) -> (state, metrics). It reuses the memory of the old state."""
-    step = functools.partial(train_step, loss_fn=loss_fn, optimizer=optimizer, config=config)
-    return jax.jit(step, donate_argnums=0)
 
 
 def batch_number(step: int, skipped: list[int]) -> int:

@@ -13,6 +13,7 @@ import jax
 import optax
 import optax.contrib
 
+from minisora_jax.models.layers import matrix_axes
 from minisora_jax.parallel.layers import map_layers
 
 RMS = 0.2  # of an update, that of AdamW's
@@ -26,15 +27,6 @@ def scale_by_muon(momentum: float) -> optax.GradientTransformation:
 def is_matrix(path: tuple) -> bool:
     """Whether a parameter is a kernel, which Muon updates."""
     return path[-1].key == "kernel"
-
-
-def matrix_axes(path: tuple, ndim: int) -> tuple[int, int]:
-    """(leading axes that count the layers, axes after them that are a kernel's inputs). The other axes are outputs."""
-    names = [k.key for k in path]
-    layers = 1 if "blocks" in names else 0  # the first axis of a scanned stack counts its layers
-    if ndim - layers == 5:  # (t, h, w, in, out)
-        return layers, 4
-    return layers, 2 if names[-2] == "out" and ndim - layers == 3 else 1
 
 
 def kernel_axes(params: Any) -> Any:

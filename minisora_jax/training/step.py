@@ -31,6 +31,8 @@ def train_step(
     loss_fn: LossFn,
     optimizer: optax.GradientTransformation,
     config: OptimConfig,
+    frozen: Any = (),
+    join: Callable[[Any, Any], Any] = lambda trained, frozen: trained,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """Take one step.
 
@@ -44,6 +46,8 @@ def train_step(
         loss_fn: The loss of each element, with its weights.
         optimizer: From `make_optimizer`.
         config: Its `ema` is used.
+        frozen: Parameters that are not trained.
+        join: (trained parameters, frozen ones) -> the parameters that `loss_fn` takes.
 
     Returns:
         (the state after the step, the mean of each loss term and "grad_norm").
@@ -52,7 +56,7 @@ def train_step(
     microbatches = jax.tree.leaves(batch)[0].shape[0]
 
     def summed(params, microbatch, key):
-        terms = loss_fn(params, microbatch, key)
+        terms = loss_fn(join(params, frozen), microbatch, key)
         sums = {name: (jnp.sum(v * w), jnp.sum(w)) for name, (v, w) in terms.items()}
         return sums["loss"][0], sums
 
@@ -82,3 +86,18 @@ def train_step(
     metrics = {name: total / jnp.maximum(w, 1.0) for name, (total, w) in sums.items()}
     metrics["grad_norm"] = optax.global_norm(grads)
     return TrainState(step=state.step + 1, params=params, ema=ema, opt_state=opt_state), metrics
+
+
+def jit_train_step(
+    loss_fn: LossFn,
+    optimizer: optax.GradientTransformation,
+    config: OptimConfig,
+    join: Callable[[Any, Any], Any] = lambda trained, frozen: trained,
+) -> Any:
+    """The jitted train step (state, batch, key, frozen=()) -> (state, metrics). It reuses the old state's memory."""
+
+    def step(state: TrainState, batch: Any, key: jax.Array, frozen: Any = ()) -> Any:
+        options: Any = dict(loss_fn=loss_fn, optimizer=optimizer, config=config, frozen=frozen, join=join)
+        return train_step(state, batch, key, **options)
+
+    return jax.jit(step, donate_argnums=0)

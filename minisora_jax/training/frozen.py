@@ -1,0 +1,128 @@
+"""Training of a part of a model: adapters over a frozen base (models/lora.py), or the parameters that a pattern names.
+
+The frozen part is an input of the train step. It has no gradient, no moments and no average, and no checkpoint holds
+it: it is read again from the model that the run starts from.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import traverse_util
+from jax.sharding import PartitionSpec as P
+
+from minisora_jax.io.model_dir import check_shapes, onto_devices, open_model
+from minisora_jax.io.safetensors import LazyArray
+from minisora_jax.models.lora import Kernel, LoraConfig, apart, kernels, scaled, together
+from minisora_jax.parallel.mesh import shard, with_shardings
+
+
+@dataclasses.dataclass(frozen=True)
+class Frozen:
+    """The parameters that a run does not train. By default there are none.
+
+    Attributes:
+        abstract: Their `jax.ShapeDtypeStruct`s with shardings, under the mesh in use.
+        load: From those, on devices, to their values.
+        join: (trained parameters, frozen ones) -> all parameters of the model.
+    """
+
+    abstract: Callable[[], Any] = dict
+    load: Callable[[Any], Any] = lambda abstract: abstract
+    join: Callable[[Any, Any], Any] = lambda trained, frozen: trained
+
+    def on(self, mesh: jax.sharding.Mesh) -> Any:
+        """The frozen parameters on a mesh."""
+        return self.load(with_shardings(self.abstract(), mesh))
+
+
+NOTHING = Frozen()
+
+
+def frozen_base(lora: LoraConfig, abstract: Callable[[], Any], init: str | Path | None) -> Frozen:
+    """All parameters of a model, for the training of an adapter.
+
+    Args:
+        lora: Its `base` is the type of the kernels. Other parameters keep float32.
+        abstract: The model's parameters as `jax.ShapeDtypeStruct`s, under the mesh in use.
+        init: The model; None: it is only planned, and not loaded.
+    """
+    return Frozen(
+        lambda: _held_as(lora.base, abstract()),
+        functools.partial(_load, init),
+        lambda trained, frozen: frozen | {"lora": scaled(trained["lora"], lora.scale)},
+    )
+
+
+def frozen_rest(pattern: str, abstract: Callable[[], Any], init: str | Path | None) -> Frozen:
+    """The parameters whose paths do not match a pattern. Arguments are those of `frozen_base`."""
+    return Frozen(lambda: apart(abstract(), pattern)[1], functools.partial(_load, init), together)
+
+
+def read_part(init: str | Path, places: Any) -> Any:
+    """Some parameters of an exported model on devices, with the types and shardings of `places`.
+
+    Raises:
+        ValueError: The model has not all of them in these shapes.
+    """
+    stored, _ = open_model(init)
+    flat, wanted = (traverse_util.flatten_dict(tree, sep="/") for tree in (stored, places))
+    part = traverse_util.unflatten_dict({n: x for n, x in flat.items() if n in wanted}, sep="/")
+    check_shapes(part, places, init)
+    return onto_devices(part, places, init)
+
+
+def unchanged(init: str | Path) -> Any:
+    """All parameters of an exported model as `LazyArray`s, to be written again."""
+    read = lambda x: LazyArray(x.shape, x.dtype, lambda: [x[...]])
+    return jax.tree.map(read, open_model(init)[0])
+
+
+def _held_as(base: str, params: Any) -> Any:
+    """The frozen parameters as `jax.ShapeDtypeStruct`s: kernels of the type `base`, the others float32."""
+    flat: dict[str, Any] = traverse_util.flatten_dict(params, sep="/")
+    held = {n: _typed(x, jnp.dtype(base)) if n.endswith("/kernel") else x for n, x in flat.items()}
+    if base == "int8":
+        for path, kernel in kernels(params).items():
+            held[f"int8/{path}/scale"] = jax.ShapeDtypeStruct(kernel.layers + kernel.outputs, jnp.float32)
+    return traverse_util.unflatten_dict(held, sep="/")
+
+
+def _load(init: str | Path | None, places: Any) -> Any:
+    """The frozen parameters from an exported model. A kernel of int8 is quantised as soon as it is read."""
+    if init is None:
+        raise ValueError("there is no model to read the frozen parameters from")
+    if "int8" not in places:
+        return read_part(init, places)
+    flat: dict[str, Any] = traverse_util.flatten_dict({"params": places["params"]}, sep="/")
+    stored, _ = open_model(init)
+    check_shapes(stored, {"params": places["params"]}, init)
+    sources, result = traverse_util.flatten_dict(stored, sep="/"), {}
+    for name, place in flat.items():
+        read = lambda dtype, name=name, place=place: onto_devices(sources[name], _typed(place, dtype), init)
+        path = name.removeprefix("params/").removesuffix("/kernel")
+        if name.endswith("/kernel"):
+            kernel = kernels({"params": places["params"]})[path]
+            result[name], result[f"int8/{path}/scale"] = quantized(read(jnp.float32), kernel)
+        else:
+            result[name] = read(place.dtype)
+    return traverse_util.unflatten_dict(result, sep="/")
+
+
+@functools.partial(jax.jit, static_argnums=1, donate_argnums=0)
+def quantized(w: jax.Array, kernel: Kernel) -> tuple[jax.Array, jax.Array]:
+    """(int8, the scale of each output): the weights are their product, up to 1 / 254 of an output's largest."""
+    axes = tuple(range(len(kernel.layers), len(kernel.layers) + len(kernel.inputs)))
+    scale = jnp.max(jnp.abs(w.astype(jnp.float32)), axis=axes, keepdims=True) / 127
+    scale = jnp.where(scale == 0, 1.0, scale)
+    return jnp.round(w / scale).astype(jnp.int8), shard(jnp.squeeze(scale, axes), P())
+
+
+def _typed(x: jax.ShapeDtypeStruct, dtype: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding)

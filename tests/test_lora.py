@@ -1,0 +1,268 @@
+"""LoRA: the thin products are the change of the kernel, only adapters are trained, and a run goes on exactly."""
+
+import dataclasses
+import functools
+import shutil
+import zlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import train_tiny
+from flax import traverse_util
+
+from minisora_jax.cli import main
+from minisora_jax.data.latents import Latents
+from minisora_jax.data.packing import PackConfig
+from minisora_jax.data.rows import Segment, pack_segments
+from minisora_jax.diffusion.loss import diffusion_loss
+from minisora_jax.diffusion.time import TimeConfig
+from minisora_jax.io.model_dir import export_model, load_model
+from minisora_jax.models.dit import DiT, DiTConfig, abstract_params
+from minisora_jax.models.lora import LoraConfig, delta, init_adapter, kernels, scaled, stacked
+from minisora_jax.models.text import encode_bytes
+from minisora_jax.parallel.mesh import MeshConfig, make_mesh, to_global, with_shardings
+from minisora_jax.training.diffusion_task import frozen_of, init_params, train_diffusion
+from minisora_jax.training.frozen import quantized
+
+# No two of these axes are equally long, so that a shape tells what an array is.
+DIT = DiTConfig(
+    latent_channels=3, patch=(1, 2, 2), width=40, depth=2, heads=2, mlp_ratio=2.2, text_width=64, text_depth=1,
+    dtype="float32", attention="reference", qk_norm="none", positions="none", micro_conditioning=False,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def batch():
+    rng = np.random.default_rng(0)
+
+    def segment(t, h, w, caption):
+        tokens = rng.standard_normal((t * h * w, DIT.token_width)).astype(np.float32)
+        return Segment(tokens, np.zeros(len(tokens), bool), (t, h, w), encode_bytes(caption), 8.0)
+
+    row = lambda i: [segment(1, 2, 2 + i % 2, "a cat"), segment(2, 2, 1, "a dog runs")]
+    return pack_segments([row(i) for i in range(8)], PackConfig(tokens=16, text_tokens=64, slots=2, rows=8))
+
+
+@pytest.fixture(scope="module")
+def params():
+    """Random parameters of which no layer is zero."""
+    key = jax.random.key(0)
+    normal = lambda path, x: 0.1 * jax.random.normal(jax.random.fold_in(key, zlib.crc32(str(path).encode())), x.shape)
+    return jax.tree_util.tree_map_with_path(normal, abstract_params(DIT))
+
+
+def adapter(targets="all", rank=4, seed=1):
+    """An adapter with a B that is not zero."""
+    lora = init_adapter(LoraConfig(rank, targets=targets), abstract_params(DIT), jax.random.key(seed))
+    return jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(x.size + seed), x.shape), lora)
+
+
+def merged(params, lora):
+    """The definition: the product of A and B, einsum by einsum, added to each kernel."""
+    flat, thin = traverse_util.flatten_dict(params, sep="/"), traverse_util.flatten_dict(lora, sep="/")
+    for path in {name[len("lora/") : -2] for name in thin}:
+        a, b = thin[f"lora/{path}/a"], thin[f"lora/{path}/b"]
+        kernel = flat[f"params/{path}/kernel"]
+        layers = 1 if path.startswith("blocks/") else 0
+        product = lambda a, b: jnp.tensordot(a, b, axes=1)
+        change = jax.vmap(product)(a, b) if layers else product(a, b)
+        flat[f"params/{path}/kernel"] = kernel + change.reshape(kernel.shape)
+    return traverse_util.unflatten_dict(flat, sep="/")
+
+
+@jax.jit
+def forward(params, batch):
+    return DiT(DIT).apply(params, batch.tokens_BSP, jnp.full(batch.segment_BS.shape, 0.3), batch)
+
+
+@pytest.mark.parametrize("targets", ["attention", "all", "text/.*mlp|patch_in"])
+def test_merged_is_unmerged(params, batch, targets):
+    lora = adapter(targets)
+    by_hand = merged(params, lora)
+    whole, thin = forward(by_hand, batch), forward(params | lora, batch)
+    assert np.abs(whole - forward(params, batch)).max() > 1e-2
+    np.testing.assert_allclose(thin, whole, atol=1e-6 * np.abs(whole).max(), rtol=0)
+    for path, kernel in kernels(params, targets).items():
+        a, b = (traverse_util.flatten_dict(lora, sep="/")[f"lora/{path}/{x}"] for x in "ab")
+        change = delta(a, b, bool(kernel.layers))
+        after, before = (traverse_util.flatten_dict(t, sep="/")[f"params/{path}/kernel"] for t in (by_hand, params))
+        np.testing.assert_allclose(change, after - before, atol=1e-5)
+
+
+def test_several_are_one_of_a_larger_rank(params, batch):
+    one, other = adapter("attention", 4), adapter("all", 3, seed=2)
+    both = stacked([scaled(one["lora"], 0.5), scaled(other["lora"], -2.0)])
+    by_hand = merged(merged(params, {"lora": scaled(one["lora"], 0.5)}), {"lora": scaled(other["lora"], -2.0)})
+    whole = forward(by_hand, batch)
+    np.testing.assert_allclose(forward(params | {"lora": both}, batch), whole, atol=2e-6 * np.abs(whole).max(), rtol=0)
+
+
+def test_a_new_adapter_changes_no_bit(params, batch):
+    lora = init_adapter(LoraConfig(4, targets="all"), abstract_params(DIT), jax.random.key(0))
+    assert np.array_equal(forward(params | lora, batch), forward(params, batch))
+    assert len(lora["lora"]) > 3 and np.abs(lora["lora"]["patch_in"]["a"]).max() > 0.1
+
+
+def dots(jaxpr):
+    """The shapes that the matrix products in a program have, with those of programs within."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            yield equation.outvars[0].aval.shape
+        for value in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
+            if hasattr(inner := getattr(value, "jaxpr", value), "eqns"):
+                yield from dots(inner)
+
+
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_no_gradient_of_a_kernels_shape_is_computed(params, batch, remat):
+    model = DiT(dataclasses.replace(DIT, remat=remat))
+
+    def loss(trained, frozen):
+        terms = diffusion_loss(model, TimeConfig(), frozen | trained, batch, jax.random.key(0))["loss"]
+        return jnp.sum(terms[0])
+
+    shapes = {kernel.inputs + kernel.outputs for kernel in kernels(params).values()}
+    shapes |= {shape[::-1] for shape in shapes} | {(*s[1:], s[0]) for s in shapes} | {(s[-1], *s[:-1]) for s in shapes}
+    lora, nothing = adapter(), {}
+    dense = [s for s in dots(jax.make_jaxpr(jax.grad(loss))(params, nothing).jaxpr) if s in shapes]
+    thin = [s for s in dots(jax.make_jaxpr(jax.grad(loss))(lora, params).jaxpr) if s in shapes]
+    assert len(dense) >= len(kernels(params)) and not thin
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("base", ["bfloat16", "int8"])
+def test_eight_devices_are_one(params, batch, base, tmp_path):
+    """Value and gradient, with the base held in that type; the mesh divides rows, tokens, heads and parameters."""
+    config = {"kind": "dit", "dit": dataclasses.asdict(DIT)}
+    export_model(tmp_path / "base", params, config)
+    task = dataclasses.replace(train_tiny.task(3), dit=DIT, lora=LoraConfig(4, 8.0, "all", base))
+
+    def on(mesh_config, devices):
+        mesh = make_mesh(mesh_config, devices)
+        with jax.set_mesh(mesh):
+            places = with_shardings(jax.eval_shape(lambda: init_params(task, jax.random.key(0))), mesh)
+            lora = jax.tree.map(lambda x, to: jax.device_put(x, to.sharding), adapter(), places)
+            frozen = frozen_of(task, tmp_path / "base")
+            fixed = frozen.on(mesh)
+
+            @jax.jit
+            def value_and_grad(lora, fixed, batch):
+                def loss(lora):
+                    joined = frozen.join(lora, fixed)
+                    values, weights = diffusion_loss(DiT(DIT), TimeConfig(), joined, batch, jax.random.key(1))["loss"]
+                    return jnp.sum(values * weights)
+
+                return jax.value_and_grad(loss)(lora)
+
+            one = jax.tree.map(lambda x: x[0], to_global(jax.tree.map(lambda x: x[None], batch), mesh))
+            held = jax.tree.leaves(fixed["params"]["blocks"])[1].dtype
+            return jax.device_get(value_and_grad(lora, fixed, one)), held, lora
+
+    (value, grads), dtype, _ = on(MeshConfig(), jax.devices()[:1])
+    (others, cut), _, lora = on(MeshConfig(data=1, fsdp=2, ring=2, tensor=2), jax.devices())
+    assert dtype == base
+    np.testing.assert_allclose(others, value, rtol=1e-5)
+    for x, y in zip(jax.tree.leaves(cut), jax.tree.leaves(grads), strict=True):
+        np.testing.assert_allclose(x, y, atol=1e-4 * np.abs(y).max())
+    on_all = [x for x in jax.tree.leaves(lora) if x.addressable_shards[0].data.size < x.size]
+    assert len(on_all) > 0.9 * len(jax.tree.leaves(lora))
+
+
+def test_int8_is_half_a_step_off(params):
+    w = params["params"]["blocks"]["joint"]["self_attention"]["out"]["kernel"]
+    kernel = kernels(params)["blocks/joint/self_attention/out"]
+    q, scale = quantized(jnp.array(w), kernel)
+    assert q.dtype == jnp.int8 and scale.shape == (2, 40)
+    assert np.abs(q * scale[:, None, None] - w).max() <= 0.5001 * scale.max()
+
+
+# ---- Training
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """(a latent cache, a model)."""
+    at = tmp_path_factory.mktemp("base")
+    train_tiny.make_cache(at / "latents")
+    task = train_tiny.task(3)
+    params = jax.tree.map(lambda p: p + 0.1, jax.jit(functools.partial(init_params, task))(jax.random.key(0)))
+    config = {k: dataclasses.asdict(getattr(task, k)) for k in ("dit", "times", "objective")}
+    export_model(at / "model", params, {"kind": "dit"} | config)
+    return at
+
+
+def run(base, workdir, init="model", **changes):
+    task = dataclasses.replace(train_tiny.task(4), **changes)
+    task = dataclasses.replace(task, run=dataclasses.replace(task.run, save_every=2))
+    return train_diffusion(task, workdir, Latents(base / "latents"), {}, {}, init=base / init)
+
+
+def bytes_of(path):
+    return (path / "model.safetensors").read_bytes()
+
+
+@pytest.mark.slow
+def test_a_run_trains_adapters_only_and_goes_on_exactly(base, tmp_path):
+    work, lora = tmp_path / "run", LoraConfig(2, 4.0)
+    before = bytes_of(base / "model")
+    export = run(base, work, lora=lora)
+    whole, (stored, config) = bytes_of(export), load_model(export)
+    assert config["kind"] == "lora" and config["lora"]["rank"] == 2 and set(stored) == {"lora"}
+    assert max(np.abs(x).max() for x in jax.tree.leaves(stored["lora"]["blocks"]["joint"]["self_attention"]["q"])) > 0
+    assert bytes_of(base / "model") == before
+    held = sum(p.stat().st_size for p in (work / "checkpoints" / "4").rglob("*") if p.is_file())
+    numbers = sum(x.size for x in jax.tree.leaves(stored))
+    assert held < 16 * numbers + 200_000 < len(before)  # parameters, average and two moments, and Orbax's own files
+
+    shutil.rmtree(work / "checkpoints" / "4")
+    shutil.rmtree(export)
+    assert bytes_of(run(base, work, lora=lora)) == whole
+
+
+@pytest.mark.slow
+def test_a_run_does_not_go_on_over_another_base(base, tmp_path):
+    run(base, tmp_path, lora=LoraConfig(2))
+    params, config = load_model(base / "model")
+    export_model(base / "other", jax.tree.map(lambda p: p + 1, params), config)
+    with pytest.raises(ValueError, match="begun with another config .config.base: "):
+        run(base, tmp_path, "other", lora=LoraConfig(2))
+
+
+@pytest.mark.slow
+def test_only_what_a_pattern_names_is_trained(base, tmp_path):
+    before, _ = load_model(base / "model")
+    after, config = load_model(run(base, tmp_path, train_only="mlp/.*bias|patch_out"))
+    before, after = (traverse_util.flatten_dict(tree, sep="/") for tree in (before, after))
+    changed = {name for name in before if not np.array_equal(before[name], after[name])}
+    assert config["kind"] == "dit" and before.keys() == after.keys()
+    of_mlp = {f"params/blocks/joint/mlp/{part}/bias" for part in ("up", "down")}
+    assert changed == of_mlp | {"params/patch_out/kernel", "params/patch_out/bias"}
+
+
+def test_what_cannot_be_trained_is_said(base, tmp_path):
+    task = train_tiny.task(3)
+    cache = Latents(base / "latents")
+    with pytest.raises(ValueError, match="change a given model: name it by --init=DIR"):
+        train_diffusion(dataclasses.replace(task, lora=LoraConfig(2)), tmp_path, cache, {}, {})
+    with pytest.raises(ValueError, match="lora.targets='attn' matches no kernel; give attention, mlp, all"):
+        run(base, tmp_path, lora=LoraConfig(2, targets="attn"))
+    with pytest.raises(ValueError, match="train_only='norx' matches no parameter"):
+        run(base, tmp_path, train_only="norx")
+    with pytest.raises(ValueError, match=r"train_only='x' must be ''"):
+        dataclasses.replace(task, lora=LoraConfig(2), train_only="x")
+    with pytest.raises(ValueError, match="mup_base_width=16 is for the training of all parameters"):
+        dataclasses.replace(task, lora=LoraConfig(2), mup_base_width=16)
+    with pytest.raises(ValueError, match="lora.base='nf4' must be one of"):
+        LoraConfig(2, base="nf4")
+
+
+def test_the_flag_is_short_for_the_config(capsys, tmp_path):
+    start = ["train", "--config=dit_tiny:data=nowhere", f"--workdir={tmp_path}"]
+    assert main([*start, "--lora", "alpha=3"]) != 0
+    assert "--lora 'alpha=3' lacks the rank of the adapters, such as rank=32" in capsys.readouterr().err
+    assert main([*start, "--lora", "rank=3,size=9"]) != 0
+    assert "--lora 'rank=3,size=9' must be rank=N" in capsys.readouterr().err
+    assert main([*start, "--lora", "rank=3,targets=("]) != 0
+    assert "lora.targets='(' is no pattern" in capsys.readouterr().err
