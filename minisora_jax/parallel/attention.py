@@ -8,8 +8,11 @@ are replicated, such as a caption's, need no communication.
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import functools
 import logging
+from collections.abc import Iterator
 from importlib.util import find_spec
 
 import jax
@@ -24,6 +27,19 @@ from minisora_jax.parallel.ring import Ring, ring_attention
 log = logging.getLogger("minisora")
 
 CUDNN_FROM = 1024  # tokens of the longest segment from which cuDNN is faster than our Triton kernel
+
+# What "auto" means while `auto_is` holds.
+_auto: contextvars.ContextVar[str] = contextvars.ContextVar("auto", default="auto")
+
+
+@contextlib.contextmanager
+def auto_is(impl: str) -> Iterator[None]:
+    """ "auto" means this kernel in what is traced meanwhile, whatever the backend: to compile for another machine."""
+    token = _auto.set(impl)
+    try:
+        yield
+    finally:
+        _auto.reset(token)
 
 
 def attend(
@@ -103,6 +119,7 @@ def choose(impl: str, q_BSNK: jax.Array, slots: int, max_segment_len: int) -> Ke
     Raises:
         ValueError: There is no kernel of that name, or it cannot take these queries.
     """
+    impl = _auto.get() if impl == "auto" else impl
     if impl == "auto":
         impl = _best(jax.default_backend())
         if impl == "triton" and _is_hopper() and max_segment_len >= CUDNN_FROM and Cudnn(slots).fits(q_BSNK):

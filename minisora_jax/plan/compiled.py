@@ -148,7 +148,25 @@ def compile_for(
         ImportError: libtpu is not installed.
     """
     mesh = make_mesh(mesh_config, topology.devices())
-    kinds, lowered = lower(work, mesh)
+    return compile_lowered(*lower(work, mesh), mesh, topology, options)
+
+
+def compile_lowered(
+    kinds: dict[str, Any],
+    lowered: jax.stages.Lowered,
+    mesh: jax.sharding.Mesh,
+    topology: Topology,
+    options: dict | None = None,
+) -> CompiledStep:
+    """Compile a lowered step for the chips of its mesh, see `compile_for`.
+
+    Args:
+        kinds: {kind: abstract arrays on the chips}, with "parameters" among them.
+        lowered: The step.
+        mesh: The mesh.
+        topology: The chips.
+        options: Compiler options.
+    """
     counts = {kind: bytes_held(tree) for kind, tree in kinds.items()}
     parameters = sum(x.size for x in jax.tree.leaves(kinds["parameters"]))
     begin = time.perf_counter()

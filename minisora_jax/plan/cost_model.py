@@ -86,13 +86,23 @@ def estimate(
         parameters: The number of the model's parameters.
         compiled: The compiled step. If given, memory and traffic are the compiler's.
     """
-    chip, flops = topology.chip, arithmetic(work)
     if compiled:
-        memory = {k: float(v) for k, v in compiled.state_bytes.items()}
-        memory |= {"temporaries": float(compiled.temporary_bytes), "program": float(compiled.code_bytes)}
-        traffic = compiled.traffic
-    else:
-        memory, traffic = _memory(work, mesh, parameters), _traffic(work, mesh, parameters, topology.slices)
+        return cost_of(compiled, arithmetic(work), mesh, topology)
+    traffic = _traffic(work, mesh, parameters, topology.slices)
+    return _cost(_memory(work, mesh, parameters), traffic, arithmetic(work), mesh, topology)
+
+
+def cost_of(compiled: CompiledStep, flops: Arithmetic, mesh: MeshConfig, topology: Topology) -> Estimate:
+    """The cost of a compiled step: memory and traffic are the compiler's."""
+    memory = {k: float(v) for k, v in compiled.state_bytes.items()}
+    memory |= {"temporaries": float(compiled.temporary_bytes), "program": float(compiled.code_bytes)}
+    return _cost(memory, compiled.traffic, flops, mesh, topology)
+
+
+def _cost(
+    memory: dict[str, float], traffic: Sequence[Traffic], flops: Arithmetic, mesh: MeshConfig, topology: Topology
+) -> Estimate:
+    chip = topology.chip
     seconds = {"computing": flops.executed / (topology.chips * chip.flops), "hidden": 0.0, "exposed": 0.0}
     for t in traffic:
         seconds["hidden" if t.hidden else "exposed"] += seconds_of(t, mesh, chip)

@@ -7,7 +7,16 @@ from importlib.metadata import version
 
 from minisora_jax.parallel.mesh import MeshConfig
 from minisora_jax.plan.compiled import CompiledStep, Workload, compile_for
-from minisora_jax.plan.cost_model import Estimate, estimate, largest, search, seconds_of
+from minisora_jax.plan.cost_model import (
+    Arithmetic,
+    Estimate,
+    arithmetic,
+    cost_of,
+    estimate,
+    largest,
+    search,
+    seconds_of,
+)
 from minisora_jax.plan.hardware import Topology
 
 GIB = 2**30
@@ -18,7 +27,11 @@ def compile_and_print(work: Workload, mesh: MeshConfig, topology: Topology) -> C
     remat = work.task.dit.remat
     print(f"\nmesh {mesh_name(mesh)}, remat {remat}: compiling for {topology.chips} chips ...", flush=True)
     compiled = compile_for(work, mesh, topology)
-    print("\n".join(compiled_lines(work, mesh, topology, compiled)), flush=True)
+    tokens, step = work.row_tokens(mesh), "sampling step" if work.sample else "train step"
+    each = tokens * work.rows / (mesh.data * mesh.fsdp * mesh.ring * mesh.ulysses)
+    what = f"{step} of {work.rows} row{'s' * (work.rows > 1)} of {tokens:,} tokens ({each:,.0f} a chip)"
+    advice = "try a larger mesh, another remat policy (--remat) or --search"
+    print("\n".join(compiled_lines(what, advice, arithmetic(work), mesh, topology, compiled)), flush=True)
     return compiled
 
 
@@ -27,20 +40,27 @@ def mesh_name(mesh: MeshConfig) -> str:
     return " ".join(f"{axis}={n}" for axis, n in dataclasses.asdict(mesh).items() if n > 1) or "of one chip"
 
 
-def compiled_lines(work: Workload, mesh: MeshConfig, topology: Topology, compiled: CompiledStep) -> list[str]:
-    """The lines of text about a compiled step: memory, traffic, and the cost that follows from them."""
-    tokens, chip, step = work.row_tokens(mesh), topology.chip, "sampling step" if work.sample else "train step"
-    each = tokens * work.rows / (mesh.data * mesh.fsdp * mesh.ring * mesh.ulysses)
-    lines = [
-        f"compiled for {topology.kind}: {step} of {work.rows} row{'s' * (work.rows > 1)} of {tokens:,} tokens"
-        f" ({each:,.0f} a chip), by libtpu {version('libtpu')} in {compiled.seconds:.0f} s on this machine",
-    ]
-    verdict = "fits" if compiled.fits else "DOES NOT FIT"
-    lines.append(f"  memory of a chip   {compiled.total_bytes / GIB:.2f} GiB of {chip.memory / GIB:.1f}: {verdict}")
+def compiled_lines(
+    what: str, advice: str, flops: Arithmetic, mesh: MeshConfig, topology: Topology, compiled: CompiledStep
+) -> list[str]:
+    """The lines of text about a compiled step: memory, traffic, and the cost that follows from them.
+
+    Args:
+        what: The step, in words.
+        advice: What to try if it does not fit.
+        flops: Its arithmetic.
+        mesh: The mesh.
+        topology: The chips.
+        compiled: The compiler's numbers.
+    """
+    by = f"by libtpu {version('libtpu')} in {compiled.seconds:.0f} s on this machine"
+    lines = [f"compiled for {topology.kind}: {what}, {by}"]
+    verdict, memory = "fits" if compiled.fits else "DOES NOT FIT", topology.chip.memory
+    lines.append(f"  memory of a chip   {compiled.total_bytes / GIB:.2f} GiB of {memory / GIB:.1f}: {verdict}")
     for kind, count in compiled.state_bytes.items():
         lines.append(f"    {kind:<17}{count / GIB:8.3f} GiB")
     if not compiled.fits:
-        return [*lines, "  try a larger mesh, another remat policy (--remat) or --search"]
+        return [*lines, f"  {advice}"]
     lines.append(f"    {'temporaries':<17}{compiled.temporary_bytes / GIB:8.3f} GiB (activations, gradients, buffers)")
     lines.append(f"    {'program':<17}{compiled.code_bytes / GIB:8.3f} GiB")
     lines.append("  sent by a chip in a step, by mesh axis")
@@ -48,7 +68,7 @@ def compiled_lines(work: Workload, mesh: MeshConfig, topology: Topology, compile
         how = "asynchronous, hidden" if t.hidden else "asynchronous, exposed" if t.asynchronous else "synchronous"
         count = f"{t.times:,} times from {t.sites} places"
         lines.append(f"    {t.where:<17}{t.kind:<19}{t.sent / GIB:10.3f} GiB, {count}, {how}")
-    cost = estimate(work, mesh, topology, compiled.parameters, compiled)
+    cost = cost_of(compiled, flops, mesh, topology)
     if copied := sum(t.sent for t in compiled.traffic if not t.axes):
         rate = copied / cost.seconds["computing"] / 1e9
         lines.append(f"    the host must take and give {rate:.2g} GB/s a chip for its copies to stay hidden")

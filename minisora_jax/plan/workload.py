@@ -80,22 +80,41 @@ def clip_tokens(clip: str, fps: float, codec: str, patch: tuple[int, int, int]) 
     """
     if re.fullmatch(r"[\d.]+[kM]?", clip):
         return token_count(clip), "that length"
-    match = re.fullmatch(r"([\d.]+)s@(?:(\d+)p|(\d+)x(\d+))", clip)
-    if not match:
-        raise ValueError(f"--clip={clip} must look like 60s@1080p, 5s@832x480 (width x height) or 16.8M (tokens)")
     if codec not in CODECS:
         raise ValueError(f"--codec={codec} must be one of {', '.join(CODECS)}")
     vae = CODECS[codec].config
+    T, H, W = clip_size(clip, fps, vae.time_factor, (vae.space_factor * patch[1], vae.space_factor * patch[2]))
+    t, h, w = vae.latent_size((T, H, W))
+    rows, columns = h // patch[1], w // patch[2]
+    return t * rows * columns, f"{T} frames of {W}x{H}, {t} x {rows} x {columns} tokens"
+
+
+def clip_size(clip: str, fps: float, time_factor: int, cell: tuple[int, int]) -> tuple[int, int, int]:
+    """The frames, height and width of "60s@1080p" or "5s@832x480" (width x height), up to whole cells.
+
+    Args:
+        clip: The clip.
+        fps: Frames per second.
+        time_factor: Frames of each latent frame after the first.
+        cell: Height and width that the sides are multiples of.
+
+    Raises:
+        ValueError: The clip has another form.
+    """
+    match = re.fullmatch(r"([\d.]+)s@(?:(\d+)p|(\d+)x(\d+))", clip)
+    if not match:
+        raise ValueError(f"--clip={clip} must look like 60s@1080p, 5s@832x480 (width x height) or 16.8M (tokens)")
     height = int(match[2] or match[4])
     width = int(match[3]) if match[3] else 2 * round(height * 16 / 9 / 2)
-    cell = [vae.space_factor * p for p in patch[1:]]
-    rows, columns = (math.ceil(n / c) for n, c in zip((height, width), cell))
-    steps = round(float(match[1]) * fps / vae.time_factor)
-    frames, t = 1 + steps * vae.time_factor, 1 + steps
-    size = f"{columns * cell[1]}x{rows * cell[0]}"
-    return t * rows * columns, f"{frames} frames of {size}, {t} x {rows} x {columns} tokens"
+    H, W = (math.ceil(n / c) * c for n, c in zip((height, width), cell))
+    return 1 + round(float(match[1]) * fps / time_factor) * time_factor, H, W
 
 
 def mesh_of(text: str, chips: int) -> MeshConfig:
     """The mesh of a text such as "ring=4,ulysses=2" on `chips` chips, with the size of every axis."""
     return MeshConfig(*MeshConfig.parse(text).sizes(chips))
+
+
+def configured_mesh(text: str, own: MeshConfig, chips: int) -> MeshConfig:
+    """The mesh of a text, or the config's own if there is none, with the size of every axis."""
+    return mesh_of(text, chips) if text else MeshConfig(*own.sizes(chips))

@@ -33,6 +33,7 @@ from minisora_jax.training.codec_losses import AdversarialConfig, PerceptualConf
 from minisora_jax.training.loop import RunConfig, train
 from minisora_jax.training.metrics import Metrics
 from minisora_jax.training.optim import make_optimizer
+from minisora_jax.training.step import LossFn
 from minisora_jax.types import Clip, ClipSequence
 
 
@@ -119,6 +120,11 @@ def optimizer_of(task: CodecTask) -> optax.GradientTransformation:
     return losses.two_optimizers(task.run.optim, task.gan, task.run.steps)
 
 
+def loss_of(task: CodecTask, lpips: LPIPS | None) -> LossFn:
+    """The loss function of the task, of batches {"frames": uint8 (B, T, H, W, 3), "number": the step's (B,)}."""
+    return lambda params, batch, key: loss_terms(task, params, batch["frames"], key, jnp.max(batch["number"]), lpips)
+
+
 def train_codec(task: CodecTask, workdir: Path, clips: ClipSequence, held_out: ClipSequence, run_config: dict) -> Codec:
     """Train a codec and export it to WORKDIR/export.
 
@@ -155,9 +161,6 @@ def train_codec(task: CodecTask, workdir: Path, clips: ClipSequence, held_out: C
             batch = {"frames": frames, "number": np.full(frames.shape[:2], number, np.int32)}
             yield batch, {"clips": float(task.batch * task.run.optim.accumulate)}
 
-    def loss_fn(params: Any, batch: dict[str, jax.Array], key: jax.Array) -> dict:
-        return loss_terms(task, params, batch["frames"], key, jnp.max(batch["number"]), lpips)
-
     def sample(step: int, params: Any, metrics: Metrics) -> None:
         codec = Codec(task.vae, of_codec(params), *_unit_stats(task.vae))
         scores, pairs = reconstruct(codec, [held_out[i] for i in range(min(8, len(held_out)))])
@@ -171,7 +174,7 @@ def train_codec(task: CodecTask, workdir: Path, clips: ClipSequence, held_out: C
         name="codec",
         rows=task.batch,
         init_params=functools.partial(init_params, task, start),
-        loss_fn=loss_fn,
+        loss_fn=loss_of(task, lpips),
         optimizer=optimizer_of(task),
         batches=batches,
         run_config=run_config,
