@@ -6,7 +6,9 @@ import pytest
 
 from minisora_jax.config import load, names
 from minisora_jax.models.dit import abstract_params
+from minisora_jax.models.vae import VAE
 from minisora_jax.parallel.mesh import MeshConfig
+from minisora_jax.plan.codec import codec_of
 from minisora_jax.plan.hardware import Topology
 from minisora_jax.plan.workload import configured_task, parameter_count
 from minisora_jax.training.diffusion_task import DiffusionTask
@@ -48,6 +50,26 @@ def test_dit_256(size):
     cross = task.dit.depth * (2 * D * D + 2 * task.dit.text_width * D)  # for captions, where the paper has classes
     assert abs(blocks / (own + cross) - 1) < 0.06
     divides(task, 16)
+
+
+@pytest.mark.parametrize("size", PAPER)
+def test_dit_256_of_classes(size):
+    """As the paper's, but for one modulation of all blocks: no cross-attention, and a table of classes."""
+    dit = task_of(f"dit_256:size={size},classes=1000,data=data").dit
+    params, D, K = abstract_params(dit)["params"], dit.width, dit.width // dit.heads
+    count = lambda tree: sum(x.size for x in jax.tree.leaves(tree))
+    assert count(params["labels"]) == 1001 * D
+    assert count(params["blocks"]) == dit.depth * (12 * D * D + 9 * D + 2 * K + 6 * D)  # qk norms, table of adaLN
+    assert abs(count(params) / (PAPER[size] - dit.depth * 6 * D * D) - 1) < 0.09
+
+
+def test_the_codec_for_pods():
+    task = codec_of(None, ["--config=vae_4x8x8:lpips=models/lpips"])
+    frames = jax.ShapeDtypeStruct((1, *task.crop_THW, 3), np.float32)
+    params = jax.eval_shape(VAE(task.vae).init, jax.eval_shape(lambda: jax.random.key(0)), frames)
+    assert sum(x.size for x in jax.tree.leaves(params)) == pytest.approx(100.8e6, rel=1e-3)
+    assert task.batch % task.run.mesh.sizes(16)[0] == 0
+    assert (task.vae.time_factor, task.vae.space_factor, task.vae.latent_channels) == (4, 8, 16)
 
 
 def divides(task: DiffusionTask, chips: int) -> None:

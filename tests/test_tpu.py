@@ -83,3 +83,20 @@ def test_the_small_config_for_pods_is_compiled_for_one():
     plan = run(POD)
     assert "mesh fsdp=4, remat host" in plan and "of 29.8: fits" in plan
     assert "copy to the host" in plan and "copy from the host" in plan
+
+
+CODEC = """
+from minisora_jax.cli import main
+shape = ["base=8", "multipliers=(1,2)", "time_down=(True,)", "residual_blocks=1"]
+small = ["--config=vae_tiny", *[f"--config.vae.{entry}" for entry in shape], "--config.crop_THW=(5,32,32)"]
+assert main(["plan", "--topology=v5p:2x2x1", *small]) == 0
+"""
+
+
+@needs_libtpu
+@needs_tokamax
+def test_a_codec_is_compiled_for_a_pod():
+    """Crops are divided over the chips, each of which has all parameters: their gradients are summed."""
+    plan = run(CODEC)
+    assert "train step of 8 crops of 5x32x32 (2 a chip at a time)" in plan and "of 88.5: fits" in plan
+    assert "mesh data=4" in plan and "data             all-reduce" in plan
