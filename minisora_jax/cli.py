@@ -18,6 +18,7 @@ VERBS = {
     "ui": "a web page for generating",
     "import": "turn published weights into a model of this project",
     "export": "write a model in the published layout",
+    "merge": "fold adapters (LoRA) into their model",
     "inspect": "look into a data set, a latent cache, a run, a model, or how clips are packed",
     "plan": "what a run needs on a TPU pod, compiled for it on any machine",
     "study": "measure train steps over contexts, meshes and ways to batch",

@@ -133,6 +133,50 @@ def finetune(at, workdir="run", data="latents", init="wan", codec="wan-vae", cha
     ]
 
 
+def test_an_adapter_trained_used_merged_and_given_back(project, capsys, tmp_path):
+    at = project
+    base = [f"--codec={at / 'wan-vae'}", f"--text-encoder={at / 'umt5'}"]
+    sampling = ["--size=32x32", "--frames=5", "--steps=2", "--upscale=1", *base]
+    flags = [*finetune(at, tmp_path / "run"), "--lora", "rank=2,alpha=4,base=float32", "--config.run.optim.warmup=1"]
+    minisora(*flags, "--config.run.optim.learning_rate=0.05")
+    adapter = tmp_path / "run/export"
+    minisora("inspect", adapter)
+    assert "lora.rank" in capsys.readouterr().out
+
+    def made(name, model, *loras):
+        adapters = [part for lora in loras for part in ("--lora", lora)]
+        minisora("generate", "a red circle", f"--model={model}", *sampling, *adapters, f"--out={tmp_path / name}")
+        path = next(line for line in capsys.readouterr().out.splitlines() if line.endswith(".mp4"))
+        return read_clip_frames(path)[0].astype(int), path
+
+    plain, _ = made("plain", at / "wan")
+    adapted, path = made("adapted", at / "wan", adapter)
+    changed = np.abs(adapted - plain).mean()  # files are compressed, so equal to the bit they need not be
+    same = lambda frames: np.abs(frames - adapted).mean() < 0.1 * changed
+    assert changed > 1
+    minisora("generate", "--reproduce", path, f"--out={tmp_path / 'again'}")
+    assert "the same to the bit" in capsys.readouterr().out
+    half, _ = made("half", at / "wan", f"{adapter}:0.5", f"{adapter}:0.5")
+    assert same(half)
+    nothing, _ = made("nothing", at / "wan", f"{adapter}:0")
+    assert np.array_equal(nothing, plain)
+
+    minisora("merge", at / "wan", adapter, f"--out={tmp_path / 'merged'}")
+    merged, _ = made("of-merged", tmp_path / "merged")
+    assert same(merged)
+    for style in ("peft", "comfyui", "kohya"):
+        minisora("export", adapter, tmp_path / f"{style}.safetensors", "--as", style)
+        published, _ = made(style, at / "wan", tmp_path / f"{style}.safetensors")
+        assert same(published)
+    minisora("import", "lora", tmp_path / "kohya.safetensors", f"--base={at / 'wan'}", f"--out={tmp_path / 'imported'}")
+    imported, _ = made("imported", at / "wan", tmp_path / "imported")
+    assert same(imported)
+    said = refused(capsys, "generate", "a red circle", "--lora", adapter)
+    assert "is an adapter of another model than" in said and "and the model wants" in said
+    said = refused(capsys, "generate", "a red circle", "--lora", tmp_path / "none.safetensors")
+    assert "there is no adapter" in said
+
+
 def test_fine_tuned_interrupted_sampled_and_given_back(project, monkeypatch, capsys, caplog):
     at = project
     latents = Latents(at / "latents")

@@ -4,6 +4,7 @@ examples:
   minisora export models/wan-vae exported/vae
   minisora export models/umt5 exported/text_encoder
   minisora export models/wan exported/transformer
+  minisora export runs/adapter/export my_lora.safetensors --as comfyui      # an adapter: peft (default), comfyui, kohya
 
 The tensors of an imported model come back bit for bit: codecs and transformers by diffusers' names, text encoders by
 transformers' (T5EncoderModel, UMT5EncoderModel, CLIPTextModel), with the config.json of each, so that their
@@ -17,6 +18,13 @@ from __future__ import annotations
 def add_arguments(parser):
     parser.add_argument("model", help="a model that `minisora import`, `train-vae` or `train` wrote")
     parser.add_argument("out", help="the directory to write to")
+    parser.add_argument(
+        "--as",
+        dest="style",
+        choices=("peft", "comfyui", "kohya"),
+        default="peft",
+        help="whose names an adapter gets (default peft, which are diffusers' too)",
+    )
     parser.add_argument("--shard-gb", type=float, default=4.0, help="size of a file at most, GiB (default 4)")
 
 
@@ -32,6 +40,8 @@ def run(args, _):
     from minisora_jax.weights.rules import export_lazily, save_sharded
 
     leaves, config = open_model(args.model)
+    if config.get("kind") == "lora":
+        return export_adapter(args.model, args.out, args.style)
     rules, theirs, stem = published(config, args.model)
     save_sharded(args.out, export_lazily(leaves, rules), stem, shard_bytes=int(args.shard_gb * 2**30))
     (Path(args.out) / "config.json").write_text(json.dumps(theirs, indent=2) + "\n", encoding="utf-8")
@@ -40,6 +50,23 @@ def run(args, _):
         Path(args.out), config, sum(math.prod(x.shape) for x in jax.tree.leaves(leaves)), loader_of(theirs)
     )
     print(f"{args.model} written to {args.out}")
+
+
+def export_adapter(model: str, out: str, style: str) -> None:
+    """Write an adapter as one safetensors file: `out`, or pytorch_lora_weights.safetensors in it."""
+    from pathlib import Path
+
+    from minisora_jax.io.model_dir import in_memory
+    from minisora_jax.io.safetensors import write_tensors
+    from minisora_jax.weights.adapters import adapter_settings
+    from minisora_jax.weights.lora_names import published_adapter
+
+    stored, lora, dit, _ = adapter_settings(model)
+    tensors = published_adapter(in_memory(stored, model, None), dit, style, lora.scale)
+    path = Path(out) if out.endswith(".safetensors") else Path(out) / "pytorch_lora_weights.safetensors"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_tensors(path, tensors, "exporting")
+    print(f"{model} written to {path}, {len(tensors)} tensors with the names of {style}")
 
 
 def loader_of(theirs: dict) -> str:

@@ -19,6 +19,7 @@ examples:
   minisora generate "a cat on a skateboard" --model=models/wan --codec=models/wan-vae --text-encoder=models/umt5 \\
       --size 480x832 --frames 81 --fps 16 --sampler unipc --schedule wan --guidance 5
   minisora generate "a cat on a skateboard" --expand http://localhost:8000/v1#my-llm --model=models/wan ...
+  minisora generate "a cat on a skateboard" --model=models/wan ... --lora runs/a/export --lora b.safetensors:0.8
   minisora generate 207 --model=models/dit --codec=models/sd-vae --size 256x256 --frames 1
 
 The bundled model knows coloured shapes in motion: --captions lists its words. A model trained here remembers its text
@@ -198,7 +199,7 @@ def _number(flag: str, words: list[str]) -> float:
 
 def model_record(args, pipeline) -> dict:
     """The part of a record that names the model."""
-    names = ("model", "codec", "guide_model", "text_encoder", "mesh", "dtype")
+    names = ("model", "codec", "guide_model", "text_encoder", "mesh", "dtype", "lora")
     paths = {name: getattr(args, name, None) for name in names}
     return paths | {"hash": pipeline.hash, "codec_hash": pipeline.codec.hash, "window": pipeline.window_frames}
 
@@ -211,7 +212,7 @@ def _reproduce(args) -> int:
 
     record = read_record(args.reproduce)
     model = record["model"]
-    names = ("model", "codec", "guide_model", "text_encoder", "window", "dtype")
+    names = ("model", "codec", "guide_model", "text_encoder", "window", "dtype", "lora")
     if is_main() and (words := different_machine(record)):
         print(words)
     source = Path(args.reproduce)

@@ -5,6 +5,7 @@ examples:
   minisora import umt5-xxl models_t5_umt5-xxl-enc-bf16.pth --tokenizer=google/umt5-xxl --out=models/umt5
   minisora import wan2.1-t2v-1.3b Wan2.1-T2V-1.3B-Diffusers/transformer --out=models/wan
   minisora import lpips my_lpips/ --out=models/lpips          vgg16-397923af.pth and the lpips package's vgg.pth
+  minisora import lora fast_4steps.safetensors --base=models/wan --out=adapters/fast
   minisora eval codec --codec=models/wan-vae --data=data/clips
 
 PATH is a file (safetensors, or torch's pth, pt, bin), a directory with one, or the index of a sharded one, in the
@@ -17,6 +18,7 @@ from __future__ import annotations
 import logging
 import shutil
 from pathlib import Path
+from typing import Any
 
 logger = logging.getLogger("minisora")
 
@@ -27,26 +29,36 @@ TOKENIZER_FILES += ("special_tokens_map.json", "added_tokens.json")
 def add_arguments(parser):
     from minisora_jax.weights.presets import CODECS, LOSSES, TEXT_ENCODERS, TRANSFORMERS
 
-    choices = CODECS | TRANSFORMERS | TEXT_ENCODERS | LOSSES
+    choices = [*(CODECS | TRANSFORMERS | TEXT_ENCODERS | LOSSES), LORA]
     parser.add_argument("preset", metavar="PRESET", choices=choices, help="one of those listed below")
     parser.add_argument("path", metavar="PATH", help="the published file or directory")
     parser.add_argument("--out", required=True, help="the directory to write the model to")
     parser.add_argument(
         "--tokenizer", help="of a text encoder: the directory of its tokenizer (default: beside the weights, if there)"
     )
+    parser.add_argument("--base", help="of an adapter (lora): the imported model that it changes")
     parser.add_argument("--dtype", choices=DTYPES, help="precision to keep the weights in (default: the published)")
     table = lambda presets: "".join(f"  {name:<18}{preset.what}\n" for name, preset in presets.items())
     parser.epilog = f"codecs:\n{table(CODECS)}\ndiffusion transformers:\n{table(TRANSFORMERS)}"
     parser.epilog += f"\ntext encoders:\n{table(TEXT_ENCODERS)}\nlosses of a codec:\n{table(LOSSES)}"
+    parser.epilog += f"\nadapters:\n  {LORA:<18}of --base, with the keys of PEFT, diffusers, ComfyUI or kohya\n"
 
 
 DTYPES = ("float32", "bfloat16", "float16")
+LORA = "lora"
 
 
 def run(args, _):
     from minisora_jax.models.captions import TOKENIZER
     from minisora_jax.weights.presets import CODECS, LOSSES, TEXT_ENCODERS, TRANSFORMERS
 
+    if (args.preset == LORA) != bool(args.base):
+        raise ValueError(
+            "--base=MODEL is for an adapter, and names the model that it changes: import lora FILE --base=MODEL"
+        )
+    if args.preset == LORA:
+        print(f"adapter {import_lora(args.path, args.base, args.out, args.dtype)} written to {args.out}")
+        return
     export = import_text_encoder
     for presets, what in ((CODECS, import_codec), (TRANSFORMERS, import_transformer), (LOSSES, import_lpips)):
         export = what if args.preset in presets else export
@@ -84,6 +96,30 @@ def import_transformer(name: str, path: str, out: str, dtype: str | None) -> tup
     config = {"kind": "dit"} | {k: dataclasses.asdict(getattr(preset, k)) for k in ("times", "objective")}
     config |= {"dit": dataclasses.asdict(dit), "training": {"imported": name}}
     return "transformer", export_model(out, params, config, dtype=dtype, progress="importing")
+
+
+def import_lora(path: str, base: str, out: str, dtype: str | None) -> str:
+    import dataclasses
+
+    from flax import traverse_util
+
+    from minisora_jax.io.hub import local_folder
+    from minisora_jax.io.model_dir import export_model, load_config, model_hash, saved_settings
+    from minisora_jax.models.dit import DiTConfig
+    from minisora_jax.models.lora import LoraConfig
+    from minisora_jax.weights.adapters import read_adapter
+
+    model = local_folder(base)
+    config = load_config(model)
+    dit = saved_settings(DiTConfig, config, "dit", model)
+    adapter = read_adapter(path, dit, model)
+    flat: dict[str, Any] = traverse_util.flatten_dict(adapter.lora, sep="/")
+    ranks = [x.shape[-1] for name, x in flat.items() if name.endswith("/a")]
+    kept = {k: config[k] for k in ("times", "objective") if k in config} | {"dit": dataclasses.asdict(dit)}
+    settings = dataclasses.asdict(LoraConfig(max(ranks, default=1), targets="all"))
+    config = {"kind": "lora", "lora": settings, "training": {"imported": LORA, "base": model_hash(model)}} | kept
+    tree = {name: part for name, part in (("lora", adapter.lora), ("diff", adapter.diff)) if part}
+    return export_model(out, tree, config, dtype=dtype or "float32")
 
 
 def import_text_encoder(name: str, path: str, out: str, dtype: str | None) -> tuple[str, str]:

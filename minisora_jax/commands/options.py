@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ TIME_SCHEDULES = ("even", "wan", "karras", "leading", "linspace", "trailing")
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
-    """--model, --codec, --text-encoder, --guide-model, --window, --dtype: what `load_pipeline` takes."""
+    """--model, --codec, --text-encoder, --guide-model, --lora, --window, --dtype: what `load_pipeline` takes."""
     group = parser.add_argument_group("model")
     group.add_argument("--model", default=None, help="an exported model (default: the bundled one)")
     group.add_argument("--codec", default=None, help="its codec (default: the bundled one)")
@@ -32,6 +33,14 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         "--guide-model",
         default=None,
         help="a weaker exported model of the same codec: guide away from it (autoguidance), not from the empty prompt",
+    )
+    group.add_argument(
+        "--lora",
+        action="append",
+        default=[],
+        metavar="PATH[:WEIGHT]",
+        help="an adapter of the model, that `minisora train --lora` exported or a published file; may be repeated "
+        "(weight: default 1)",
     )
     group.add_argument(
         "--window",
@@ -56,13 +65,14 @@ def load_pipeline(
     text_encoder: str | None = None,
     window: int | None = None,
     dtype: str | None = None,
+    lora: Sequence[str] | None = None,
 ) -> VideoPipeline:
     """The pipeline that the options of `add_model` name. A window needs at least 3 latent frames."""
     import dataclasses
 
     from minisora_jax.generate import VideoPipeline
 
-    pipeline = VideoPipeline.load(model, codec, guide_model, text_encoder, dtype)
+    pipeline = VideoPipeline.load(model, codec, guide_model, text_encoder, dtype, lora or ())
     if window is None:
         return pipeline
     factor = pipeline.codec.config.time_factor
@@ -73,7 +83,8 @@ def load_pipeline(
 
 def pipeline_of(args: argparse.Namespace) -> VideoPipeline:
     """The pipeline of a command that has the options of `add_model`."""
-    return load_pipeline(args.model, args.codec, args.guide_model, args.text_encoder, args.window, args.dtype)
+    names = ("model", "codec", "guide_model", "text_encoder", "window", "dtype", "lora")
+    return load_pipeline(**{name: getattr(args, name) for name in names})
 
 
 def add_sampling(parser: argparse.ArgumentParser) -> None:
@@ -179,18 +190,6 @@ def add_config(parser: argparse.ArgumentParser, verb: str, rest: str) -> None:
     """--list-config, and a usage line that shows how a config is named and changed."""
     parser.usage = f"minisora {verb} --config=NAME[:arg=value,...] [--config.key=value ...] {rest}"
     parser.add_argument("--list-config", action="store_true", help="print every key of the config, and exit")
-
-
-def lora_flags(text: str | None) -> list[str]:
-    """The `--config...` flags that "rank=32,alpha=32,targets=attention" stands for; none for None."""
-    items = [item.partition("=") for item in text.split(",")] if text is not None else []
-    if not all(name in ("rank", "alpha", "targets", "base") and value for name, _, value in items):
-        raise ValueError(
-            f"--lora {text!r} must be rank=N, and may have alpha=X, targets=WHICH and base=TYPE after commas"
-        )
-    if items and "rank" not in {name for name, _, _ in items}:
-        raise ValueError(f"--lora {text!r} lacks the rank of the adapters, such as rank=32")
-    return [f"--config.lora.{name}={value}" for name, _, value in items]
 
 
 def print_settings(cls: type) -> None:

@@ -3,6 +3,7 @@
 examples:
   minisora plan --topology v5p:4x4x4 --preset wan2.1-t2v-14b --clip 60s@1080p --mesh ring=16,ulysses=4
   minisora plan --topology v5e:16x16 --preset wan2.1-t2v-14b --clip 60s@1080p --search 1
+  minisora plan --topology v5e:1x1 --preset wan2.1-t2v-1.3b --clip 5s@832x480 --fps 16 --lora rank=32
   minisora plan --topology v6e:4x4 --preset wan2.1-t2v-1.3b --clip 5s@480p --rows 16 --mesh fsdp=16 --sample
   minisora plan --topology h100:64 --preset wan2.1-t2v-1.3b --clip 200k --search 5
   minisora plan --topology v5p:2x2x1 --config=dit_tiny:data=data/latents --clip 8k --largest
@@ -44,6 +45,7 @@ def add_arguments(parser):
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16"), help="of the weights, with --sample; of a codec's arithmetic"
     )
+    parser.add_argument("--lora", metavar="rank=N,...", help="train adapters only, as `minisora train --lora` does")
     parser.add_argument("--search", type=int, default=0, metavar="N", help="rank all meshes, and compile the N best")
     parser.add_argument(
         "--largest", action="store_true", help="find the longest clip that fits, by compiling twice more"
@@ -75,7 +77,7 @@ def _plan_codec(args, task, topology):
     from minisora_jax.plan.codec import plan_decoding, plan_training
     from minisora_jax.plan.workload import clip_size, configured_mesh
 
-    for name in ("clips", "remat", "search", "largest"):
+    for name in ("clips", "remat", "lora", "search", "largest"):
         if getattr(args, name):
             raise ValueError(f"--{name} is of transformers, and this is a codec: leave it out")
     if args.sample != bool(args.clip) or (args.preset and not args.sample):
@@ -93,6 +95,9 @@ def _plan_codec(args, task, topology):
 
 
 def _plan_transformer(args, config_flags, topology):
+    import dataclasses
+
+    from minisora_jax.models.lora import LoraConfig, lora_settings
     from minisora_jax.plan.compiled import Workload
     from minisora_jax.plan.report import compile_and_print, print_largest, print_search
     from minisora_jax.plan.workload import clip_tokens, configured_mesh, parameter_count, task_of
@@ -100,6 +105,8 @@ def _plan_transformer(args, config_flags, topology):
     if not args.clip:
         raise ValueError("--clip is missing: 60s@1080p, 5s@832x480 (width x height) or a number of tokens such as 8k")
     task = task_of(args.preset, config_flags, args.remat, args.attention)
+    if args.lora:
+        task = dataclasses.replace(task, lora=LoraConfig(**lora_settings(args.lora)))
     tokens, what = clip_tokens(args.clip, args.fps, args.codec, task.dit.patch)
     text = task.dit.caption_tokens or 512
     clips, rows = args.clips or max(task.pack.tokens // tokens, 1), args.rows or task.pack.rows or 1

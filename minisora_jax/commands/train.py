@@ -41,14 +41,17 @@ def add_arguments(parser):
 
 
 def run(args, config_flags):
-    from minisora_jax.commands.options import lora_flags, print_settings
+    from minisora_jax.commands.options import print_settings
     from minisora_jax.config import read_config
+    from minisora_jax.models.lora import lora_settings
     from minisora_jax.training.diffusion_task import DiffusionTask, settings_of
 
     if args.list_config:
         return print_settings(DiffusionTask)
     settled = settings_of(args.init) if args.init else None
-    config = read_config([*config_flags, *lora_flags(args.lora)], DiffusionTask, "dit_tiny:data=data/latents", settled)
+    chosen = lora_settings(args.lora) if args.lora else {}
+    lora_flags = [f"--config.lora.{name}={value}" for name, value in chosen.items()]
+    config = read_config([*config_flags, *lora_flags], DiffusionTask, "dit_tiny:data=data/latents", settled)
     if not args.workdir:
         raise ValueError("no --workdir given; for example --workdir=runs/model")
     from minisora_jax.api.training import train

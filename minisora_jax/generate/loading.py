@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +23,11 @@ from minisora_jax.models.dit import DiTConfig, abstract_params
 from minisora_jax.parallel.mesh import with_shardings
 from minisora_jax.parallel.programs import keep_compiled_programs
 from minisora_jax.toy.grammar import vocabulary
+from minisora_jax.weights.adapters import applied, read_adapter
 from minisora_jax.weights.errors import shown
 from minisora_jax.weights.presets import TRANSFORMERS
+
+log = logging.getLogger("minisora")
 
 DTYPES = ("float32", "bfloat16")
 
@@ -32,6 +38,7 @@ def load_parts(
     guide_model: str | Path | None,
     text_encoder: str | Path | None,
     dtype: str | None = None,
+    loras: Sequence[str] = (),
 ) -> dict[str, Any]:
     """The fields of a `NativePipeline`. See `VideoPipeline.load`."""
     keep_compiled_programs()
@@ -58,20 +65,27 @@ def load_parts(
         theirs = saved_settings(ObjectiveConfig, guide_config, "objective", guide_model)
         _require_like(dit, objective, guide_dit, theirs)
         guide = (guide_dit, guide_params)
+    digest = model_hash(model)
+    adapters = [read_adapter(text, dit, model) for text in loras]
+    for text, adapter in zip(loras, adapters):
+        if adapter.base not in ("", digest):
+            log.warning("%s was trained over the model %s, and %s is %s", text, adapter.base, model, digest)
+    if adapters:
+        digest = hashlib.sha256(" ".join([digest, *(a.hash for a in adapters)]).encode()).hexdigest()[:16]
     frames, *sides = _latent_size(config, model)
     return {
         "codec": loaded_codec,
         "config": dit,
         "times": saved_settings(TimeConfig, config, "times", model),
-        "params": params,
-        "hash": model_hash(model),
+        "params": applied(params, adapters),
+        "hash": digest,
         "objective": objective,
         "captions": captions_of(dit, _text(config, model), text_encoder, pair and pair.text_encoder),
         "guide": guide,
         "window": frames,
         "sides": tuple(sides) or None,
         "leads_over": _leads_over(training),
-        "vocabulary": vocabulary() if Path(model).resolve() == Path(MODEL).resolve() else None,
+        "vocabulary": vocabulary() if not loras and Path(model).resolve() == Path(MODEL).resolve() else None,
     }
 
 

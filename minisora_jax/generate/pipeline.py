@@ -46,15 +46,16 @@ class VideoPipeline(NativePipeline):
         guide_model: str | Path | None = None,
         text_encoder: str | Path | None = None,
         dtype: str | None = None,
+        loras: Sequence[str] = (),
     ) -> VideoPipeline:
         """Load a model that `minisora train` or `minisora import` wrote.
 
         Args:
-            model: its directory; None for the bundled model.
-            codec: the directory of its codec; None for the bundled codec.
+            model, codec: their directories; None for the bundled ones.
             guide_model: a weaker model for autoguidance, trained with the same codec, patch and objective.
             text_encoder: the directory of its text encoder; None for the one that the model's training recorded.
             dtype: "float32" or "bfloat16" for weights and arithmetic; None: arithmetic as the model says, on float32.
+            loras: adapters of the model, each "PATH" or "PATH:WEIGHT".
 
         Raises:
             FileNotFoundError: if a file is missing.
@@ -65,7 +66,7 @@ class VideoPipeline(NativePipeline):
             >>> ms.VideoPipeline.load().known_size
             (17, 64, 64)
         """
-        return cls(**load_parts(model or MODEL, codec, guide_model, text_encoder, dtype))
+        return cls(**load_parts(model or MODEL, codec, guide_model, text_encoder, dtype, loras))
 
     def generate(
         self,
@@ -341,8 +342,7 @@ class VideoPipeline(NativePipeline):
         return self._one(tasks.long_video(self, request, frames, prompts, first), sampling)
 
     def _one(self, task: Task, sampling: dict) -> np.ndarray:
-        [video] = self._run([task], sampling)
-        return video
+        return self._run([task], sampling)[0]
 
     def _run(self, started: Sequence[Task], sampling: dict) -> list[np.ndarray]:
         if unknown := sorted(set(sampling) - set(SAMPLING_OPTIONS)):

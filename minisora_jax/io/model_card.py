@@ -11,8 +11,10 @@ from typing import Any
 from minisora_jax.io.atomic import write_text
 
 NAME = "README.md"
-TASKS = {"dit": "text-to-video", "vae": "image-to-image", "t5": "feature-extraction", "clip": "feature-extraction"}
-NOUNS = {"dit": "diffusion transformer", "vae": "video codec", "t5": "text encoder", "clip": "text encoder"}
+TASKS = {"dit": "text-to-video", "lora": "text-to-video"}
+TASKS |= {"vae": "image-to-image", "t5": "feature-extraction", "clip": "feature-extraction"}
+NOUNS = {"dit": "diffusion transformer", "lora": "LoRA adapter"}
+NOUNS |= {"vae": "video codec", "t5": "text encoder", "clip": "text encoder"}
 RECORDED = (  # (label, keys of the entry in the run's config)
     ("converted from the published", "imported"),
     ("started from", "init"),
@@ -66,6 +68,8 @@ def _how_to_load(kind: str, config: dict[str, Any], loader: str) -> list[str]:
             f'model = {name}.from_pretrained("OWNER/NAME")',
             "```",
         ]
+    if kind == "lora":
+        return ["", "```", 'minisora generate "a caption" --model=ITS_MODEL --lora hf://OWNER/NAME', "```"]
     if kind != "dit":
         return []
     codec = " --codec=hf://OWNER/CODEC" if "codec" in config else ""

@@ -176,10 +176,13 @@ def record_problem(record: Any) -> str:
         if not 0 <= record["index"] < count:
             return f"its 'index' is {record['index']!r:.100}, of {count} jobs"
         sampling_of(record)
-        words = {f"model.{name}": value for name, value in record["model"].items() if name != "window"}
+        words = {f"model.{name}": value for name, value in record["model"].items() if name not in ("window", "lora")}
         for name, value in (words | record["inputs"]).items():
             if not isinstance(value, str | None):
                 return f"its {name!r} is {value!r:.100}, and no text"
+        loras = record["model"].get("lora") or []
+        if not (isinstance(loras, list) and all(isinstance(text, str) for text in loras)):
+            return f"its 'model.lora' is {loras!r:.100}, and no list of texts"
         if any(not isinstance(record["model"].get(name), str) for name in ("hash", "codec_hash")):
             return "its model has no hashes"
         if not isinstance(window := record["model"].get("window"), int | None) or isinstance(window, bool):

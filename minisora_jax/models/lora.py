@@ -61,6 +61,24 @@ class LoraConfig:
         return self.alpha / self.rank if self.alpha else 1.0
 
 
+def lora_settings(text: str) -> dict[str, Any]:
+    """Settings of a `LoraConfig` from "rank=32,alpha=32,targets=attention".
+
+    Raises:
+        ValueError: The rank is missing, or a name or a number is none.
+    """
+    items = [item.partition("=") for item in text.split(",")]
+    kinds: dict[str, Any] = {"rank": int, "alpha": float, "targets": str, "base": str}
+    try:
+        values = {name: kinds[name](value) for name, _, value in items}
+    except (KeyError, ValueError):
+        message = "must be rank=N, and may have alpha=X, targets=WHICH and base=TYPE after commas"
+        raise ValueError(f"--lora {text!r} {message}") from None
+    if values.get("rank", 0) < 1:
+        raise ValueError(f"--lora {text!r} lacks the rank of the adapters, such as rank=32")
+    return values
+
+
 @dataclasses.dataclass(frozen=True)
 class Kernel:
     """A kernel as a matrix: `layers` of them, from `inputs` to `outputs`."""
@@ -100,7 +118,8 @@ def kernels(abstract: Any, targets: str = "all") -> dict[str, Kernel]:
     for path, leaf in jax.tree_util.tree_flatten_with_path(abstract["params"])[0]:
         if path[-1].key == "kernel":
             layers, inputs = matrix_axes(path, leaf.ndim)
-            shape, spec = leaf.shape, list(getattr(getattr(leaf, "sharding", None), "spec", ()))
+            shape = leaf.shape
+            spec: list[Any] = list(getattr(getattr(leaf, "sharding", None), "spec", ()))
             tensor = spec.index("tensor") - layers if "tensor" in spec else None
             kernel = Kernel(shape[:layers], shape[layers : layers + inputs], shape[layers + inputs :], tensor)
             every["/".join(k.key for k in path[:-1])] = kernel

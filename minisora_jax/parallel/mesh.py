@@ -298,11 +298,16 @@ def put_whole(x: Any, sharding: NamedSharding) -> jax.Array:
 
 
 def params_on_mesh(params: Any, abstract: Callable[[], Any]) -> Any:
-    """Parameters on the mesh in use, with the shardings of `abstract()`. Without a mesh, or there already: as given."""
+    """Parameters on the mesh in use, with the shardings of `abstract()`. Without a mesh, or there already: as given.
+
+    Parameters that `abstract()` does not have, such as adapters, are whole on every device.
+    """
     mesh, first = jax.sharding.get_mesh(), jax.tree.leaves(params)[0]
     if mesh.empty or getattr(getattr(first, "sharding", None), "mesh", None) == mesh:
         return params
-    return jax.tree.map(lambda x, a: put_whole(x, a.sharding), params, with_shardings(abstract(), mesh))
+    places = dict(jax.tree_util.tree_flatten_with_path(with_shardings(abstract(), mesh))[0])
+    replicated = jax.ShapeDtypeStruct((), jnp.float32, sharding=NamedSharding(mesh, REPLICATED))
+    return jax.tree_util.tree_map_with_path(lambda at, x: put_whole(x, places.get(at, replicated).sharding), params)
 
 
 def cuts() -> tuple[int, int]:

@@ -27,8 +27,7 @@ from minisora_jax.plan.cost_model import Arithmetic
 from minisora_jax.plan.hardware import Topology
 from minisora_jax.plan.report import compiled_lines, mesh_name
 from minisora_jax.training.codec_task import CodecTask, init_params, loss_of, optimizer_of
-from minisora_jax.training.loop import jit_train_step
-from minisora_jax.training.step import init_state
+from minisora_jax.training.step import init_state, jit_train_step
 from minisora_jax.weights.presets import CODECS
 
 ADVICE = "try more chips, fewer crops a step (--rows), a smaller crop (--config.crop_THW) or a mesh with ring"

@@ -45,7 +45,10 @@ def arithmetic(work: Workload) -> Arithmetic:
     if work.sample:
         return Arithmetic(2 * forward, 2 * forward)  # Heun's sampler has two model calls a step
     recomputed = {"none": 0.0, "matmuls": attention, "attention": forward - attention}.get(cfg.remat, forward)
-    return Arithmetic(3 * forward, 3 * forward + (ATTENTION_BACKWARD - 2) * attention + recomputed)
+    # A frozen model has no gradients of weights.
+    spared = forward_flops(cfg, n, text, dict.fromkeys(pairs, 0.0), 0, 0) * segments if work.task.lora.rank else 0.0
+    useful = 3 * forward - spared
+    return Arithmetic(useful, useful + (ATTENTION_BACKWARD - 2) * attention + recomputed)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -178,7 +178,7 @@ def train_diffusion(
         options = {"patch": task.dit.patch, "conditioning": task.conditioning, "caption_dropout": task.caption_dropout}
         options["caption_tokens"] = task.dit.caption_tokens
         for batch, rows in packed_batches(latents, plan, numbers, **options, damaged=damaged):
-            yield batch, count_work(task.dit, task.pack, rows)
+            yield batch, count_work(task.dit, task.pack, rows, frozen=task.lora.rank > 0)
 
     evaluate = held_out_loss(task.dit, task.objective, task.pack, held_out, damaged) if held_out is not None else None
     state = train(

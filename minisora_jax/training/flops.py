@@ -49,13 +49,16 @@ def forward_flops(
     return 2.0 * (tokens * per_token + text * per_text) + 4.0 * attention
 
 
-def count_work(cfg: DiTConfig, pack: PackConfig, rows_thwL: list[np.ndarray]) -> dict[str, float]:
+def count_work(cfg: DiTConfig, pack: PackConfig, rows_thwL: list[np.ndarray], frozen: bool = False) -> dict[str, float]:
     """Counts of one training step. Backward costs two forward passes, and remat="full" or "host" adds one.
+
+    A frozen model has no gradients of weights: one product less for each weight.
 
     Args:
         cfg: The model.
         pack: The packing.
         rows_thwL: For each row, the latent size and caption tokens (t, h, w, L) of its clips, (clips, 4).
+        frozen: Only adapters are trained. Their own products are not counted.
 
     Returns:
         clips, tokens, useful_tokens, useful_flops, hardware_flops.
@@ -69,10 +72,11 @@ def count_work(cfg: DiTConfig, pack: PackConfig, rows_thwL: list[np.ndarray]) ->
     pairs = {"joint": (n * n).sum(), "spatial": (n * frame).sum(), "temporal": (n * sizes[:, 0]).sum()}
     useful = forward_flops(cfg, n.sum(), text.sum(), pairs, (n * text).sum(), (text * text).sum())
     dense = forward_flops(cfg, B * S, B * L, dict.fromkeys(pairs, B * S * S), B * S * L, B * L * L)
+    weights = lambda tokens, text: forward_flops(cfg, tokens, text, dict.fromkeys(pairs, 0.0), 0, 0) if frozen else 0.0
     return {
         "clips": float(len(sizes)),
         "tokens": float(B * S),
         "useful_tokens": float(n.sum()),
-        "useful_flops": 3.0 * useful,
-        "hardware_flops": (4.0 if cfg.remat in ("full", "host") else 3.0) * dense,
+        "useful_flops": 3.0 * useful - weights(n.sum(), text.sum()),
+        "hardware_flops": (4.0 if cfg.remat in ("full", "host") else 3.0) * dense - weights(B * S, B * L),
     }

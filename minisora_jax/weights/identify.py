@@ -17,8 +17,8 @@ _STRANGERS = (
     (
         r"lora_(embedding_)?[AB]\b|lora[._](up|down|mid)\b|^lora_(unet|te|transformer)|\.(hada|lokr)_w|dora_scale|lora_magnitude|"
         r"\.diff(_b|_m)?$",
-        "a LoRA (low-rank changes to a model), not a model: merge it into its base model first, for example with "
-        "diffusers' fuse_lora and save_pretrained, and import that",
+        "a LoRA (low-rank changes to a model), not a model: import its base model, and then give it by `minisora "
+        "generate --lora FILE` or `minisora import lora FILE --base=MODEL`",
     ),
     (
         r"scaled_fp8|\.(scale_weight|weight_scale|scale_input|input_scale)$",

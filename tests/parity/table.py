@@ -33,6 +33,11 @@ REFERENCES = {  # system -> (the class it is compared with, layouts that load, i
         ["Wan DiT forward", "Wan DiT train step"],
     ),
     "Wan 2.1 I2V": ("diffusers WanTransformer3DModel", "diffusers, Wan's own", []),
+    "LoRA on Wan 2.1 T2V": (
+        "peft 0.21.2 on diffusers WanTransformer3DModel",
+        "PEFT and diffusers, ComfyUI, kohya",
+        [],
+    ),
     "DiT": ("diffusers DiTTransformer2DModel", "diffusers, DiT's own", ["DiT forward", "DiT train step"]),
     "SiT": ("diffusers DiTTransformer2DModel, time and sign turned", "SiT's own", []),
     "PixArt-alpha": (
