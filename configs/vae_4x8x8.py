@@ -5,7 +5,9 @@
     minisora train-vae --config=vae_4x8x8:data=data/films,lpips=models/lpips --workdir=runs/codec
 
 Without `lpips` the second stage is left out. Mesh: data=-1, so every chip has its own crops and all parameters.
-Hardware: GPUs or TPUs, and nobody has run it. `minisora plan --config=vae_4x8x8 --topology v6e:4x4` compiles it.
+Hardware: GPUs or TPUs. Nobody has run it, and its memory on a pod is not known: compiling the step with `minisora plan
+--config=vae_4x8x8:lpips=models/lpips --topology v6e:4x4` was given up after 24 minutes of one core. FLOPs and bounds of
+each stage: docs/pods.md, "Configs for pods".
 """
 
 from ml_collections import ConfigDict
