@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import shutil
 import zlib
 
@@ -23,7 +24,11 @@ from minisora_jax.models.dit import DiT, DiTConfig, abstract_params
 from minisora_jax.models.lora import LoraConfig, delta, init_adapter, kernels, scaled, stacked
 from minisora_jax.models.text import encode_bytes
 from minisora_jax.parallel.mesh import MeshConfig, make_mesh, to_global, with_shardings
+from minisora_jax.plan.compiled import Workload, abstract_state, bytes_held
+from minisora_jax.plan.cost_model import arithmetic
+from minisora_jax.plan.workload import task_of
 from minisora_jax.training.diffusion_task import frozen_of, init_params, train_diffusion
+from minisora_jax.training.flops import count_work
 from minisora_jax.training.frozen import quantized
 
 # No two of these axes are equally long, so that a shape tells what an array is.
@@ -266,3 +271,31 @@ def test_the_flag_is_short_for_the_config(capsys, tmp_path):
     assert "--lora 'rank=3,size=9' must be rank=N" in capsys.readouterr().err
     assert main([*start, "--lora", "rank=3,targets=("]) != 0
     assert "lora.targets='(' is no pattern" in capsys.readouterr().err
+
+
+def test_a_frozen_model_is_spared_one_product_for_each_weight():
+    dit = DiTConfig(latent_channels=3, width=40, depth=2, heads=2, caption="label", classes=5, micro_conditioning=False)
+    sizes, pack = [np.array([[2, 4, 6, 1], [1, 2, 2, 1]])], PackConfig(tokens=32, text_tokens=4, slots=2, rows=1)
+    whole, frozen = (count_work(dit, pack, sizes, frozen) for frozen in (False, True))
+    weights = sum(math.prod((*k.layers, *k.inputs, *k.outputs)) for k in kernels(abstract_params(dit)).values())
+    tokens = 2 * 2 * 3 + 1  # of 2 x 2 latents
+    assert whole["useful_flops"] - frozen["useful_flops"] == 2 * tokens * weights
+    assert whole["hardware_flops"] - frozen["hardware_flops"] == 2 * 32 * weights
+
+
+def test_a_plan_has_adapters_beside_a_frozen_base():
+    task = task_of("wan2.1-t2v-1.3b", [], None, "reference")
+    work = Workload(task, 1000)
+    thin = Workload(dataclasses.replace(task, lora=LoraConfig(32, base="int8")), 1000)
+    assert arithmetic(thin).useful < arithmetic(work).useful
+    mesh = make_mesh(MeshConfig(data=1, fsdp=8))
+    with jax.set_mesh(mesh):
+        state = abstract_state(thin, mesh)
+        frozen = with_shardings(frozen_of(thin.task).abstract(), mesh)
+    count = sum(x.size for x in jax.tree.leaves(state.params))
+    assert count == 32 * 30 * 8 * 2 * 1536  # rank, layers, kernels of two attentions, inputs and outputs
+    assert bytes_held(state.opt_state) < 1.1 * 8 * count / 8  # two moments, an eighth of them on each device
+    assert bytes_held(frozen) < 1.1 * 1.42e9 / 8 and {x.dtype for x in jax.tree.leaves(frozen["params"]["blocks"])} == {
+        np.dtype("int8"),
+        np.dtype("float32"),
+    }
