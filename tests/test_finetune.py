@@ -143,9 +143,10 @@ def test_an_adapter_trained_used_merged_and_given_back(project, capsys, tmp_path
     minisora("inspect", adapter)
     assert "lora.rank" in capsys.readouterr().out
 
-    def made(name, model, *loras):
+    def made(name, model, *loras, more=()):
         adapters = [part for lora in loras for part in ("--lora", lora)]
-        minisora("generate", "a red circle", f"--model={model}", *sampling, *adapters, f"--out={tmp_path / name}")
+        flags = [f"--model={model}", *sampling, *adapters, *more, f"--out={tmp_path / name}"]
+        minisora("generate", "a red circle", *flags)
         path = next(line for line in capsys.readouterr().out.splitlines() if line.endswith(".mp4"))
         return read_clip_frames(path)[0].astype(int), path
 
@@ -158,6 +159,8 @@ def test_an_adapter_trained_used_merged_and_given_back(project, capsys, tmp_path
     assert "the same to the bit" in capsys.readouterr().out
     half, _ = made("half", at / "wan", f"{adapter}:0.5", f"{adapter}:0.5")
     assert same(half)
+    on_mesh, _ = made("mesh", at / "wan", adapter, more=["--mesh=data=1,fsdp=2,ring=2,tensor=2"])
+    assert same(on_mesh)
     nothing, _ = made("nothing", at / "wan", f"{adapter}:0")
     assert np.array_equal(nothing, plain)
 
@@ -173,6 +176,8 @@ def test_an_adapter_trained_used_merged_and_given_back(project, capsys, tmp_path
     assert same(imported)
     said = refused(capsys, "generate", "a red circle", "--lora", adapter)
     assert "is an adapter of another model than" in said and "and the model wants" in said
+    said = refused(capsys, "generate", "a red circle", f"--model={adapter}")
+    assert "is an adapter, not a whole model: name its base by --model" in said
     said = refused(capsys, "generate", "a red circle", "--lora", tmp_path / "none.safetensors")
     assert "there is no adapter" in said
 

@@ -97,6 +97,10 @@ def _load_dit(model: str | Path, dtype: str | None = None) -> tuple[dict, DiTCon
     if dtype not in (None, *DTYPES):
         raise ValueError(f"dtype={dtype!r} must be one of {', '.join(DTYPES)}")
     stored, config = open_model(model)
+    if config.get("kind") == "lora":
+        raise ValueError(
+            f"{model} is an adapter, not a whole model: name its base by --model, and the adapter by --lora"
+        )
     if config.get("kind") != "dit":
         raise ValueError(f"{model} holds a {config.get('kind')!r} model, not a diffusion transformer ('dit')")
     dit = saved_settings(DiTConfig, config, "dit", model)
