@@ -14,7 +14,8 @@ from minisora_jax.diffusion.objective import ObjectiveConfig
 from minisora_jax.diffusion.sampler import SAMPLER_NAMES, SamplerConfig
 from minisora_jax.diffusion.time import TIME_SCHEDULES
 from minisora_jax.generate import Request, VideoPipeline, run_tasks
-from minisora_jax.generate.sampling import PackedRequests
+from minisora_jax.generate.noise import Noise
+from minisora_jax.generate.sampling import PackedRequests, sampling_steps
 from minisora_jax.generate.tasks import inpaint, text_to_video
 from minisora_jax.io.model_dir import export_model, load_model
 from minisora_jax.jobs.batch import run_jobs
@@ -90,12 +91,50 @@ def test_nor_does_one_of_a_stochastic_or_an_adaptive_sampler(pipeline, name):
 
 
 def test_noise_is_of_the_seed_and_the_step_and_equal_for_twins(pipeline):
-    lay_out = lambda rows: PackedRequests([RED, BLUE], [(2, 2, 3), (1, 2, 2)], rows, 2, 40, pipeline.config)
-    one = lay_out([[0, 1]]).noise(1)[0]
+    width = pipeline.config.token_width
+
+    def drawn(rows, step, requests=(RED, BLUE)):
+        packed = PackedRequests(requests, [(2, 2, 3), (1, 2, 2)], rows, 2, 40, pipeline.config)
+        return np.asarray(packed.noise().draw(step, width))
+
+    one = drawn([[0, 1]], 1)[0]
     assert (one[:12] == one[12:24]).all() and (one[24:28] == one[28:32]).all() and not one[32:].any()
-    other = lay_out([[1], [0]]).noise(1)
+    other = drawn([[1], [0]], 1)
     assert (other[0, :8] == one[24:32]).all() and (other[1, :24] == one[:24]).all()
-    assert (lay_out([[0, 1]]).noise(2)[0, :32] != one[:32]).any()
+    assert (drawn([[0, 1]], 2)[0, :32] != one[:32]).all()
+    huge = [dataclasses.replace(RED, seed=RED.seed + 2**64), BLUE]  # seeds have no largest number
+    assert (drawn([[0, 1]], 1, huge)[0, :24] != one[:24]).all() and (drawn([[0, 1]], 1, huge)[0, 24:] == one[24:]).all()
+
+
+def test_noise_is_standard_normal():
+    """Of tokens, places and steps that follow each other, too: all are independent."""
+    seeds, place = np.zeros((1, 4096), np.int32), np.arange(4096, dtype=np.int32)[None]
+    noise = Noise.of([7], seeds, place)
+    draws = np.stack([noise.draw(step, 16) for step in (0, 1)], -1)[0].astype(float)  # (S, P, steps)
+    assert abs(draws.mean()) < 0.01 and abs(draws.std() - 1) < 0.01 and abs((draws**4).mean() - 3) < 0.1
+    for x, y in (
+        (draws[1:], draws[:-1]),
+        (draws[:, 1:], draws[:, :-1]),
+        (draws[..., 0], draws[..., 1]),
+    ):
+        assert abs((x * y).mean()) < 5 / np.sqrt(x.size)
+
+
+@pytest.mark.parametrize("sampler", ["heun", "ddpm", "unipc"])
+def test_steps_are_one_program_whatever_their_number(pipeline, sampler):
+    """Unwatched and watched, with 3 steps and with 5: the same program, and the same latents."""
+    requests = [
+        dataclasses.replace(RED, size_THW=(5, 32, 32)),
+        dataclasses.replace(BLUE, size_THW=(8, 32, 32), loop=True),
+    ]
+    before = sampling_steps._cache_size()
+    for steps in (3, 5):
+        options = {"steps": steps, "sampler": sampler}
+        alone = pipeline.sample(requests, **options, progress=False)
+        watched = pipeline.sample(requests, **options, watch=lambda share, look: look(), progress=False)
+        for a, b in zip(alone, watched):
+            np.testing.assert_array_equal(a, b)
+    assert sampling_steps._cache_size() == before + 1
 
 
 @pytest.mark.parametrize("sampler", [n for n in SAMPLER_NAMES if n not in ("euler", "heun")])

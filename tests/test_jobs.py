@@ -385,3 +385,13 @@ def test_a_file_is_named_by_any_prompt(tmp_path, prompt):
     c = free_paths(tmp_path, [Job(prompt)], ".mp4")
     release(c)
     assert not beside(c[0]).exists()
+
+
+def test_a_record_from_before_says_that_its_noise_was_another():
+    from minisora_jax.jobs.output import different_machine, record_of
+
+    record = record_of([Job("a red circle grows")], 0, {}, {})
+    assert different_machine(record) == ""
+    assert "jax 0.1 then" in different_machine(record | {"machine": record["machine"] | {"jax": "0.1"}})
+    del record["noise"]
+    assert "drew other noise from a seed" in different_machine(record)

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import struct
 
 sys.path.insert(0, str(Path(__file__).parent / "parity"))
 
@@ -45,15 +46,26 @@ from minisora_jax.weights.rules import export_lazily  # noqa: E402
 CASES = Path(__file__).parent / "parity/cases"
 
 
+@struct.dataclass
+class GivenNoise:
+    """Takes the place of `Noise`: the noise of each step, (K, B, S, P)."""
+
+    noise_KBSP: jax.Array
+
+    def draw(self, step, width: int) -> jax.Array:
+        return self.noise_KBSP[step]
+
+
 @dataclasses.dataclass(frozen=True)
 class WithNoise(PackedRequests):
     """One request whose noise is given: `draws[step]` of shape (c, t, h, w); step 0 is the start."""
 
     draws: tuple[np.ndarray, ...] = ()
 
-    def noise(self, step: int) -> np.ndarray:
-        patches = patchify(np.moveaxis(self.draws[step], 0, -1), self.config.patch)
-        return np.tile(patches.reshape(1, -1, self.config.token_width), (1, self.copies, 1)).astype(np.float32)
+    def noise(self) -> GivenNoise:
+        patches = [patchify(np.moveaxis(draw, 0, -1), self.config.patch) for draw in self.draws]
+        each = [np.tile(x.reshape(1, -1, self.config.token_width), (1, self.copies, 1)) for x in patches]
+        return GivenNoise(jnp.asarray(np.stack(each), jnp.float32))
 
 
 def sampled(folder, draws, captions, guidance: GuidanceConfig, sampler: SamplerConfig, states=None) -> np.ndarray:
@@ -63,20 +75,19 @@ def sampled(folder, draws, captions, guidance: GuidanceConfig, sampler: SamplerC
     packed = WithNoise([Request("", (1, 8, 8))], [grid], [[0]], 2, 2 * int(np.prod(grid)), dit, draws=tuple(draws))
     objective = ObjectiveConfig(**config_fields(config["objective"]))
     times = TimeConfig(**config_fields(config["times"]))
-    step = sampling.sampling_step
+    steps = sampling.sampling_steps
 
     def recording(*arguments):
-        x_BSP, past = step(*arguments)
+        x_BSP, past = steps(*arguments)
         states.append(np.moveaxis(packed.latents(np.asarray(x_BSP))[0], -1, 0))
         return x_BSP, past
 
+    model = [captions], [(dit, params)], times, objective, guidance, sampler
     with pytest.MonkeyPatch.context() as patch:
         if states is not None:
-            patch.setattr(sampling, "sampling_step", recording)
-        latents = sampling.sample(
-            packed, [captions], [(dit, params)], times, objective, guidance, sampler, lambda *_: None
-        )
-    return np.moveaxis(latents[0], -1, 0)
+            patch.setattr(sampling, "sampling_steps", recording)
+            sampling.sample(packed, *model, lambda *_: None)
+    return np.moveaxis(sampling.sample(packed, *model)[0], -1, 0)
 
 
 def imported(preset: str, small, file, tmp_path, monkeypatch) -> Path:

@@ -57,7 +57,7 @@ def run(args, config_flags):
     import os
 
     # Nothing may touch a device of this machine: the compiler for the pod is all that is wanted.
-    os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}
+    os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
     import jax
 
     jax.config.update("jax_platforms", "cpu")

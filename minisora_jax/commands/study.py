@@ -118,7 +118,7 @@ def _study_steps(args, config_flags):
     import jax
 
     if args.topology:
-        os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}
+        os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
         jax.config.update("jax_platforms", "cpu")
     if args.devices:
         jax.config.update("jax_platforms", "cpu")

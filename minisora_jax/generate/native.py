@@ -224,7 +224,7 @@ class NativePipeline:
             guidance: the guidance scale (1: none), or the whole configuration.
             sampler: a name of diffusion/sampler.py, or the whole configuration.
             tokens_at_once: rows run together up to this number of tokens.
-            progress: whether to show a progress bar.
+            progress: whether to show a progress bar. Without it and `watch`, all steps run as one program.
             watch: called after each step with the share of steps done and a function that returns the current estimate
                 of the clean latents, by number of request.
 
@@ -255,8 +255,9 @@ class NativePipeline:
                 if watch:
                     watch(next(ticked) / ticks, look)
 
+            stepwise = on_step if progress or watch else None
             for fewer, packed in work:
-                latents |= sample(packed, captions, models, self.times, self.objective, guidance, fewer, on_step)
+                latents |= sample(packed, captions, models, self.times, self.objective, guidance, fewer, stepwise)
         return [latents[i] for i in range(len(requests))]
 
     def _packed(self, requests, grids, members: Sequence[int], tokens_at_once: int) -> list[PackedRequests]:

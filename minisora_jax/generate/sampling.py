@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -25,6 +25,7 @@ from minisora_jax.diffusion.guidance import GuidanceConfig, guide, rescale, twin
 from minisora_jax.diffusion.noise_path import NoisePath
 from minisora_jax.diffusion.sampler import SAMPLERS, SamplerConfig
 from minisora_jax.diffusion.time import TimeConfig, latest_time, sampling_times, sampling_token_times
+from minisora_jax.generate.noise import Noise
 from minisora_jax.generate.request import Request
 from minisora_jax.models.dit import DiT, DiTConfig, split_variance
 from minisora_jax.parallel.mesh import TOKENS, put_batch, take_in_row
@@ -33,6 +34,7 @@ from minisora_jax.types import PackedBatch
 
 CUTS = 2  # cuts of a circle at each step; their results are averaged
 GOLDEN = 0.6180339887  # turn of the cut from step to step: its multiples cover the circle evenly
+STEPS_UNIT = 32  # one program serves all numbers of steps up to a multiple of it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,14 +105,14 @@ class PackedRequests:
             without_BS[b, at:end] = np.tile(np.arange(end - n, end), self.copies)
         return with_caption_BS, without_BS
 
-    def noise(self, step: int) -> np.ndarray:
-        """Standard normal (B, S, P) for a sampler step (0: the start), by each request's seed; equal for its twins."""
-        noise = np.zeros((len(self.rows), self.length, self.config.token_width), np.float32)
+    def noise(self) -> Noise:
+        """Standard normal noise by each request's seed, equal for its twins, on the mesh in use."""
+        place_BS, seed_BS = (np.zeros((len(self.rows), self.length), np.int32) for _ in range(2))
+        seed_BS -= 1
         for i, b, at in self.places:
-            seed = (self.requests[i].seed, step) if step else self.requests[i].seed
-            draw = np.random.default_rng(seed).standard_normal((self.tokens(i), noise.shape[-1]), np.float32)
-            noise[b, at : at + self.copies * len(draw)] = np.tile(draw, (self.copies, 1))
-        return noise
+            n, end = self.tokens(i), at + self.copies * self.tokens(i)
+            seed_BS[b, at:end], place_BS[b, at:end] = i, np.tile(np.arange(n, dtype=np.int32), self.copies)
+        return Noise.of([request.seed for request in self.requests], seed_BS, place_BS)
 
     def latents(self, x_BSP: np.ndarray) -> dict[int, np.ndarray]:
         """latents_thwc of each request."""
@@ -129,9 +131,12 @@ def sample(
     objective,
     guidance: GuidanceConfig,
     sampler: SamplerConfig,
-    on_step,
+    on_step: Callable[[int, Callable[[], dict[int, np.ndarray]]], None] | None = None,
 ) -> dict[int, np.ndarray]:
-    """latents_thwc by number of request. After each step, on_step(k, look); look() estimates the clean latents.
+    """latents_thwc by number of request.
+
+    After each step, on_step(k, look) is called; look() estimates the clean latents. Without `on_step` all steps are one
+    program, and the host waits for its end alone.
 
     Raises:
         ValueError: guidance has more channels than the latents, or "dopri5" is to make a loop.
@@ -142,7 +147,7 @@ def sample(
     if sampler.shift is not None:
         times = dataclasses.replace(times, sampling_shift=sampler.shift)
     path, latest = objective.noise_path, latest_time(objective.noise_path, objective.prediction)
-    batch = put_batch(packed.batch(captions))
+    batch, noise = put_batch(packed.batch(captions)), packed.noise()
     tokens = lambda values: put_batch(values, TOKENS)
     start_BS = tokens(
         packed.per_token(lambda i: packed.requests[i].given.strength if packed.requests[i].given else 1.0)
@@ -150,40 +155,40 @@ def sample(
     static = (tuple(config for config, _ in models), objective, guidance.static)
     params = tuple(p for _, p in models)
     both = tuple(tokens(index) for index in packed.twins())
-    scale = _scale(packed, guidance.scale)
-    inputs = lambda batch: (params, batch, *both, scale, guidance.interval)
+    inputs = (params, batch, *both, _scale(packed, guidance.scale), guidance.interval)
     circle = [packed.grids[i][0] if request.loop else 0 for i, request in enumerate(packed.requests)]
     circle_BS = tokens(packed.per_token(lambda i: circle[i]).astype(np.int32)) if any(circle) else None
 
     if sampler.name == "dopri5":
         if any(circle):
             raise ValueError("a loop is cut elsewhere at each step, and dopri5 has no fixed steps: use --sampler heun")
-        first = jnp.minimum(sampling_token_times(times, start_BS, batch), latest)
-        x = _begin(path, batch, tokens(packed.noise(0)), first, start_BS)
-        x = _integrate(static, times, latest, sampler.tolerance, x, start_BS, inputs(batch)).block_until_ready()
-        on_step(1, lambda: packed.latents(whole(x)))
+        first_BS = jnp.minimum(sampling_token_times(times, start_BS, batch), latest)
+        x = _begin(path, batch, noise, first_BS, start_BS)
+        x = _integrate(static, times, latest, sampler.tolerance, x, start_BS, inputs)
+        if on_step:
+            on_step(1, lambda: packed.latents(whole(x)))
         return packed.latents(whole(x))
 
-    times_BS = sampling_times(times, sampler.steps, batch, path, sampler.time_schedule, latest, start_BS)
+    times_KBS = sampling_times(times, sampler.steps, batch, path, sampler.time_schedule, latest, start_BS)
     # Wan's authors begin at time 0.9998 with the noise itself.
-    pure = jnp.full_like(times_BS[0], latest) if sampler.time_schedule == "wan" else times_BS[0]
-    x = _begin(path, batch, tokens(packed.noise(0)), times_BS[0], start_BS, pure)
-    past = SAMPLERS[sampler.name].begin(x, times_BS[0])
+    pure = jnp.full_like(times_KBS[0], latest) if sampler.time_schedule == "wan" else times_KBS[0]
+    x = _begin(path, batch, noise, times_KBS[0], start_BS, pure)
+    state = x, SAMPLERS[sampler.name].begin(x, times_KBS[0])
+    times_KBS = jnp.pad(times_KBS, ((0, -len(times_KBS) % STEPS_UNIT), (0, 0), (0, 0)))
+    fresh = noise if sampler.noise else None
+    advance = lambda state, first, end: sampling_steps(
+        static, sampler.name, state, first, end, times_KBS, fresh, sampler.noise, circle_BS, inputs
+    )
+    if on_step is None:
+        x, _ = advance(state, 0, sampler.steps)
+        return packed.latents(whole(x))
     for k in range(sampler.steps):
-        fresh = tokens(packed.noise(k + 1)) if sampler.noise else None
-        turns = [None] if circle_BS is None else [(k * GOLDEN + n / CUTS) % 1.0 for n in range(CUTS)]
-        before, (now, then) = x, (times_BS[k], times_BS[k + 1])
-        results = []
-        for turn in turns:
-            seen = batch if turn is None else _turned(batch, circle_BS, turn)
-            results.append(
-                sampling_step(static, sampler.name, before, now, then, past, fresh, sampler.noise, inputs(seen))
-            )
-        x, past = results[0] if len(results) == 1 else jax.tree.map(lambda *each: sum(each) / len(each), *results)
-        x.block_until_ready()
-        so_far = functools.partial(_clean_estimate, path, before, x, now, then)
+        before, _ = state
+        state = advance(state, k, k + 1)
+        jax.block_until_ready(state)
+        so_far = functools.partial(_clean_estimate, path, before, state[0], times_KBS[k], times_KBS[k + 1])
         on_step(k + 1, lambda estimate=so_far: packed.latents(whole(estimate())))
-    return packed.latents(whole(x))
+    return packed.latents(whole(state[0]))
 
 
 def require_finite(latents_thwc: np.ndarray, request: Request) -> None:
@@ -202,18 +207,19 @@ def _scale(packed: PackedRequests, scale: float) -> jax.Array | float:
     return put_batch(packed.per_token(lambda i: 1.0 + (scale - 1.0) * packed.requests[i].guided), TOKENS)
 
 
-def _begin(path: NoisePath, batch: PackedBatch, noise_BSP, time_BS, start_BS, pure_BS=None) -> jax.Array:
+@functools.partial(jax.jit, static_argnums=0)
+def _begin(path: NoisePath, batch: PackedBatch, noise: Noise, time_BS, start_BS, pure_BS=None) -> jax.Array:
     """Noise at the spread of noisy data; latents that are known or have strength below 1, with noise of their time.
 
     pure_BS: the time whose spread noise alone has; None: time_BS.
     """
+    noise_BSP = noise.draw(0, batch.tokens_BSP.shape[-1])
     pure_BS = time_BS if pure_BS is None else pure_BS
     given_BS1 = (batch.cond_mask_BS | (start_BS < 1))[..., None]
     mixed_BSP = path.mix(batch.tokens_BSP, noise_BSP, time_BS[..., None])
     return jnp.where(given_BS1, mixed_BSP, noise_BSP * path.spread(pure_BS)[..., None])
 
 
-@jax.jit
 def _turned(batch: PackedBatch, circle_BS: jax.Array, share) -> PackedBatch:
     """The batch with the time positions of loops shifted by that share of their circle; positions start at 1."""
     t_BS = batch.position_BS3[..., 0]
@@ -289,8 +295,28 @@ def _denoiser(static, inputs) -> Denoiser:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def sampling_step(static, sampler: str, x_BSP, time_BS, next_BS, past, noise_BSP, eta, inputs):
-    return SAMPLERS[sampler].step(_denoiser(static, inputs), x_BSP, time_BS, next_BS, past, noise_BSP, eta)
+def sampling_steps(
+    static, sampler: str, state, first, end, times_KBS, noise: Noise | None, eta, circle_BS: jax.Array | None, inputs
+):
+    """(x_BSP, past) after the steps first, ..., end - 1: one program, whatever their number.
+
+    noise: for stochastic samplers. circle_BS: latent frames of the loop that a token lies on, 0 for none.
+    """
+    params, batch, *rest = inputs
+
+    def one_step(k, state):
+        x_BSP, past = state
+        fresh_BSP = None if noise is None else noise.draw(k + 1, x_BSP.shape[-1])
+        turns = [None] if circle_BS is None else [(k * GOLDEN + n / CUTS) % 1.0 for n in range(CUTS)]
+        results = []
+        for turn in turns:
+            seen = batch if turn is None else _turned(batch, circle_BS, turn)
+            denoiser = _denoiser(static, (params, seen, *rest))
+            step = SAMPLERS[sampler].step
+            results.append(step(denoiser, x_BSP, times_KBS[k], times_KBS[k + 1], past, fresh_BSP, eta))
+        return results[0] if len(results) == 1 else jax.tree.map(lambda *each: sum(each) / len(each), *results)
+
+    return jax.lax.fori_loop(first, end, one_step, state)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

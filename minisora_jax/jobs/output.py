@@ -37,6 +37,8 @@ from minisora_jax.media.video import VideoError, read_note
 from minisora_jax.media.video_writer import VideoWriter
 from minisora_jax.parallel.processes import is_main
 
+NOISE = "threefry"  # how a seed becomes noise; older records have no such entry
+
 
 @dataclasses.dataclass
 class Digest:
@@ -70,6 +72,7 @@ def record_of(jobs: Sequence[Job], index: int, model: dict, sampling: dict) -> d
         "model": model,
         "inputs": {path: sha256(Path(path)) for path in jobs[index].inputs},
         "machine": machine(),
+        "noise": NOISE,
     }
 
 
@@ -197,7 +200,9 @@ def record_problem(record: Any) -> str:
 
 
 def different_machine(record: dict) -> str:
-    """A sentence if versions or hardware differ from the record's, so that rounding may; otherwise ""."""
+    """A sentence if versions or hardware differ from the record's, so that pixels may; otherwise ""."""
+    if record.get("noise") != NOISE:
+        return "made by a version that drew other noise from a seed: the video will be another one"
     then, now = record.get("machine", {}), machine()
     changed = [f"{k} {then.get(k)} then, {now[k]} now" for k in now if then.get(k) != now[k]]
     return f"made elsewhere ({'; '.join(changed)}): pixels may differ in rounding" if changed else ""

@@ -15,10 +15,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from minisora_jax.diffusion.guidance import GuidanceConfig
 from minisora_jax.diffusion.sampler import SAMPLERS
-from minisora_jax.generate.sampling import sampling_step
+from minisora_jax.generate.sampling import STEPS_UNIT, sampling_steps
 from minisora_jax.models.dit import abstract_batch
 from minisora_jax.parallel.mesh import (
     TOKENS,
@@ -114,9 +115,12 @@ def lower(work: Workload, mesh: jax.sharding.Mesh) -> tuple[dict[str, Any], jax.
         params = jax.tree.map(stored, state.params)
         inputs = ((params,), batch, index_BS, index_BS, 3.0, (0.0, 1.0))
         static = (work.task.dit,), work.task.objective, GuidanceConfig().static
-        past = SAMPLERS["heun"].begin(batch.tokens_BSP, time_BS)
+        times_KBS = jax.ShapeDtypeStruct(
+            (STEPS_UNIT, *time_BS.shape), time_BS.dtype, sharding=NamedSharding(mesh, P(None, *TOKENS))
+        )
+        start = batch.tokens_BSP, SAMPLERS["heun"].begin(batch.tokens_BSP, time_BS)
         with jax.set_mesh(mesh):
-            lowered = sampling_step.lower(static, "heun", batch.tokens_BSP, time_BS, time_BS, past, None, 0.0, inputs)
+            lowered = sampling_steps.lower(static, "heun", start, 0, STEPS_UNIT, times_KBS, None, 0.0, None, inputs)
         return {"parameters": params, "batch": batch}, lowered
     optim = work.task.run.optim
     with jax.set_mesh(mesh):
