@@ -379,6 +379,7 @@ def train_steps(tiny, report, left):
                     text_tokens=16 * max(map(len, rows)),
                     slots=max(map(len, rows)),
                     rows=len(rows),
+                    frames=max(sum(grid[0] for grid in row) for row in rows),
                 )
                 batch = pack_segments(
                     [[make(g) for g in row] for row in rows],

@@ -93,6 +93,9 @@ class PackedBatch:
     image_segment_BI: jax.Array | None = None  # int32
     # An upper bound on the tokens of every segment; 0: unknown. It is not checked.
     max_segment_len: int = struct.field(pytree_node=False, default=0)
+    # An upper bound on the latent frames of a row, all clips together. It promises that the tokens of a frame have one
+    # time, but for those that are given. 0: each token may have a time of its own.
+    frames: int = struct.field(pytree_node=False, default=0)
 
 
 @struct.dataclass

@@ -107,10 +107,10 @@ def _plan_transformer(args, config_flags, topology):
     task = task_of(args.preset, config_flags, args.remat, args.attention)
     if args.lora:
         task = dataclasses.replace(task, lora=LoraConfig(**lora_settings(args.lora)))
-    tokens, what = clip_tokens(args.clip, args.fps, args.codec, task.dit.patch)
+    tokens, frames, what = clip_tokens(args.clip, args.fps, args.codec, task.dit.patch)
     text = task.dit.caption_tokens or 512
     clips, rows = args.clips or max(task.pack.tokens // tokens, 1), args.rows or task.pack.rows or 1
-    work = Workload(task, tokens, clips, rows, text, args.sample, args.dtype or "float32")
+    work = Workload(task, tokens, clips, rows, text, args.sample, args.dtype or "float32", frames)
     print(
         f"{args.preset or 'model'}: {parameter_count(task) / 1e9:.2f} B parameters; a clip of {what}: {tokens:,} tokens"
     )

@@ -38,6 +38,7 @@ class PackConfig:
     slots: int = 0  # G: clips per row at most; 0: twice the mean of the data
     rows: int = 0  # B: rows per microbatch, over all devices; 0: 8, or as many as few clips fill
     window: int = 4096  # clips shuffled and packed together
+    frames: int = 0  # latent frames of a row's clips together at most; 0: as many as the clips may have
 
     def __post_init__(self):
         for name, value in dataclasses.asdict(self).items():

@@ -17,7 +17,9 @@ FEW = 10_000  # so many clips are packed to see how many rows they fill; more fi
 UNIT = 64  # rows are whole units of tokens, so that meshes divide them
 
 
-def sized_by(tokens: np.ndarray, text: np.ndarray, config: PackConfig, accumulate: int = 1) -> PackConfig:
+def sized_by(
+    tokens: np.ndarray, text: np.ndarray, config: PackConfig, accumulate: int = 1, frames: np.ndarray | None = None
+) -> PackConfig:
     """The config with the clips' values in place of each 0.
 
     A row holds the longest clip, and at least `LEAST_TOKENS`. Its caption tokens and slots leave room above the mean of
@@ -27,9 +29,18 @@ def sized_by(tokens: np.ndarray, text: np.ndarray, config: PackConfig, accumulat
         tokens: the video tokens of each clip.
         text: the caption tokens of each clip.
         accumulate: microbatches of a step.
+        frames: the latent frames of each clip; None: `config.frames` stays.
     """
-    if 0 not in dataclasses.astuple(config) or not len(tokens):
+    if not len(tokens):
         return config
+    if not all((config.tokens, config.text_tokens, config.slots, config.rows)):
+        config = _sized(tokens, text, config, accumulate)
+    if frames is None or config.frames:
+        return config
+    return dataclasses.replace(config, frames=most_frames(tokens, frames, config))
+
+
+def _sized(tokens: np.ndarray, text: np.ndarray, config: PackConfig, accumulate: int) -> PackConfig:
     length = config.tokens or _whole(max(LEAST_TOKENS, int(tokens.max())), UNIT)
     clips = length / tokens.mean()  # of a row
     captions = _whole(max(int(text.max()), round(1.25 * clips * float(text.mean()))), UNIT)
@@ -49,6 +60,17 @@ def sized_by(tokens: np.ndarray, text: np.ndarray, config: PackConfig, accumulat
         sized.rows * accumulate, sized.tokens, sized.text_tokens, sized.slots, tokens.max(),
     )  # fmt: skip
     return sized
+
+
+def most_frames(tokens: np.ndarray, frames: np.ndarray, config: PackConfig) -> int:
+    """No row of such clips has more latent frames.
+
+    Args:
+        tokens: the video tokens of each clip.
+        frames: the latent frames of each clip, in tokens.
+        config: its tokens and slots.
+    """
+    return min(int(config.tokens * (frames / tokens).max()), config.slots * int(frames.max()))
 
 
 def _whole(n: int, unit: int) -> int:

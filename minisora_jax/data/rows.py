@@ -82,7 +82,7 @@ def pack_segments(rows: list[list[Segment]], config: PackConfig, max_segment_len
         max_segment_len: no segment has more tokens; 0: unknown.
 
     Raises:
-        ValueError: a row has too many segments or tokens, or a segment is longer than `max_segment_len`.
+        ValueError: a row has too many segments, frames or tokens, or a segment is longer than `max_segment_len`.
     """
     B, S, L, G = len(rows), config.tokens, config.text_tokens, config.slots
     example = next(segment for row in rows for segment in row)
@@ -99,6 +99,9 @@ def pack_segments(rows: list[list[Segment]], config: PackConfig, max_segment_len
     for b, segments in enumerate(rows):
         if len(segments) > G:
             raise ValueError(f"{len(segments)} clips in a row of {G} slots: raise pack.slots")
+        frames = sum(s.size_thw[0] for s in segments)
+        if frames > config.frames > 0:
+            raise ValueError(f"row {b} has {frames} latent frames, above pack.frames={config.frames}: raise it")
         at, text_at = 0, 0
         for g, s in enumerate(segments):
             n, m = len(s.tokens_nP), len(s.text_LE)
@@ -116,7 +119,7 @@ def pack_segments(rows: list[list[Segment]], config: PackConfig, max_segment_len
             at, text_at = at + n, text_at + m
     arrays: tuple[Any, ...]  # NumPy arrays, which stand in for jax.Array until they are put on devices
     arrays = (tokens_BSP, segment_BS, position_BS3, cond_mask_BS, text_BLE, text_segment_BL, fps_BG, size_BG3)
-    return PackedBatch(*arrays, max_segment_len=max_segment_len)
+    return PackedBatch(*arrays, max_segment_len=max_segment_len, frames=config.frames)
 
 
 def training_segment(

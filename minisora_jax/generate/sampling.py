@@ -67,7 +67,8 @@ class PackedRequests:
         """The batch of the rows. captions: for each request the caption features of each of its copies."""
         text = max(sum(len(c) for i in row for c in captions[i]) for row in self.rows)
         slots = self.copies * max(len(row) for row in self.rows)
-        pack = PackConfig(tokens=self.length, text_tokens=-(-text // 64) * 64, slots=slots, rows=len(self.rows))
+        frames = int(self.length * max(t / (t * h * w) for t, h, w in self.grids))  # the same for all batches
+        pack = PackConfig(self.length, -(-text // 64) * 64, slots, len(self.rows), frames=frames)
         return pack_segments([[s for i in row for s in self._segments(i, captions[i])] for row in self.rows], pack)
 
     def _segments(self, i: int, captions: Sequence[np.ndarray]) -> list[Segment]:

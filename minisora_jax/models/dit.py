@@ -24,6 +24,7 @@ from jax.ad_checkpoint import checkpoint_name
 from minisora_jax.models.conditioning import ClipCondition, ImageTokens, caption_tokens
 from minisora_jax.models.dit_config import DiTConfig
 from minisora_jax.models.layers import MLP, Attention, Einsum, LayerNorm, per_token, scan_layers
+from minisora_jax.models.levels import Levels, noise_levels
 from minisora_jax.models.rope import fixed_positions, rope_angles, sinusoids
 from minisora_jax.parallel.ring import SAVED
 from minisora_jax.types import PackedBatch
@@ -48,7 +49,8 @@ _SAVE_POLICIES = {
 class BlockInputs:
     """The inputs that all blocks share."""
 
-    modulation_BSx: jax.Array  # (B, S, 6 D); with modulation="block" the condition itself, (B, S, D)
+    levels: Levels
+    modulation_BUx: jax.Array  # (B, U, 6 D) over the levels; with modulation="block" the condition itself, (B, U, D)
     segments: dict[str, jax.Array]  # ids (B, S) by kind of attention, see `attention_segments`
     angles_BSk: jax.Array | None  # rotary positions
     frame_BSD: jax.Array | None  # fixed time positions, added before the first temporal block (Latte)
@@ -67,7 +69,7 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x_BSD: jax.Array, inputs: BlockInputs) -> jax.Array:
         cfg = self.config
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self._modulation(inputs.modulation_BSx)
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self._modulation(inputs)
 
         h = LayerNorm(learned=False)(x_BSD) * (1 + scale_a) + shift_a
         attention = Attention(cfg.heads, cfg.qk_norm, impl=cfg.attention, name="self_attention")
@@ -85,16 +87,17 @@ class Block(nn.Module):
         h = LayerNorm(learned=False)(x_BSD) * (1 + scale_m) + shift_m
         return x_BSD + gate_m * MLP(cfg.mlp_ratio, name="mlp")(h)
 
-    def _modulation(self, modulation_BSx: jax.Array) -> list[jax.Array]:
+    def _modulation(self, inputs: BlockInputs) -> list[jax.Array]:
         """Shift, scale and gate (B, S, D) of attention, then of the MLP."""
-        D = self.config.width
+        D, modulation_BUx = self.config.width, inputs.modulation_BUx
         if self.config.modulation == "block":
-            modulation_BSx = Einsum("bsd,de->bse", (D, 6 * D), scale=0.0, name="modulation")(modulation_BSx)
+            modulation_BUx = Einsum("bud,de->bue", (D, 6 * D), scale=0.0, name="modulation")(modulation_BUx)
+            parts = jnp.split(modulation_BUx, 6, axis=-1)
         else:
-            table = self.param("modulation", nn.initializers.zeros, (6 * D,))
-            parts = zip(jnp.split(modulation_BSx, 6, axis=-1), jnp.split(table.astype(modulation_BSx.dtype), 6))
-            return [part + row for part, row in parts]  # by parts: their sum is never in memory as a whole
-        return jnp.split(modulation_BSx, 6, axis=-1)
+            table = self.param("modulation", nn.initializers.zeros, (6 * D,)).astype(modulation_BUx.dtype)
+            # By parts: their sum is never in memory as a whole.
+            parts = [part + row for part, row in zip(jnp.split(modulation_BUx, 6, axis=-1), jnp.split(table, 6))]
+        return [inputs.levels.to_tokens(part) for part in parts]
 
 
 class Blocks(nn.Module):
@@ -136,12 +139,13 @@ class DiT(nn.Module):
         cfg = self.config
         D, dtype = cfg.width, jnp.dtype(cfg.dtype)
 
-        # ---- Conditioning: the caption's tokens, and one vector per token for time and clip
+        # ---- Conditioning: the caption's tokens, and one vector for time and clip of each noise level
         caption, pooled_BGE = caption_tokens(cfg, batch)
-        condition_BSD = self._condition(time_BS, pooled_BGE, batch)
-        modulation_BSx = nn.silu(condition_BSD)
+        levels = noise_levels(time_BS, batch)
+        condition_BUD = self._condition(levels, pooled_BGE, batch)
+        modulation_BUx = nn.silu(condition_BUD)
         if cfg.modulation != "block":
-            modulation_BSx = Einsum("bsd,de->bse", (D, 6 * D), scale=0.0, name="modulation")(modulation_BSx)
+            modulation_BUx = Einsum("bud,de->bue", (D, 6 * D), scale=0.0, name="modulation")(modulation_BUx)
 
         # ---- Tokens
         x_BSD = Einsum("bsp,pd->bsd", (cfg.token_width, D), name="patch_in")(x_BSP.astype(dtype))
@@ -149,7 +153,8 @@ class DiT(nn.Module):
 
         # ---- Blocks
         inputs = BlockInputs(
-            modulation_BSx=modulation_BSx,
+            levels=levels,
+            modulation_BUx=modulation_BUx,
             segments=attention_segments(cfg.attention_pattern, batch),
             angles_BSk=rope_angles(batch.position_BS3, D // cfg.heads) if cfg.rope else None,
             frame_BSD=frame_BSD if "temporal" in cfg.attention_pattern else None,
@@ -165,22 +170,22 @@ class DiT(nn.Module):
         x_BSD, _ = stack(cfg, name="blocks")(x_BSD, inputs, jnp.arange(cfg.depth))
 
         # ---- Head
-        shift, scale = self._head_modulation(condition_BSD)
+        shift, scale = (levels.to_tokens(x_BUD) for x_BUD in self._head_modulation(condition_BUD))
         x_BSD = LayerNorm(learned=False)(x_BSD) * (1 + scale) + shift
         return Einsum("bsd,dp->bsp", (D, cfg.out_width), scale=0.0, name="patch_out")(x_BSD.astype(jnp.float32))
 
-    def _condition(self, time_BS: jax.Array, pooled_BGE: jax.Array | None, batch: PackedBatch) -> jax.Array:
-        """The conditioning vector of each token (B, S, D): its time, plus the vector of its clip if there is one."""
+    def _condition(self, levels: Levels, pooled_BGE: jax.Array | None, batch: PackedBatch) -> jax.Array:
+        """The conditioning vector of each level (B, U, D): its time, plus the vector of its clip if there is one."""
         cfg = self.config
         D, dtype = cfg.width, jnp.dtype(cfg.dtype)
-        time_input_BS = 1.0 - time_BS if cfg.time_input == "1 - t" else 1000.0 * time_BS
-        sinusoids_BSx = sinusoids(time_input_BS, 256).astype(dtype)
-        h_BSD = Einsum("bse,ed->bsd", (256, D), name="time1")(sinusoids_BSx)
-        condition_BSD = Einsum("bsd,de->bse", (D, D), name="time2")(nn.silu(h_BSD))
+        time_input_BU = 1.0 - levels.time_BU if cfg.time_input == "1 - t" else 1000.0 * levels.time_BU
+        sinusoids_BUx = sinusoids(time_input_BU, 256).astype(dtype)
+        h_BUD = Einsum("bue,ed->bud", (256, D), name="time1")(sinusoids_BUx)
+        condition_BUD = Einsum("bud,de->bue", (D, D), name="time2")(nn.silu(h_BUD))
         clip_BGD = ClipCondition(cfg, name="clip")(batch, pooled_BGE)
         if clip_BGD is not None:
-            condition_BSD = condition_BSD + per_token(clip_BGD, batch.segment_BS).astype(dtype)
-        return condition_BSD
+            condition_BUD = condition_BUD + per_token(clip_BGD, levels.segment_BU).astype(dtype)
+        return condition_BUD
 
     def _add_positions(self, x_BSD: jax.Array, batch: PackedBatch) -> tuple[jax.Array, jax.Array | None]:
         """(tokens with their positions added, fixed time positions (B, S, D) that are still to be added or None)."""
@@ -196,15 +201,15 @@ class DiT(nn.Module):
             return x_BSD + within_BSD.astype(x_BSD.dtype), frame_BSD.astype(x_BSD.dtype)
         return x_BSD, None
 
-    def _head_modulation(self, condition_BSD: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Shift and scale (B, S, D) of the last layer norm."""
+    def _head_modulation(self, condition_BUD: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Shift and scale (B, U, D) of the last layer norm."""
         D = self.config.width
         if self.config.modulation == "single":
-            table = self.param("modulation_out", nn.initializers.zeros, (2, D)).astype(condition_BSD.dtype)
-            return condition_BSD + table[0], condition_BSD + table[1]
-        layer = Einsum("bsd,de->bse", (D, 2 * D), scale=0.0, name="modulation_out")
-        shift_BSD, scale_BSD = jnp.split(layer(nn.silu(condition_BSD)), 2, axis=-1)
-        return shift_BSD, scale_BSD
+            table = self.param("modulation_out", nn.initializers.zeros, (2, D)).astype(condition_BUD.dtype)
+            return condition_BUD + table[0], condition_BUD + table[1]
+        layer = Einsum("bud,de->bue", (D, 2 * D), scale=0.0, name="modulation_out")
+        shift_BUD, scale_BUD = jnp.split(layer(nn.silu(condition_BUD)), 2, axis=-1)
+        return shift_BUD, scale_BUD
 
 
 def attention_segments(attention_pattern: tuple[str, ...], batch: PackedBatch) -> dict[str, jax.Array]:

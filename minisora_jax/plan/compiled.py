@@ -49,11 +49,17 @@ class Workload:
     text_tokens: int = 512  # of a clip's caption
     sample: bool = False  # plan a step of Heun's sampler with guidance, which has each clip twice
     weights: str = "float32"  # the type in which a sampling step keeps the weights
+    frames: int = 0  # latent frames of a clip; 0: unknown, so that each token may have a noise level of its own
 
     @property
     def segments(self) -> int:
         """Segments of a row."""
         return self.clips * (2 if self.sample else 1)
+
+    @property
+    def row_frames(self) -> int:
+        """Latent frames of a row; 0: unknown."""
+        return self.segments * self.frames
 
     def row_tokens(self, mesh: jax.sharding.Mesh | MeshConfig) -> int:
         """S: tokens of a row, padded so that each device has a multiple of 128 tokens."""
@@ -104,7 +110,7 @@ def lower(work: Workload, mesh: jax.sharding.Mesh) -> tuple[dict[str, Any], jax.
     state, tokens = abstract_state(work, mesh), work.row_tokens(mesh)
     text = work.segments * work.text_tokens
     batch = abstract_batch(work.task.dit, work.rows, tokens, text, IMAGE_TOKENS, slots=work.segments)
-    batch = dataclasses.replace(batch, max_segment_len=work.tokens)
+    batch = dataclasses.replace(batch, max_segment_len=work.tokens, frames=work.row_frames)
     lead = () if work.sample else (1,)  # a train step's batch has one microbatch
     on = lambda x, spec: jax.ShapeDtypeStruct((*lead, *x.shape), x.dtype, sharding=NamedSharding(mesh, spec))
     batch = jax.tree.map(on, batch, batch_specs(batch, accumulated=not work.sample))

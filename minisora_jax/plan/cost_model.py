@@ -15,6 +15,7 @@ import itertools
 import math
 from collections.abc import Sequence
 
+from minisora_jax.models.levels import table_size
 from minisora_jax.parallel.kernels import KERNELS
 from minisora_jax.parallel.mesh import SHARDS, MeshConfig
 from minisora_jax.parallel.ring import Ring
@@ -40,7 +41,8 @@ def arithmetic(work: Workload) -> Arithmetic:
     # A workload has no frames, so "spatial" and "temporal" attention count as "joint", which is too much.
     pairs: dict[str, float] = {kind: n * n for kind in ("joint", "spatial", "temporal")}
     text = float(cfg.caption_tokens or work.text_tokens)
-    forward = segments * forward_flops(cfg, n, text, pairs, n * text, text * text)
+    levels = float(work.frames) if table_size(work.row_frames, round(work.segments * n)) else None
+    forward = segments * forward_flops(cfg, n, text, pairs, n * text, text * text, levels)
     attention = segments * 4.0 * cfg.depth * cfg.width * sum(pairs[kind] for kind in cfg.attention_pattern)
     if work.sample:
         return Arithmetic(2 * forward, 2 * forward)  # Heun's sampler has two model calls a step

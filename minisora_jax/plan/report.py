@@ -136,11 +136,13 @@ def print_search(
 def print_largest(work: Workload, mesh: MeshConfig, topology: Topology, compiled: CompiledStep) -> None:
     """Print the longest clip that fits: extrapolated from two compiled lengths, then compiled itself."""
     memory = topology.chip.memory
-    half = dataclasses.replace(work, tokens=work.tokens // 2)
+    half = dataclasses.replace(work, tokens=work.tokens // 2, frames=work.frames // 2)
     other = compile_for(half, mesh, topology)
     points = [(w.tokens, c.total_bytes) for w, c in ((work, compiled), (half, other))]
     tokens = largest(points, 0.97 * memory)
-    longest = compile_for(dataclasses.replace(work, tokens=tokens), mesh, topology)
+    longest = compile_for(
+        dataclasses.replace(work, tokens=tokens, frames=work.frames * tokens // work.tokens), mesh, topology
+    )
     lengths = [
         f"{n:,} tokens take {c.total_bytes / GIB:.2f} GiB" for n, c in ((half.tokens, other), (work.tokens, compiled))
     ]

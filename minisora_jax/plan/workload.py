@@ -63,8 +63,8 @@ def token_count(text: str) -> int:
     return round(float(match[1]) * {"": 1, "k": 1024, "M": 1e6}[match[2]])
 
 
-def clip_tokens(clip: str, fps: float, codec: str, patch: tuple[int, int, int]) -> tuple[int, str]:
-    """The tokens of a clip.
+def clip_tokens(clip: str, fps: float, codec: str, patch: tuple[int, int, int]) -> tuple[int, int, str]:
+    """The tokens of a clip, and its latent frames.
 
     Args:
         clip: "60s@1080p", "5s@832x480" (width x height), or tokens such as "16.8M", "8k" or "4096".
@@ -73,20 +73,20 @@ def clip_tokens(clip: str, fps: float, codec: str, patch: tuple[int, int, int]) 
         patch: Latents of a token.
 
     Returns:
-        (tokens, the clip in words).
+        (tokens, latent frames or 0 if they are not known, the clip in words).
 
     Raises:
         ValueError: The clip has another form, or the codec is unknown.
     """
     if re.fullmatch(r"[\d.]+[kM]?", clip):
-        return token_count(clip), "that length"
+        return token_count(clip), 0, "that length"
     if codec not in CODECS:
         raise ValueError(f"--codec={codec} must be one of {', '.join(CODECS)}")
     vae = CODECS[codec].config
     T, H, W = clip_size(clip, fps, vae.time_factor, (vae.space_factor * patch[1], vae.space_factor * patch[2]))
     t, h, w = vae.latent_size((T, H, W))
     rows, columns = h // patch[1], w // patch[2]
-    return t * rows * columns, f"{T} frames of {W}x{H}, {t} x {rows} x {columns} tokens"
+    return t * rows * columns, t, f"{T} frames of {W}x{H}, {t} x {rows} x {columns} tokens"
 
 
 def clip_size(clip: str, fps: float, time_factor: int, cell: tuple[int, int]) -> tuple[int, int, int]:

@@ -238,11 +238,10 @@ def with_row_size(task: DiffusionTask, latents: Latents | Mixture) -> DiffusionT
     """The task with rows of a size that fits the clips, where its `pack` leaves that to them."""
     sizes = padded_sizes(task, latents)
     allowed = [within(sizes, stage) for stage in curriculum(task.data.curriculum, task.run.steps)]
-    tokens, text = token_counts(sizes, task.dit.patch)
     if not any(clips is None for clips in allowed):
-        trained = np.unique(np.concatenate([clips for clips in allowed if clips is not None]))
-        tokens, text = tokens[trained], text[trained]
-    return dataclasses.replace(task, pack=sized_by(tokens, text, task.pack, task.run.optim.accumulate))
+        sizes = sizes[np.unique(np.concatenate([clips for clips in allowed if clips is not None]))]
+    tokens, text = token_counts(sizes, task.dit.patch)
+    return dataclasses.replace(task, pack=sized_by(tokens, text, task.pack, task.run.optim.accumulate, sizes[:, 0]))
 
 
 def padded_sizes(task: DiffusionTask, latents: Latents | Mixture) -> np.ndarray:
