@@ -6,6 +6,7 @@ tests/parity/make_trajectories.py.
 
 import argparse
 import dataclasses
+import json
 import sys
 from pathlib import Path
 
@@ -32,8 +33,8 @@ from minisora_jax.diffusion.objective import ObjectiveConfig  # noqa: E402
 from minisora_jax.diffusion.sampler import SAMPLERS, SamplerConfig  # noqa: E402
 from minisora_jax.diffusion.time import TIME_SCHEDULES, TimeConfig, sampling_times  # noqa: E402
 from minisora_jax.generate import sampling  # noqa: E402
-from minisora_jax.generate.loading import _load_dit  # noqa: E402
-from minisora_jax.generate.request import Request  # noqa: E402
+from minisora_jax.generate.loading import _load_dit, _low_noise  # noqa: E402
+from minisora_jax.generate.request import Given, Request  # noqa: E402
 from minisora_jax.generate.sampling import PackedRequests  # noqa: E402
 from minisora_jax.io.model_dir import config_fields  # noqa: E402
 from minisora_jax.models.codec import Codec  # noqa: E402
@@ -68,11 +69,24 @@ class WithNoise(PackedRequests):
         return GivenNoise(jnp.asarray(np.stack(each), jnp.float32))
 
 
-def sampled(folder, draws, captions, guidance: GuidanceConfig, sampler: SamplerConfig, states=None) -> np.ndarray:
-    """Latents (c, t, h, w) of the model in a folder, with its own objective and times; `states` gets each step's."""
+def sampled(
+    folder, draws, captions, guidance: GuidanceConfig, sampler: SamplerConfig, states=None, first=None
+) -> np.ndarray:
+    """Latents (c, t, h, w) of the model in a folder, with its own objective and times.
+
+    states: a list that gets those of each step. first: the first latent frames (c, t, h, w), which are given.
+    """
     params, dit, config = _load_dit(folder)
     grid = tuple(n // p for n, p in zip(draws[0].shape[1:], dit.patch))
-    packed = WithNoise([Request("", (1, 8, 8))], [grid], [[0]], 2, 2 * int(np.prod(grid)), dit, draws=tuple(draws))
+    given = None
+    if first is not None:
+        latents = np.zeros(draws[0].shape, np.float32)
+        latents[:, : first.shape[1]] = first
+        mask = np.zeros(grid, bool)
+        mask[: first.shape[1]] = True
+        given = Given(np.moveaxis(latents, 0, -1), mask)
+    request = Request("", (1, 8, 8), given=given)
+    packed = WithNoise([request], [grid], [[0]], 2, 2 * int(np.prod(grid)), dit, draws=tuple(draws))
     objective = ObjectiveConfig(**config_fields(config["objective"]))
     times = TimeConfig(**config_fields(config["times"]))
     steps = sampling.sampling_steps
@@ -82,7 +96,8 @@ def sampled(folder, draws, captions, guidance: GuidanceConfig, sampler: SamplerC
         states.append(np.moveaxis(packed.latents(np.asarray(x_BSP))[0], -1, 0))
         return x_BSP, past
 
-    model = [captions], [(dit, params)], times, objective, guidance, sampler
+    low_noise = _low_noise(config, dit, objective, folder, None)
+    model = [captions], [(dit, params)], times, objective, guidance, sampler, low_noise
     with pytest.MonkeyPatch.context() as patch:
         if states is not None:
             patch.setattr(sampling, "sampling_steps", recording)
@@ -234,6 +249,7 @@ class Pipeline:
     shape: tuple[int, int, int] = (1, 16, 16)
     noise: str = "dit noise"
     fresh: int = 0  # steps with noise of their own
+    given: str = ""  # the entry of TRAJECTORIES with the first latent frames
 
 
 PIPELINES = {
@@ -255,6 +271,10 @@ PIPELINES = {
     "latte": Pipeline(
         "Latte, diffusers LattePipeline, DDIM", "latte-1", "latte", _TWO, GuidanceConfig(7.5),
         SamplerConfig("ddim", 10, "leading"), (3, 16, 16), "latte noise",
+    ),
+    "wan first frame": Pipeline(
+        "Wan 2.2 TI2V, diffusers WanImageToVideoPipeline, UniPC", "wan2.2-ti2v-5b", "wan", _WAN, GuidanceConfig(5.0),
+        SamplerConfig("unipc", 10, "wan"), (3, 4, 6), "wan noise", given="wan first frame given",
     ),
     "wan": Pipeline(
         "Wan 2.1, diffusers WanPipeline, UniPC", "wan2.1-t2v-1.3b", "wan", _WAN, GuidanceConfig(5.0),
@@ -287,7 +307,8 @@ def sample_like(name: str, tmp_path, monkeypatch) -> np.ndarray:
     folder = imported(of.preset, small, file, tmp_path, monkeypatch)
     names = [of.noise, *(f"{of.noise} {i}" for i in range(of.fresh))]
     draws = [draw_input(name, (4, *of.shape)) for name in names]
-    sampled(folder, draws, of.captions, of.guidance, of.sampler, states)
+    first = TRAJECTORIES[of.given] if of.given else None
+    sampled(folder, draws, of.captions, of.guidance, of.sampler, states, first)
     return np.stack(states)
 
 
@@ -299,6 +320,48 @@ def test_every_family_samples_as_its_pipeline_does(name, tmp_path, monkeypatch, 
         parity(
             PIPELINES[name].system, "trajectory", state.reshape(their.shape), their, f"step {i + 1} of {len(theirs)}"
         )
+
+
+def two_experts(tmp_path) -> tuple[Path, dict]:
+    """A folder in diffusers' layout with both experts, of which the second's weights are 0.8 of the first's."""
+    for folder, share in (("transformer", 1.0), ("transformer_2", 0.8)):
+        file, small = written("wan", tmp_path)
+        (tmp_path / "published" / folder).mkdir(parents=True)
+        scaled = {name: np.float32(share) * tensor for name, tensor in load_file(file).items()}
+        save_file(scaled, tmp_path / "published" / folder / "diffusion_pytorch_model.safetensors")
+    return tmp_path / "published", small
+
+
+def test_two_experts_sample_as_the_pipeline_does(tmp_path, monkeypatch, parity):
+    of, states = PIPELINES["wan"], []
+    published, small = two_experts(tmp_path)
+    folder = imported("wan2.2-t2v-a14b", small, published, tmp_path, monkeypatch)
+    noise, guidance = [draw_input(of.noise, (4, *of.shape))], GuidanceConfig(4.0, low_noise=3.0)
+    last = sampled(folder, noise, of.captions, guidance, of.sampler, states)
+    theirs = TRAJECTORIES["wan experts"]
+    np.testing.assert_allclose(last, states[-1], atol=1e-6)  # as one program for each expert
+    for i, (state, their) in enumerate(zip(states, theirs, strict=True)):
+        parity("Wan 2.2 A14B, diffusers WanPipeline, UniPC", "trajectory", state, their, f"step {i + 1} of 10")
+    alone = sampled(folder / "low_noise", noise, of.captions, GuidanceConfig(3.0), of.sampler)
+    assert np.abs(alone - theirs[-1]).max() > 0.01  # the first expert counts
+
+
+def test_a_pair_is_whole_or_refused(tmp_path, monkeypatch, capsys):
+    published, small = two_experts(tmp_path)
+    folder = imported("wan2.2-t2v-a14b", small, published, tmp_path, monkeypatch)
+    config = json.loads((folder / "config.json").read_text())
+    _, dit, _ = _load_dit(folder)
+    objective = ObjectiveConfig(**config_fields(config["objective"]))
+    with pytest.raises(ValueError, match="low_noise_below=2 must be a time between 0 and 1"):
+        _low_noise(config | {"low_noise_below": 2}, dit, objective, folder, None)
+    other = dataclasses.replace(dit, heads=1)
+    with pytest.raises(ValueError, match="low_noise is not the model's pair: its shape or objective is another"):
+        _low_noise(config, other, objective, folder, None)
+    (folder / "low_noise" / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="low_noise"):
+        _low_noise(config, dit, objective, folder, None)
+    assert main(["import", "wan2.2-t2v-a14b", str(published / "transformer"), f"--out={tmp_path / 'again'}"]) != 0
+    assert "has not the folders of two experts: transformer/ and transformer_2/" in capsys.readouterr().err
 
 
 def test_a_shift_may_be_given(tmp_path, monkeypatch):

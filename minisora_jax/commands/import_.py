@@ -4,6 +4,7 @@ examples:
   minisora import wan2.1-vae Wan2.1-T2V-1.3B-Diffusers/vae --out=models/wan-vae
   minisora import umt5-xxl models_t5_umt5-xxl-enc-bf16.pth --tokenizer=google/umt5-xxl --out=models/umt5
   minisora import wan2.1-t2v-1.3b Wan2.1-T2V-1.3B-Diffusers/transformer --out=models/wan
+  minisora import wan2.2-t2v-a14b Wan2.2-T2V-A14B-Diffusers --out=models/a14b     both experts
   minisora import lpips my_lpips/ --out=models/lpips          vgg16-397923af.pth and the lpips package's vgg.pth
   minisora import lora fast_4steps.safetensors --base=models/wan --out=adapters/fast
   minisora eval codec --codec=models/wan-vae --data=data/clips
@@ -87,15 +88,35 @@ def import_codec(name: str, path: str, out: str, dtype: str | None) -> tuple[str
 def import_transformer(name: str, path: str, out: str, dtype: str | None) -> tuple[str, str]:
     import dataclasses
 
-    from minisora_jax.io.model_dir import export_model
+    from minisora_jax.io.model_dir import LOW_NOISE, export_model
     from minisora_jax.weights.presets import TRANSFORMERS
     from minisora_jax.weights.reading import read_preset
 
     preset = TRANSFORMERS[name]
-    dit, params = read_preset(name, path)
     config = {"kind": "dit"} | {k: dataclasses.asdict(getattr(preset, k)) for k in ("times", "objective")}
-    config |= {"dit": dataclasses.asdict(dit), "training": {"imported": name}}
-    return "transformer", export_model(out, params, config, dtype=dtype, progress="importing")
+    config |= {"latent_size": [preset.window], "training": {"imported": name}}
+
+    def export(path, out, **more):
+        dit, params = read_preset(name, path)
+        entries = config | {"dit": dataclasses.asdict(dit)} | more
+        return export_model(out, params, entries, dtype=dtype, progress="importing")
+
+    if preset.low_noise_below is None:
+        return "transformer", export(path, out)
+    high, low = experts(path)
+    second = export(low, Path(out) / LOW_NOISE)
+    return "pair of transformers", f"{export(high, out, low_noise_below=preset.low_noise_below)}+{second}"
+
+
+def experts(path: str) -> tuple[Path, Path]:
+    """The folders of the experts for high and for low noise in that of a pair."""
+    from minisora_jax.weights.dit import EXPERTS
+
+    for names in EXPERTS:
+        if all((Path(path) / name).is_dir() for name in names):
+            return Path(path) / names[0], Path(path) / names[1]
+    either = " or ".join(f"{high}/ and {low}/" for high, low in EXPERTS)
+    raise FileNotFoundError(f"{path} has not the folders of two experts: {either}")
 
 
 def import_lora(path: str, base: str, out: str, dtype: str | None) -> str:

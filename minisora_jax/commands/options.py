@@ -117,6 +117,9 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--tolerance", type=float, default=1e-3, help="error of a step of dopri5 (default 1e-3)")
     group.add_argument("--guidance", type=float, default=3.0, help="guidance scale (default 3; 1 is none)")
     group.add_argument(
+        "--guidance-low-noise", type=float, help="scale of the second expert of a pair (Wan 2.2 A14B: 3, and 4 before)"
+    )
+    group.add_argument(
         "--guidance-interval",
         default="0-1",
         metavar="LOW-HIGH",
@@ -152,7 +155,12 @@ def sampling_options(args: argparse.Namespace) -> dict[str, Any]:
     return {
         "sampler": SamplerConfig(args.sampler, args.steps, args.schedule, args.eta, args.tolerance, args.shift),
         "guidance": GuidanceConfig(
-            args.guidance, interval, args.guidance_rescale, args.guidance_schedule, args.guidance_channels
+            args.guidance,
+            interval,
+            args.guidance_rescale,
+            args.guidance_schedule,
+            args.guidance_channels,
+            args.guidance_low_noise,
         ),
     }
 

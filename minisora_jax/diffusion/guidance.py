@@ -54,12 +54,14 @@ class GuidanceConfig:
     schedule: str = "constant"  # w over time, with the same mean
     # Only this many of the latents' first channels are guided; None: all. The authors of DiT and SiT guide 3.
     channels: int | None = None
+    low_noise: float | None = None  # w of a pair's expert for low noise (Wan 2.2 A14B); None: `scale`
 
     def __post_init__(self) -> None:
         if self.schedule not in SCHEDULES:
             raise ValueError(f"guidance schedule={self.schedule!r} must be one of {', '.join(SCHEDULES)}")
-        if not abs(self.scale) <= MOST_GUIDANCE:  # also for NaN
-            raise ValueError(f"guidance scale={self.scale} must be a number up to {MOST_GUIDANCE:g} (1: no guidance)")
+        for name, scale in (("scale", self.scale), ("low_noise", self.low_noise)):
+            if scale is not None and not abs(scale) <= MOST_GUIDANCE:  # also for NaN
+                raise ValueError(f"guidance {name}={scale} must be a number up to {MOST_GUIDANCE:g} (1: no guidance)")
         low, high = self.interval
         if not 0 <= low < high <= 1:
             raise ValueError(f"guidance interval {low}-{high} must be two rising times from 0 (clean) to 1 (noise)")

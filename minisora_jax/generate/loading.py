@@ -15,8 +15,17 @@ import jax.numpy as jnp
 from minisora_jax.bundled import CODEC, MODEL
 from minisora_jax.diffusion.objective import ObjectiveConfig
 from minisora_jax.diffusion.time import TimeConfig
+from minisora_jax.generate.experts import LowNoise
 from minisora_jax.io.hub import local_folder
-from minisora_jax.io.model_dir import check_shapes, in_memory, model_hash, onto_devices, open_model, saved_settings
+from minisora_jax.io.model_dir import (
+    LOW_NOISE,
+    check_shapes,
+    in_memory,
+    model_hash,
+    onto_devices,
+    open_model,
+    saved_settings,
+)
 from minisora_jax.models.captions import captions_of
 from minisora_jax.models.codec import Codec
 from minisora_jax.models.dit import DiTConfig, abstract_params
@@ -65,7 +74,10 @@ def load_parts(
         theirs = saved_settings(ObjectiveConfig, guide_config, "objective", guide_model)
         _require_like(dit, objective, guide_dit, theirs)
         guide = (guide_dit, guide_params)
-    digest = model_hash(model)
+    low_noise = _low_noise(config, dit, objective, model, dtype)
+    if low_noise and (guide or loras):
+        raise ValueError(f"{model} is a pair of experts: leave out --guide-model and --lora, which are for one model")
+    digest = model_hash(model) + (f"+{model_hash(Path(model) / LOW_NOISE)}" if low_noise else "")
     adapters = [read_adapter(text, dit, model) for text in loras]
     for text, adapter in zip(loras, adapters):
         if adapter.base not in ("", digest):
@@ -82,6 +94,7 @@ def load_parts(
         "objective": objective,
         "captions": captions_of(dit, _text(config, model), text_encoder, pair and pair.text_encoder),
         "guide": guide,
+        "low_noise": low_noise,
         "window": frames,
         "sides": tuple(sides) or None,
         "leads_over": _leads_over(training),
@@ -114,6 +127,18 @@ def _load_dit(model: str | Path, dtype: str | None = None) -> tuple[dict, DiTCon
     typed = lambda at, x: jax.ShapeDtypeStruct(at.shape, dtype or x.dtype, sharding=at.sharding)
     places = jax.tree.map(typed, with_shardings(abstract_params(dit), mesh), stored)
     return onto_devices(stored, places, model), dit, config
+
+
+def _low_noise(config: dict, dit: DiTConfig, objective: ObjectiveConfig, model: str | Path, dtype) -> LowNoise | None:
+    """The expert for low noise in the folder of a model, whose config says from which time on it takes over."""
+    if (below := config.get("low_noise_below")) is None:
+        return None
+    if not (isinstance(below, int | float) and 0 < below < 1):
+        raise ValueError(f"{model}/config.json: low_noise_below={below!r:.100} must be a time between 0 and 1")
+    params, low_dit, low_config = _load_dit(Path(model) / LOW_NOISE, dtype)
+    if low_dit != dit or saved_settings(ObjectiveConfig, low_config, "objective", model) != objective:
+        raise ValueError(f"{model}/{LOW_NOISE} is not the model's pair: its shape or objective is another")
+    return LowNoise(params, float(below))
 
 
 def _leads_over(training: dict) -> bool:

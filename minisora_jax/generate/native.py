@@ -16,6 +16,7 @@ from minisora_jax.diffusion.guidance import GuidanceConfig
 from minisora_jax.diffusion.objective import ObjectiveConfig
 from minisora_jax.diffusion.sampler import SamplerConfig
 from minisora_jax.diffusion.time import TimeConfig
+from minisora_jax.generate.experts import LowNoise
 from minisora_jax.generate.request import Request
 from minisora_jax.generate.sampling import PackedRequests, features, fill_rows, require_finite, sample
 from minisora_jax.generate.storyboard import whole_lines
@@ -47,6 +48,7 @@ class NativePipeline:
     objective: ObjectiveConfig = ObjectiveConfig()
     captions: Captions = BYTES
     guide: tuple[DiTConfig, dict] | None = None
+    low_noise: LowNoise | None = None  # the expert for low noise, if the model is one of a pair
     window: int = 21  # latent frames that the model makes at once; longer videos are made window by window
     sides: tuple[int, int] | None = None  # height and width of the largest latents in training; None: not recorded
     leads_over: bool = False  # trained with a known past and future: loops are made as transitions back
@@ -239,7 +241,9 @@ class NativePipeline:
             raise ValueError("a negative prompt replaces the empty prompt, which autoguidance does not use: drop one")
         grids = [self.grid(r) for r in requests]
         captions = features(self.captions, requests, self.copies, self.config.caption_tokens)
-        models = [(c, params_on_mesh(p, functools.partial(abstract_params, c))) for c, p in self._models]
+        on_mesh = lambda c, p: params_on_mesh(p, functools.partial(abstract_params, c))
+        models = [(c, on_mesh(c, p)) for c, p in self._models]
+        low = self.low_noise and LowNoise(on_mesh(self.config, self.low_noise.params), self.low_noise.below)
         work = [
             (fewer, packed)
             for fewer, members in _by_steps(requests, sampler)
@@ -257,7 +261,7 @@ class NativePipeline:
 
             stepwise = on_step if progress or watch else None
             for fewer, packed in work:
-                latents |= sample(packed, captions, models, self.times, self.objective, guidance, fewer, stepwise)
+                latents |= sample(packed, captions, models, self.times, self.objective, guidance, fewer, low, stepwise)
         return [latents[i] for i in range(len(requests))]
 
     def _packed(self, requests, grids, members: Sequence[int], tokens_at_once: int) -> list[PackedRequests]:

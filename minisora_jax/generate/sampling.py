@@ -25,6 +25,7 @@ from minisora_jax.diffusion.guidance import GuidanceConfig, guide, rescale, twin
 from minisora_jax.diffusion.noise_path import NoisePath
 from minisora_jax.diffusion.sampler import SAMPLERS, SamplerConfig
 from minisora_jax.diffusion.time import TimeConfig, latest_time, sampling_times, sampling_token_times
+from minisora_jax.generate.experts import LowNoise
 from minisora_jax.generate.noise import Noise
 from minisora_jax.generate.request import Request
 from minisora_jax.models.dit import DiT, DiTConfig, split_variance
@@ -132,6 +133,7 @@ def sample(
     objective,
     guidance: GuidanceConfig,
     sampler: SamplerConfig,
+    low_noise: LowNoise | None = None,
     on_step: Callable[[int, Callable[[], dict[int, np.ndarray]]], None] | None = None,
 ) -> dict[int, np.ndarray]:
     """latents_thwc by number of request.
@@ -140,7 +142,7 @@ def sample(
     program, and the host waits for its end alone.
 
     Raises:
-        ValueError: guidance has more channels than the latents, or "dopri5" is to make a loop.
+        ValueError: guidance has more channels than the latents, or "dopri5" is to make a loop or is used with a pair.
     """
     channels = packed.config.latent_channels
     if (guidance.channels or 1) > channels:
@@ -157,10 +159,16 @@ def sample(
     params = tuple(p for _, p in models)
     both = tuple(tokens(index) for index in packed.twins())
     inputs = (params, batch, *both, _scale(packed, guidance.scale), guidance.interval)
+    low_scale = guidance.scale if guidance.low_noise is None else guidance.low_noise
+    low_inputs = low_noise and ((low_noise.params,), batch, *both, _scale(packed, low_scale), guidance.interval)
     circle = [packed.grids[i][0] if request.loop else 0 for i, request in enumerate(packed.requests)]
     circle_BS = tokens(packed.per_token(lambda i: circle[i]).astype(np.int32)) if any(circle) else None
 
     if sampler.name == "dopri5":
+        if low_noise:
+            raise ValueError(
+                "dopri5 has no fixed steps at which the expert for low noise takes over: use --sampler unipc"
+            )
         if any(circle):
             raise ValueError("a loop is cut elsewhere at each step, and dopri5 has no fixed steps: use --sampler heun")
         first_BS = jnp.minimum(sampling_token_times(times, start_BS, batch), latest)
@@ -177,15 +185,18 @@ def sample(
     state = x, SAMPLERS[sampler.name].begin(x, times_KBS[0])
     times_KBS = jnp.pad(times_KBS, ((0, -len(times_KBS) % STEPS_UNIT), (0, 0), (0, 0)))
     fresh = noise if sampler.noise else None
-    advance = lambda state, first, end: sampling_steps(
+    advance = lambda state, first, end, inputs: sampling_steps(
         static, sampler.name, state, first, end, times_KBS, fresh, sampler.noise, circle_BS, inputs
     )
+    handover = low_noise.first_step(objective, times_KBS, sampler.steps) if low_noise else sampler.steps
     if on_step is None:
-        x, _ = advance(state, 0, sampler.steps)
-        return packed.latents(whole(x))
+        state = advance(state, 0, handover, inputs)
+        if handover < sampler.steps:
+            state = advance(state, handover, sampler.steps, low_inputs)
+        return packed.latents(whole(state[0]))
     for k in range(sampler.steps):
         before, _ = state
-        state = advance(state, k, k + 1)
+        state = advance(state, k, k + 1, inputs if k < handover else low_inputs)
         jax.block_until_ready(state)
         so_far = functools.partial(_clean_estimate, path, before, state[0], times_KBS[k], times_KBS[k + 1])
         on_step(k + 1, lambda estimate=so_far: packed.latents(whole(estimate())))
@@ -308,13 +319,14 @@ def sampling_steps(
     def one_step(k, state):
         x_BSP, past = state
         fresh_BSP = None if noise is None else noise.draw(k + 1, x_BSP.shape[-1])
-        turns = [None] if circle_BS is None else [(k * GOLDEN + n / CUTS) % 1.0 for n in range(CUTS)]
-        results = []
-        for turn in turns:
-            seen = batch if turn is None else _turned(batch, circle_BS, turn)
-            denoiser = _denoiser(static, (params, seen, *rest))
-            step = SAMPLERS[sampler].step
-            results.append(step(denoiser, x_BSP, times_KBS[k], times_KBS[k + 1], past, fresh_BSP, eta))
+        seen = [batch]
+        if circle_BS is not None:
+            seen = [_turned(batch, circle_BS, (k * GOLDEN + n / CUTS) % 1.0) for n in range(CUTS)]
+        denoisers = [_denoiser(static, (params, each, *rest)) for each in seen]
+        step = lambda denoiser: SAMPLERS[sampler].step(
+            denoiser, x_BSP, times_KBS[k], times_KBS[k + 1], past, fresh_BSP, eta
+        )
+        results = [step(denoiser) for denoiser in denoisers]
         return results[0] if len(results) == 1 else jax.tree.map(lambda *each: sum(each) / len(each), *results)
 
     return jax.lax.fori_loop(first, end, one_step, state)

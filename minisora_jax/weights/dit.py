@@ -5,6 +5,7 @@ weights/dit_names.py has a table of names for each layout. `rules` reads it for 
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from minisora_jax.diffusion.objective import ObjectiveConfig
@@ -41,29 +42,41 @@ CONFIGS = {
     "wan2.1-t2v-1.3b": DiTConfig(**_WAN, width=1536, depth=30, heads=12, mlp_ratio=8960 / 1536),
     "wan2.1-t2v-14b": DiTConfig(**_WAN_14B),
     "wan2.1-i2v-14b": DiTConfig(**_WAN_14B, latent_channels=36, out_channels=16, image_features=1280),
+    "wan2.2-t2v-a14b": DiTConfig(**_WAN_14B),
+    "wan2.2-ti2v-5b": DiTConfig(**_WAN, latent_channels=48, width=3072, depth=30, heads=24, mlp_ratio=14_336 / 3072),
 }
 
 # DiT, PixArt and Latte predict DDPM's noise at whole timesteps. SiT and Wan predict the velocity of a flow, and Wan is
 # told whole timesteps. Times are not shifted in training. Wan's authors shift those of sampling by 5 (by 3 for image to
 # video at 480x832).
-_OBJECTIVES = {"sit": ObjectiveConfig(), "wan2.1": ObjectiveConfig(whole_timesteps=True)}
+_TOLD_WHOLE = ObjectiveConfig(whole_timesteps=True)
+_OBJECTIVES = {"sit": ObjectiveConfig(), "wan2.1": _TOLD_WHOLE, "wan2.2": _TOLD_WHOLE}
 _NOISE = ObjectiveConfig(path="ddpm", prediction="noise")
 OBJECTIVES = {name: _OBJECTIVES.get(name.split("-")[0], _NOISE) for name in CONFIGS}
 _TIMES: dict[str, dict[str, Any]] = {
     "sit": dict(distribution="uniform"),
     "wan2.1": dict(distribution="logit-normal", sampling_shift=5.0),
+    "wan2.2": dict(distribution="logit-normal", sampling_shift=5.0),
 }
 TIMES = {
     name: TimeConfig(base_tokens=0, per_frame=0.0, **_TIMES.get(name.split("-")[0], dict(distribution="timesteps")))
     for name in CONFIGS
 }
-# The presets (codec, text encoder) that each family was trained with.
+TIMES["wan2.2-t2v-a14b"] = dataclasses.replace(TIMES["wan2.2-t2v-a14b"], sampling_shift=12.0)
+# Pairs of experts: the time under which the second takes over, and the folders of the two in diffusers' layout and in
+# their authors' own.
+LOW_NOISE_BELOW = {"wan2.2-t2v-a14b": 0.875}
+EXPERTS = (("transformer", "transformer_2"), ("high_noise_model", "low_noise_model"))
+WINDOWS = {"wan2.2-ti2v-5b": 31}  # latent frames that a model makes at once, where these are not 21
+# The presets (codec, text encoder) that each model or family was trained with.
 PAIRS = {
     "dit": ("sd-vae", None),
     "sit": ("sd-vae", None),
     "pixart": ("sd-vae", "t5-v1.1-xxl"),
     "latte": ("sd-vae", "t5-v1.1-xxl"),
     "wan2.1": ("wan2.1-vae", "umt5-xxl"),
+    "wan2.2-ti2v-5b": ("wan2.2-vae", "umt5-xxl"),
+    "wan2.2-t2v-a14b": ("wan2.1-vae", "umt5-xxl"),
 }
 ABOUT = {
     "dit": "images of ImageNet classes, 675 M parameters: transformer/ of DiT-XL-2-*, or DiT-XL-2-*.pt",
@@ -71,6 +84,8 @@ ABOUT = {
     "pixart": "text to image, 0.6 B parameters: transformer/ of PixArt-alpha/PixArt-XL-2-*",
     "latte": "text to video, 1.1 B parameters: transformer/ of maxin-cn/Latte-1",
     "wan2.1": "video: transformer/ of Wan2.1-*-Diffusers, or Wan's own diffusion_pytorch_model*.safetensors",
+    "wan2.2-ti2v-5b": "video from words or a picture: transformer/ of Wan2.2-TI2V-5B-Diffusers, or Wan's own files",
+    "wan2.2-t2v-a14b": "video by two experts: the folder Wan2.2-T2V-A14B-Diffusers, or Wan's own Wan2.2-T2V-A14B",
 }
 
 # Fixed tables that some files store. Our model computes them.

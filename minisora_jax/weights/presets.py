@@ -48,6 +48,8 @@ class TransformerPreset:
     times: TimeConfig
     codec: str  # preset of the codec that it was trained with
     text_encoder: str | None  # preset of its text encoder; None: it reads classes
+    low_noise_below: float | None = None  # of a pair of experts: the time under which the second takes over
+    window: int = 21  # latent frames that it makes at once
     within: tuple[str, ...] = ()
 
 
@@ -103,9 +105,18 @@ TEXT_ENCODERS = {
 }
 
 TRANSFORMERS = {
-    name: TransformerPreset(dit.ABOUT[family], config, dit, dit.OBJECTIVES[name], dit.TIMES[name], *dit.PAIRS[family])
+    name: TransformerPreset(
+        dit.ABOUT[kind],
+        config,
+        dit,
+        dit.OBJECTIVES[name],
+        dit.TIMES[name],
+        *dit.PAIRS[kind],
+        low_noise_below=dit.LOW_NOISE_BELOW.get(name),
+        window=dit.WINDOWS.get(name, 21),
+    )
     for name, config in dit.CONFIGS.items()
-    for family in [name.split("-")[0]]
+    for kind in [name if name in dit.PAIRS else name.split("-")[0]]
 }
 
 LOSSES = {"lpips": LossPreset(lpips.ABOUT, lpips.CONFIG, lpips)}

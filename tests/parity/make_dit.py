@@ -57,6 +57,7 @@ def wan() -> None:
         "wan2.1-t2v-1.3b": dict(num_attention_heads=12, num_layers=30, ffn_dim=8960),
         "wan2.1-t2v-14b": {},
         "wan2.1-i2v-14b": dict(in_channels=36, image_dim=1280, added_kv_proj_dim=5120),
+        "wan2.2-ti2v-5b": dict(in_channels=48, out_channels=48, num_attention_heads=24, num_layers=30, ffn_dim=14_336),
     }
     make = lambda size: lambda: WanTransformer3DModel(**dict(text_dim=4096, out_channels=16) | size)
     save("wan", results, published={k: collapsed(names_and_shapes(make(v))) for k, v in sizes.items()})

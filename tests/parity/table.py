@@ -106,6 +106,14 @@ SAMPLINGS = {
     "Wan 2.1, diffusers WanPipeline, UniPC": (
         "Wan 2.1 T2V", "diffusers WanPipeline, its authors' sigmas", "UniPC, shift 5, 10 steps", "5"
     ),
+    "Wan 2.2 TI2V, diffusers WanImageToVideoPipeline, UniPC": (
+        "Wan 2.2 TI2V, a given first frame", "diffusers WanImageToVideoPipeline, its authors' sigmas",
+        "UniPC, shift 5, 10 steps", "5"
+    ),
+    "Wan 2.2 A14B, diffusers WanPipeline, UniPC": (
+        "Wan 2.2 A14B, two experts", "diffusers WanPipeline, its authors' sigmas", "UniPC, shift 12, 10 steps",
+        "4, then 3"
+    ),
 }  # fmt: skip
 
 
