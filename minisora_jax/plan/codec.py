@@ -192,18 +192,25 @@ def plan_training(task: CodecTask, mesh: MeshConfig, topology: Topology, attenti
     for name, (start, stage) in stages(task).items():
         flops.append(step_flops(stage))
         print(f"  from step {start:>9,}: {name:<16}{flops[-1]:.3e} FLOPs a step, {flops[-1] / peak:.3g} s at least")
+    compiled = _compiled(lambda at: lower_training(task, at), mesh, topology, attention)
+    if compiled is None:
+        return None
+    what = f"train step of {clips} crops of {T}x{H}x{W} ({task.batch / (mesh.data * mesh.fsdp):g} a chip at a time)"
+    # Useful is the codec, there and back, and executed the last stage, with the networks of its loss.
+    lines = compiled_lines(what, ADVICE, Arithmetic(flops[0], flops[-1]), mesh, topology, compiled)
+    print("\n".join(lines), flush=True)
+    return compiled
+
+
+def _compiled(lower: Callable, mesh: MeshConfig, topology: Topology, attention: str) -> CompiledStep | None:
+    """The step that lower(mesh) gives, compiled; None for GPUs."""
     if not topology.is_tpu:
         print(f"{topology.chips} x {topology.kind}: nothing is compiled for GPUs, and memory depends on the compiler")
         return None
     print(f"\nmesh {mesh_name(mesh)}: compiling for {topology.chips} chips ...", flush=True)
     at = make_mesh(mesh, topology.devices())
     with auto_is(attention):
-        compiled = compile_lowered(*lower_training(task, at), at, topology)
-    what = f"train step of {clips} crops of {T}x{H}x{W} ({task.batch / (mesh.data * mesh.fsdp):g} a chip at a time)"
-    # Useful is the codec, there and back, and executed the last stage, with the networks of its loss.
-    lines = compiled_lines(what, ADVICE, Arithmetic(flops[0], flops[-1]), mesh, topology, compiled)
-    print("\n".join(lines), flush=True)
-    return compiled
+        return compile_lowered(*lower(at), at, topology)
 
 
 def plan_decoding(
@@ -216,13 +223,9 @@ def plan_decoding(
     _, decode = frame_flops(vae, (1 + 4 * frames, H, W))
     print(f"codec: {_count(params) / 1e6:.1f} M parameters; {T} frames of {W}x{H} are decoded in {steps} steps")
     print(f"  FLOPs of a frame   {decode:.3e} to decode")
-    if not topology.is_tpu:
-        print(f"{topology.chips} x {topology.kind}: nothing is compiled for GPUs, and memory depends on the compiler")
+    compiled = _compiled(lambda at: lower_decoding(vae, (H, W), at), mesh, topology, attention)
+    if compiled is None:
         return None
-    print(f"\nmesh {mesh_name(mesh)}: compiling for {topology.chips} chips ...", flush=True)
-    at = make_mesh(mesh, topology.devices())
-    with auto_is(attention):
-        compiled = compile_lowered(*lower_decoding(vae, (H, W), at), at, topology)
     what = f"step of {frames} frames of {W}x{H} of {clips} clip{'s' * (clips > 1)}"
     flops = Arithmetic(clips * frames * decode, clips * frames * decode)
     print("\n".join(compiled_lines(what, "try a mesh with more ring", flops, mesh, topology, compiled)), flush=True)

@@ -146,79 +146,53 @@ def latte_pipeline() -> dict[str, torch.Tensor]:
     return {"latte": torch.stack([x[0] for x in states])}
 
 
-def wan_pipeline() -> dict[str, torch.Tensor]:
-    """UniPC with shift 5 and whole timesteps, over captions padded with zeros to 512 tokens."""
+def wan_model() -> torch.nn.Module:
     small = dict(num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4, num_layers=2)
-    model = fill(diffusers.WanTransformer3DModel(**small, text_dim=10, ffn_dim=40))
-    unipc = WanSigmas(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0)
-    scheduler, states = recorded(unipc)
-    pipeline = diffusers.WanPipeline(None, None, None, scheduler, model)
+    return fill(diffusers.WanTransformer3DModel(**small, text_dim=10, ffn_dim=40))
+
+
+def wan_scheduler(shift: float):
+    """UniPC with whole timesteps, `recorded`."""
+    return recorded(WanSigmas(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift))
+
+
+def wan_video(pipeline, **options) -> torch.Tensor:
+    """The latents of a video of 9 frames, from captions padded with zeros to 512 tokens."""
     padded = [torch.cat([text, torch.zeros(512 - len(text), 10)])[None] for text in tensor("text 7", (2, 7, 10))]
-    pipeline(
-        prompt_embeds=padded[0],
-        negative_prompt_embeds=padded[1],
-        latents=tensor("wan noise", (1, 4, 3, 4, 6)),
-        num_frames=9,
-        height=32,
-        width=48,
-        guidance_scale=5.0,
-        num_inference_steps=STEPS,
-        output_type="latent",
-    )
+    options |= dict(prompt_embeds=padded[0], negative_prompt_embeds=padded[1], num_inference_steps=STEPS)
+    options |= dict(latents=tensor("wan noise", (1, 4, 3, 4, 6)), num_frames=9, height=32, width=48)
+    return pipeline(**options, output_type="latent").frames
+
+
+def wan_pipeline() -> dict[str, torch.Tensor]:
+    """UniPC with shift 5."""
+    scheduler, states = wan_scheduler(5.0)
+    wan_video(diffusers.WanPipeline(None, None, None, scheduler, wan_model()), guidance_scale=5.0)
     return {"wan": torch.stack([x[0] for x in states])}
 
 
 def wan_first_frame() -> dict[str, torch.Tensor]:
     """Wan 2.2's TI2V-5B from a picture: the first latent frame is given, and its tokens are told time 0."""
-    small = dict(num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4, num_layers=2)
-    model = fill(diffusers.WanTransformer3DModel(**small, text_dim=10, ffn_dim=40))
-    vae = diffusers.AutoencoderKLWan(
-        base_dim=8, z_dim=4, num_res_blocks=1, latents_mean=[0.0] * 4, latents_std=[1.0] * 4
-    )
-    scheduler, states = recorded(WanSigmas(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0))
-    pipeline = diffusers.WanImageToVideoPipeline(
-        None, None, fill(vae), scheduler, None, None, model, expand_timesteps=True
-    )
-    padded = [torch.cat([text, torch.zeros(512 - len(text), 10)])[None] for text in tensor("text 7", (2, 7, 10))]
-    video = pipeline(
-        image=torch.tanh(tensor("wan picture", (1, 3, 32, 48))) / 2 + 0.5,
-        prompt_embeds=padded[0],
-        negative_prompt_embeds=padded[1],
-        latents=tensor("wan noise", (1, 4, 3, 4, 6)),
-        num_frames=9,
-        height=32,
-        width=48,
-        guidance_scale=5.0,
-        num_inference_steps=STEPS,
-        output_type="latent",
-    ).frames
-    given = video[:, :, :1]
+    statistics = dict(latents_mean=[0.0] * 4, latents_std=[1.0] * 4)
+    vae = fill(diffusers.AutoencoderKLWan(base_dim=8, z_dim=4, num_res_blocks=1, **statistics))
+    scheduler, states = wan_scheduler(5.0)
+    parts = None, None, vae, scheduler, None, None, wan_model()
+    picture = torch.tanh(tensor("wan picture", (1, 3, 32, 48))) / 2 + 0.5
+    pipeline = diffusers.WanImageToVideoPipeline(*parts, expand_timesteps=True)
+    given = wan_video(pipeline, image=picture, guidance_scale=5.0)[:, :, :1]
     states = [torch.cat([given, x[:, :, 1:]], dim=2) for x in states]  # the scheduler moves the given frame, unused
     return {"wan first frame": torch.stack([x[0] for x in states]), "wan first frame given": given[0]}
 
 
 def wan_experts() -> dict[str, torch.Tensor]:
     """Wan 2.2's A14B: two models, of which the second takes over below time 0.875, each with its own guidance."""
-    small = dict(num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4, num_layers=2)
-    high, low = (fill(diffusers.WanTransformer3DModel(**small, text_dim=10, ffn_dim=40)) for _ in range(2))
+    high, low = wan_model(), wan_model()
     with torch.no_grad():
         for parameter in low.parameters():
             parameter.mul_(0.8)
-    scheduler, states = recorded(WanSigmas(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=12.0))
+    scheduler, states = wan_scheduler(12.0)
     pipeline = diffusers.WanPipeline(None, None, None, scheduler, high, low, boundary_ratio=0.875)
-    padded = [torch.cat([text, torch.zeros(512 - len(text), 10)])[None] for text in tensor("text 7", (2, 7, 10))]
-    pipeline(
-        prompt_embeds=padded[0],
-        negative_prompt_embeds=padded[1],
-        latents=tensor("wan noise", (1, 4, 3, 4, 6)),
-        num_frames=9,
-        height=32,
-        width=48,
-        guidance_scale=4.0,
-        guidance_scale_2=3.0,
-        num_inference_steps=STEPS,
-        output_type="latent",
-    )
+    wan_video(pipeline, guidance_scale=4.0, guidance_scale_2=3.0)
     return {"wan experts": torch.stack([x[0] for x in states])}
 
 
