@@ -5,8 +5,8 @@
     minisora train-vae --config=vae_4x8x8:data=data/films,lpips=models/lpips --workdir=runs/codec
 
 Without `lpips` the second stage is left out. Mesh: data=-1, so every chip has its own crops and all parameters.
-Hardware: 16 chips of v6e, or as many GPUs. Compiled, not run: 27.2 of 29.8 GiB a chip, a step of at least 0.033 s by `minisora
-plan --config=vae_4x8x8:lpips=models/lpips --topology v6e:4x4`. Each stage: docs/pods.md, "Configs for pods".
+Hardware: 16 chips of v6e, or as many GPUs. Compiled, not run: 27.2 of 29.8 GiB a chip, a step of at least 0.033 s, by
+`minisora plan --config=vae_4x8x8:lpips=models/lpips --topology v6e:4x4`. Each stage: docs/pods.md, "Configs for pods".
 """
 
 from ml_collections import ConfigDict
