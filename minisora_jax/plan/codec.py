@@ -202,7 +202,12 @@ def plan_training(task: CodecTask, mesh: MeshConfig, topology: Topology, attenti
     return compiled
 
 
-def _compiled(lower: Callable, mesh: MeshConfig, topology: Topology, attention: str) -> CompiledStep | None:
+def _compiled(
+    lower: Callable[[jax.sharding.Mesh], tuple[dict[str, Any], jax.stages.Lowered]],
+    mesh: MeshConfig,
+    topology: Topology,
+    attention: str,
+) -> CompiledStep | None:
     """The step that lower(mesh) gives, compiled; None for GPUs."""
     if not topology.is_tpu:
         print(f"{topology.chips} x {topology.kind}: nothing is compiled for GPUs, and memory depends on the compiler")
