@@ -72,7 +72,7 @@ class Jobs:
         for job in sys.argv[2:]:
             workdir, *flags = job.split()
             diffusion_task.packed_batches = slowly if workdir.endswith("halted") else packed_batches
-            args = argparse.Namespace(workdir=workdir, codec=None, init=None, list_config=False)
+            args = argparse.Namespace(workdir=workdir, codec=None, init=None, lora=None, list_config=False)
             train.run(args, [sys.argv[1], *flags])
 
 sys.exit(_run(Jobs, argparse.Namespace(), []))
