@@ -153,7 +153,7 @@ def test_what_is_larger_than_training_is_what_was_made_at_its_size(pipeline, cli
     for a, b in zip(large, small):
         assert psnr(resized(a, (32, 64)), b) > 24
     assert psnr(large[2][0], image) > 24 and psnr(large[4][0], image) > 24
-    assert seam(large[1]) < 2
+    assert seam(large[1]) < 1.2 * max(seam(small[1]), 1.0)  # upscaling tears no loop
 
 
 def test_a_decoded_circle_has_no_beginning(pipeline):
