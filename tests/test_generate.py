@@ -15,7 +15,7 @@ from minisora_jax.diffusion.sampler import SAMPLER_NAMES, SamplerConfig
 from minisora_jax.diffusion.time import TIME_SCHEDULES
 from minisora_jax.generate import Request, VideoPipeline, run_tasks
 from minisora_jax.generate.noise import Noise
-from minisora_jax.generate.sampling import PackedRequests, sampling_steps
+from minisora_jax.generate.sampling import PackedRequests, features, sampling_steps
 from minisora_jax.generate.tasks import inpaint, text_to_video
 from minisora_jax.io.model_dir import export_model, load_model
 from minisora_jax.jobs.batch import run_jobs
@@ -104,6 +104,14 @@ def test_noise_is_of_the_seed_and_the_step_and_equal_for_twins(pipeline):
     assert (drawn([[0, 1]], 2)[0, :32] != one[:32]).all()
     huge = [dataclasses.replace(RED, seed=RED.seed + 2**64), BLUE]  # seeds have no largest number
     assert (drawn([[0, 1]], 1, huge)[0, :24] != one[:24]).all() and (drawn([[0, 1]], 1, huge)[0, 24:] == one[24:]).all()
+
+
+def test_rows_hold_the_frames_of_any_size(pipeline):
+    """Of 7 x 7 tokens too, where 98 * (1 / 49) < 2."""
+    for h, w in ((7, 7), (7, 14), (1, 103), (5, 11)):
+        packed = PackedRequests([BLUE], [(1, h, w)], [[0]], 2, 2 * h * w, pipeline.config)
+        captions = features(pipeline.captions, [BLUE], 2, 0)
+        assert packed.batch(captions).frames == 2
 
 
 def test_noise_is_standard_normal():

@@ -117,6 +117,9 @@ def test_no_row_has_more_frames_than_the_bound():
         while not fits(row):
             row = row[:-1]
         assert frames[row].sum() <= bound
+    for side in range(1, 200):  # also where a division of floats falls short: 98 * (1 / 49) < 2
+        one = np.array([side])
+        assert most_frames(one, np.array([1]), dataclasses.replace(PACK, tokens=2 * side)) == 2
     with pytest.raises(ValueError, match=r"row 0 has 6 latent frames, above pack.frames=5: raise it"):
         packed(5)
 

@@ -70,7 +70,7 @@ def most_frames(tokens: np.ndarray, frames: np.ndarray, config: PackConfig) -> i
         frames: the latent frames of each clip, in tokens.
         config: its tokens and slots.
     """
-    return min(int(config.tokens * (frames / tokens).max()), config.slots * int(frames.max()))
+    return min(config.tokens // int((tokens // frames).min()), config.slots * int(frames.max()))
 
 
 def _whole(n: int, unit: int) -> int:

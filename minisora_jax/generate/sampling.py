@@ -68,7 +68,7 @@ class PackedRequests:
         """The batch of the rows. captions: for each request the caption features of each of its copies."""
         text = max(sum(len(c) for i in row for c in captions[i]) for row in self.rows)
         slots = self.copies * max(len(row) for row in self.rows)
-        frames = int(self.length * max(t / (t * h * w) for t, h, w in self.grids))  # the same for all batches
+        frames = self.length // min(h * w for _, h, w in self.grids)  # the same for all batches
         pack = PackConfig(self.length, -(-text // 64) * 64, slots, len(self.rows), frames=frames)
         return pack_segments([[s for i in row for s in self._segments(i, captions[i])] for row in self.rows], pack)
 
@@ -109,8 +109,7 @@ class PackedRequests:
 
     def noise(self) -> Noise:
         """Standard normal noise by each request's seed, equal for its twins, on the mesh in use."""
-        place_BS, seed_BS = (np.zeros((len(self.rows), self.length), np.int32) for _ in range(2))
-        seed_BS -= 1
+        place_BS, seed_BS = (np.full((len(self.rows), self.length), n, np.int32) for n in (0, -1))
         for i, b, at in self.places:
             n, end = self.tokens(i), at + self.copies * self.tokens(i)
             seed_BS[b, at:end], place_BS[b, at:end] = i, np.tile(np.arange(n, dtype=np.int32), self.copies)

@@ -69,9 +69,9 @@ class Einsum(nn.Module):
         kept = ["tensor" if axes == "tensor" else None for axes in parameter_spec(self.shape, axis, self.tensor)]
         w = shard(w.astype(x.dtype), P(*kept))
         b = self.param("bias", nn.initializers.zeros, self.shape[self.inputs :]).astype(x.dtype) if self.bias else None
+        adapter = self._adapter(kept, x.dtype)
         # Backward, the barrier holds the gradient of x until those of w and b are there. Without it XLA's scheduler may
         # put them off, and all that they read stays in memory: 5 GiB of a chip in Wan 14B.
-        adapter = self._adapter(kept, x.dtype)
         x, w, b, adapter = jax.lax.optimization_barrier((x, w, b, adapter))
         lead = jax.typeof(x).sharding.spec[: x.ndim - self.inputs]
         summed = "tensor" in kept[: self.inputs]
