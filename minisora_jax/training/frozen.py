@@ -104,12 +104,12 @@ def _load(init: str | Path | None, places: Any) -> Any:
     stored, _ = open_model(init)
     check_shapes(stored, {"params": places["params"]}, init)
     sources, result = traverse_util.flatten_dict(stored, sep="/"), {}
+    by_path = kernels({"params": places["params"]})
     for name, place in flat.items():
         read = lambda dtype, name=name, place=place: onto_devices(sources[name], _typed(place, dtype), init)
         path = name.removeprefix("params/").removesuffix("/kernel")
         if name.endswith("/kernel"):
-            kernel = kernels({"params": places["params"]})[path]
-            result[name], result[f"int8/{path}/scale"] = quantized(read(jnp.float32), kernel)
+            result[name], result[f"int8/{path}/scale"] = quantized(read(jnp.float32), by_path[path])
         else:
             result[name] = read(place.dtype)
     return traverse_util.unflatten_dict(result, sep="/")
