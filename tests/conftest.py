@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from hypothesis import settings
 
+from minisora_jax.parallel.programs import make_room
+
 # Tests compile much and run little: without LLVM's optimisations they take a third of the time.
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
 jax.config.update("jax_platforms", "cpu")
@@ -146,6 +148,10 @@ def pytest_collection_modifyitems(items):
         if any(case in item.nodeid for case in SLOW_CASES):
             item.add_marker("slow")
     items.sort(key=lambda item: FIRST.index(item.path.name) if item.path.name in FIRST else len(FIRST))
+
+
+def pytest_runtest_teardown(item):
+    make_room()  # a worker compiles thousands of programs
 
 
 @pytest.hookimpl(wrapper=True)

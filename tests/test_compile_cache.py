@@ -6,8 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from train_tiny import make_cache
+
+from minisora_jax.bundled import CODEC
+from minisora_jax.models.codec import Codec
+from minisora_jax.parallel import programs
 
 COUNTING = """
 import sys
@@ -76,3 +81,16 @@ def test_a_training_that_goes_on_compiles_nothing(tmp_path):
     shutil.rmtree(checkpoints[-1])  # as if it had been killed before its end
     hits, misses = counts(tmp_path, TRAINING, *arguments)
     assert hits > 0 and misses == 0
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="memory maps are counted on Linux")
+def test_any_number_of_sizes_stays_within_the_memory_maps(monkeypatch):
+    """Linux gives a process 65,530 maps, XLA takes some for each kernel, and jaxlib dies where it gets no more."""
+    maps = lambda: len(Path("/proc/self/maps").read_text().splitlines())
+    most = int(Path("/proc/sys/vm/max_map_count").read_text())
+    codec, counts = Codec.load(CODEC), []
+    for side in (16, 32, 48, 64):
+        monkeypatch.setattr(programs, "MOST_MAPS", (maps() - 1 if side == 64 else most) / most)
+        codec.encode(np.zeros((1, 1, 16, side, 3), np.uint8))
+        counts.append(maps())
+    assert all(later > earlier for earlier, later in zip(counts[:3], counts[1:3])) and counts[3] < counts[1], counts

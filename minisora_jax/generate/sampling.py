@@ -31,6 +31,7 @@ from minisora_jax.generate.request import Request
 from minisora_jax.models.dit import DiT, DiTConfig, split_variance
 from minisora_jax.parallel.mesh import TOKENS, put_batch, take_in_row
 from minisora_jax.parallel.processes import whole
+from minisora_jax.parallel.programs import make_room
 from minisora_jax.types import PackedBatch
 
 CUTS = 2  # cuts of a circle at each step; their results are averaged
@@ -143,6 +144,7 @@ def sample(
     Raises:
         ValueError: guidance has more channels than the latents, or "dopri5" is to make a loop or is used with a pair.
     """
+    make_room()
     channels = packed.config.latent_channels
     if (guidance.channels or 1) > channels:
         raise ValueError(f"guidance of {guidance.channels} channels: the latents have {channels}")

@@ -25,7 +25,7 @@ from minisora_jax.io.hub import local_folder
 from minisora_jax.io.model_dir import export_model, in_words, load_model, model_hash, saved_settings
 from minisora_jax.models.vae import VAE, VAEConfig
 from minisora_jax.parallel.halo import fetch_frames, put_frames, put_params, shard_height
-from minisora_jax.parallel.programs import memory_of
+from minisora_jax.parallel.programs import make_room, memory_of
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -248,7 +248,8 @@ class Codec:
         return _decode(self.config, h, params, put_frames(z, h), past)
 
     def _params_of(self, half: str) -> Any:
-        """The parameters of the "encoder" or "decoder", on the devices."""
+        """The parameters of the "encoder" or "decoder", on the devices. Every pass over a clip begins with them."""
+        make_room()
         return put_params({"params": {half: self.params["params"][half]}})
 
 

@@ -1,4 +1,4 @@
-"""Compiled programs: their memory, and their cache.
+"""Compiled programs: their memory, their number, and their cache.
 
 They are kept on disk, so that a command that runs again, or a run that goes on, compiles nothing.
 They lie in ~/.cache/minisora (or $XDG_CACHE_HOME/minisora), which this user alone may read and write: jax trusts what
@@ -9,6 +9,7 @@ JAX_ENABLE_COMPILATION_CACHE=false keeps nothing.
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import platform
 import sys
@@ -16,6 +17,9 @@ from pathlib import Path
 from typing import Any
 
 MOST_BYTES = 4 * 2**30  # then the programs that were not used for longest are removed
+MOST_MAPS = 0.5  # share of the memory maps that Linux allows a process; the next programs fit into the rest
+
+log = logging.getLogger(__name__)
 
 
 def keep_compiled_programs() -> None:
@@ -40,6 +44,31 @@ def keep_compiled_programs() -> None:
         for name, value in settings.items():
             jax.config.update(name, value)
         reset_cache()  # a process that has compiled before does not look for a cache again
+
+
+def make_room() -> bool:
+    """Forget the process's compiled programs where they hold over half of its memory maps; whether they did.
+
+    To be called before work whose sizes vary. XLA maps each kernel of a program for the CPU by itself: a sampling of
+    one size takes 1,000 maps. Linux allows a process 65,530 (vm.max_map_count), and jaxlib 0.12.0 dies of a
+    segmentation fault where it gets no more. What is needed again is read from the cache on disk, or compiled.
+    """
+    if not _crowded():
+        return False
+    import jax
+
+    log.info("compiled programs hold over half of the memory maps of this process: they are forgotten")
+    jax.clear_caches()
+    return True
+
+
+def _crowded() -> bool:
+    try:
+        most = int(Path("/proc/sys/vm/max_map_count").read_text(encoding="ascii"))
+        with open("/proc/self/maps", "rb") as maps:
+            return sum(1 for _ in maps) > MOST_MAPS * most
+    except (OSError, ValueError):  # no Linux, or not to be read
+        return False
 
 
 def memory_of(compiled: Any) -> Any:
