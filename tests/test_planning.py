@@ -5,8 +5,10 @@ import math
 
 import jax
 import pytest
+from flax import traverse_util
 
-from minisora_jax.models.dit import DiTConfig
+from minisora_jax.models.dit import DiTConfig, abstract_params
+from minisora_jax.models.lora import LoraConfig
 from minisora_jax.parallel.mesh import MeshConfig, make_mesh
 from minisora_jax.plan.compiled import Workload, _needed_bytes, lower
 from minisora_jax.plan.cost_model import arithmetic, estimate, largest, meshes, search, seconds_of
@@ -131,8 +133,11 @@ def test_copies_to_the_host_are_read():
 
 def test_the_compilers_words_of_memory():
     said = "RESOURCE_EXHAUSTED: ... Ran out of memory in memory space hbm. Used 17.53G of 15.75G hbm. Exceeded ..."
-    assert _needed_bytes(said) == int(17.53 * 2**30)
-    assert _needed_bytes("INVALID_ARGUMENT: something else") is None
+    assert _needed_bytes(said, 10) == int(17.53 * 2**30)
+    said = "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory required for HLO "
+    said += "temporaries (23.64G) exceeds available HBM (15.75G). HLO module: jit_step."
+    assert _needed_bytes(said, 10) == int(23.64 * 2**30) + 10
+    assert _needed_bytes("INVALID_ARGUMENT: something else", 10) is None
 
 
 @pytest.mark.slow
@@ -205,6 +210,21 @@ def test_more_chips_take_less_each():
     )
     assert many.total_bytes == pytest.approx(few.total_bytes / 2, rel=0.01) and many.step < few.step
     assert few.mfu < 1
+
+
+@pytest.mark.parametrize("base, bytes_each", [("float32", 4), ("bfloat16", 2), ("int8", 1)])
+def test_only_adapters_have_an_average_moments_and_a_gradient(base, bytes_each):
+    """By hand: the attention kernels of TINY are 64 x 64, 4 of self- and 4 of cross-attention in each of 2 blocks."""
+    rank, kernels = 3, 8 * 2
+    work = Workload(dataclasses.replace(TINY, lora=LoraConfig(rank, base=base)), tokens=4096)
+    held = estimate(work, MeshConfig(data=1), Topology.parse("l4:1"), parameter_count(TINY)).bytes
+    adapters = 4 * kernels * rank * (64 + 64)
+    assert held["average"] == held["gradient"] == adapters
+    assert 2 * adapters <= held["optimiser"] < 2 * adapters + 100  # two moments, and the count of steps
+    paths = traverse_util.flatten_dict(abstract_params(TINY.dit)["params"])
+    sizes = {kind: sum(x.size for p, x in paths.items() if (p[-1] == "kernel") == kind) for kind in (True, False)}
+    scales = held["parameters"] - adapters - bytes_each * sizes[True] - 4 * sizes[False]
+    assert scales == 0 if base != "int8" else 0 < scales < 4 * sizes[True] / 8
 
 
 def test_the_longest_clip_is_on_the_line():

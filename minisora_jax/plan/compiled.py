@@ -7,6 +7,7 @@ fit a chip's memory fails as on the pod. Use a process of its own, started with 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import re
 import time
@@ -100,6 +101,24 @@ def abstract_state(work: Workload, mesh: jax.sharding.Mesh) -> Any:
         return with_shardings(jax.eval_shape(init, jax.eval_shape(lambda: jax.random.key(0))), mesh)
 
 
+def state_bytes(task: DiffusionTask) -> dict[str, int]:
+    """Bytes of a run's state on all chips together: parameters, average, optimiser and gradient."""
+    return _state_bytes(dataclasses.replace(task, dit=dataclasses.replace(task.dit, attention="reference")))
+
+
+@functools.cache
+def _state_bytes(task: DiffusionTask) -> dict[str, int]:
+    init = lambda key: init_state(init_params(task, key), optimizer_of(task), task.run.optim.ema > 0)
+    state = jax.eval_shape(init, jax.eval_shape(lambda: jax.random.key(0)))
+    held = lambda tree: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+    return {
+        "parameters": held(state.params) + held(frozen_of(task).abstract()),
+        "average": held(state.ema),
+        "optimiser": held(state.opt_state),
+        "gradient": held(state.params),
+    }
+
+
 def lower(work: Workload, mesh: jax.sharding.Mesh) -> tuple[dict[str, Any], jax.stages.Lowered]:
     """The step, lowered for a mesh.
 
@@ -183,7 +202,7 @@ def compile_lowered(
     try:
         compiled = lowered.compile(compiler_options=options)
     except jax.errors.JaxRuntimeError as error:
-        if (needed := _needed_bytes(str(error))) is None:
+        if (needed := _needed_bytes(str(error), sum(counts.values()))) is None:
             raise
         return CompiledStep(parameters, time.perf_counter() - begin, counts, 0, 0, [], topology.chip.memory, needed)
     seconds = time.perf_counter() - begin
@@ -198,7 +217,16 @@ def bytes_held(tree: Any) -> int:
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
-def _needed_bytes(message: str) -> int | None:
-    """The bytes of HBM that a program needs, from the compiler's out-of-memory error; None for other errors."""
-    match = re.search(r"[Uu]sed ([\d.]+)([KMG]) of [\d.]+[KMG] hbm", message)
-    return int(float(match[1]) * {"K": 2**10, "M": 2**20, "G": 2**30}[match[2]]) if match else None
+def _needed_bytes(message: str, state: int) -> int | None:
+    """The bytes of HBM that a program needs, from the compiler's out-of-memory error; None for other errors.
+
+    Args:
+        message: The error. It names the sum, or what the program needs beside its arguments.
+        state: Bytes of the arguments.
+    """
+    match = re.search(r"[Uu]sed ([\d.]+)([KMG]) of [\d.]+[KMG] hbm|HLO temporaries \(([\d.]+)([KMG])\)", message)
+    if not match:
+        return None
+    total, unit, beside, its_unit = match.groups()
+    size = int(float(total or beside) * {"K": 2**10, "M": 2**20, "G": 2**30}[unit or its_unit])
+    return size if total else size + state

@@ -19,7 +19,7 @@ from minisora_jax.models.levels import table_size
 from minisora_jax.parallel.kernels import KERNELS
 from minisora_jax.parallel.mesh import SHARDS, MeshConfig
 from minisora_jax.parallel.ring import Ring
-from minisora_jax.plan.compiled import CompiledStep, Workload
+from minisora_jax.plan.compiled import CompiledStep, Workload, state_bytes
 from minisora_jax.plan.hardware import Chip, Topology
 from minisora_jax.plan.schedule import Traffic
 from minisora_jax.training.flops import forward_flops
@@ -142,7 +142,7 @@ def _memory(work: Workload, mesh: MeshConfig, parameters: int) -> dict[str, floa
     # bfloat16 values that each token keeps in each block for its gradient, in units of the width
     kept = {"host": 0.0, "full": 1.0, "attention": 2.0, "matmuls": 8.0 + ratio, "none": 22.0 + 3 * ratio}[cfg.remat]
     temporaries = 2.0 * tokens * cfg.width * (kept * cfg.depth * len(cfg.attention_pattern) + 12 + 24 + 3 * ratio + 8)
-    state = {"parameters": weights, "average": weights, "optimiser": 2 * weights, "gradient": weights}
+    state = {kind: held / shards for kind, held in state_bytes(work.task).items()}
     return state | {"temporaries": temporaries}
 
 
@@ -180,8 +180,9 @@ def _traffic(work: Workload, mesh: MeshConfig, parameters: int, slices: int = 1)
     weights = 2.0 * parameters / mesh.tensor
     add("all-gather", SHARDS, False, passes, weights)
     if not work.sample:
-        add("reduce-scatter", SHARDS, False, 1, weights)
-        gradients = 2 * 2.0 * parameters / shards
+        trained = state_bytes(work.task)["gradient"] / 4
+        add("reduce-scatter", SHARDS, False, 1, 2.0 * trained / mesh.tensor)
+        gradients = 2 * 2.0 * trained / shards
         if mesh.data > slices:
             add("all-reduce", ("data",), False, 1, gradients)
         if slices > 1:

@@ -1,6 +1,7 @@
 """Peak rates of one chip, from the makers' data sheets. None is measured.
 
-TPUs: cloud.google.com/tpu/docs/v5p, /v5e, /v6e and /tpu7x. GPUs: NVIDIA's data sheets of H100 SXM, H200 SXM and B200.
+TPUs: cloud.google.com/tpu/docs/v5p, /v5e, /v6e and /tpu7x. GPUs: NVIDIA's data sheets of L4, RTX 4090, A100
+80GB SXM, H100 SXM, H200 SXM and B200, without sparsity. L4 and RTX 4090 reach each other over PCIe.
 The network rate is that of a host, divided by its chips.
 """
 
@@ -28,6 +29,9 @@ CHIPS = {
     "v5e": Chip(197e12, 16e9, 50e9, 3.125e9),
     "v6e": Chip(918e12, 32e9, 112e9, 12.5e9),
     "tpu7x": Chip(2307e12, 192e9, 200e9, 12.5e9),
+    "l4": Chip(121e12, 24e9, 32e9, 12.5e9),
+    "rtx4090": Chip(165e12, 24e9, 32e9, 12.5e9),
+    "a100": Chip(312e12, 80e9, 300e9, 25e9),
     "h100": Chip(989e12, 80e9, 450e9, 50e9),
     "h200": Chip(989e12, 141e9, 450e9, 50e9),
     "b200": Chip(2250e12, 180e9, 900e9, 50e9),
