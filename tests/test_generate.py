@@ -15,7 +15,8 @@ from minisora_jax.diffusion.sampler import SAMPLER_NAMES, SamplerConfig
 from minisora_jax.diffusion.time import TIME_SCHEDULES
 from minisora_jax.generate import Request, VideoPipeline, run_tasks
 from minisora_jax.generate.noise import Noise
-from minisora_jax.generate.sampling import PackedRequests, features, sampling_steps
+from minisora_jax.generate.packed import PackedRequests
+from minisora_jax.generate.sampling import features, sampling_steps
 from minisora_jax.generate.tasks import inpaint, text_to_video
 from minisora_jax.io.model_dir import export_model, load_model
 from minisora_jax.jobs.batch import run_jobs

@@ -34,8 +34,8 @@ from minisora_jax.diffusion.sampler import SAMPLERS, SamplerConfig  # noqa: E402
 from minisora_jax.diffusion.time import TIME_SCHEDULES, TimeConfig, sampling_times  # noqa: E402
 from minisora_jax.generate import sampling  # noqa: E402
 from minisora_jax.generate.loading import _load_dit, _low_noise  # noqa: E402
+from minisora_jax.generate.packed import PackedRequests  # noqa: E402
 from minisora_jax.generate.request import Given, Request  # noqa: E402
-from minisora_jax.generate.sampling import PackedRequests  # noqa: E402
 from minisora_jax.io.model_dir import config_fields  # noqa: E402
 from minisora_jax.models.codec import Codec  # noqa: E402
 from minisora_jax.models.vae import VAE  # noqa: E402

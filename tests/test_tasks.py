@@ -168,7 +168,8 @@ def test_a_decoded_circle_has_no_beginning(pipeline):
 
 
 def test_loops_turn_and_nothing_else_does(pipeline, clip):
-    from minisora_jax.generate.sampling import PackedRequests, _turned, features
+    from minisora_jax.generate.packed import PackedRequests
+    from minisora_jax.generate.sampling import _turned, features
 
     asked = [request(clip, 8, loop=True), request(clip, 8, middle=True), request(clip)]
     grids = [pipeline.grid(r) for r in asked]

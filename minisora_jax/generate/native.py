@@ -17,8 +17,9 @@ from minisora_jax.diffusion.objective import ObjectiveConfig
 from minisora_jax.diffusion.sampler import SamplerConfig
 from minisora_jax.diffusion.time import TimeConfig
 from minisora_jax.generate.experts import LowNoise
+from minisora_jax.generate.packed import PackedRequests, fill_rows
 from minisora_jax.generate.request import Request
-from minisora_jax.generate.sampling import PackedRequests, features, fill_rows, require_finite, sample
+from minisora_jax.generate.sampling import features, require_finite, sample
 from minisora_jax.generate.storyboard import whole_lines
 from minisora_jax.io.model_dir import in_words
 from minisora_jax.io.progress import Progress

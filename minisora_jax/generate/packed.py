@@ -1,0 +1,118 @@
+"""Requests in packed rows: their tokens, captions, noise and twins."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+
+import numpy as np
+
+from minisora_jax.data.packing import PackConfig
+from minisora_jax.data.rows import Segment, pack_segments, patchify, unpatchify
+from minisora_jax.generate.noise import Noise
+from minisora_jax.generate.request import Request
+from minisora_jax.models.dit import DiTConfig
+from minisora_jax.types import PackedBatch
+
+
+@dataclasses.dataclass(frozen=True)
+class PackedRequests:
+    """Requests in rows. The `copies` segments (twins) of a request lie one after another."""
+
+    requests: Sequence[Request]
+    grids: Sequence[tuple[int, int, int]]
+    rows: list[list[int]]  # requests by number
+    copies: int  # segments of a request: with and without its caption, or one for both models of autoguidance
+    length: int  # tokens of a row
+    config: DiTConfig
+
+    @functools.cached_property
+    def places(self) -> list[tuple[int, int, int]]:
+        """(number of the request, row, its first token) of each request in the rows."""
+        places = []
+        for b, row in enumerate(self.rows):
+            at = 0
+            for i in row:
+                places.append((i, b, at))
+                at += self.copies * self.tokens(i)
+        return places
+
+    def tokens(self, i: int) -> int:
+        """Tokens of one segment of request i."""
+        return int(np.prod(self.grids[i]))
+
+    def batch(self, captions: Sequence[Sequence[np.ndarray]]) -> PackedBatch:
+        """The batch of the rows. captions: for each request the caption features of each of its copies."""
+        text = max(sum(len(c) for i in row for c in captions[i]) for row in self.rows)
+        slots = self.copies * max(len(row) for row in self.rows)
+        frames = self.length // min(h * w for _, h, w in self.grids)  # the same for all batches
+        pack = PackConfig(self.length, -(-text // 64) * 64, slots, len(self.rows), frames=frames)
+        return pack_segments([[s for i in row for s in self._segments(i, captions[i])] for row in self.rows], pack)
+
+    def _segments(self, i: int, captions: Sequence[np.ndarray]) -> list[Segment]:
+        request, n = self.requests[i], self.tokens(i)
+        tokens, cond_mask = np.zeros((n, self.config.token_width), np.float32), np.zeros(n, bool)
+        if given := request.given:
+            patches = patchify(np.asarray(given.latents_thwc, np.float32), self.config.patch)
+            if patches.shape[:3] != self.grids[i] or given.cond_mask_thw.shape != self.grids[i]:
+                raise ValueError(
+                    f"the given latents have {patches.shape[:3]} tokens and the conditioning mask "
+                    f"{given.cond_mask_thw.shape}; the request has {self.grids[i]}"
+                )
+            cond_mask = given.cond_mask_thw.reshape(-1)
+            kept = cond_mask | (given.strength < 1)
+            tokens = np.where(kept[:, None], patches.reshape(n, -1), 0.0).astype(np.float32)
+        return [
+            Segment(tokens, cond_mask, self.grids[i], text, request.fps, request.first, request.spacing)
+            for text in captions
+        ]
+
+    def per_token(self, value) -> np.ndarray:
+        """value(i) for each token of request i, (B, S) float32; 0 for padding."""
+        filled = np.zeros((len(self.rows), self.length), np.float32)
+        for i, b, at in self.places:
+            filled[b, at : at + self.copies * self.tokens(i)] = value(i)
+        return filled
+
+    def twins(self) -> tuple[np.ndarray, np.ndarray]:
+        """For each token the index, in its row, of its twin with the caption and of its twin without; int32 (B, S)."""
+        index = np.tile(np.arange(self.length, dtype=np.int32), (len(self.rows), 1))
+        with_caption_BS, without_BS = index.copy(), index.copy()
+        for i, b, at in self.places:
+            n, end = self.tokens(i), at + self.copies * self.tokens(i)
+            with_caption_BS[b, at:end] = np.tile(np.arange(at, at + n), self.copies)
+            without_BS[b, at:end] = np.tile(np.arange(end - n, end), self.copies)
+        return with_caption_BS, without_BS
+
+    def noise(self) -> Noise:
+        """Standard normal noise by each request's seed, equal for its twins, on the mesh in use."""
+        place_BS, seed_BS = (np.full((len(self.rows), self.length), n, np.int32) for n in (0, -1))
+        for i, b, at in self.places:
+            n, end = self.tokens(i), at + self.copies * self.tokens(i)
+            seed_BS[b, at:end], place_BS[b, at:end] = i, np.tile(np.arange(n, dtype=np.int32), self.copies)
+        return Noise.of([request.seed for request in self.requests], seed_BS, place_BS)
+
+    def latents(self, x_BSP: np.ndarray) -> dict[int, np.ndarray]:
+        """latents_thwc of each request."""
+        latents: dict[int, np.ndarray] = {}
+        for i, b, at in self.places:
+            patches = x_BSP[b, at : at + self.tokens(i)].reshape(*self.grids[i], -1)
+            latents.setdefault(i, unpatchify(patches, self.config.patch))
+        return latents
+
+
+def fill_rows(grids: Sequence[tuple[int, int, int]], length: int, copies: int) -> list[list[int]]:
+    """Rows of request numbers by first-fit decreasing; each request takes `copies` times its tokens."""
+    rows, room = [], []
+    for i in sorted(range(len(grids)), key=lambda i: -int(np.prod(grids[i]))):
+        need = copies * int(np.prod(grids[i]))
+        for r, left in enumerate(room):
+            if left >= need:
+                rows[r].append(i)
+                room[r] -= need
+                break
+        else:
+            rows.append([i])
+            room.append(length - need)
+    return rows
