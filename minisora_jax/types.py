@@ -91,6 +91,7 @@ class PackedBatch:
     size_BG3: jax.Array  # int32 (t, y, x) size of the clip's grid of patches; 0 where the slot is empty
     image_BIE: jax.Array | None = None  # an image encoder's tokens, for models that attend to them
     image_segment_BI: jax.Array | None = None  # int32
+    given_BSx: jax.Array | None = None  # channels of given frames, for models with `DiTConfig.given_channels`
     # An upper bound on the tokens of every segment; 0: unknown. It is not checked.
     max_segment_len: int = struct.field(pytree_node=False, default=0)
     # An upper bound on the latent frames of a row, all clips together. It promises that the tokens of a frame have one

@@ -30,7 +30,7 @@ from minisora_jax.weights.rules import export_lazily  # noqa: E402
 
 FIXTURES = Path(__file__).parent / "parity/fixtures"
 _IMAGE = dict(width=24, depth=2, heads=2, dtype="float32", base_grid=8)
-_I2V = dict(latent_channels=9, out_channels=4, image_features=6)
+_I2V = dict(given_channels=5, image_features=6)
 _WAN = dict(latent_channels=4, width=32, depth=2, heads=2, mlp_ratio=40 / 32, text_features=10, dtype="float32")
 SMALL = {
     "wan": dataclasses.replace(CONFIGS["wan2.1-t2v-1.3b"], **_WAN),
@@ -94,7 +94,7 @@ def packed(config, rows: list[list[Clip]]) -> tuple[PackedBatch, np.ndarray]:
     to_tokens = lambda x: rearrange(x, "c t (h p) (w q) -> t h w (p q c)", p=p, q=q).astype(np.float32)
     segments, times = [], []
     for row in rows:
-        grids = [to_tokens(clip.x_cthw) for clip in row]
+        grids = [to_tokens(clip.x_cthw[: config.latent_channels if config.given_channels else None]) for clip in row]
         count = [grid[..., 0].size for grid in grids]
         times.append(np.concatenate([np.broadcast_to(clip.time, n) for clip, n in zip(row, count)]))
         segments.append(
@@ -107,6 +107,13 @@ def packed(config, rows: list[list[Clip]]) -> tuple[PackedBatch, np.ndarray]:
     text = max(sum(len(clip.text_LE) for clip in row) for row in rows) // 4 * 4 + 4
     slots = max(map(len, rows))
     batch = pack_segments(segments, PackConfig(tokens=tokens, text_tokens=text, slots=slots, rows=len(rows)))
+    if config.given_channels:
+        given_BSx = np.zeros((len(rows), tokens, config.given_width), np.float32)
+        for given_Sx, row in zip(given_BSx, rows):
+            channels = [to_tokens(clip.x_cthw[config.latent_channels :]) for clip in row]
+            joined = np.concatenate([x.reshape(-1, config.given_width) for x in channels])
+            given_Sx[: len(joined)] = joined
+        batch = batch.replace(given_BSx=given_BSx)
     if config.image_features:
         image = draw_input("image", (1, 5, config.image_features))
         of_row = np.repeat(np.arange(1, slots + 1, dtype=np.int32), 5)

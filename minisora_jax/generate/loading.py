@@ -178,6 +178,12 @@ def _require_codec(config: dict, dit: DiTConfig, model: str | Path, loaded: Code
             f"{model} takes latents of {dit.latent_channels} channels, codec {codec} makes "
             f"{loaded.config.latent_channels}: give the codec it was trained with"
         )
+    of_codec = loaded.config.time_factor + loaded.config.latent_channels
+    if dit.given_channels not in (0, of_codec):
+        raise ValueError(
+            f"{model} reads {dit.given_channels} channels of given frames, codec {codec} makes {of_codec} (frames of a "
+            f"latent frame and channels): give the codec it was trained with"
+        )
 
 
 def _require_like(dit: DiTConfig, objective: ObjectiveConfig, guide: DiTConfig, theirs: ObjectiveConfig) -> None:
@@ -185,6 +191,7 @@ def _require_like(dit: DiTConfig, objective: ObjectiveConfig, guide: DiTConfig, 
         ("patch", dit.patch, guide.patch),
         ("text_features", dit.text_features, guide.text_features),
         ("caption_tokens", dit.caption_tokens, guide.caption_tokens),
+        ("given_channels", dit.given_channels, guide.given_channels),
         ("path", objective.path, theirs.path),
         ("prediction", objective.prediction, theirs.prediction),
     ):

@@ -10,6 +10,7 @@ import numpy as np
 
 from minisora_jax.data.packing import PackConfig
 from minisora_jax.data.rows import Segment, pack_segments, patchify, unpatchify
+from minisora_jax.generate.given_frames import with_frames
 from minisora_jax.generate.noise import Noise
 from minisora_jax.generate.request import Request
 from minisora_jax.models.dit import DiTConfig
@@ -48,7 +49,8 @@ class PackedRequests:
         slots = self.copies * max(len(row) for row in self.rows)
         frames = self.length // min(h * w for _, h, w in self.grids)  # the same for all batches
         pack = PackConfig(self.length, -(-text // 64) * 64, slots, len(self.rows), frames=frames)
-        return pack_segments([[s for i in row for s in self._segments(i, captions[i])] for row in self.rows], pack)
+        segments = [[s for i in row for s in self._segments(i, captions[i])] for row in self.rows]
+        return with_frames(pack_segments(segments, pack), self)
 
     def _segments(self, i: int, captions: Sequence[np.ndarray]) -> list[Segment]:
         request, n = self.requests[i], self.tokens(i)

@@ -29,6 +29,16 @@ class Given:
             raise ValueError("the whole video is known: nothing is left to make")
 
 
+@dataclasses.dataclass(frozen=True, repr=False)
+class GivenFrames:
+    """Given frames as models with `DiTConfig.given_channels` read them, see generate/given_frames.py."""
+
+    channels_thwc: np.ndarray  # float32: which frames of a latent frame are given, and the latents of the given video
+
+    def __repr__(self) -> str:
+        return f"GivenFrames({'x'.join(map(str, self.channels_thwc.shape))})"
+
+
 @dataclasses.dataclass(frozen=True)
 class Request:
     """One video for the model to sample.
@@ -41,6 +51,7 @@ class Request:
         fps: frames per second.
         negative: what it shall not show: guidance goes away from this prompt.
         given: latents that are known, or that sampling starts from.
+        frames: given frames, for a model that reads them as channels of its input (Wan image to video).
         middle: whether it is 4k frames from the middle of a longer video. A clip's first frame is a latent frame by
             itself; in a middle stretch every latent frame stands for 4 frames.
         guided: the share of the guidance, w - 1, that acts. Where much of a video is known, words matter less.
@@ -63,6 +74,7 @@ class Request:
     fps: float = 8.0
     negative: str = ""
     given: Given | None = None
+    frames: GivenFrames | None = None
     guided: float = 1.0
     middle: bool = False
     loop: bool = False

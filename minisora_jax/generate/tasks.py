@@ -24,13 +24,13 @@ from collections.abc import Sequence
 import numpy as np
 
 from minisora_jax.generate.frame_ops import eased, feathered, filled
+from minisora_jax.generate.from_images import from_images
 from minisora_jax.generate.native import NativePipeline
 from minisora_jax.generate.request import Given, Request, image_size, video_size
 from minisora_jax.generate.runner import Decode, Encode, Frames, Task
 from minisora_jax.generate.transitions import led_back, led_over, loop_frames
 from minisora_jax.generate.upscaling import regenerated, upscaled, upscaled_stream
-from minisora_jax.generate.windows import continued, frames_of, led_to, windowed, with_known
-from minisora_jax.media.resize import resized
+from minisora_jax.generate.windows import continued, led_to, windowed
 
 
 def text_to_video(pipeline: NativePipeline, request: Request) -> Task:
@@ -54,22 +54,18 @@ def image_to_video(pipeline: NativePipeline, request: Request, image_HWC: np.nda
     """A video whose first frame is the image as the codec reproduces it."""
     _require_size(request, image_HWC, "the image")
     native, *larger = _requests_up_to(pipeline, request)
-    first = yield Encode(resized(image_HWC[None], native.size_THW[1:]))
-    frames = yield Decode((yield from with_known(pipeline, native, {0: first})))
+    frames = yield Decode((yield from from_images(pipeline, native, image_HWC)))
     yield Frames((yield from upscaled(pipeline, frames, larger)))
 
 
 def interpolate(pipeline: NativePipeline, request: Request, first_HWC: np.ndarray, last_HWC: np.ndarray) -> Task:
-    """From one image to another. The video stands still on the last one for its last latent frame."""
+    """From one image to another. Of most models the video stands still on the last one for its last latent frame."""
     _require_size(request, first_HWC, "the first image")
     _require_size(request, last_HWC, "the last image")
     if pipeline.grid(request)[0] < 3:
         raise ValueError(f"frames={request.size_THW[0]} leave nothing between two images: use 9 or more")
     native, *larger = _requests_up_to(pipeline, request)
-    t, size_HW = pipeline.grid(native)[0], native.size_THW[1:]
-    first = yield Encode(resized(first_HWC[None], size_HW))
-    still = yield Encode(np.repeat(resized(last_HWC[None], size_HW), frames_of(pipeline, 3), axis=0))
-    frames = yield Decode((yield from with_known(pipeline, native, {0: first, t - 1: still[-1:]})))
+    frames = yield Decode((yield from from_images(pipeline, native, first_HWC, last_HWC)))
     yield Frames((yield from upscaled(pipeline, frames, larger)))
 
 

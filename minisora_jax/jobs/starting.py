@@ -10,6 +10,7 @@ from collections.abc import Callable
 import numpy as np
 
 from minisora_jax.generate import tasks
+from minisora_jax.generate.given_frames import require_able
 from minisora_jax.generate.pipeline import VideoPipeline
 from minisora_jax.generate.request import Request
 from minisora_jax.generate.runner import Task, altered
@@ -36,6 +37,7 @@ def start(pipeline: VideoPipeline, job: Job) -> Started:
         ValueError: if the model or the job's files cannot do it; the message says what can be done.
         OSError: if a file cannot be read.
     """
+    require_able(pipeline.config, job.task)
     if "[" in job.prompt:
         _check_times(job)
     used, unused = ("frames", "seconds") if job.task in COUNTED else ("seconds", "frames")
@@ -98,6 +100,7 @@ def _image_to_video(pipeline: VideoPipeline, job: Job) -> Started:
     pipeline.grid(request)
     prompts = storyboard(job.prompt, request.fps)
     if len(prompts) > 1 or (job.seconds is not None and request.size_THW[0] > pipeline.window_frames):
+        require_able(pipeline.config, "long_video")
         return tasks.long_video(pipeline, request, request.size_THW[0], prompts, image), request.fps
     return tasks.image_to_video(pipeline, request, image), request.fps
 

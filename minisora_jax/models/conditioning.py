@@ -1,4 +1,4 @@
-"""Conditions of a clip beside its noise: a caption or class, the clip's size, an image.
+"""Conditions of a clip beside its noise: a caption or class, the clip's size, an image, given frames.
 
 The config says which of these modules a model has (models/dit_config.py).
 """
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from minisora_jax.models.dit_config import DiTConfig
-from minisora_jax.models.layers import Einsum, LayerNorm, per_slot_mean, sharded
+from minisora_jax.models.layers import Einsum, LayerNorm, per_slot_mean, places_in_run, sharded
 from minisora_jax.models.rope import sinusoids
 from minisora_jax.models.text import TextRefiner
 from minisora_jax.parallel.mesh import lookup, shard
@@ -65,19 +65,33 @@ class Projection(nn.Module):
 class ImageTokens(nn.Module):
     """An image encoder's tokens (B, I, E) -> (tokens_BID, segment_BI), for Wan's image-to-video."""
 
-    width: int
-    features: int
-    dtype: str
+    config: DiTConfig
 
     @nn.compact
     def __call__(self, batch: PackedBatch) -> tuple[jax.Array, jax.Array]:
+        E, D, count = self.config.image_features, self.config.width, self.config.image_positions
         if batch.image_BIE is None or batch.image_segment_BI is None:
-            raise ValueError(f"the model attends to image tokens of width {self.features}, and the batch has none")
-        E, D = self.features, self.width
-        x = LayerNorm(epsilon=1e-5, name="norm_in")(batch.image_BIE.astype(self.dtype))
+            raise ValueError(f"the model attends to image tokens of width {E}, and the batch has none")
+        x = batch.image_BIE.astype(self.config.dtype)
+        if count:
+            positions = self.param("positions", nn.initializers.zeros, (count, E)).astype(x.dtype)
+            x = x + lookup(positions, jnp.minimum(places_in_run(batch.image_segment_BI), count - 1))
+        x = LayerNorm(epsilon=1e-5, name="norm_in")(x)
         x = nn.gelu(Einsum("bie,ed->bid", (E, E), name="up")(x), approximate=False)
         x = Einsum("bie,ed->bid", (E, D), name="down")(x)
         return LayerNorm(epsilon=1e-5, name="norm_out")(x), batch.image_segment_BI
+
+
+def with_given_frames(cfg: DiTConfig, x_BSP: jax.Array, batch: PackedBatch) -> jax.Array:
+    """Tokens (B, S, P + x) with the channels of given frames after each latent's own, for Wan's image to video."""
+    if not cfg.given_channels:
+        return x_BSP
+    if batch.given_BSx is None:
+        raise ValueError(f"the model reads {cfg.given_channels} channels of given frames, and the batch has none")
+    by_latent = lambda x, channels: x.reshape(*x.shape[:2], -1, channels)
+    given = by_latent(batch.given_BSx.astype(x_BSP.dtype), cfg.given_channels)
+    joined = jnp.concatenate([by_latent(x_BSP, cfg.latent_channels), given], axis=-1)
+    return joined.reshape(*x_BSP.shape[:2], -1)
 
 
 class ClipCondition(nn.Module):

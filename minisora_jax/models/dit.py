@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from flax import struct
 from jax.ad_checkpoint import checkpoint_name
 
-from minisora_jax.models.conditioning import ClipCondition, ImageTokens, caption_tokens
+from minisora_jax.models.conditioning import ClipCondition, ImageTokens, caption_tokens, with_given_frames
 from minisora_jax.models.dit_config import DiTConfig
 from minisora_jax.models.layers import MLP, Attention, Einsum, LayerNorm, per_token, scan_layers
 from minisora_jax.models.levels import Levels, noise_levels
@@ -148,7 +148,8 @@ class DiT(nn.Module):
             modulation_BUx = Einsum("bud,de->bue", (D, 6 * D), scale=0.0, name="modulation")(modulation_BUx)
 
         # ---- Tokens
-        x_BSD = Einsum("bsp,pd->bsd", (cfg.token_width, D), name="patch_in")(x_BSP.astype(dtype))
+        x_BSx = with_given_frames(cfg, x_BSP.astype(dtype), batch)
+        x_BSD = Einsum("bsp,pd->bsd", (x_BSx.shape[-1], D), name="patch_in")(x_BSx)
         x_BSD, frame_BSD = self._add_positions(x_BSD, batch)
 
         # ---- Blocks
@@ -159,7 +160,7 @@ class DiT(nn.Module):
             angles_BSk=rope_angles(batch.position_BS3, D // cfg.heads) if cfg.rope else None,
             frame_BSD=frame_BSD if "temporal" in cfg.attention_pattern else None,
             caption=caption,
-            image=ImageTokens(D, cfg.image_features, cfg.dtype, name="image")(batch) if cfg.image_features else None,
+            image=ImageTokens(cfg, name="image")(batch) if cfg.image_features else None,
             max_segment_len=batch.max_segment_len,
             slots=batch.fps_BG.shape[1],
         )
@@ -285,6 +286,7 @@ def abstract_batch(
         size_BG3=ids(slots, 3),
         image_BIE=floats(image_tokens, config.image_features) if config.image_features else None,
         image_segment_BI=ids(image_tokens) if config.image_features else None,
+        given_BSx=floats(tokens, config.given_width) if config.given_channels else None,
     )
     return PackedBatch(**fields)
 

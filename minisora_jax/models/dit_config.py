@@ -11,7 +11,8 @@ Each row gives the settings that differ from `DiTConfig`'s defaults. weights/dit
     Latte          arXiv:2401.03048    as PixArt, and attention_pattern=("spatial", "temporal")          (a)
     Wan 2.1        arXiv:2503.20314    modulation="single", caption="projected", positions="none",
                                        caption_tokens=512, qk_norm="all", micro_conditioning=False
-                                       image-to-video: image_features=1280
+                                       image to video: given_channels=20, image_features=1280
+                                       first and last frame: image_positions=514 too
 
     (a) also rope=False, qk_norm="none", cross_norm=False, micro_conditioning=False, out_channels=2 * latent_channels
 
@@ -26,6 +27,7 @@ Each row gives the settings that differ from `DiTConfig`'s defaults. weights/dit
 from __future__ import annotations
 
 import dataclasses
+import math
 
 from minisora_jax.parallel.kernels import NAMES
 
@@ -76,7 +78,10 @@ class DiTConfig:
     micro_conditioning: bool = True  # size, frame rate and mean caption join the time (SDXL: arXiv:2307.01952)
     classes: int = 0  # rows of the label table, including the row for "no class"
     size_pixels: int = 0  # pixels along a token's side, for PixArt's embedding of height, width and aspect; 0: none
-    image_features: int = 0  # width of image encoder tokens that the model attends to (Wan image-to-video); 0: none
+    image_features: int = 0  # width of image encoder tokens that the model attends to (Wan image to video); 0: none
+    image_positions: int = 0  # image tokens of a clip, each with a learned position (Wan first and last frame); 0: none
+    given_channels: int = 0  # channels of given frames beside the latents (Wan image to video: 4 of a mask, 16 of
+    # latents); 0: given frames are tokens at time 0
 
     def __post_init__(self) -> None:
         for name, allowed in _CHOICES.items():
@@ -111,9 +116,14 @@ class DiTConfig:
     @property
     def token_width(self) -> int:
         """P: latents of a token."""
-        return self.patch[0] * self.patch[1] * self.patch[2] * self.latent_channels
+        return math.prod(self.patch) * self.latent_channels
+
+    @property
+    def given_width(self) -> int:
+        """Numbers of given frames beside a token's latents."""
+        return math.prod(self.patch) * self.given_channels
 
     @property
     def out_width(self) -> int:
         """Numbers that the model outputs for a token."""
-        return self.token_width // self.latent_channels * (self.out_channels or self.latent_channels)
+        return math.prod(self.patch) * (self.out_channels or self.latent_channels)

@@ -297,10 +297,10 @@ def _channels(latents: Latents | Mixture, strict: bool) -> int:
 def _check_latents(task: DiffusionTask, latents: Latents | Mixture, init: str | Path | None) -> None:
     """Raise ValueError if the model cannot learn from these latents. It runs before anything is compiled."""
     dit, channels, features = task.dit, _channels(latents, task.data.strict), latents.empty_text_LE.shape[1]
-    if dit.image_features:
+    if dit.image_features or dit.given_channels:
         raise ValueError(
-            f"dit.image_features={dit.image_features}: latent caches hold no image features, so a model with them "
-            f"cannot be trained"
+            f"dit.image_features={dit.image_features}, dit.given_channels={dit.given_channels}: latent caches hold "
+            f"neither image features nor given frames, so a model that reads them cannot be trained"
         )
     _check_classes(dit, latents.text, init)
     if dit.makes_images and (videos := int((latents.sizes[:, 0] > 1).sum())):

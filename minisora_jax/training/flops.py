@@ -40,7 +40,7 @@ def forward_flops(
     # A block: q, k, v and out; the MLP
     block = 4 * D * D + 2 * cfg.mlp_ratio * D * D
     # Outside of the blocks: patch_in, patch_out, position_in
-    stem = (cfg.token_width + cfg.out_width + (192 if cfg.positions == "learned" else 0)) * D
+    stem = (cfg.token_width + cfg.given_width + cfg.out_width + (192 if cfg.positions == "learned" else 0)) * D
     per_token = cfg.depth * (blocks * block + cross_blocks * 2 * D * D) + stem
     # time1 and time2; adaLN of the blocks and of the head
     per_level = (256 + D) * D + 6 * D * D * (cfg.depth * blocks if cfg.modulation == "block" else 1)

@@ -41,14 +41,16 @@ CONFIGS = {
     "latte-1": DiTConfig(**_CAPTIONS, base_grid=32, attention_pattern=("spatial", "temporal")),
     "wan2.1-t2v-1.3b": DiTConfig(**_WAN, width=1536, depth=30, heads=12, mlp_ratio=8960 / 1536),
     "wan2.1-t2v-14b": DiTConfig(**_WAN_14B),
-    "wan2.1-i2v-14b": DiTConfig(**_WAN_14B, latent_channels=36, out_channels=16, image_features=1280),
+    "wan2.1-i2v-14b": DiTConfig(**_WAN_14B, given_channels=20, image_features=1280),
+    "wan2.1-flf2v-14b": DiTConfig(**_WAN_14B, given_channels=20, image_features=1280, image_positions=514),
     "wan2.2-t2v-a14b": DiTConfig(**_WAN_14B),
+    "wan2.2-i2v-a14b": DiTConfig(**_WAN_14B, given_channels=20),
     "wan2.2-ti2v-5b": DiTConfig(**_WAN, latent_channels=48, width=3072, depth=30, heads=24, mlp_ratio=14_336 / 3072),
 }
 
 # DiT, PixArt and Latte predict DDPM's noise at whole timesteps. SiT and Wan predict the velocity of a flow, and Wan is
 # told whole timesteps. Times are not shifted in training. Wan's authors shift those of sampling by 5 (by 3 for image to
-# video at 480x832).
+# video at 480x832), by 16 for first and last frame, and by 12 for two experts from words.
 _TOLD_WHOLE = ObjectiveConfig(whole_timesteps=True)
 _OBJECTIVES = {"sit": ObjectiveConfig(), "wan2.1": _TOLD_WHOLE, "wan2.2": _TOLD_WHOLE}
 _NOISE = ObjectiveConfig(path="ddpm", prediction="noise")
@@ -62,10 +64,11 @@ TIMES = {
     name: TimeConfig(base_tokens=0, per_frame=0.0, **_TIMES.get(name.split("-")[0], dict(distribution="timesteps")))
     for name in CONFIGS
 }
-TIMES["wan2.2-t2v-a14b"] = dataclasses.replace(TIMES["wan2.2-t2v-a14b"], sampling_shift=12.0)
+for _name, _shift in (("wan2.1-flf2v-14b", 16.0), ("wan2.2-t2v-a14b", 12.0)):
+    TIMES[_name] = dataclasses.replace(TIMES[_name], sampling_shift=_shift)
 # Pairs of experts: the time under which the second takes over, and the folders of the two in diffusers' layout and in
 # their authors' own.
-LOW_NOISE_BELOW = {"wan2.2-t2v-a14b": 0.875}
+LOW_NOISE_BELOW = {"wan2.2-t2v-a14b": 0.875, "wan2.2-i2v-a14b": 0.9}
 EXPERTS = (("transformer", "transformer_2"), ("high_noise_model", "low_noise_model"))
 WINDOWS = {"wan2.2-ti2v-5b": 31}  # latent frames that a model makes at once, where these are not 21
 # The presets (codec, text encoder) that each model or family was trained with.
@@ -77,6 +80,7 @@ PAIRS = {
     "wan2.1": ("wan2.1-vae", "umt5-xxl"),
     "wan2.2-ti2v-5b": ("wan2.2-vae", "umt5-xxl"),
     "wan2.2-t2v-a14b": ("wan2.1-vae", "umt5-xxl"),
+    "wan2.2-i2v-a14b": ("wan2.1-vae", "umt5-xxl"),
 }
 ABOUT = {
     "dit": "images of ImageNet classes, 675 M parameters: transformer/ of DiT-XL-2-*, or DiT-XL-2-*.pt",
@@ -86,6 +90,7 @@ ABOUT = {
     "wan2.1": "video: transformer/ of Wan2.1-*-Diffusers, or Wan's own diffusion_pytorch_model*.safetensors",
     "wan2.2-ti2v-5b": "video from words or a picture: transformer/ of Wan2.2-TI2V-5B-Diffusers, or Wan's own files",
     "wan2.2-t2v-a14b": "video by two experts: the folder Wan2.2-T2V-A14B-Diffusers, or Wan's own Wan2.2-T2V-A14B",
+    "wan2.2-i2v-a14b": "video from a picture by two experts: Wan2.2-I2V-A14B-Diffusers, or Wan's own Wan2.2-I2V-A14B",
 }
 
 # Fixed tables that some files store. Our model computes them.
@@ -156,6 +161,8 @@ def rules(cfg: DiTConfig, name_map: str | None = None) -> list[Rule]:
             result += linear(part, names[part])
         for part in ("image/norm_in", "image/norm_out"):
             result += _norm(f"params/{part}", names[part])
+    if cfg.image_positions:
+        result.append(Rule("params/image/positions", names["image/positions"], "1 i e -> i e"))
     if cfg.modulation == "single":
         result += linear("modulation", names["modulation"])
         result.append(Rule("params/modulation_out", names["modulation_out"], "1 s d -> s d" if wan else ""))
@@ -220,7 +227,7 @@ def published_config(cfg: DiTConfig) -> dict:
     shape = {
         "num_attention_heads": cfg.heads,
         "attention_head_dim": cfg.width // cfg.heads,
-        "in_channels": cfg.latent_channels,
+        "in_channels": cfg.latent_channels + cfg.given_channels,
         "out_channels": cfg.out_channels or cfg.latent_channels,
         "num_layers": cfg.depth,
     }
@@ -237,6 +244,7 @@ def published_config(cfg: DiTConfig) -> dict:
             "eps": 1e-6,
             "image_dim": cfg.image_features or None,
             "added_kv_proj_dim": cfg.width if cfg.image_features else None,
+            "pos_embed_seq_len": cfg.image_positions or None,
         }
     if cfg.time_input == "1 - t":
         side = {"input_size": cfg.base_grid * cfg.patch[1], "patch_size": cfg.patch[1]}

@@ -15,6 +15,7 @@ import reference
 import torch
 from make_codecs import sd_vae, wan22_vae, wan_original, wan_vae
 from make_dit import dit, latte, pixart, wan
+from make_image_to_video import clip_vision, image_to_video
 from make_lora import lora
 from make_losses import codec_losses, lpips
 from make_schedulers import schedulers
@@ -23,7 +24,7 @@ from make_torch_file import nested
 from make_trajectories import trajectories
 
 MAKERS = (wan_vae, wan22_vae, wan_original, sd_vae, t5, clip, wan, dit, pixart, latte, schedulers, nested, trajectories)
-MAKERS += (lpips, codec_losses, lora)
+MAKERS += (lpips, codec_losses, lora, clip_vision, image_to_video)
 
 if __name__ == "__main__":
     makers = {make.__name__: make for make in MAKERS}

@@ -14,7 +14,7 @@ def collapsed(names: dict[str, list[int]]) -> dict[str, list]:
     """name with {i} for its block -> [shape, number of blocks]; the blocks are alike."""
     found: dict[str, list] = {}
     for name, shape in names.items():
-        key = re.sub(r"blocks\.\d+\.", "blocks.{i}.", name)
+        key = re.sub(r"(blocks|layers)\.\d+\.", r"\1.{i}.", name)
         if key in found and found[key][0] != shape:
             raise ValueError(f"{name} is {shape}, in another block {found[key][0]}")
         found[key] = [shape, found.get(key, [shape, 0])[1] + 1]
@@ -57,6 +57,8 @@ def wan() -> None:
         "wan2.1-t2v-1.3b": dict(num_attention_heads=12, num_layers=30, ffn_dim=8960),
         "wan2.1-t2v-14b": {},
         "wan2.1-i2v-14b": dict(in_channels=36, image_dim=1280, added_kv_proj_dim=5120),
+        "wan2.1-flf2v-14b": dict(in_channels=36, image_dim=1280, added_kv_proj_dim=5120, pos_embed_seq_len=514),
+        "wan2.2-i2v-a14b": dict(in_channels=36),
         "wan2.2-ti2v-5b": dict(in_channels=48, out_channels=48, num_attention_heads=24, num_layers=30, ffn_dim=14_336),
     }
     make = lambda size: lambda: WanTransformer3DModel(**dict(text_dim=4096, out_channels=16) | size)

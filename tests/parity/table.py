@@ -114,6 +114,14 @@ SAMPLINGS = {
         "Wan 2.2 A14B, two experts", "diffusers WanPipeline, its authors' sigmas", "UniPC, shift 12, 10 steps",
         "4, then 3"
     ),
+    "Wan 2.2 I2V A14B, diffusers WanImageToVideoPipeline, UniPC": (
+        "Wan 2.2 I2V A14B, from an image", "diffusers WanImageToVideoPipeline, its authors' sigmas",
+        "UniPC, shift 5, 3 steps", "3.5"
+    ),
+    "Wan 2.2 I2V A14B, two images, diffusers WanImageToVideoPipeline, UniPC": (
+        "Wan 2.2 I2V A14B, between two images", "diffusers WanImageToVideoPipeline, its authors' sigmas",
+        "UniPC, shift 5, 3 steps", "3.5"
+    ),
 }  # fmt: skip
 
 
@@ -126,7 +134,7 @@ def samplings(records: dict[str, list]) -> list[str]:
         "From a published file through `minisora import` to the latents, with the reference's noise. Errors are the",
         "largest difference over the largest value, of all steps (of the result alone for the authors' DDIM).",
         "DiTPipeline's picture, by a small Stable Diffusion VAE, is the same within one level of 255. Small random",
-        "weights, float32; `tests/test_parity_trajectories.py`.",
+        "weights, float32; `tests/test_parity_trajectories.py`, and from images `test_parity_image_to_video.py`.",
         "",
         "| model | reference | sampler | guidance, channels | difference |",
         "|" + "---|" * 5,
