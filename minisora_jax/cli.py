@@ -20,6 +20,7 @@ VERBS = {
     "export": "write a model in the published layout",
     "merge": "fold adapters (LoRA) into their model",
     "inspect": "look into a data set, a latent cache, a run, a model, or how clips are packed",
+    "calibrate": "measure which model calls of a sampling may reuse the one before (generate --step-cache)",
     "plan": "what a run needs on a TPU pod, compiled for it on any machine",
     "study": "measure train steps over contexts, meshes and ways to batch",
     "eval": "score a codec (PSNR, SSIM) or a model (does the video show what its caption says?)",

@@ -92,9 +92,9 @@ def sampled(
     steps = sampling.sampling_steps
 
     def recording(*arguments):
-        x_BSP, past = steps(*arguments)
-        states.append(np.moveaxis(packed.latents(np.asarray(x_BSP))[0], -1, 0))
-        return x_BSP, past
+        state = steps(*arguments)
+        states.append(np.moveaxis(packed.latents(np.asarray(state[0]))[0], -1, 0))
+        return state
 
     low_noise = _low_noise(config, dit, objective, folder, None)
     model = [captions], [(dit, params)], times, objective, guidance, sampler, low_noise

@@ -41,6 +41,7 @@ def add_arguments(parser):
     parser.add_argument("--split", default="heldout", choices=("train", "heldout"), help="of the captions for `model`")
     options.add_model(parser)
     options.add_sampling(parser)
+    options.add_step_cache(parser)
     parser.add_argument("--out", default="eval", help="directory for the numbers and pictures (default eval)")
 
 
@@ -77,7 +78,8 @@ def _model(args, out: Path) -> dict:
     from minisora_jax.evaluation.models import evaluate_model
     from minisora_jax.media.contact_sheet import contact_sheet
 
-    scores, rows = evaluate_model(options.pipeline_of(args), args.split, args.count, **options.sampling_options(args))
+    pipeline, sampling = options.pipeline_and_sampling(args)
+    scores, rows = evaluate_model(pipeline, args.split, args.count, **sampling)
     contact_sheet(out / "model.png", rows[:32])
     return scores | {"guide_model": args.guide_model}
 
@@ -90,7 +92,7 @@ def _tasks(args, out: Path) -> dict:
     names = args.only or list(TASKS)
     if unknown := set(names) - set(TASKS):
         raise ValueError(f"--only {', '.join(sorted(unknown))}: the tasks are {', '.join(TASKS)}")
-    pipeline, sampling = options.pipeline_of(args), options.sampling_options(args)
+    pipeline, sampling = options.pipeline_and_sampling(args)
     settings = {"model": pipeline.hash, "codec": pipeline.codec.hash, "videos of each": args.count, **machine()}
     settings |= {k: str(v) for k, v in sampling.items()}
     results = {}
@@ -120,6 +122,7 @@ def _frechet(args, out: Path) -> dict:
         ours = [other[i].frames_THWC for i in range(min(len(other), args.count))]
     else:
         requests = [Request(c.caption, c.size_THW, seed=i, fps=c.fps) for i, c in enumerate(theirs)]
-        ours = options.pipeline_of(args).generate(requests, **options.sampling_options(args))
+        pipeline, sampling = options.pipeline_and_sampling(args)
+        ours = pipeline.generate(requests, **sampling)
     distance = frechet(ours, [c.frames_THWC for c in theirs], extractor)
     return {"frechet": round(distance, 5), "extractor": extractor.name, "videos": [len(ours), len(theirs)]}

@@ -16,6 +16,7 @@ examples:
   minisora generate --batch jobs.jsonl --out made                  # one a line: {"prompt": "...", "image": "cat.png"}
   minisora generate --reproduce made/00003-a-cat-0.mp4             # make it again, and compare bit for bit
   minisora generate "..." --negative "blurry" --guidance 5 --guidance-schedule cosine --sampler unipc --steps 12
+  minisora generate "..." --step-cache 0.5                         # half of the model calls (see minisora calibrate)
   minisora generate "a cat on a skateboard" --model=models/wan --codec=models/wan-vae --text-encoder=models/umt5 \\
       --size 480x832 --frames 81 --fps 16 --sampler unipc --schedule wan --guidance 5
   minisora generate "a cat on a skateboard" --expand http://localhost:8000/v1#my-llm --model=models/wan ...
@@ -80,6 +81,7 @@ def add_arguments(parser):
     given.add_argument("--loop", action="store_true", help="the end meets the beginning")
     options.add_model(parser)
     options.add_sampling(parser)
+    options.add_step_cache(parser)
     files = parser.add_argument_group("files")
     files.add_argument("--out", default="minisora-out", help="directory for the files (default minisora-out)")
     files.add_argument(
@@ -118,20 +120,20 @@ def run(args, _):
 
     if not 1 <= args.upscale <= MOST_UPSCALE:
         raise ValueError(f"--upscale {args.upscale} must be from 1 to {MOST_UPSCALE}")
-    sampling = options.sampling_options(args)
+    options.sampling_options(args)  # raises before anything is read
     if args.reproduce:
         return _reproduce(args)
     lines = read_jobs(Path(args.batch)) if args.batch else _jobs(args)
     with options.mesh_in_use(args.mesh, of_all=True), own_folder(args.out) as out:
-        return _make(args, lines, sampling, out)
+        return _make(args, lines, out)
 
 
-def _make(args, lines: list[Any], sampling: dict[str, Any], out: Path) -> int:
+def _make(args, lines: list[Any], out: Path) -> int:
     """Make the jobs of these lines in the folder `out`; the exit code. The model is read onto the mesh in use."""
     from minisora_jax.jobs.batch import free_paths, release, run_batch, run_jobs
     from minisora_jax.parallel.processes import is_main
 
-    pipeline = options.pipeline_of(args)
+    pipeline, sampling = options.pipeline_and_sampling(args)
     jobs = [job for job in lines if not isinstance(job, ValueError)]
     _give_hints(pipeline, jobs)
     suffix = "" if args.format == "frames" else f".{args.format}"

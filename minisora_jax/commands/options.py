@@ -146,6 +146,32 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_step_cache(parser: argparse.ArgumentParser) -> None:
+    """--step-cache, for `pipeline_and_sampling`."""
+    parser.add_argument(
+        "--step-cache",
+        type=float,
+        default=None,
+        metavar="SHARE",
+        help="let this share of the model calls reuse what the transformer's blocks added before, such as 0.5, as "
+        "`minisora calibrate` measured (default: none)",
+    )
+
+
+def pipeline_and_sampling(args: argparse.Namespace) -> tuple[VideoPipeline, dict[str, Any]]:
+    """The pipeline, and the arguments of its `sample`, of a command with these options."""
+    from minisora_jax.bundled import MODEL
+
+    sampling = sampling_options(args)
+    pipeline = pipeline_of(args)
+    if args.step_cache is not None:
+        from minisora_jax.evaluation.calibration import step_cache
+
+        settings = sampling["sampler"], sampling["guidance"]
+        sampling["sampler"] = step_cache(args.model or MODEL, pipeline.hash, *settings, args.step_cache)
+    return pipeline, sampling
+
+
 def sampling_options(args: argparse.Namespace) -> dict[str, Any]:
     """The arguments of `NativePipeline.sample` that the options of `add_sampling` name."""
     from minisora_jax.diffusion.guidance import GuidanceConfig

@@ -171,6 +171,7 @@ class Sampler:
 
     step: StepFn
     memory: int = 0  # earlier steps that it uses
+    calls: int = 1  # model calls of a step
     eta: float | None = None  # default share of the noise that is renewed; None: the sampler is deterministic
 
     def begin(self, x_BSP: jax.Array, time_BS: jax.Array) -> tuple[Past, ...]:
@@ -180,7 +181,7 @@ class Sampler:
 
 SAMPLERS = {
     "euler": Sampler(euler),
-    "heun": Sampler(heun),
+    "heun": Sampler(heun, calls=2),
     "ddim": Sampler(ddim, eta=0.0),
     "ddpm": Sampler(ddpm, eta=1.0),
     "sde": Sampler(euler_maruyama, eta=1.0),
@@ -205,6 +206,7 @@ class SamplerConfig:
     eta: float | None = None  # share of the noise that a stochastic sampler renews; None: the sampler's default
     tolerance: float = 1e-3  # error of a step of "dopri5"
     shift: float | None = None  # of the times towards noise, see `TimeConfig.sampling_shift`; None: the model's own
+    reuse: str = ""  # of each model call "1" if it reuses the last one's blocks, else "0" (generate/step_cache.py)
 
     def __post_init__(self) -> None:
         if self.name not in SAMPLER_NAMES:
@@ -229,6 +231,21 @@ class SamplerConfig:
                 )
             if not 0 <= self.eta < float("inf") or (self.eta > 1 and self.name != "sde"):
                 raise ValueError(f"eta={self.eta} must be in [0, 1]; only sampler 'sde' takes values above 1")
+
+        if self.reuse:
+            if self.name == "dopri5":
+                raise ValueError("reuse is for samplers of fixed steps, and dopri5 chooses its own: use unipc or heun")
+            calls = self.steps * SAMPLERS[self.name].calls
+            if len(self.reuse) != calls or not set(self.reuse) <= {"0", "1"} or self.reuse[0] != "0":
+                raise ValueError(
+                    f"reuse={self.reuse!r:.60} has {len(self.reuse)} letters: give 0 or 1 for each of the {calls} "
+                    f"model calls of {self.steps} steps of {self.name}, and 0 first"
+                )
+
+    def last(self, steps: int) -> SamplerConfig:
+        """A sampler with fewer steps, for a sampling that starts at less noise. `reuse` is that of the last steps."""
+        reuse = self.reuse and "0" + self.reuse[-steps * SAMPLERS[self.name].calls :][1:]
+        return dataclasses.replace(self, steps=steps, reuse=reuse)
 
     @property
     def noise(self) -> float:

@@ -196,12 +196,7 @@ class NativePipeline:
         for request in requests:
             if not isinstance(request, Request):
                 raise TypeError(f"{request!r} is no Request; `VideoPipeline.generate` takes prompts, too")
-            if self.known_size and any(n > most for n, most in zip(request.size_THW, self.known_size)):
-                asked, known = ("x".join(map(str, size)) for size in (request.size_THW, self.known_size))
-                raise ValueError(
-                    f"{asked} (frames x height x width) is more than the {known} that the model was trained on: use "
-                    f"pipeline.generate, which samples at a trained size and upscales"
-                )
+            require_native(self, request)
         latents = self.sample(requests, **options)
         for request, z_thwc in zip(requests, latents):
             require_finite(z_thwc, request)
@@ -217,6 +212,7 @@ class NativePipeline:
         tokens_at_once: int = 8192,
         progress: bool = True,
         watch: Watch | None = None,
+        measure: Callable[[int, np.ndarray], None] | None = None,
     ) -> list[np.ndarray]:
         """Latents (t, h, w, c) of each request, in order.
 
@@ -230,6 +226,7 @@ class NativePipeline:
             progress: whether to show a progress bar. Without it and `watch`, all steps run as one program.
             watch: called after each step with the share of steps done and a function that returns the current estimate
                 of the clean latents, by number of request.
+            measure: of a sampler with `reuse`, called after each step k with (k, `StepCache.change_CG`).
 
         Raises:
             ValueError: for a size that the model cannot make, or a negative prompt together with a guide model.
@@ -261,8 +258,9 @@ class NativePipeline:
                     watch(next(ticked) / ticks, look)
 
             stepwise = on_step if progress or watch else None
+            settings = self.times, self.objective, guidance
             for fewer, packed in work:
-                latents |= sample(packed, captions, models, self.times, self.objective, guidance, fewer, low, stepwise)
+                latents |= sample(packed, captions, models, *settings, fewer, low, stepwise, measure)
         return [latents[i] for i in range(len(requests))]
 
     def _packed(self, requests, grids, members: Sequence[int], tokens_at_once: int) -> list[PackedRequests]:
@@ -320,13 +318,23 @@ class NativePipeline:
             return _by_size(decode, latents, keys)
 
 
+def require_native(pipeline: NativePipeline, request: Request) -> None:
+    """Raise ValueError for a request that exceeds `known_size`."""
+    if pipeline.known_size and any(n > most for n, most in zip(request.size_THW, pipeline.known_size)):
+        asked, known = ("x".join(map(str, size)) for size in (request.size_THW, pipeline.known_size))
+        raise ValueError(
+            f"{asked} (frames x height x width) is more than the {known} that the model was trained on: use "
+            f"pipeline.generate, which samples at a trained size and upscales"
+        )
+
+
 def _by_steps(requests: Sequence[Request], sampler: SamplerConfig) -> list[tuple[SamplerConfig, list[int]]]:
     """Requests grouped by their number of steps: a request with strength s takes the share s of the steps."""
     members: dict[int, list[int]] = {}
     for i, request in enumerate(requests):
         strength = request.given.strength if request.given else 1.0
         members.setdefault(math.ceil(strength * sampler.steps), []).append(i)
-    return [(dataclasses.replace(sampler, steps=steps), numbers) for steps, numbers in members.items()]
+    return [(sampler.last(steps), numbers) for steps, numbers in members.items()]
 
 
 def _by_size(apply: Callable, arrays: Sequence[np.ndarray], keys: Sequence) -> list[np.ndarray]:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,23 +18,27 @@ import numpy as np
 
 from minisora_jax.data.rows import padded_text
 from minisora_jax.diffusion.adaptive import dopri5
-from minisora_jax.diffusion.denoiser import Denoiser
-from minisora_jax.diffusion.guidance import GuidanceConfig, guide, rescale, twins
+from minisora_jax.diffusion.guidance import GuidanceConfig
 from minisora_jax.diffusion.noise_path import NoisePath
 from minisora_jax.diffusion.sampler import SAMPLERS, SamplerConfig
 from minisora_jax.diffusion.time import TimeConfig, latest_time, sampling_times, sampling_token_times
 from minisora_jax.generate.experts import LowNoise
+from minisora_jax.generate.guided import guided_denoiser, run_model
 from minisora_jax.generate.noise import Noise
 from minisora_jax.generate.packed import PackedRequests
 from minisora_jax.generate.request import Request
-from minisora_jax.models.dit import DiT, DiTConfig, split_variance
-from minisora_jax.parallel.mesh import TOKENS, put_batch, take_in_row
+from minisora_jax.generate.step_cache import CachedCalls, branches, empty_cache, reuse_by_step
+from minisora_jax.models.dit import DiTConfig
+from minisora_jax.parallel.mesh import TOKENS, put_batch
 from minisora_jax.parallel.processes import whole
 from minisora_jax.parallel.programs import make_room
 from minisora_jax.types import PackedBatch
 
 CUTS = 2  # cuts of a circle at each step; their results are averaged
 GOLDEN = 0.6180339887  # turn of the cut from step to step: its multiples cover the circle evenly
+NO_CACHE = (
+    "a step cache is for one model, and not for loops, which are cut elsewhere at each step: leave out --step-cache"
+)
 STEPS_UNIT = 32  # one program serves all numbers of steps up to a multiple of it
 
 
@@ -49,14 +52,16 @@ def sample(
     sampler: SamplerConfig,
     low_noise: LowNoise | None = None,
     on_step: Callable[[int, Callable[[], dict[int, np.ndarray]]], None] | None = None,
+    measure: Callable[[int, np.ndarray], None] | None = None,
 ) -> dict[int, np.ndarray]:
     """latents_thwc by number of request.
 
-    After each step, on_step(k, look) is called; look() estimates the clean latents. Without `on_step` all steps are one
-    program, and the host waits for its end alone.
+    After each step, on_step(k, look) is called; look() estimates the clean latents. Of a sampler with `reuse`
+    measure(k, change_CG) is called too. Without both all steps are one program, and the host waits for its end alone.
 
     Raises:
-        ValueError: guidance has more channels than the latents, or "dopri5" is to make a loop or is used with a pair.
+        ValueError: guidance has more channels than the latents, "dopri5" is to make a loop or is used with a pair, or
+            `reuse` is for a loop, a pair of experts or a guide model.
     """
     make_room()
     channels = packed.config.latent_channels
@@ -79,6 +84,11 @@ def sample(
     circle = [packed.grids[i][0] if request.loop else 0 for i, request in enumerate(packed.requests)]
     circle_BS = tokens(packed.per_token(lambda i: circle[i]).astype(np.int32)) if any(circle) else None
 
+    if sampler.reuse and (low_noise or len(models) > 1 or any(circle)):
+        kind = (
+            "a loop, which is cut elsewhere at each step" if any(circle) else "two models, of which each calls its own"
+        )
+        raise ValueError(f"a step cache is not for {kind}: leave out --step-cache")
     if sampler.name == "dopri5":
         if low_noise:
             raise ValueError(
@@ -97,24 +107,29 @@ def sample(
     # Wan's authors begin at time 0.9998 with the noise itself.
     pure = jnp.full_like(times_KBS[0], latest) if sampler.time_schedule == "wan" else times_KBS[0]
     x = _begin(path, batch, noise, times_KBS[0], start_BS, pure)
-    state = x, SAMPLERS[sampler.name].begin(x, times_KBS[0])
+    cache = empty_cache(packed.config, sampler.name, x) if sampler.reuse else None
+    state = x, SAMPLERS[sampler.name].begin(x, times_KBS[0]), cache
     times_KBS = jnp.pad(times_KBS, ((0, -len(times_KBS) % STEPS_UNIT), (0, 0), (0, 0)))
+    reuse_KC = reuse_by_step(sampler, len(times_KBS)) if sampler.reuse else None
     fresh = noise if sampler.noise else None
     advance = lambda state, first, end, inputs: sampling_steps(
-        static, sampler.name, state, first, end, times_KBS, fresh, sampler.noise, circle_BS, inputs
+        static, sampler.name, state, first, end, times_KBS, fresh, sampler.noise, circle_BS, inputs, reuse_KC
     )
     handover = low_noise.first_step(objective, times_KBS, sampler.steps) if low_noise else sampler.steps
-    if on_step is None:
+    if on_step is None and measure is None:
         state = advance(state, 0, handover, inputs)
         if handover < sampler.steps:
             state = advance(state, handover, sampler.steps, low_inputs)
         return packed.latents(whole(state[0]))
     for k in range(sampler.steps):
-        before, _ = state
+        before = state[0]
         state = advance(state, k, k + 1, inputs if k < handover else low_inputs)
         jax.block_until_ready(state)
-        so_far = functools.partial(_clean_estimate, path, before, state[0], times_KBS[k], times_KBS[k + 1])
-        on_step(k + 1, lambda estimate=so_far: packed.latents(whole(estimate())))
+        if measure:
+            measure(k, whole(state[2].change_CG))
+        if on_step:
+            so_far = functools.partial(_clean_estimate, path, before, state[0], times_KBS[k], times_KBS[k + 1])
+            on_step(k + 1, lambda estimate=so_far: packed.latents(whole(estimate())))
     return packed.latents(whole(state[0]))
 
 
@@ -174,59 +189,41 @@ def features(captions, requests: Sequence[Request], copies: int, padded_to: int)
     return [[encoded[text] for text in pair] for pair in pairs]
 
 
-def _denoiser(static, inputs) -> Denoiser:
-    """The guided model. static: (configs, objective, settings of guidance); a guide model's config comes second."""
-    configs, objective, (share, schedule, channels) = static
-    params, batch, with_caption_BS, without_BS, scale, interval = inputs
-    path = objective.noise_path
-
-    def predict(x_BSP, time_BS):
-        """(the prediction, the variance of the model with its caption or None)."""
-        seen = objective.model_input(x_BSP, time_BS)
-        outputs: list[Any] = [DiT(c).apply(p, *seen, batch) for c, p in zip(configs, params)]
-        (good_BSP, variance_BSP), *others = (split_variance(c, y) for c, y in zip(configs, outputs))
-        if others:
-            guide_BSP = others[0][0]
-        else:
-            good_BSP, guide_BSP = twins(good_BSP, with_caption_BS, without_BS)
-            variance_BSP = None if variance_BSP is None else take_in_row(variance_BSP, with_caption_BS)
-        p_BSP = guide(good_BSP, guide_BSP, time_BS, scale, interval, schedule)
-        if channels:
-            guided_P = np.arange(p_BSP.shape[-1]) % configs[0].latent_channels < channels
-            p_BSP = jnp.where(guided_P, p_BSP, good_BSP)
-        if share:
-            unknown_BS, slots = jnp.where(batch.cond_mask_BS, 0, batch.segment_BS), batch.fps_BG.shape[1]
-            p_BSP = rescale(path, objective.prediction, p_BSP, good_BSP, x_BSP, time_BS, unknown_BS, slots, share)
-        return p_BSP, variance_BSP
-
-    learned = objective.path == "ddpm" and configs[0].out_channels == 2 * configs[0].latent_channels
-    prediction = lambda x_BSP, time_BS: predict(x_BSP, time_BS)[0]
-    with_variance: Any = predict if learned else None
-    return Denoiser(prediction, path, objective.prediction, with_variance)
-
-
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def sampling_steps(
-    static, sampler: str, state, first, end, times_KBS, noise: Noise | None, eta, circle_BS: jax.Array | None, inputs
+    static,
+    sampler: str,
+    state,
+    first,
+    end,
+    times_KBS,
+    noise: Noise | None,
+    eta,
+    circle_BS: jax.Array | None,
+    inputs,
+    reuse_KC: jax.Array | None = None,
 ):
-    """(x_BSP, past) after the steps first, ..., end - 1: one program, whatever their number.
+    """(x_BSP, past, cache) after the steps first, ..., end - 1: one program, whatever their number.
 
-    noise: for stochastic samplers. circle_BS: latent frames of the loop that a token lies on, 0 for none.
+    noise: for stochastic samplers. circle_BS: latent frames of the loop that a token lies on, 0 for none. reuse_KC: see
+    `step_cache.reuse_by_step`; None: there is no cache.
     """
     params, batch, *rest = inputs
 
     def one_step(k, state):
-        x_BSP, past = state
+        x_BSP, past, cache = state
+        run = run_model if reuse_KC is None else CachedCalls(reuse_KC[k], cache, branches(batch, *rest[:2]))
         fresh_BSP = None if noise is None else noise.draw(k + 1, x_BSP.shape[-1])
         seen = [batch]
         if circle_BS is not None:
             seen = [_turned(batch, circle_BS, (k * GOLDEN + n / CUTS) % 1.0) for n in range(CUTS)]
-        denoisers = [_denoiser(static, (params, each, *rest)) for each in seen]
+        denoisers = [guided_denoiser(static, (params, each, *rest), run) for each in seen]
         step = lambda denoiser: SAMPLERS[sampler].step(
             denoiser, x_BSP, times_KBS[k], times_KBS[k + 1], past, fresh_BSP, eta
         )
         results = [step(denoiser) for denoiser in denoisers]
-        return results[0] if len(results) == 1 else jax.tree.map(lambda *each: sum(each) / len(each), *results)
+        x_BSP, past = jax.tree.map(lambda *each: sum(each) / len(each), *results) if len(results) > 1 else results[0]
+        return x_BSP, past, run.cache if isinstance(run, CachedCalls) else None
 
     return jax.lax.fori_loop(first, end, one_step, state)
 
@@ -235,4 +232,4 @@ def sampling_steps(
 def _integrate(static, times: TimeConfig, latest, tolerance, x_BSP, start_BS, inputs):
     batch = inputs[1]
     time_at = lambda u: jnp.minimum(sampling_token_times(times, u * start_BS, batch), latest)
-    return dopri5(_denoiser(static, inputs), x_BSP, time_at, tolerance)[0]
+    return dopri5(guided_denoiser(static, inputs), x_BSP, time_at, tolerance)[0]

@@ -125,13 +125,17 @@ class DiT(nn.Module):
     config: DiTConfig
 
     @nn.compact
-    def __call__(self, x_BSP: jax.Array, time_BS: jax.Array, batch: PackedBatch) -> jax.Array:
+    def __call__(
+        self, x_BSP: jax.Array, time_BS: jax.Array, batch: PackedBatch, residual_BSD: jax.Array | None = None
+    ) -> jax.Array:
         """Predict velocity, noise, clean latents or v for each token, as the model was trained.
 
         Args:
             x_BSP: Noisy tokens.
             time_BS: Time of each token, from 0 (clean) to 1 (noise).
             batch: Ids, positions, captions and tables over slots. Its tokens are not read.
+            residual_BSD: What the blocks are to add, in place of running them (generate/step_cache.py). What they added
+                is "residual" in the collection "intermediates".
 
         Returns:
             The prediction (B, S, config.out_width), float32.
@@ -168,7 +172,12 @@ class DiT(nn.Module):
         if cfg.remat != "none":
             blocks = nn.remat(Blocks, policy=_SAVE_POLICIES[cfg.remat], prevent_cse=False)
         stack = scan_layers(blocks, cfg.depth, in_axes=(nn.broadcast, 0))
-        x_BSD, _ = stack(cfg, name="blocks")(x_BSD, inputs, jnp.arange(cfg.depth))
+        if residual_BSD is None:
+            start_BSD = x_BSD
+            x_BSD, _ = stack(cfg, name="blocks")(x_BSD, inputs, jnp.arange(cfg.depth))
+            self.sow("intermediates", "residual", x_BSD - start_BSD)
+        else:
+            x_BSD = x_BSD + residual_BSD
 
         # ---- Head
         shift, scale = (levels.to_tokens(x_BUD) for x_BUD in self._head_modulation(condition_BUD))

@@ -143,7 +143,7 @@ def lower(work: Workload, mesh: jax.sharding.Mesh) -> tuple[dict[str, Any], jax.
         times_KBS = jax.ShapeDtypeStruct(
             (STEPS_UNIT, *time_BS.shape), time_BS.dtype, sharding=NamedSharding(mesh, P(None, *TOKENS))
         )
-        start = batch.tokens_BSP, SAMPLERS["heun"].begin(batch.tokens_BSP, time_BS)
+        start = batch.tokens_BSP, SAMPLERS["heun"].begin(batch.tokens_BSP, time_BS), None
         with jax.set_mesh(mesh):
             lowered = sampling_steps.lower(static, "heun", start, 0, STEPS_UNIT, times_KBS, None, 0.0, None, inputs)
         return {"parameters": params, "batch": batch}, lowered
