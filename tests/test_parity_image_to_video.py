@@ -30,16 +30,18 @@ from minisora_jax.generate.request import Given, GivenFrames, Request  # noqa: E
 from minisora_jax.media.video import read_clip_frames  # noqa: E402
 from minisora_jax.media.video_writer import write_video  # noqa: E402
 from minisora_jax.models.captions import BYTES, Captions  # noqa: E402
+from minisora_jax.models.clip_vision import CLIPVision, CLIPVisionConfig  # noqa: E402
 from minisora_jax.models.encoder import TextEncoder  # noqa: E402
 from minisora_jax.models.t5 import T5Config  # noqa: E402
 from minisora_jax.models.vae import VAE  # noqa: E402
-from minisora_jax.weights import wan_vae  # noqa: E402
+from minisora_jax.weights import clip_vision, wan_vae  # noqa: E402
 from minisora_jax.weights.dit import CONFIGS  # noqa: E402
-from minisora_jax.weights.presets import CODECS, TRANSFORMERS  # noqa: E402
+from minisora_jax.weights.presets import CODECS, IMAGE_ENCODERS, TRANSFORMERS, ImagePreset  # noqa: E402
 from minisora_jax.weights.rules import export_lazily  # noqa: E402
 
 THEIRS = load_file(Path(__file__).parent / "parity/fixtures/image_to_video.safetensors")
 BYT5 = T5Config(384, 10, 2, 5, 12, 1, dtype="float32")
+CLIP = CLIPVisionConfig(width=32, heads=2, mlp=48, depth=3, side=28)
 VAE_CONFIG = dataclasses.replace(wan_vae.WAN_21, base=8, latent_channels=4, residual_blocks=1)
 STATISTICS = dict(latent_mean=(0.1, -0.2, 0.3, 0.0), latent_std=(0.9, 1.1, 1.2, 0.8))
 SMALL = dict(width=32, depth=2, heads=2, mlp_ratio=40 / 32, text_features=10, dtype="float32")
@@ -57,6 +59,13 @@ def publish(path: Path, shapes: dict[str, tuple[int, ...]], share: float = 1.0) 
     save_file({name: np.float32(share) * draw(name, shape) for name, shape in shapes.items()}, path)
 
 
+def clip_names(layout: str) -> dict[str, tuple[int, ...]]:
+    """Every tensor of CLIP's vision encoder in a layout, with its shape."""
+    shapes = jax.eval_shape(CLIPVision(CLIP).init, jax.random.key(0), jnp.zeros((1, CLIP.side, CLIP.side, 3)))
+    blank = jax.tree.map(lambda x: np.broadcast_to(np.float32(0), x.shape), shapes)
+    return {name: x.shape for name, x in export_lazily(blank, clip_vision.rules(CLIP, layout)).items()}
+
+
 def imported(preset: str, path: Path, out: Path) -> Path:
     assert main(["import", preset, str(path), f"--out={out}"]) == 0
     return out
@@ -65,6 +74,10 @@ def imported(preset: str, path: Path, out: Path) -> Path:
 def folders(preset: str, root: Path, patch: pytest.MonkeyPatch) -> dict[str, Path]:
     """What `VideoPipeline.load` takes, imported from a folder in diffusers' layout."""
     small = dataclasses.replace(CONFIGS[preset], **SMALL)
+    if small.image_features:
+        small = dataclasses.replace(small, image_features=CLIP.width)
+    if small.image_positions:
+        small = dataclasses.replace(small, image_positions=2 * CLIP.tokens)
     patch.setitem(TRANSFORMERS, preset, dataclasses.replace(TRANSFORMERS[preset], config=small))
     patch.setitem(CODECS, "wan2.1-vae", dataclasses.replace(CODECS["wan2.1-vae"], config=VAE_CONFIG, **STATISTICS))
     experts = TRANSFORMERS[preset].low_noise_below is not None
@@ -77,11 +90,16 @@ def folders(preset: str, root: Path, patch: pytest.MonkeyPatch) -> dict[str, Pat
     ids = np.ones((1, 8), np.int32)
     text = TextEncoder(BYT5, {})
     dataclasses.replace(text, params=text.module.init(jax.random.key(0), ids, ids)).export(root / "byt5", {})
-    return {
+    paths = {
         "model": imported(preset, root if experts else root / "transformer", root / "model"),
         "codec": imported("wan2.1-vae", root / "vae", root / "codec"),
         "text_encoder": root / "byt5",
     }
+    if small.image_features:
+        patch.setitem(IMAGE_ENCODERS, "clip-vision-h", ImagePreset("small", CLIP, clip_vision))
+        publish(root / "image_encoder/model.safetensors", clip_names("bare"))
+        paths["image_encoder"] = imported("clip-vision-h", root / "image_encoder", root / "clip")
+    return paths
 
 
 @pytest.fixture(scope="module")
@@ -116,6 +134,8 @@ def of_reference(pipeline: VideoPipeline, patch: pytest.MonkeyPatch) -> tuple[Vi
 
 
 CASES = {
+    "wan2.1-i2v-14b": (5.0, "Wan 2.1 I2V, diffusers WanImageToVideoPipeline, UniPC"),
+    "wan2.1-flf2v-14b": (5.0, "Wan 2.1 FLF2V, diffusers WanImageToVideoPipeline, UniPC"),
     "wan2.2-i2v-a14b": (3.5, "Wan 2.2 I2V A14B, diffusers WanImageToVideoPipeline, UniPC"),
     "wan2.2-i2v-a14b, two images": (3.5, "Wan 2.2 I2V A14B, two images, diffusers WanImageToVideoPipeline, UniPC"),
 }
@@ -137,11 +157,12 @@ def test_images_become_the_pipelines_videos(case, published, monkeypatch, parity
         parity(system, "trajectory", state, their, f"step {i + 1} of 3")
 
 
-def test_requests_of_several_sizes_share_rows(published):
-    """Each video is what it is alone, and each depends on its image."""
-    pipeline = VideoPipeline.load(**published("wan2.2-i2v-a14b"))
+@pytest.mark.parametrize("preset", ["wan2.2-i2v-a14b", "wan2.1-flf2v-14b"])
+def test_requests_of_several_sizes_share_rows(preset, published):
+    """Each video is what it is alone, and each depends on its images."""
+    pipeline = VideoPipeline.load(**published(preset))
     sizes = {"a": (32, 48), "b": (48, 32), "c": (32, 48)}
-    request = lambda name: Request("a cat", (5, *sizes[name]), seed=3, frames=channels(pipeline, name, sizes[name]))
+    request = lambda name: Request("a cat", (5, *sizes[name]), seed=3, frames=given(pipeline, name, sizes[name]))
     options = dict(steps=2, progress=False, tokens_at_once=64)
     packed = pipeline.sample([request(name) for name in sizes], **options)
     for name, together in zip(sizes, packed):
@@ -150,9 +171,14 @@ def test_requests_of_several_sizes_share_rows(published):
     assert np.abs(packed[0] - packed[2]).max() > 0.01  # of the same words, seed and size
 
 
-def channels(pipeline: VideoPipeline, name: str, size: tuple[int, int]) -> GivenFrames:
-    [latents] = pipeline.encode([given_video({0: picture(name, *size)}, (5, *size))])
-    return GivenFrames(as_channels(latents, np.arange(5) == 0))
+def given(pipeline: VideoPipeline, name: str, size: tuple[int, int]) -> GivenFrames:
+    """Two given frames."""
+    images = [picture(f"{name} {i}", *size) for i in range(2)]
+    [latents] = pipeline.encode([given_video(dict(zip((0, 4), images)), (5, *size))])
+    encoder = pipeline.image_encoder
+    return GivenFrames(
+        as_channels(latents, np.arange(5) % 4 == 0), np.concatenate(encoder.encode(images)) if encoder else None
+    )
 
 
 def test_the_mask_says_which_frames_of_a_latent_frame_are_given():
@@ -163,16 +189,19 @@ def test_the_mask_says_which_frames_of_a_latent_frame_are_given():
     np.testing.assert_array_equal(given[..., 4:], latents)
 
 
-def test_the_command_makes_what_the_api_makes(published, tmp_path, capsys):
-    paths = published("wan2.2-i2v-a14b")
-    write_video(tmp_path / "first.png", picture("a")[None], fps=1)
-    flags = [f"--{name.replace('_', '-')}={path}" for name, path in paths.items()]
-    common = ["--frames=5", "--steps=2", "--upscale=1", *flags]
-    out = tmp_path / "made"
-    assert main(["generate", "a cat", f"--image={tmp_path / 'first.png'}", f"--out={out}", *common]) == 0
+@pytest.mark.parametrize("preset", ["wan2.2-i2v-a14b", "wan2.1-i2v-14b", "wan2.1-flf2v-14b"])
+def test_the_command_makes_a_video_and_makes_it_again(preset, published, tmp_path, capsys):
+    flags = [f"--{name.replace('_', '-')}={path}" for name, path in published(preset).items()]
+    for name in ("first", "last"):
+        write_video(tmp_path / f"{name}.png", picture(name)[None], fps=1)
+    images = [f"--image={tmp_path / 'first.png'}"]
+    if preset == "wan2.1-flf2v-14b":
+        images = [f"--first={tmp_path / 'first.png'}", f"--last={tmp_path / 'last.png'}"]
+    out, common = tmp_path / "made", ["--frames=9", "--steps=2", "--upscale=1"]
+    assert main(["generate", "a cat", *images, f"--out={out}", *common, *flags]) == 0
     [file] = out.glob("*.mp4")
     frames, _ = read_clip_frames(file)
-    assert frames.shape == (5, 32, 48, 3)
+    assert frames.shape == (9, 32, 48, 3)
     assert main(["generate", f"--reproduce={file}", f"--out={tmp_path / 'again'}", "--upscale=1"]) == 0
     assert "the same to the bit" in capsys.readouterr().out
 
@@ -195,6 +224,25 @@ def test_other_tasks_are_refused_by_name(task, published, tmp_path, monkeypatch,
     error = capsys.readouterr().err
     assert "it can do image_to_video (--image FIRST) and interpolate (--first FIRST --last LAST)" in error
     assert f"not {task}" in error
+
+
+def test_a_model_of_one_image_or_of_two_says_so(published, tmp_path, capsys):
+    """On the command line and in Python."""
+    one, two = (VideoPipeline.load(**published(preset)) for preset in ("wan2.1-i2v-14b", "wan2.1-flf2v-14b"))
+    first, last = picture("first"), picture("last")
+    with pytest.raises(ValueError, match="it can do image_to_video .--image FIRST., and not interpolate"):
+        one.interpolate("a cat", first, last, frames=9, steps=1)
+    with pytest.raises(ValueError, match="it can do interpolate .--first FIRST --last LAST., and not image_to_video"):
+        two.image_to_video("a cat", first, frames=5, steps=1)
+    flags = [f"--{name.replace('_', '-')}={path}" for name, path in published("wan2.1-flf2v-14b").items()]
+    write_video(tmp_path / "a.png", first[None], fps=1)
+    assert main(["generate", "a cat", f"--image={tmp_path / 'a.png'}", f"--out={tmp_path}", *flags]) != 0
+    assert "it can do interpolate" in capsys.readouterr().err
+    frames = given(one, "a", (32, 48))
+    for tokens, words in ((None, "are missing: the model reads any number of width 32"), (9, r"are \(10, 9\)")):
+        image_IE = tokens and frames.image_IE[:, :tokens]
+        with pytest.raises(ValueError, match=words):
+            one.sample([Request("a cat", (5, 32, 48), frames=GivenFrames(frames.channels_thwc, image_IE))], steps=1)
 
 
 def test_the_api_refuses_them_too(published):

@@ -6,10 +6,10 @@ examples:
   minisora export models/wan exported/transformer
   minisora export runs/adapter/export my_lora.safetensors --as comfyui      # an adapter: peft (default), comfyui, kohya
 
-The tensors of an imported model come back bit for bit: codecs and transformers by diffusers' names, text encoders by
-transformers' (T5EncoderModel, UMT5EncoderModel, CLIPTextModel), with the config.json of each, so that their
-`from_pretrained` reads the directory. SiT, which diffusers has no class for, keeps its authors' names. A model card,
-README.md, says what the model is and how to load it; one that is there already is kept.
+The tensors of an imported model come back bit for bit: codecs and transformers by diffusers' names, encoders of text
+and images by transformers' (T5EncoderModel, UMT5EncoderModel, CLIPTextModel, CLIPVisionModel), with the config.json of
+each, so that their `from_pretrained` reads the directory. SiT, which diffusers has no class for, keeps its authors'
+names. A model card, README.md, says what the model is and how to load it; one that is there already is kept.
 """
 
 from __future__ import annotations
@@ -80,11 +80,12 @@ def published(config: dict, model: str):
     """(rules, their config, stem of the weight files) of a saved model's config."""
     from minisora_jax.io.model_dir import saved_settings
     from minisora_jax.models.clip import CLIPConfig
+    from minisora_jax.models.clip_vision import CLIPVisionConfig
     from minisora_jax.models.codec import saved_statistics
     from minisora_jax.models.dit import DiTConfig
     from minisora_jax.models.t5 import T5Config
     from minisora_jax.models.vae import VAEConfig
-    from minisora_jax.weights import clip, dit, sd_vae, t5, wan_vae
+    from minisora_jax.weights import clip, clip_vision, dit, sd_vae, t5, wan_vae
 
     kind = config.get("kind")
     if kind == "vae":
@@ -94,11 +95,12 @@ def published(config: dict, model: str):
             saved_statistics(config, key, cfg.latent_channels, model)  # raises for what are no statistics
         statistics = config["latent_mean"], config["latent_std"]
         return family.rules(cfg), family.published_config(cfg, *statistics), "diffusion_pytorch_model"
-    if kind in ("t5", "clip"):
-        family, config_class = {"t5": (t5, T5Config), "clip": (clip, CLIPConfig)}[kind]
+    encoders = {"t5": (t5, T5Config), "clip": (clip, CLIPConfig), "clip_vision": (clip_vision, CLIPVisionConfig)}
+    if kind in encoders:
+        family, config_class = encoders[kind]
         cfg = saved_settings(config_class, config, kind, model)
         return family.rules(cfg), family.published_config(cfg), "model"
     if kind == "dit":
         cfg = saved_settings(DiTConfig, config, "dit", model)
         return dit.rules(cfg), dit.published_config(cfg), "diffusion_pytorch_model"
-    raise ValueError(f"{model} holds a {kind!r} model: vae, dit, t5 and clip have a published layout")
+    raise ValueError(f"{model} holds a {kind!r} model: vae, dit, t5, clip and clip_vision have a published layout")

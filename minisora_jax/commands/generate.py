@@ -201,7 +201,7 @@ def _number(flag: str, words: list[str]) -> float:
 
 def model_record(args, pipeline) -> dict:
     """The part of a record that names the model."""
-    names = ("model", "codec", "guide_model", "text_encoder", "mesh", "dtype", "lora")
+    names = ("model", "codec", "guide_model", "text_encoder", "image_encoder", "mesh", "dtype", "lora")
     paths = {name: getattr(args, name, None) for name in names}
     return paths | {"hash": pipeline.hash, "codec_hash": pipeline.codec.hash, "window": pipeline.window_frames}
 
@@ -214,7 +214,7 @@ def _reproduce(args) -> int:
 
     record = read_record(args.reproduce)
     model = record["model"]
-    names = ("model", "codec", "guide_model", "text_encoder", "window", "dtype", "lora")
+    names = ("model", "codec", "guide_model", "text_encoder", "image_encoder", "window", "dtype", "lora")
     if is_main() and (words := different_machine(record)):
         print(words)
     source = Path(args.reproduce)

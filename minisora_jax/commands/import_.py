@@ -5,6 +5,7 @@ examples:
   minisora import umt5-xxl models_t5_umt5-xxl-enc-bf16.pth --tokenizer=google/umt5-xxl --out=models/umt5
   minisora import wan2.1-t2v-1.3b Wan2.1-T2V-1.3B-Diffusers/transformer --out=models/wan
   minisora import wan2.2-t2v-a14b Wan2.2-T2V-A14B-Diffusers --out=models/a14b     both experts
+  minisora import clip-vision-h Wan2.1-I2V-14B-480P-Diffusers/image_encoder --out=models/clip-vision
   minisora import lpips my_lpips/ --out=models/lpips          vgg16-397923af.pth and the lpips package's vgg.pth
   minisora import lora fast_4steps.safetensors --base=models/wan --out=adapters/fast
   minisora eval codec --codec=models/wan-vae --data=data/clips
@@ -28,9 +29,9 @@ TOKENIZER_FILES += ("special_tokens_map.json", "added_tokens.json")
 
 
 def add_arguments(parser):
-    from minisora_jax.weights.presets import CODECS, LOSSES, TEXT_ENCODERS, TRANSFORMERS
+    from minisora_jax.weights.presets import CODECS, IMAGE_ENCODERS, LOSSES, TEXT_ENCODERS, TRANSFORMERS, presets
 
-    choices = [*(CODECS | TRANSFORMERS | TEXT_ENCODERS | LOSSES), LORA]
+    choices = [*presets(), LORA]
     parser.add_argument("preset", metavar="PRESET", choices=choices, help="one of those listed below")
     parser.add_argument("path", metavar="PATH", help="the published file or directory")
     parser.add_argument("--out", required=True, help="the directory to write the model to")
@@ -41,7 +42,8 @@ def add_arguments(parser):
     parser.add_argument("--dtype", choices=DTYPES, help="precision to keep the weights in (default: the published)")
     table = lambda presets: "".join(f"  {name:<18}{preset.what}\n" for name, preset in presets.items())
     parser.epilog = f"codecs:\n{table(CODECS)}\ndiffusion transformers:\n{table(TRANSFORMERS)}"
-    parser.epilog += f"\ntext encoders:\n{table(TEXT_ENCODERS)}\nlosses of a codec:\n{table(LOSSES)}"
+    parser.epilog += f"\ntext encoders:\n{table(TEXT_ENCODERS)}\nimage encoders:\n{table(IMAGE_ENCODERS)}"
+    parser.epilog += f"\nlosses of a codec:\n{table(LOSSES)}"
     parser.epilog += f"\nadapters:\n  {LORA:<18}of --base, with the keys of PEFT, diffusers, ComfyUI or kohya\n"
 
 
@@ -51,7 +53,7 @@ LORA = "lora"
 
 def run(args, _):
     from minisora_jax.models.captions import TOKENIZER
-    from minisora_jax.weights.presets import CODECS, LOSSES, TEXT_ENCODERS, TRANSFORMERS
+    from minisora_jax.weights.presets import CODECS, IMAGE_ENCODERS, LOSSES, TEXT_ENCODERS, TRANSFORMERS
 
     if (args.preset == LORA) != bool(args.base):
         raise ValueError(
@@ -61,7 +63,8 @@ def run(args, _):
         print(f"adapter {import_lora(args.path, args.base, args.out, args.dtype)} written to {args.out}")
         return
     export = import_text_encoder
-    for presets, what in ((CODECS, import_codec), (TRANSFORMERS, import_transformer), (LOSSES, import_lpips)):
+    others = ((CODECS, import_codec), (TRANSFORMERS, import_transformer), (LOSSES, import_lpips))
+    for presets, what in (*others, (IMAGE_ENCODERS, import_image_encoder)):
         export = what if args.preset in presets else export
     tokenizer = tokenizer_files(args.tokenizer, args.path) if args.preset in TEXT_ENCODERS else []
     what, digest = export(args.preset, args.path, args.out, args.dtype)
@@ -149,6 +152,14 @@ def import_text_encoder(name: str, path: str, out: str, dtype: str | None) -> tu
 
     config, params = read_preset(name, path)
     return "text encoder", TextEncoder(config, params).export(out, {"imported": name}, dtype, "importing")
+
+
+def import_image_encoder(name: str, path: str, out: str, dtype: str | None) -> tuple[str, str]:
+    from minisora_jax.models.clip_vision import ImageEncoder
+    from minisora_jax.weights.reading import read_preset
+
+    config, params = read_preset(name, path)
+    return "image encoder", ImageEncoder(config, params).export(out, {"imported": name}, dtype, "importing")
 
 
 def import_lpips(name: str, path: str, out: str, dtype: str | None) -> tuple[str, str]:

@@ -20,7 +20,7 @@ TIME_SCHEDULES = ("even", "wan", "karras", "leading", "linspace", "trailing")
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
-    """--model, --codec, --text-encoder, --guide-model, --lora, --window, --dtype: what `load_pipeline` takes."""
+    """The options that say which model to load, and from where: what `load_pipeline` takes."""
     group = parser.add_argument_group("model")
     group.add_argument("--model", default=None, help="an exported model (default: the bundled one)")
     group.add_argument("--codec", default=None, help="its codec (default: the bundled one)")
@@ -28,6 +28,11 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         "--text-encoder",
         default=None,
         help="a text encoder that `minisora import` wrote (default: the one that the model was trained with)",
+    )
+    group.add_argument(
+        "--image-encoder",
+        default=None,
+        help="the image encoder of a Wan 2.1 model for images, that `minisora import clip-vision-h` wrote",
     )
     group.add_argument(
         "--guide-model",
@@ -66,13 +71,14 @@ def load_pipeline(
     window: int | None = None,
     dtype: str | None = None,
     lora: Sequence[str] | None = None,
+    image_encoder: str | None = None,
 ) -> VideoPipeline:
     """The pipeline that the options of `add_model` name. A window needs at least 3 latent frames."""
     import dataclasses
 
     from minisora_jax.generate import VideoPipeline
 
-    pipeline = VideoPipeline.load(model, codec, guide_model, text_encoder, dtype, lora or ())
+    pipeline = VideoPipeline.load(model, codec, guide_model, text_encoder, dtype, lora or (), image_encoder)
     if window is None:
         return pipeline
     factor = pipeline.codec.config.time_factor
@@ -83,7 +89,7 @@ def load_pipeline(
 
 def pipeline_of(args: argparse.Namespace) -> VideoPipeline:
     """The pipeline of a command that has the options of `add_model`."""
-    names = ("model", "codec", "guide_model", "text_encoder", "window", "dtype", "lora")
+    names = ("model", "codec", "guide_model", "text_encoder", "image_encoder", "window", "dtype", "lora")
     return load_pipeline(**{name: getattr(args, name) for name in names})
 
 

@@ -6,7 +6,7 @@ import dataclasses
 
 import numpy as np
 
-from minisora_jax.generate.given_frames import as_channels, given_video
+from minisora_jax.generate.given_frames import as_channels, given_video, require_able
 from minisora_jax.generate.native import NativePipeline
 from minisora_jax.generate.request import GivenFrames, Request
 from minisora_jax.generate.runner import Encode, Task
@@ -34,8 +34,10 @@ def from_images(
 
 
 def _as_channels(pipeline: NativePipeline, request: Request, images: list[np.ndarray]) -> Task:
-    T = request.size_THW[0]
+    require_able(pipeline.config, "interpolate" if len(images) > 1 else "image_to_video")
+    T, encoder = request.size_THW[0], pipeline.image_encoder
     frames = {number: image[0] for number, image in zip((0, T - 1), images)}
     latents = yield Encode(given_video(frames, request.size_THW))
     channels = as_channels(latents, np.isin(np.arange(T), list(frames)))
-    return (yield dataclasses.replace(request, frames=GivenFrames(channels)))
+    image_IE = None if encoder is None else np.concatenate(encoder.encode(list(frames.values())))
+    return (yield dataclasses.replace(request, frames=GivenFrames(channels, image_IE)))

@@ -5,6 +5,8 @@ latent frame they read, at all times:
 
     4 channels    1 where a frame of the latent frame is given, else 0 (a clip's first frame counts for all four)
     16 channels   the codec's latents of a video of the given frames, with grey between them
+
+Wan 2.1 attends to an image encoder's tokens of the given frames as well, beside the caption.
 """
 
 from __future__ import annotations
@@ -28,9 +30,16 @@ FLAGS = {"image_to_video": "--image FIRST", "interpolate": "--first FIRST --last
 
 def require_able(config: DiTConfig, task: str) -> None:
     """Raise ValueError if the model cannot do this task of generate/tasks.py. The message says what it can do."""
-    if config.given_channels and task not in FLAGS:
-        can = " and ".join(f"{name} ({flags})" for name, flags in FLAGS.items())
+    if config.given_channels and task not in (able := _able(config)):
+        can = " and ".join(f"{name} ({FLAGS[name]})" for name in able)
         raise ValueError(f"this model makes videos from given frames: it can do {can}, and not {task}")
+
+
+def _able(config: DiTConfig) -> list[str]:
+    """Wan 2.1 has a model for each task, that attends to one image or to two; Wan 2.2's does both."""
+    if not config.image_features:
+        return list(FLAGS)
+    return ["interpolate"] if config.image_positions else ["image_to_video"]
 
 
 def given_video(frames: Mapping[int, np.ndarray], size_THW: tuple[int, int, int]) -> np.ndarray:
@@ -86,4 +95,28 @@ def with_frames(batch: PackedBatch, packed: PackedRequests) -> PackedBatch:
             )
         n = packed.copies * packed.tokens(i)
         given_BSx[b, at : at + n] = np.tile(given_thwx.reshape(-1, config.given_width), (packed.copies, 1))
-    return dataclasses.replace(batch, given_BSx=given_BSx)
+    batch = dataclasses.replace(batch, given_BSx=given_BSx)
+    return _with_image_tokens(batch, packed) if config.image_features else batch
+
+
+def _with_image_tokens(batch: PackedBatch, packed: PackedRequests) -> PackedBatch:
+    """The batch with the image tokens of each segment."""
+    rows = [[_image_tokens(packed, i) for i in row for _ in range(packed.copies)] for row in packed.rows]
+    longest = max(sum(map(len, row)) for row in rows)
+    image_BIE = np.zeros((len(rows), longest, packed.config.image_features), np.float32)
+    image_segment_BI = np.zeros((len(rows), longest), np.int32)
+    for b, row in enumerate(rows):
+        segments = np.repeat(np.arange(1, len(row) + 1), [len(x_IE) for x_IE in row])
+        image_BIE[b, : len(segments)], image_segment_BI[b, : len(segments)] = np.concatenate(row), segments
+    return dataclasses.replace(batch, image_BIE=image_BIE, image_segment_BI=image_segment_BI)
+
+
+def _image_tokens(packed: PackedRequests, i: int) -> np.ndarray:
+    """The image tokens (I, E) of request i."""
+    config, frames = packed.config, packed.requests[i].frames
+    shape = () if frames is None or frames.image_IE is None else frames.image_IE.shape
+    if not shape or shape[1] != config.image_features or config.image_positions not in (0, shape[0]):
+        wanted = f"{config.image_positions or 'any number'} of width {config.image_features}"
+        raise ValueError(f"the image tokens of given frames are {shape or 'missing'}: the model reads {wanted}")
+    assert frames is not None and frames.image_IE is not None
+    return frames.image_IE

@@ -27,6 +27,7 @@ from minisora_jax.io.model_dir import (
     saved_settings,
 )
 from minisora_jax.models.captions import captions_of
+from minisora_jax.models.clip_vision import image_encoder_of
 from minisora_jax.models.codec import Codec
 from minisora_jax.models.dit import DiTConfig, abstract_params
 from minisora_jax.parallel.mesh import with_shardings
@@ -48,6 +49,7 @@ def load_parts(
     text_encoder: str | Path | None,
     dtype: str | None = None,
     loras: Sequence[str] = (),
+    image_encoder: str | Path | None = None,
 ) -> dict[str, Any]:
     """The fields of a `NativePipeline`. See `VideoPipeline.load`."""
     keep_compiled_programs()
@@ -95,6 +97,7 @@ def load_parts(
         "captions": captions_of(dit, _text(config, model), text_encoder, pair and pair.text_encoder),
         "guide": guide,
         "low_noise": low_noise,
+        "image_encoder": image_encoder_of(dit, image_encoder),
         "window": frames,
         "sides": tuple(sides) or None,
         "leads_over": _leads_over(training),
@@ -119,8 +122,6 @@ def _load_dit(model: str | Path, dtype: str | None = None) -> tuple[dict, DiTCon
     dit = saved_settings(DiTConfig, config, "dit", model)
     check_shapes(stored, abstract_params(dit), model)
     dit = dataclasses.replace(dit, dtype=dtype or dit.dtype)
-    if dit.image_features:
-        raise ValueError(f"{model} needs the features of an image encoder, which this command does not compute yet")
     mesh = jax.sharding.get_mesh()
     if mesh.empty:
         return jax.tree.map(jnp.asarray, in_memory(stored, model, dtype)), dit, config
@@ -192,6 +193,8 @@ def _require_like(dit: DiTConfig, objective: ObjectiveConfig, guide: DiTConfig, 
         ("text_features", dit.text_features, guide.text_features),
         ("caption_tokens", dit.caption_tokens, guide.caption_tokens),
         ("given_channels", dit.given_channels, guide.given_channels),
+        ("image_features", dit.image_features, guide.image_features),
+        ("image_positions", dit.image_positions, guide.image_positions),
         ("path", objective.path, theirs.path),
         ("prediction", objective.prediction, theirs.prediction),
     ):

@@ -24,6 +24,7 @@ from minisora_jax.generate.storyboard import whole_lines
 from minisora_jax.io.model_dir import in_words
 from minisora_jax.io.progress import Progress
 from minisora_jax.models.captions import BYTES, Captions
+from minisora_jax.models.clip_vision import ImageEncoder
 from minisora_jax.models.codec import Codec
 from minisora_jax.models.dit import DiTConfig, abstract_params
 from minisora_jax.parallel.mesh import cuts, params_on_mesh
@@ -50,6 +51,7 @@ class NativePipeline:
     captions: Captions = BYTES
     guide: tuple[DiTConfig, dict] | None = None
     low_noise: LowNoise | None = None  # the expert for low noise, if the model is one of a pair
+    image_encoder: ImageEncoder | None = None  # of a model that attends to image tokens
     window: int = 21  # latent frames that the model makes at once; longer videos are made window by window
     sides: tuple[int, int] | None = None  # height and width of the largest latents in training; None: not recorded
     leads_over: bool = False  # trained with a known past and future: loops are made as transitions back

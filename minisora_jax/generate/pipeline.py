@@ -47,6 +47,7 @@ class VideoPipeline(NativePipeline):
         text_encoder: str | Path | None = None,
         dtype: str | None = None,
         loras: Sequence[str] = (),
+        image_encoder: str | Path | None = None,
     ) -> VideoPipeline:
         """Load a model that `minisora train` or `minisora import` wrote.
 
@@ -56,6 +57,7 @@ class VideoPipeline(NativePipeline):
             text_encoder: the directory of its text encoder; None for the one that the model's training recorded.
             dtype: "float32" or "bfloat16" for weights and arithmetic; None: arithmetic as the model says, on float32.
             loras: adapters of the model, each "PATH" or "PATH:WEIGHT".
+            image_encoder: the directory of the image encoder of a model that attends to one (Wan 2.1 image to video).
 
         Raises:
             FileNotFoundError: if a file is missing.
@@ -66,7 +68,8 @@ class VideoPipeline(NativePipeline):
             >>> ms.VideoPipeline.load().known_size
             (17, 64, 64)
         """
-        return cls(**load_parts(model or MODEL, codec, guide_model, text_encoder, dtype, loras))
+        parts = load_parts(model or MODEL, codec, guide_model, text_encoder, dtype, loras, image_encoder)
+        return cls(**parts)
 
     def generate(
         self,
@@ -142,9 +145,7 @@ class VideoPipeline(NativePipeline):
             prompt: what happens.
             image: uint8 (H, W, 3); H and W multiples of `cell`.
             frames: 1 + 4k.
-            seed: seed of the noise.
-            fps: frames per second.
-            **sampling: steps, guidance, sampler, progress.
+            **sampling: as in `generate`, like `seed` and `fps`.
 
         Example:
             >>> import numpy as np
@@ -327,9 +328,8 @@ class VideoPipeline(NativePipeline):
             frames: number of frames.
             size: height and width in pixels.
             first: the first frame, uint8 (H, W, 3), or None.
-            seed: seed of the noise.
             fps: frames per second, which the times of a storyboard refer to.
-            **sampling: steps, guidance, sampler, progress.
+            **sampling: as in `generate`, like `seed`.
 
         Example:
             >>> import minisora_jax as ms

@@ -34,9 +34,11 @@ class GivenFrames:
     """Given frames as models with `DiTConfig.given_channels` read them, see generate/given_frames.py."""
 
     channels_thwc: np.ndarray  # float32: which frames of a latent frame are given, and the latents of the given video
+    image_IE: np.ndarray | None = None  # float32: the image encoder's tokens of the given frames, if they are read
 
     def __repr__(self) -> str:
-        return f"GivenFrames({'x'.join(map(str, self.channels_thwc.shape))})"
+        tokens = "" if self.image_IE is None else f", {len(self.image_IE)} image tokens"
+        return f"GivenFrames({'x'.join(map(str, self.channels_thwc.shape))}{tokens})"
 
 
 @dataclasses.dataclass(frozen=True)

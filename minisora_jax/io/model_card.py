@@ -13,8 +13,9 @@ from minisora_jax.io.atomic import write_text
 NAME = "README.md"
 TASKS = {"dit": "text-to-video", "lora": "text-to-video"}
 TASKS |= {"vae": "image-to-image", "t5": "feature-extraction", "clip": "feature-extraction"}
+TASKS |= {"clip_vision": "image-feature-extraction"}
 NOUNS = {"dit": "diffusion transformer", "lora": "LoRA adapter"}
-NOUNS |= {"vae": "video codec", "t5": "text encoder", "clip": "text encoder"}
+NOUNS |= {"vae": "video codec", "t5": "text encoder", "clip": "text encoder", "clip_vision": "image encoder"}
 RECORDED = (  # (label, keys of the entry in the run's config)
     ("converted from the published", "imported"),
     ("started from", "init"),

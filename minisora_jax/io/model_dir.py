@@ -27,7 +27,7 @@ from minisora_jax.parallel.processes import is_main, parts_of
 
 FILES = ("model.safetensors", "config.json")
 LOW_NOISE = "low_noise"  # the folder of a second expert within that of the first (Wan 2.2 A14B)
-KINDS = ("vae", "dit", "lora", "t5", "clip", "lpips")
+KINDS = ("vae", "dit", "lora", "t5", "clip", "clip_vision", "lpips")
 MOST_LAYERS, MOST = 1000, 2**24  # limits of a saved number of layers, and of any other whole number
 
 

@@ -11,6 +11,7 @@ Several captions may share a row. Positions restart in each caption, and attenti
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -54,9 +55,15 @@ class CLIPConfig:
 
 
 class CLIPBlock(nn.Module):
-    """One layer: causal self-attention within segments, then the MLP."""
+    """One layer: self-attention within segments, then the MLP.
 
-    config: CLIPConfig
+    Attributes:
+        config: A `CLIPConfig`, or the config of the vision encoder (models/clip_vision.py).
+        causal: Whether tokens see only those before them.
+    """
+
+    config: Any
+    causal: bool = True
 
     @nn.compact
     def __call__(self, x_BLD: jax.Array, segment_BL: jax.Array) -> tuple[jax.Array, None]:
@@ -65,7 +72,7 @@ class CLIPBlock(nn.Module):
         h = LayerNorm(epsilon=1e-5, name="attention_norm")(x_BLD)
         qkv_BL3NK = Einsum("bld,dpnk->blpnk", (D, 3, N, D // N), name="qkv")(h)
         # The bias makes attention causal within a row; `attend` keeps the segments apart.
-        causal_bias_1LL = jnp.where(jnp.tri(L, dtype=bool), 0.0, -1e30)[None]
+        causal_bias_1LL = jnp.where(jnp.tri(L, dtype=bool), 0.0, -1e30)[None] if self.causal else None
         q, k, v = (qkv_BL3NK[:, :, i] for i in range(3))
         h = attend(q, k, v, segment_BL, segment_BL, bias_NSM=causal_bias_1LL)
         x_BLD = x_BLD + Einsum("blnk,nkd->bld", (N, D // N, D), inputs=2, name="out")(h)

@@ -8,11 +8,12 @@ from types import ModuleType
 from minisora_jax.diffusion.objective import ObjectiveConfig
 from minisora_jax.diffusion.time import TimeConfig
 from minisora_jax.models.clip import CLIPConfig
+from minisora_jax.models.clip_vision import CLIPVisionConfig
 from minisora_jax.models.dit import DiTConfig
 from minisora_jax.models.perceptual import LPIPSConfig
 from minisora_jax.models.t5 import T5Config
 from minisora_jax.models.vae import VAEConfig
-from minisora_jax.weights import clip, dit, lpips, sd_vae, t5, wan_vae
+from minisora_jax.weights import clip, clip_vision, dit, lpips, sd_vae, t5, wan_vae
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +34,16 @@ class TextPreset:
 
     what: str
     config: T5Config | CLIPConfig
+    family: ModuleType
+    within: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class ImagePreset:
+    """An image encoder. The fields are those of `CodecPreset`."""
+
+    what: str
+    config: CLIPVisionConfig
     family: ModuleType
     within: tuple[str, ...] = ()
 
@@ -63,7 +74,7 @@ class LossPreset:
     within: tuple[str, ...] = ()
 
 
-Preset = CodecPreset | TextPreset | TransformerPreset | LossPreset
+Preset = CodecPreset | TextPreset | ImagePreset | TransformerPreset | LossPreset
 
 
 CODECS = {
@@ -104,6 +115,10 @@ TEXT_ENCODERS = {
     **{name: TextPreset(clip.ABOUT[name], config, clip, clip.WITHIN[name]) for name, config in clip.CONFIGS.items()},
 }
 
+IMAGE_ENCODERS = {
+    name: ImagePreset(clip_vision.ABOUT[name], config, clip_vision) for name, config in clip_vision.CONFIGS.items()
+}
+
 TRANSFORMERS = {
     name: TransformerPreset(
         dit.ABOUT[kind],
@@ -124,4 +139,4 @@ LOSSES = {"lpips": LossPreset(lpips.ABOUT, lpips.CONFIG, lpips)}
 
 def presets() -> dict[str, Preset]:
     """All presets by name."""
-    return {**CODECS, **TRANSFORMERS, **TEXT_ENCODERS, **LOSSES}
+    return {**CODECS, **TRANSFORMERS, **TEXT_ENCODERS, **IMAGE_ENCODERS, **LOSSES}

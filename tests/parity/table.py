@@ -53,6 +53,7 @@ REFERENCES = {  # system -> (the class it is compared with, layouts that load, i
     "LPIPS": ("lpips 0.1.4, VGG16", "torchvision's VGG16 with lpips' heads, lpips' own", []),
     "codec losses": ("Open-Sora 2.0's losses.py, written out in torch", "", []),
     "CLIP text, gelu": ("transformers CLIPTextModelWithProjection", "transformers, OpenCLIP", []),
+    "CLIP vision": ("transformers CLIPVisionModel", "transformers, Wan's own", []),
 }
 FULL_SIZE = {"wan2.1-t2v-1.3b": "v5p:2x2x1", "wan2.1-t2v-14b": "v5p:2x2x1", "wan2.1-i2v-14b": "v5p:2x2x1"}
 
@@ -113,6 +114,14 @@ SAMPLINGS = {
     "Wan 2.2 A14B, diffusers WanPipeline, UniPC": (
         "Wan 2.2 A14B, two experts", "diffusers WanPipeline, its authors' sigmas", "UniPC, shift 12, 10 steps",
         "4, then 3"
+    ),
+    "Wan 2.1 I2V, diffusers WanImageToVideoPipeline, UniPC": (
+        "Wan 2.1 I2V, with CLIP's vision encoder", "diffusers WanImageToVideoPipeline, its authors' sigmas",
+        "UniPC, shift 5, 3 steps", "5"
+    ),
+    "Wan 2.1 FLF2V, diffusers WanImageToVideoPipeline, UniPC": (
+        "Wan 2.1 FLF2V, with CLIP's vision encoder", "diffusers WanImageToVideoPipeline, its authors' sigmas",
+        "UniPC, shift 16, 3 steps", "5"
     ),
     "Wan 2.2 I2V A14B, diffusers WanImageToVideoPipeline, UniPC": (
         "Wan 2.2 I2V A14B, from an image", "diffusers WanImageToVideoPipeline, its authors' sigmas",
