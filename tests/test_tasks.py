@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from minisora_jax.bundled import CODEC, MODEL
+from minisora_jax.data.conditioning import KINDS
 from minisora_jax.evaluation.frames import psnr, seam
 from minisora_jax.generate import Given, Request, VideoPipeline, tasks
 from minisora_jax.generate.frame_ops import (
@@ -344,7 +345,7 @@ def test_what_fades_is_said(pipeline, clip):
 
 
 def test_a_loop_of_a_model_that_leads_over_moves_as_told_and_comes_back(pipeline, clip):
-    able = dataclasses.replace(pipeline, leads_over=True, window=5)
+    able = dataclasses.replace(pipeline, trained=KINDS, window=5)
     frames = done(able, tasks.text_to_video(able, request(clip, 24, loop=True)))[0]
     assert frames.shape == (24, 32, 32, 3)
     plain = done(able, tasks.long_video(able, dataclasses.replace(request(clip, 1)), 13))[0]

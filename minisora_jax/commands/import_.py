@@ -97,7 +97,11 @@ def import_transformer(name: str, path: str, out: str, dtype: str | None) -> tup
 
     preset = TRANSFORMERS[name]
     config = {"kind": "dit"} | {k: dataclasses.asdict(getattr(preset, k)) for k in ("times", "objective")}
-    config |= {"latent_size": [preset.window], "training": {"imported": name}}
+    config |= {
+        "latent_size": [preset.window],
+        "conditioning": list(preset.conditioning),
+        "training": {"imported": name},
+    }
 
     def export(path, out, **more):
         dit, params = read_preset(name, path)

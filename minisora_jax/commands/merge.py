@@ -18,6 +18,7 @@ def add_arguments(parser):
 
 
 def run(args, _):
+    from minisora_jax.generate.loading import trained_masks
     from minisora_jax.io.hub import local_folder
     from minisora_jax.io.model_dir import check_shapes, export_model, open_model, saved_settings
     from minisora_jax.models.dit import DiTConfig, abstract_params
@@ -32,6 +33,8 @@ def run(args, _):
     adapters = [read_adapter(text, dit, model) for text in args.loras]
     training = config.get("training")
     before = training if isinstance(training, dict) else {}
+    if (masks := trained_masks(config, model, adapters)) is not None:
+        config["conditioning"] = sorted(masks)
     config |= {"training": before | {"merged": [adapter.hash for adapter in adapters]}}
     digest = export_model(args.out, merged(stored, adapters), config, dtype=None, progress="merging")
     print(f"transformer {digest} written to {args.out}")

@@ -10,8 +10,12 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import functools
+import re
+from pathlib import Path
 
 import numpy as np
+
+from minisora_jax.io.model_dir import load_config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,6 +118,38 @@ class ConditioningConfig:
             }[kind]
             cond_mask[chosen] = True
         return cond_mask
+
+
+KINDS = frozenset(field.name for field in dataclasses.fields(ConditioningConfig)) - {"middle"}
+
+
+def taught_masks(shares: dict, data: str) -> frozenset[str]:
+    """The kinds of mask that a training draws: by its shares, and by its data sets (`data/a@between`)."""
+    drawn = {kind for kind, share in shares.items() if isinstance(share, int | float) and share > 0}
+    return KINDS & (drawn | set(re.findall(r"@(\w+)", data)))
+
+
+def recorded_masks(config: dict, directory: str | Path) -> frozenset[str] | None:
+    """The kinds of mask that an exported model was trained with; None: it was written before they were recorded.
+
+    Raises:
+        ValueError: The record is damaged.
+    """
+    if (kinds := config.get("conditioning")) is not None:
+        if not isinstance(kinds, list) or not all(isinstance(kind, str) and kind in KINDS for kind in kinds):
+            known = ", ".join(sorted(KINDS))
+            raise ValueError(f"{directory}/config.json: conditioning={kinds!r:.100} must be a list of {known}")
+        return frozenset(kinds)
+    training = config.get("training")
+    part = lambda name: training[name] if isinstance(training, dict) and isinstance(training.get(name), dict) else {}
+    shares = part("conditioning")
+    return taught_masks(shares, str(part("data").get("path", ""))) if shares else None
+
+
+def known_masks(config: ConditioningConfig, data: str, init: str | Path | None) -> list[str]:
+    """The kinds of mask that a trained model knows: those of its training, and of the model `init` before it."""
+    before = recorded_masks(load_config(init), init) if init else None
+    return sorted(taught_masks(dataclasses.asdict(config), data) | (before or frozenset()))
 
 
 def _uniform(number: np.ndarray) -> np.ndarray:

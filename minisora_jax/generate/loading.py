@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from minisora_jax.bundled import CODEC, MODEL
+from minisora_jax.data.conditioning import recorded_masks
 from minisora_jax.diffusion.objective import ObjectiveConfig
 from minisora_jax.diffusion.time import TimeConfig
 from minisora_jax.generate.experts import LowNoise
@@ -33,7 +34,7 @@ from minisora_jax.models.dit import DiTConfig, abstract_params
 from minisora_jax.parallel.mesh import with_shardings
 from minisora_jax.parallel.programs import keep_compiled_programs
 from minisora_jax.toy.grammar import vocabulary
-from minisora_jax.weights.adapters import applied, read_adapter
+from minisora_jax.weights.adapters import Adapter, applied, read_adapter
 from minisora_jax.weights.errors import shown
 from minisora_jax.weights.presets import TRANSFORMERS
 
@@ -100,7 +101,7 @@ def load_parts(
         "image_encoder": image_encoder_of(dit, image_encoder),
         "window": frames,
         "sides": tuple(sides) or None,
-        "leads_over": _leads_over(training),
+        "trained": trained_masks(config, model, adapters),
         "vocabulary": vocabulary() if not loras and Path(model).resolve() == Path(MODEL).resolve() else None,
     }
 
@@ -142,11 +143,10 @@ def _low_noise(config: dict, dit: DiTConfig, objective: ObjectiveConfig, model: 
     return LowNoise(params, float(below))
 
 
-def _leads_over(training: dict) -> bool:
-    """Whether a model was trained to lead from a known past to a known future (`ConditioningConfig.between`)."""
-    part = lambda key: training[key] if isinstance(training.get(key), dict) else {}
-    share = part("conditioning").get("between", 0)
-    return (isinstance(share, int | float) and share > 0) or "@between" in str(part("data").get("path", ""))
+def trained_masks(config: dict, model: str | Path, adapters: Sequence[Adapter] = ()) -> frozenset[str] | None:
+    """The kinds of conditioning mask that a model, or an adapter of it, was trained with; None: not recorded."""
+    own = recorded_masks(config, model)
+    return None if own is None else own.union(*(adapter.masks for adapter in adapters))
 
 
 def _latent_size(config: dict, model: str | Path) -> list[int]:

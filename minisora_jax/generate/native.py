@@ -54,7 +54,7 @@ class NativePipeline:
     image_encoder: ImageEncoder | None = None  # of a model that attends to image tokens
     window: int = 21  # latent frames that the model makes at once; longer videos are made window by window
     sides: tuple[int, int] | None = None  # height and width of the largest latents in training; None: not recorded
-    leads_over: bool = False  # trained with a known past and future: loops are made as transitions back
+    trained: frozenset[str] | None = None  # kinds of conditioning mask that it was trained with; None: not recorded
     vocabulary: frozenset[str] | None = None  # all words of the training captions; None: not recorded
 
     def __repr__(self) -> str:
@@ -242,7 +242,7 @@ class NativePipeline:
         grids = [self.grid(r) for r in requests]
         captions = features(self.captions, requests, self.copies, self.config.caption_tokens)
         on_mesh = lambda c, p: params_on_mesh(p, functools.partial(abstract_params, c))
-        models = [(c, on_mesh(c, p)) for c, p in self._models]
+        models = [(c, on_mesh(c, p)) for c, p in filter(None, ((self.config, self.params), self.guide))]
         low = self.low_noise and LowNoise(on_mesh(self.config, self.low_noise.params), self.low_noise.below)
         work = [
             (fewer, packed)
@@ -276,11 +276,8 @@ class NativePipeline:
         batch_rows += -batch_rows % row_cuts
         batches = [rows[i : i + at_once] for i in range(0, len(rows), at_once)]
         padded = [batch + [batch[-1]] * (batch_rows - len(batch)) for batch in batches]  # one shape, one compilation
-        return [PackedRequests(requests, grids, batch, self.copies, row_tokens, self.config) for batch in padded]
-
-    @property
-    def _models(self) -> list[tuple[DiTConfig, dict]]:
-        return [(self.config, self.params)] + ([self.guide] if self.guide else [])
+        shape = self.copies, row_tokens, self.config, self.trained
+        return [PackedRequests(requests, grids, batch, *shape) for batch in padded]
 
     def encode(self, clips: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Latents (t, h, w, c) of uint8 clips (1 + 4k, H, W, 3). Clips of one size go through the codec together.

@@ -11,9 +11,11 @@ import numpy as np
 from minisora_jax.data.packing import PackConfig
 from minisora_jax.data.rows import Segment, pack_segments, patchify, unpatchify
 from minisora_jax.generate.given_frames import with_frames
+from minisora_jax.generate.known import Held, clean_tokens
 from minisora_jax.generate.noise import Noise
 from minisora_jax.generate.request import Request
 from minisora_jax.models.dit import DiTConfig
+from minisora_jax.parallel.mesh import TOKENS, put_batch
 from minisora_jax.types import PackedBatch
 
 
@@ -27,6 +29,7 @@ class PackedRequests:
     copies: int  # segments of a request: with and without its caption, or one for both models of autoguidance
     length: int  # tokens of a row
     config: DiTConfig
+    trained: frozenset[str] | None = None  # kinds of conditioning mask that the model knows, see `clean_tokens`
 
     @functools.cached_property
     def places(self) -> list[tuple[int, int, int]]:
@@ -62,13 +65,28 @@ class PackedRequests:
                     f"the given latents have {patches.shape[:3]} tokens and the conditioning mask "
                     f"{given.cond_mask_thw.shape}; the request has {self.grids[i]}"
                 )
-            cond_mask = given.cond_mask_thw.reshape(-1)
-            kept = cond_mask | (given.strength < 1)
+            kept = given.cond_mask_thw.reshape(-1) | (given.strength < 1)
+            cond_mask = self._clean(i).reshape(-1)
             tokens = np.where(kept[:, None], patches.reshape(n, -1), 0.0).astype(np.float32)
         return [
             Segment(tokens, cond_mask, self.grids[i], text, request.fps, request.first, request.spacing)
             for text in captions
         ]
+
+    def _clean(self, i: int) -> np.ndarray:
+        request = self.requests[i]
+        assert request.given
+        return clean_tokens(self.trained, request.given.cond_mask_thw, request.first)
+
+    def held(self) -> Held | None:
+        """The known tokens that are held, on the mesh in use; None if there are none."""
+
+        def held_tokens(i: int) -> np.ndarray | float:
+            given = self.requests[i].given
+            return np.tile((given.cond_mask_thw & ~self._clean(i)).reshape(-1), self.copies) if given else 0.0
+
+        mask_BS = self.per_token(held_tokens) > 0
+        return Held(put_batch(mask_BS, TOKENS), self.noise()) if mask_BS.any() else None
 
     def per_token(self, value) -> np.ndarray:
         """value(i) for each token of request i, (B, S) float32; 0 for padding."""

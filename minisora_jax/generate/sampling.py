@@ -1,9 +1,9 @@
 """From requests to latents: requests are packed into rows, and the sampler steps through time.
 
 The noise of a request, at the start and at every step of a stochastic sampler, comes from its own seed, so that its
-video does not depend on the batch. Known tokens are at time 0 and stay. The latents of a loop lie on a circle. At each
-step the circle is cut for the model at another latent frame, by shifting the time positions, so that no frame is always
-the end (latent shift: Bi et al. 2025, arXiv:2502.20307).
+video does not depend on the batch. Known tokens are at time 0 and stay, or are held (known.py). The latents of a loop
+lie on a circle. At each step the circle is cut for the model at another latent frame, by shifting the time positions,
+so that no frame is always the end (latent shift: Bi et al. 2025, arXiv:2502.20307).
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from minisora_jax.diffusion.sampler import SAMPLERS, SamplerConfig
 from minisora_jax.diffusion.time import TimeConfig, latest_time, sampling_times, sampling_token_times
 from minisora_jax.generate.experts import LowNoise
 from minisora_jax.generate.guided import guided_denoiser, run_model
+from minisora_jax.generate.known import Held
 from minisora_jax.generate.noise import Noise
 from minisora_jax.generate.packed import PackedRequests
 from minisora_jax.generate.request import Request
@@ -70,7 +71,7 @@ def sample(
     if sampler.shift is not None:
         times = dataclasses.replace(times, sampling_shift=sampler.shift)
     path, latest = objective.noise_path, latest_time(objective.noise_path, objective.prediction)
-    batch, noise = put_batch(packed.batch(captions)), packed.noise()
+    batch, noise, held = put_batch(packed.batch(captions)), packed.noise(), packed.held()
     tokens = lambda values: put_batch(values, TOKENS)
     start_BS = tokens(
         packed.per_token(lambda i: packed.requests[i].given.strength if packed.requests[i].given else 1.0)
@@ -96,6 +97,8 @@ def sample(
             )
         if any(circle):
             raise ValueError("a loop is cut elsewhere at each step, and dopri5 has no fixed steps: use --sampler heun")
+        if held:
+            raise ValueError("what is given is held at each step, and dopri5 has no fixed steps: use --sampler heun")
         first_BS = jnp.minimum(sampling_token_times(times, start_BS, batch), latest)
         x = _begin(path, batch, noise, first_BS, start_BS)
         x = _integrate(static, times, latest, sampler.tolerance, x, start_BS, inputs)
@@ -107,13 +110,15 @@ def sample(
     # Wan's authors begin at time 0.9998 with the noise itself.
     pure = jnp.full_like(times_KBS[0], latest) if sampler.time_schedule == "wan" else times_KBS[0]
     x = _begin(path, batch, noise, times_KBS[0], start_BS, pure)
+    if held:
+        x = held.back(path, x, batch.tokens_BSP, times_KBS[0])
     cache = empty_cache(packed.config, sampler.name, x) if sampler.reuse else None
     state = x, SAMPLERS[sampler.name].begin(x, times_KBS[0]), cache
     times_KBS = jnp.pad(times_KBS, ((0, -len(times_KBS) % STEPS_UNIT), (0, 0), (0, 0)))
     reuse_KC = reuse_by_step(sampler, len(times_KBS)) if sampler.reuse else None
     fresh = noise if sampler.noise else None
     advance = lambda state, first, end, inputs: sampling_steps(
-        static, sampler.name, state, first, end, times_KBS, fresh, sampler.noise, circle_BS, inputs, reuse_KC
+        static, sampler.name, state, first, end, times_KBS, fresh, sampler.noise, circle_BS, held, inputs, reuse_KC
     )
     handover = low_noise.first_step(objective, times_KBS, sampler.steps) if low_noise else sampler.steps
     if on_step is None and measure is None:
@@ -200,6 +205,7 @@ def sampling_steps(
     noise: Noise | None,
     eta,
     circle_BS: jax.Array | None,
+    held: Held | None,
     inputs,
     reuse_KC: jax.Array | None = None,
 ):
@@ -223,6 +229,8 @@ def sampling_steps(
         )
         results = [step(denoiser) for denoiser in denoisers]
         x_BSP, past = jax.tree.map(lambda *each: sum(each) / len(each), *results) if len(results) > 1 else results[0]
+        if held is not None:
+            x_BSP = held.back(static[1].noise_path, x_BSP, batch.tokens_BSP, times_KBS[k + 1])
         return x_BSP, past, run.cache if isinstance(run, CachedCalls) else None
 
     return jax.lax.fori_loop(first, end, one_step, state)

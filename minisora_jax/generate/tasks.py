@@ -25,6 +25,7 @@ import numpy as np
 
 from minisora_jax.generate.frame_ops import eased, feathered, filled
 from minisora_jax.generate.from_images import from_images
+from minisora_jax.generate.known import leads_over
 from minisora_jax.generate.native import NativePipeline
 from minisora_jax.generate.request import Given, Request, image_size, video_size
 from minisora_jax.generate.runner import Decode, Encode, Frames, Task
@@ -37,7 +38,7 @@ def text_to_video(pipeline: NativePipeline, request: Request) -> Task:
     """Text to video, to an image, or to a loop. Sizes beyond training are upscaled from a trained size."""
     native, *larger = _requests_up_to(pipeline, request)
     pipeline.grid(request)
-    if request.loop and pipeline.leads_over:
+    if request.loop and leads_over(pipeline.trained):
         frames = yield from loop_frames(pipeline, native)
     else:
         frames = yield Decode((yield native), request.loop)

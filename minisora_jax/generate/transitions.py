@@ -20,6 +20,7 @@ from minisora_jax.generate.frame_ops import (
     jump,
     last_frames,
 )
+from minisora_jax.generate.known import leads_over
 from minisora_jax.generate.native import NativePipeline
 from minisora_jax.generate.request import Given, Request
 from minisora_jax.generate.runner import Decode, Encode, Note, Task, collected
@@ -89,7 +90,7 @@ def led_over(pipeline: NativePipeline, request: Request, a_THWC: np.ndarray, b_T
     a_eased = eased(a_THWC, frames[: len(a)], at_end=True)
     b_eased = eased(b_THWC, frames[until : until + len(b_THWC)], at_end=False)
     new = frames[len(a) : until]
-    unlike = not pipeline.leads_over or colour_distance(a[-1], b[0]) > UNLIKE
+    unlike = not leads_over(pipeline.trained) or colour_distance(a[-1], b[0]) > UNLIKE
     if cut > CUT and unlike:
         new = evened(np.concatenate([a_eased[-1:], new, b_eased[:1]]))[1:-1]
         log.warning("the model makes no way from one scene to the other: the new frames fade")

@@ -10,6 +10,8 @@ from typing import Any
 
 from flax import traverse_util
 
+from minisora_jax.generate.known import tasks_of
+from minisora_jax.generate.loading import trained_masks
 from minisora_jax.inspection.datasets import short
 from minisora_jax.io.atomic import replacing
 from minisora_jax.io.json_files import read_json, read_json_lines
@@ -33,6 +35,8 @@ def model_facts(directory: Path) -> list[tuple[str, str]]:
         ("parameters", f"{total:,} ({', '.join(f'{n / total:.0%} {t}' for t, n in types.items())})"),
     ]
     lines += [(f"  {name}", f"{n:>13,}  {n / total:6.1%}") for name, n in sorted(sizes.items(), key=lambda i: -i[1])]
+    if config.get("kind") in ("dit", "lora") and isinstance(shape := config.get("dit"), dict):
+        lines.append(("tasks", tasks_of(trained_masks(config, directory), bool(shape.get("given_channels")))))
     return lines + [(name, value) for name, value in _flat({k: v for k, v in config.items() if k != "training"})]
 
 

@@ -145,7 +145,8 @@ def lower(work: Workload, mesh: jax.sharding.Mesh) -> tuple[dict[str, Any], jax.
         )
         start = batch.tokens_BSP, SAMPLERS["heun"].begin(batch.tokens_BSP, time_BS), None
         with jax.set_mesh(mesh):
-            lowered = sampling_steps.lower(static, "heun", start, 0, STEPS_UNIT, times_KBS, None, 0.0, None, inputs)
+            nothing = None, 0.0, None, None  # no noise, no loop, nothing held
+            lowered = sampling_steps.lower(static, "heun", start, 0, STEPS_UNIT, times_KBS, *nothing, inputs)
         return {"parameters": params, "batch": batch}, lowered
     optim = work.task.run.optim
     with jax.set_mesh(mesh):

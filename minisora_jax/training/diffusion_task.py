@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from minisora_jax.data.conditioning import ConditioningConfig
+from minisora_jax.data.conditioning import ConditioningConfig, known_masks
 from minisora_jax.data.epochs import Epochs, curriculum, within
 from minisora_jax.data.latents import Latents, Mixture
 from minisora_jax.data.loader import DataConfig, packed_batches
@@ -205,6 +205,7 @@ def train_diffusion(
     kept = ("dit", "times", "objective", *(("lora",) if task.lora.rank else ()))
     config = {k: dataclasses.asdict(getattr(task, k)) for k in kept} | export | {"training": run_config}
     config |= {"kind": kept[-1] if task.lora.rank else "dit", "latent_size": _trained_size(latents)}
+    config["conditioning"] = known_masks(task.conditioning, task.data.path, None if task.lora.rank else init)
     average = state.average
     if task.train_only and init:
         average = together(average, apart(unchanged(init), task.train_only)[1])

@@ -22,6 +22,7 @@ from flax import traverse_util
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from minisora_jax.data.conditioning import recorded_masks
 from minisora_jax.io.hub import local_folder
 from minisora_jax.io.model_dir import FILES, in_memory, model_hash, open_model, saved_settings
 from minisora_jax.io.safetensors import LazyArray
@@ -41,6 +42,7 @@ class Adapter:
     diff: Any  # whole changes by the paths of parameters, with the weight in them
     hash: str  # of the file or folder, and the weight
     base: str = ""  # hash of the model that it was trained over; "": not recorded
+    masks: frozenset[str] = frozenset()  # the kinds of conditioning mask that it was trained with
 
 
 def parse_adapter(text: str) -> tuple[str, float]:
@@ -77,17 +79,18 @@ def read_adapter(text: str, dit: DiTConfig, model: str | Path) -> Adapter:
     where = Path(local_folder(path))
     if not where.exists():
         raise FileNotFoundError(f"there is no adapter {where}")
-    base = ""
+    base, masks = "", None
     if where.is_dir() and all((where / name).exists() for name in FILES):
         tree, config = _own(where)
         digest, training = model_hash(where), config.get("training")
         base = str(training.get("base", "")) if isinstance(training, dict) else ""
+        masks = recorded_masks(config, where)
     else:
         tree, digest = read_published(where, dit), _file_hash(where)
     _check(tree, dit, where, model)
     lora = jax.tree.map(np.asarray, scaled(tree.get("lora", {}), weight))
     diff = jax.tree.map(lambda x: x * np.float32(weight), tree.get("diff", {}))
-    return Adapter(lora, diff, f"{digest}:{weight:g}", base)
+    return Adapter(lora, diff, f"{digest}:{weight:g}", base, masks or frozenset())
 
 
 def adapter_settings(directory: str | Path) -> tuple[Any, LoraConfig, DiTConfig, dict]:

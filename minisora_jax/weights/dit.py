@@ -71,6 +71,7 @@ for _name, _shift in (("wan2.1-flf2v-14b", 16.0), ("wan2.2-t2v-a14b", 12.0)):
 LOW_NOISE_BELOW = {"wan2.2-t2v-a14b": 0.875, "wan2.2-i2v-a14b": 0.9}
 EXPERTS = (("transformer", "transformer_2"), ("high_noise_model", "low_noise_model"))
 WINDOWS = {"wan2.2-ti2v-5b": 31}  # latent frames that a model makes at once, where these are not 21
+CONDITIONING = {"wan2.2-ti2v-5b": ("first",)}  # kinds of conditioning mask that a model was trained with
 # The presets (codec, text encoder) that each model or family was trained with.
 PAIRS = {
     "dit": ("sd-vae", None),

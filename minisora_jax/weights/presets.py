@@ -61,6 +61,7 @@ class TransformerPreset:
     text_encoder: str | None  # preset of its text encoder; None: it reads classes
     low_noise_below: float | None = None  # of a pair of experts: the time under which the second takes over
     window: int = 21  # latent frames that it makes at once
+    conditioning: tuple[str, ...] = ()  # kinds of conditioning mask that it was trained with
     within: tuple[str, ...] = ()
 
 
@@ -129,6 +130,7 @@ TRANSFORMERS = {
         *dit.PAIRS[kind],
         low_noise_below=dit.LOW_NOISE_BELOW.get(name),
         window=dit.WINDOWS.get(name, 21),
+        conditioning=dit.CONDITIONING.get(name, ()),
     )
     for name, config in dit.CONFIGS.items()
     for kind in [name if name in dit.PAIRS else name.split("-")[0]]
