@@ -11,6 +11,8 @@ from minisora_jax.data.conditioning import KINDS, ConditioningConfig, recorded_m
 from minisora_jax.evaluation import tasks as measured
 from minisora_jax.generate import Given, Request, VideoPipeline, known
 from minisora_jax.generate.known import clean_tokens, kinds_of, tasks_of
+from minisora_jax.models.dit_config import DiTConfig
+from minisora_jax.weights.dit import CONFIGS
 
 CAPTION = "a red circle moves left on a black background"
 NOTHING: frozenset[str] = frozenset()
@@ -89,8 +91,15 @@ def test_the_record_of_a_model():
     for bad in ("first", ["middle"], [1], {}):
         with pytest.raises(ValueError, match=r"m/config.json: conditioning="):
             recorded_masks({"conditioning": bad}, "m")
-    assert tasks_of(NOTHING).startswith("text_to_video, video_to_video; not trained for, what is given is held: image")
-    assert "held" not in tasks_of(KINDS) and "not recorded" in tasks_of(None)
+    held = "text_to_video, video_to_video; not trained for, what is given is held: image"
+    assert tasks_of(NOTHING, DiTConfig()).startswith(held)
+    assert "held" not in tasks_of(KINDS, DiTConfig()) and "not recorded" in tasks_of(None, DiTConfig())
+    tasks = {name: tasks_of(NOTHING, config) for name, config in CONFIGS.items() if config.given_channels}
+    assert tasks == {
+        "wan2.1-i2v-14b": "only image_to_video",
+        "wan2.1-flf2v-14b": "only interpolate",
+        "wan2.2-i2v-a14b": "only image_to_video and interpolate",
+    }
 
 
 @pytest.mark.slow

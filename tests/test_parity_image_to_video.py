@@ -122,9 +122,9 @@ def of_reference(pipeline: VideoPipeline, patch: pytest.MonkeyPatch) -> tuple[Vi
     tokens, steps, states = np.tile(noise.reshape(1, 18, 16), (1, 2, 1)), sampling.sampling_steps, []
 
     def recording(*arguments):
-        x_BSP, past = steps(*arguments)
-        states.append(np.moveaxis(unpatchify(np.asarray(x_BSP)[0, :18].reshape(3, 2, 3, 16), (1, 2, 2)), -1, 0))
-        return x_BSP, past
+        state = steps(*arguments)
+        states.append(np.moveaxis(unpatchify(np.asarray(state[0])[0, :18].reshape(3, 2, 3, 16), (1, 2, 2)), -1, 0))
+        return state
 
     patch.setattr(sampling, "sampling_steps", recording)
     patch.setattr(PackedRequests, "noise", lambda _: GivenNoise(jnp.asarray(tokens)[None]))

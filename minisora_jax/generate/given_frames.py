@@ -30,13 +30,13 @@ FLAGS = {"image_to_video": "--image FIRST", "interpolate": "--first FIRST --last
 
 def require_able(config: DiTConfig, task: str) -> None:
     """Raise ValueError if the model cannot do this task of generate/tasks.py. The message says what it can do."""
-    if config.given_channels and task not in (able := _able(config)):
+    if config.given_channels and task not in (able := able_tasks(config)):
         can = " and ".join(f"{name} ({FLAGS[name]})" for name in able)
         raise ValueError(f"this model makes videos from given frames: it can do {can}, and not {task}")
 
 
-def _able(config: DiTConfig) -> list[str]:
-    """Wan 2.1 has a model for each task, that attends to one image or to two; Wan 2.2's does both."""
+def able_tasks(config: DiTConfig) -> list[str]:
+    """The tasks of a model with given channels. Wan 2.1 has one for one image and one for two; Wan 2.2's does both."""
     if not config.image_features:
         return list(FLAGS)
     return ["interpolate"] if config.image_positions else ["image_to_video"]

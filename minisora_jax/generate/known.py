@@ -18,8 +18,9 @@ import numpy as np
 from flax import struct
 
 from minisora_jax.diffusion.noise_path import NoisePath
-from minisora_jax.generate.given_frames import FLAGS
+from minisora_jax.generate.given_frames import able_tasks
 from minisora_jax.generate.noise import Noise
+from minisora_jax.models.dit_config import DiTConfig
 
 log = logging.getLogger("minisora")
 
@@ -86,10 +87,10 @@ def kinds_of(cond_mask_thw: np.ndarray) -> frozenset[str]:
     return frozenset(kinds)
 
 
-def tasks_of(trained: frozenset[str] | None, frames_are_channels: bool = False) -> str:
-    """The tasks that a model can do, in words. frames_are_channels: see `DiTConfig.given_channels`."""
-    if frames_are_channels:
-        return f"only {' and '.join(FLAGS)}"
+def tasks_of(trained: frozenset[str] | None, config: DiTConfig) -> str:
+    """The tasks that a model can do, in words."""
+    if config.given_channels:
+        return f"only {' and '.join(able_tasks(config))}"
     if trained is None:
         return "all; which of them it was trained for is not recorded"
     able = [task for task, kind in TASKS.items() if not kind or kind in trained]

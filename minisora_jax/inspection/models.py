@@ -15,7 +15,8 @@ from minisora_jax.generate.loading import trained_masks
 from minisora_jax.inspection.datasets import short
 from minisora_jax.io.atomic import replacing
 from minisora_jax.io.json_files import read_json, read_json_lines
-from minisora_jax.io.model_dir import model_hash, open_model
+from minisora_jax.io.model_dir import model_hash, open_model, saved_settings
+from minisora_jax.models.dit_config import DiTConfig
 from minisora_jax.training.metrics import read_rows
 
 
@@ -35,8 +36,9 @@ def model_facts(directory: Path) -> list[tuple[str, str]]:
         ("parameters", f"{total:,} ({', '.join(f'{n / total:.0%} {t}' for t, n in types.items())})"),
     ]
     lines += [(f"  {name}", f"{n:>13,}  {n / total:6.1%}") for name, n in sorted(sizes.items(), key=lambda i: -i[1])]
-    if config.get("kind") in ("dit", "lora") and isinstance(shape := config.get("dit"), dict):
-        lines.append(("tasks", tasks_of(trained_masks(config, directory), bool(shape.get("given_channels")))))
+    if config.get("kind") in ("dit", "lora"):
+        shape = saved_settings(DiTConfig, config, "dit", directory)
+        lines.append(("tasks", tasks_of(trained_masks(config, directory), shape)))
     return lines + [(name, value) for name, value in _flat({k: v for k, v in config.items() if k != "training"})]
 
 
