@@ -85,6 +85,7 @@ SLOW_CASES = (
     "test_parity_image_to_video.py::test_requests_of_several_sizes_share_rows",
     "test_parity_image_to_video.py::test_the_command_makes_a_video_and_makes_it_again[wan2.1",
     "test_parity_image_to_video.py::test_a_model_of_one_image_or_of_two_says_so",
+    "test_parity_image_to_video.py::test_a_mesh_changes_nothing",
     "test_parity_lora.py::test_gradients_are_pefts",
     "test_parity_sd_vae.py::test_a_video_is_coded_frame_by_frame",
     "test_parity_sd_vae.py::test_gradients_are_the_references",

@@ -34,6 +34,7 @@ from minisora_jax.models.clip_vision import CLIPVision, CLIPVisionConfig  # noqa
 from minisora_jax.models.encoder import TextEncoder  # noqa: E402
 from minisora_jax.models.t5 import T5Config  # noqa: E402
 from minisora_jax.models.vae import VAE  # noqa: E402
+from minisora_jax.parallel.mesh import MeshConfig, make_mesh  # noqa: E402
 from minisora_jax.weights import clip_vision, wan_vae  # noqa: E402
 from minisora_jax.weights.dit import CONFIGS  # noqa: E402
 from minisora_jax.weights.presets import CODECS, IMAGE_ENCODERS, TRANSFORMERS, ImagePreset  # noqa: E402
@@ -169,6 +170,22 @@ def test_requests_of_several_sizes_share_rows(preset, published):
         [alone] = pipeline.sample([request(name)], **options)
         np.testing.assert_allclose(together, alone, atol=2e-5)
     assert np.abs(packed[0] - packed[2]).max() > 0.01  # of the same words, seed and size
+
+
+@pytest.mark.parametrize("mesh", [dict(data=2, ring=2), dict(data=2, fsdp=2, tensor=2)], ids=str)
+def test_a_mesh_changes_nothing(mesh, published):
+    paths = published("wan2.1-flf2v-14b")
+    alone, shared = VideoPipeline.load(**paths), [Request("a cat", (5, 32, 48), seed=seed) for seed in range(2)]
+    ours = lambda pipeline: [
+        dataclasses.replace(request, frames=given(pipeline, str(request.seed), (32, 48))) for request in shared
+    ]
+    options = dict(steps=2, progress=False)
+    expected = alone.sample(ours(alone), **options)
+    with jax.set_mesh(make_mesh(MeshConfig(**mesh), jax.devices()[: int(np.prod(list(mesh.values())))])):
+        on_mesh = VideoPipeline.load(**paths)
+        found = on_mesh.sample(ours(on_mesh), **options)
+    for video, other in zip(found, expected):
+        np.testing.assert_allclose(video, other, atol=2e-5)
 
 
 def given(pipeline: VideoPipeline, name: str, size: tuple[int, int]) -> GivenFrames:
