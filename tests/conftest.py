@@ -56,6 +56,8 @@ SLOW_CASES = (
     "test_generate.py::test_steps_are_one_program_whatever_their_number[ddpm]",
     "test_generate.py::test_steps_are_one_program_whatever_their_number[unipc]",
     "test_guidance.py::test_it_makes_no_difference_which_prediction_is_guided",
+    "test_guided.py::test_what_is_left_out_changes_nothing[loops",
+    "test_guided.py::test_what_is_left_out_changes_nothing[rescaled",
     "test_held_out.py::test_a_training_writes_it",
     "test_held_out.py::test_rows_and_meshes_change_nothing[MeshConfig(data=2, fsdp=2",
     "test_jobs.py::test_a_picture_may_begin_a_long_video",

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minisora_jax.diffusion.guidance import SCHEDULES, GuidanceConfig, guide, rescale, twins
+from minisora_jax.diffusion.guidance import SCHEDULES, GuidanceConfig, guide, rescale, twins, weight
 from minisora_jax.diffusion.noise_path import PATHS, PREDICTIONS, convert
 
 
@@ -15,15 +15,15 @@ def test_guidance_mixes_each_token_with_its_twin():
     v = jnp.array([[[1.0], [2.0], [10.0], [20.0], [7.0]]])
     with_caption, without = jnp.array([[0, 1, 0, 1, 4]]), jnp.array([[2, 3, 2, 3, 4]])
     pair = twins(v, with_caption, without)
-    guided = np.asarray(guide(*pair, jnp.full((1, 5), 0.5), 3.0))[0, :, 0]
+    guided = np.asarray(guide(*pair, jnp.full((1, 5), 3.0)))[0, :, 0]
     np.testing.assert_allclose(guided, [10 + 3 * (1 - 10), 20 + 3 * (2 - 20)] * 2 + [7], rtol=1e-6)
-    np.testing.assert_allclose(guide(*pair, jnp.full((1, 5), 0.5), 1.0)[0, :2, 0], [1, 2])
+    np.testing.assert_allclose(guide(*pair, jnp.ones((1, 5)))[0, :2, 0], [1, 2])
 
 
 def test_guidance_acts_in_its_interval_only():
     time = jnp.array([[0.0, 0.2, 0.5, 0.7, 0.71, 1.0]])
     good, worse = jnp.ones((1, 6, 1)), jnp.zeros((1, 6, 1))
-    guided = guide(good, worse, time, 4.0, (0.2, 0.7))[0, :, 0]
+    guided = guide(good, worse, weight(time, 4.0, (0.2, 0.7)))[0, :, 0]
     np.testing.assert_allclose(guided, [1, 4, 4, 4, 1, 1])
 
 
@@ -35,7 +35,7 @@ def test_it_makes_no_difference_which_prediction_is_guided(name, t, scale, seed)
         time, results = jnp.full((1, 3), t), []
         for p in PREDICTIONS:
             pair = (convert(path, "clean", p, clean, x_t, time[..., None]) for clean in (good, worse))
-            results.append(convert(path, p, "clean", guide(*pair, time, scale), x_t, time[..., None]))
+            results.append(convert(path, p, "clean", guide(*pair, weight(time, scale)), x_t, time[..., None]))
     for result in results[1:]:
         np.testing.assert_allclose(result, results[0], rtol=1e-5, atol=1e-6)
 
@@ -73,10 +73,9 @@ def test_settings_that_make_no_sense_are_refused(values, message):
 
 
 def test_schedules_keep_their_mean_and_grow_towards_the_data():
-    good, worse = jnp.ones((1, 1001, 1)), jnp.zeros((1, 1001, 1))
     time = jnp.linspace(0.0, 1.0, 1001)[None]
     for schedule in SCHEDULES:
-        weights = np.asarray(guide(good, worse, time, 5.0, schedule=schedule))[0, :, 0]
+        weights = np.asarray(weight(time, 5.0, schedule=schedule))[0]
         assert weights.mean() == pytest.approx(5.0, abs=0.01)
         assert (np.diff(weights) <= 1e-5).all()
     with pytest.raises(ValueError, match="schedule='step' must be one of constant, linear, cosine"):

@@ -37,8 +37,11 @@ def pipeline():
 # ---- What is sampled
 
 
-@pytest.mark.parametrize("name, reuse", [("heun", "00101011"), ("euler", "0110")])
-def test_it_is_what_a_loop_by_hand_makes(pipeline, name, reuse):
+@pytest.mark.parametrize(
+    "name, reuse, interval",
+    [("heun", "00101011", (0, 1)), ("euler", "0110", (0, 1)), ("heun", "00101001", (0.25, 0.65))],
+)
+def test_it_is_what_a_loop_by_hand_makes(pipeline, name, reuse, interval):
     packed = PackedRequests([RED], [pipeline.grid(RED)], [[0]], 2, 2 * 8, pipeline.config)
     captions = features(pipeline.captions, [RED], 2, 0)
     batch, (with_S, without_S) = packed.batch(captions), (index[0] for index in packed.twins())
@@ -56,11 +59,14 @@ def test_it_is_what_a_loop_by_hand_makes(pipeline, name, reuse):
         start = part("patch_in") + part("position_in")
         if next(calls) == "0":
             last = np.asarray(seen["intermediates"]["residual"][0][0], np.float64)
+            if not interval[0] <= time_S[0] <= interval[1]:  # then only what has a caption is computed
+                last = last[with_S]
         h = start + last  # at a call that computes, the head of this must be the model's own output
         h = (h - h.mean(-1, keepdims=True)) / np.sqrt(h.var(-1, keepdims=True) + 1e-6)
         shift, scale = np.split(part("modulation_out"), 2, axis=-1)  # a level for each token of so short a row
         p = (h * (1 + scale) + shift) @ np.float64(weights["patch_out"]["kernel"]) + weights["patch_out"]["bias"]
-        return p[without_S] + 3.0 * (p[with_S] - p[without_S])
+        w = 3.0 if interval[0] <= time_S[0] <= interval[1] else 1.0
+        return p[without_S] + w * (p[with_S] - p[without_S])
 
     x = np.asarray(packed.noise().draw(0, batch.tokens_BSP.shape[-1]))[0].astype(np.float64)
     for now, then in itertools.pairwise(times[:, 0]):
@@ -70,9 +76,9 @@ def test_it_is_what_a_loop_by_hand_makes(pipeline, name, reuse):
             v = 0.5 * (v + call(x + step * v, then))
         x = x + step * v
     by_hand = packed.latents(x[None])[0]
-    sampler = SamplerConfig(name, 4, reuse=reuse)
-    ours = pipeline.sample([RED], sampler=sampler, progress=False)[0]
-    full = pipeline.sample([RED], sampler=SamplerConfig(name, 4), progress=False)[0]
+    options = dict(guidance=GuidanceConfig(3.0, interval), progress=False)
+    ours = pipeline.sample([RED], sampler=SamplerConfig(name, 4, reuse=reuse), **options)[0]
+    full = pipeline.sample([RED], sampler=SamplerConfig(name, 4), **options)[0]
     np.testing.assert_allclose(ours, by_hand, atol=2e-4)
     assert np.abs(ours - full).max() > 0.02
 
@@ -173,12 +179,12 @@ def test_schedules_that_make_no_sense_are_refused(values, message):
 def test_loops_and_two_models_are_refused(pipeline):
     sampler = SamplerConfig("unipc", 2, reuse="00")
     loop = dataclasses.replace(RED, size_THW=(8, 32, 32), loop=True)
-    with pytest.raises(ValueError, match="not for a loop, which is cut elsewhere at each step: leave out --step-cache"):
+    with pytest.raises(ValueError, match="not for a loop, which is cut elsewhere at each step; leave out --step-cache"):
         pipeline.sample([loop], sampler=sampler, progress=False)
     pair = dataclasses.replace(pipeline, low_noise=LowNoise(pipeline.params, 0.5))
     guided = dataclasses.replace(pipeline, guide=(pipeline.config, pipeline.params))
     for two in (pair, guided):
-        with pytest.raises(ValueError, match="not for two models, of which each calls its own: leave out --step-cache"):
+        with pytest.raises(ValueError, match="not for two models: it has room for one; leave out --step-cache"):
             two.sample([RED], sampler=sampler, progress=False)
 
 

@@ -71,6 +71,11 @@ class GuidanceConfig:
             raise ValueError(f"guidance channels={self.channels} must be at least 1; scale=1 guides none")
 
     @property
+    def acts(self) -> bool:
+        """Whether there is a time at which it changes a prediction."""
+        return self.scale != 1 or self.low_noise not in (None, 1)
+
+    @property
     def static(self) -> tuple[float, str, int | None]:
         """The settings that a sampling step is compiled for: (rescale, schedule, channels)."""
         return self.rescale, self.schedule, self.channels
@@ -90,27 +95,33 @@ def twins(p_BSP: jax.Array, with_caption_BS: jax.Array, without_BS: jax.Array) -
     return take_in_row(p_BSP, with_caption_BS), take_in_row(p_BSP, without_BS)
 
 
-def guide(
-    model_BSP: jax.Array,
-    guide_BSP: jax.Array,
+def weight(
     time_BS: jax.Array,
     scale: jax.Array | float,
     interval: tuple[float, float] = (0.0, 1.0),
     schedule: str = "constant",
 ) -> jax.Array:
-    """The guided prediction: p_guide + w (p_model - p_guide) at times in the interval, p_model at others.
+    """w of each token, (B, S): 1 at times outside the interval.
 
     Args:
-        model_BSP: Prediction of the model.
-        guide_BSP: Prediction of the guide.
         time_BS: Time of each token.
         scale: Mean of w over time; one for all tokens, or (B, S).
         interval: See `GuidanceConfig`.
         schedule: A key of SCHEDULES.
     """
-    guided = (time_BS >= interval[0]) & (time_BS <= interval[1])
-    w_BS1 = jnp.where(guided, 1.0 + (scale - 1.0) * SCHEDULES[schedule](time_BS), 1.0)[..., None]
-    return guide_BSP + w_BS1 * (model_BSP - guide_BSP)
+    guided_BS = (time_BS >= interval[0]) & (time_BS <= interval[1])
+    return jnp.where(guided_BS, 1.0 + (scale - 1.0) * SCHEDULES[schedule](time_BS), 1.0)
+
+
+def guide(model_BSP: jax.Array, guide_BSP: jax.Array, w_BS: jax.Array) -> jax.Array:
+    """The guided prediction: p_guide + w (p_model - p_guide).
+
+    Args:
+        model_BSP: Prediction of the model.
+        guide_BSP: Prediction of the guide.
+        w_BS: See `weight`.
+    """
+    return guide_BSP + w_BS[..., None] * (model_BSP - guide_BSP)
 
 
 def rescale(

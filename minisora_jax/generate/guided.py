@@ -1,46 +1,89 @@
-"""The guided model: what a sampler calls as one model is one run of the transformer, or of two."""
+"""The guided model: what a sampler calls as one model is a call of the transformer with twins, or of two transformers.
+
+Where guidance does nothing, at times outside its interval, the twins without caption or the second transformer are left
+out: such a call costs half (Kynkaanniemi et al. 2024, arXiv:2404.07724).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import struct
 
 from minisora_jax.diffusion.denoiser import Denoiser
-from minisora_jax.diffusion.guidance import guide, rescale, twins
+from minisora_jax.diffusion.guidance import guide, rescale, twins, weight
+from minisora_jax.generate.step_cache import CachedCalls
 from minisora_jax.models.dit import DiT, DiTConfig, split_variance
 from minisora_jax.parallel.mesh import take_in_row
 from minisora_jax.types import PackedBatch
 
-Run = Callable[[DiTConfig, Any, jax.Array, jax.Array, PackedBatch], jax.Array]
+
+@struct.dataclass
+class Alone:
+    """The requests without their twins, see `PackedRequests.alone`."""
+
+    batch: PackedBatch
+    from_BR: jax.Array
+    to_BS: jax.Array
 
 
-def run_model(config: DiTConfig, params: Any, x_BSP: jax.Array, time_BS: jax.Array, batch: PackedBatch) -> jax.Array:
-    """The transformer's output (B, S, out_width)."""
-    output: Any = DiT(config).apply(params, x_BSP, time_BS, batch)
-    return output
+def run_model(
+    config: DiTConfig, params: Any, x_BSP: jax.Array, time_BS: jax.Array, batch: PackedBatch, keep: bool = False
+) -> tuple[jax.Array, jax.Array | None]:
+    """The transformer's (output (B, S, out_width), what its blocks added (B, S, D) if it is to be kept, else None)."""
+    result: Any = DiT(config).apply(params, x_BSP, time_BS, batch, mutable=["intermediates"] if keep else False)
+    if not keep:
+        return result, None
+    output, variables = result
+    [residual_BSD] = variables["intermediates"]["residual"]
+    return output, residual_BSD
 
 
-def guided_denoiser(static, inputs, run: Run = run_model) -> Denoiser:
+def run_alone(
+    config: DiTConfig, params: Any, x_BSP: jax.Array, time_BS: jax.Array, batch: PackedBatch, alone: Alone, keep: bool
+) -> tuple[jax.Array, jax.Array | None]:
+    """`run_model` of the requests without their twins; each twin has the result of its request."""
+    take = lambda x_BSx: take_in_row(x_BSx, alone.from_BR)
+    back = lambda y_BRx: None if y_BRx is None else take_in_row(y_BRx, alone.to_BS)
+    short = dataclasses.replace(alone.batch, position_BS3=take(batch.position_BS3))  # a loop's positions are turned
+    y_BRP, residual_BRD = run_model(config, params, take(x_BSP), take(time_BS[..., None])[..., 0], short, keep)
+    return take_in_row(y_BRP, alone.to_BS), back(residual_BRD)
+
+
+def guided_denoiser(static, inputs, cache: CachedCalls | None = None) -> Denoiser:
     """The guided model. static: (configs, objective, settings of guidance); a guide model's config comes second."""
     configs, objective, (share, schedule, channels) = static
-    params, batch, with_caption_BS, without_BS, scale, interval = inputs
+    params, batch, with_caption_BS, without_BS, scale, interval, alone = inputs
     path = objective.noise_path
 
     def predict(x_BSP, time_BS):
         """(the prediction, the variance of the model with its caption or None)."""
         seen_BSP, seen_BS = objective.model_input(x_BSP, time_BS)
-        outputs = [run(c, p, seen_BSP, seen_BS, batch) for c, p in zip(configs, params)]
-        (good_BSP, variance_BSP), *others = (split_variance(c, y) for c, y in zip(configs, outputs))
-        if others:
-            guide_BSP = others[0][0]
+        w_BS = weight(time_BS, scale, interval, schedule)
+        made_BS = (batch.segment_BS > 0) & ~batch.cond_mask_BS
+        acts = jnp.any(made_BS & (w_BS != 1))
+        first = configs[0], params[0], seen_BSP, seen_BS, batch
+
+        def compute() -> Any:
+            whole = lambda: run_model(*first, keep=cache is not None)
+            return jax.lax.cond(acts, whole, lambda: run_alone(*first, alone, cache is not None)) if alone else whole()
+
+        reuse: Any = lambda residual_BSD: DiT(configs[0]).apply(*first[1:], residual_BSD)
+        y_BSP = cache(compute, reuse) if cache else compute()[0]
+        good_BSP, variance_BSP = split_variance(configs[0], y_BSP)
+        if len(configs) > 1:
+            weaker = lambda: split_variance(configs[1], run_model(configs[1], params[1], seen_BSP, seen_BS, batch)[0])[
+                0
+            ]
+            guide_BSP = jax.lax.cond(acts, weaker, lambda: good_BSP)
         else:
             good_BSP, guide_BSP = twins(good_BSP, with_caption_BS, without_BS)
             variance_BSP = None if variance_BSP is None else take_in_row(variance_BSP, with_caption_BS)
-        p_BSP = guide(good_BSP, guide_BSP, time_BS, scale, interval, schedule)
+        p_BSP = guide(good_BSP, guide_BSP, w_BS)
         if channels:
             guided_P = np.arange(p_BSP.shape[-1]) % configs[0].latent_channels < channels
             p_BSP = jnp.where(guided_P, p_BSP, good_BSP)

@@ -85,11 +85,6 @@ class NativePipeline:
         """Pixels that a token covers along y and x. Heights and widths are multiples of it."""
         return self.codec.config.space_factor * self.config.patch[1]
 
-    @property
-    def copies(self) -> int:
-        """Segments of a request: with and without its caption, or one if a guide model takes the second's place."""
-        return 1 if self.guide else 2
-
     def grid(self, request: Request) -> tuple[int, int, int]:
         """Tokens (t, h, w) of a request. Raises ValueError, which names the nearest sizes that work."""
         T, H, W = request.size_THW
@@ -240,14 +235,16 @@ class NativePipeline:
         if self.guide and any(r.negative for r in requests):
             raise ValueError("a negative prompt replaces the empty prompt, which autoguidance does not use: drop one")
         grids = [self.grid(r) for r in requests]
-        captions = features(self.captions, requests, self.copies, self.config.caption_tokens)
+        # Segments of a request: with and without its caption. A guide model takes the second's place.
+        copies = 2 if guidance.acts and not self.guide else 1
+        captions = features(self.captions, requests, copies, self.config.caption_tokens)
         on_mesh = lambda c, p: params_on_mesh(p, functools.partial(abstract_params, c))
         models = [(c, on_mesh(c, p)) for c, p in filter(None, ((self.config, self.params), self.guide))]
         low = self.low_noise and LowNoise(on_mesh(self.config, self.low_noise.params), self.low_noise.below)
         work = [
             (fewer, packed)
             for fewer, members in _by_steps(requests, sampler)
-            for packed in self._packed(requests, grids, members, tokens_at_once)
+            for packed in self._packed(requests, grids, members, copies, tokens_at_once)
         ]
         latents: dict[int, np.ndarray] = {}
         ticks = sum(1 if s.name == "dopri5" else s.steps for s, _ in work)
@@ -265,18 +262,20 @@ class NativePipeline:
                 latents |= sample(packed, captions, models, *settings, fewer, low, stepwise, measure)
         return [latents[i] for i in range(len(requests))]
 
-    def _packed(self, requests, grids, members: Sequence[int], tokens_at_once: int) -> list[PackedRequests]:
+    def _packed(
+        self, requests, grids, members: Sequence[int], copies: int, tokens_at_once: int
+    ) -> list[PackedRequests]:
         """The requests with these numbers in rows, and rows in batches of one shape."""
         row_cuts, token_cuts = cuts()
-        row_tokens = self.copies * max(int(np.prod(grids[i])) for i in members)
+        row_tokens = copies * max(int(np.prod(grids[i])) for i in members)
         row_tokens += -row_tokens % token_cuts
-        rows = [[members[i] for i in row] for row in fill_rows([grids[i] for i in members], row_tokens, self.copies)]
+        rows = [[members[i] for i in row] for row in fill_rows([grids[i] for i in members], row_tokens, copies)]
         at_once = max(1, tokens_at_once // row_tokens)
         batch_rows = min(at_once, len(rows))
         batch_rows += -batch_rows % row_cuts
         batches = [rows[i : i + at_once] for i in range(0, len(rows), at_once)]
         padded = [batch + [batch[-1]] * (batch_rows - len(batch)) for batch in batches]  # one shape, one compilation
-        shape = self.copies, row_tokens, self.config, self.trained
+        shape = copies, row_tokens, self.config, self.trained
         return [PackedRequests(requests, grids, batch, *shape) for batch in padded]
 
     def encode(self, clips: Sequence[np.ndarray]) -> list[np.ndarray]:

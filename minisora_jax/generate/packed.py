@@ -26,7 +26,7 @@ class PackedRequests:
     requests: Sequence[Request]
     grids: Sequence[tuple[int, int, int]]
     rows: list[list[int]]  # requests by number
-    copies: int  # segments of a request: with and without its caption, or one for both models of autoguidance
+    copies: int  # segments of a request: with and without its caption; one without guidance, and with a guide model
     length: int  # tokens of a row
     config: DiTConfig
     trained: frozenset[str] | None = None  # kinds of conditioning mask that the model knows, see `clean_tokens`
@@ -104,6 +104,26 @@ class PackedRequests:
             with_caption_BS[b, at:end] = np.tile(np.arange(at, at + n), self.copies)
             without_BS[b, at:end] = np.tile(np.arange(end - n, end), self.copies)
         return with_caption_BS, without_BS
+
+    def alone(self, captions: Sequence[Sequence[np.ndarray]], cut: int) -> tuple[PackedBatch, np.ndarray, np.ndarray]:
+        """The requests without their twins, in rows of half the length.
+
+        Args:
+            captions: As of `batch`.
+            cut: The new length is a multiple of it.
+
+        Returns:
+            (the batch, the index in this row of each token of the shorter one (B, R), and the other way (B, S), where
+            twins have the same), int32.
+        """
+        half = -(-self.length // self.copies)
+        short = dataclasses.replace(self, copies=1, length=half + -half % cut)
+        from_BR, to_BS = (np.zeros((len(self.rows), n), np.int32) for n in (short.length, self.length))
+        for (i, b, at), (_, _, place) in zip(self.places, short.places):
+            n = self.tokens(i)
+            from_BR[b, place : place + n] = np.arange(at, at + n)
+            to_BS[b, at : at + self.copies * n] = np.tile(np.arange(place, place + n), self.copies)
+        return short.batch([texts[:1] for texts in captions]), from_BR, to_BS
 
     def noise(self) -> Noise:
         """Standard normal noise by each request's seed, equal for its twins, on the mesh in use."""

@@ -23,23 +23,20 @@ from minisora_jax.diffusion.noise_path import NoisePath
 from minisora_jax.diffusion.sampler import SAMPLERS, SamplerConfig
 from minisora_jax.diffusion.time import TimeConfig, latest_time, sampling_times, sampling_token_times
 from minisora_jax.generate.experts import LowNoise
-from minisora_jax.generate.guided import guided_denoiser, run_model
+from minisora_jax.generate.guided import Alone, guided_denoiser
 from minisora_jax.generate.known import Held
 from minisora_jax.generate.noise import Noise
 from minisora_jax.generate.packed import PackedRequests
 from minisora_jax.generate.request import Request
 from minisora_jax.generate.step_cache import CachedCalls, branches, empty_cache, reuse_by_step
 from minisora_jax.models.dit import DiTConfig
-from minisora_jax.parallel.mesh import TOKENS, put_batch
+from minisora_jax.parallel.mesh import TOKENS, cuts, put_batch
 from minisora_jax.parallel.processes import whole
 from minisora_jax.parallel.programs import make_room
 from minisora_jax.types import PackedBatch
 
 CUTS = 2  # cuts of a circle at each step; their results are averaged
 GOLDEN = 0.6180339887  # turn of the cut from step to step: its multiples cover the circle evenly
-NO_CACHE = (
-    "a step cache is for one model, and not for loops, which are cut elsewhere at each step: leave out --step-cache"
-)
 STEPS_UNIT = 32  # one program serves all numbers of steps up to a multiple of it
 
 
@@ -79,17 +76,19 @@ def sample(
     static = (tuple(config for config, _ in models), objective, guidance.static)
     params = tuple(p for _, p in models)
     both = tuple(tokens(index) for index in packed.twins())
-    inputs = (params, batch, *both, _scale(packed, guidance.scale), guidance.interval)
+    alone = None
+    if packed.copies > 1 and guidance.interval != (0, 1):
+        short, from_BR, to_BS = packed.alone(captions, cuts()[1])
+        alone = Alone(put_batch(short), tokens(from_BR), tokens(to_BS))
+    inputs = (params, batch, *both, _scale(packed, guidance.scale), guidance.interval, alone)
     low_scale = guidance.scale if guidance.low_noise is None else guidance.low_noise
-    low_inputs = low_noise and ((low_noise.params,), batch, *both, _scale(packed, low_scale), guidance.interval)
+    low_inputs = low_noise and ((low_noise.params,), batch, *both, _scale(packed, low_scale), guidance.interval, alone)
     circle = [packed.grids[i][0] if request.loop else 0 for i, request in enumerate(packed.requests)]
     circle_BS = tokens(packed.per_token(lambda i: circle[i]).astype(np.int32)) if any(circle) else None
 
     if sampler.reuse and (low_noise or len(models) > 1 or any(circle)):
-        kind = (
-            "a loop, which is cut elsewhere at each step" if any(circle) else "two models, of which each calls its own"
-        )
-        raise ValueError(f"a step cache is not for {kind}: leave out --step-cache")
+        which = "a loop, which is cut elsewhere at each step" if any(circle) else "two models: it has room for one"
+        raise ValueError(f"a step cache is not for {which}; leave out --step-cache")
     if sampler.name == "dopri5":
         if low_noise:
             raise ValueError(
@@ -218,12 +217,12 @@ def sampling_steps(
 
     def one_step(k, state):
         x_BSP, past, cache = state
-        run = run_model if reuse_KC is None else CachedCalls(reuse_KC[k], cache, branches(batch, *rest[:2]))
+        calls = None if reuse_KC is None else CachedCalls(reuse_KC[k], cache, branches(batch, *rest[:2]))
         fresh_BSP = None if noise is None else noise.draw(k + 1, x_BSP.shape[-1])
         seen = [batch]
         if circle_BS is not None:
             seen = [_turned(batch, circle_BS, (k * GOLDEN + n / CUTS) % 1.0) for n in range(CUTS)]
-        denoisers = [guided_denoiser(static, (params, each, *rest), run) for each in seen]
+        denoisers = [guided_denoiser(static, (params, each, *rest), calls) for each in seen]
         step = lambda denoiser: SAMPLERS[sampler].step(
             denoiser, x_BSP, times_KBS[k], times_KBS[k + 1], past, fresh_BSP, eta
         )
@@ -231,7 +230,7 @@ def sampling_steps(
         x_BSP, past = jax.tree.map(lambda *each: sum(each) / len(each), *results) if len(results) > 1 else results[0]
         if held is not None:
             x_BSP = held.back(static[1].noise_path, x_BSP, batch.tokens_BSP, times_KBS[k + 1])
-        return x_BSP, past, run.cache if isinstance(run, CachedCalls) else None
+        return x_BSP, past, calls.cache if calls else None
 
     return jax.lax.fori_loop(first, end, one_step, state)
 

@@ -10,7 +10,7 @@ model's inputs; MagCache (Ma et al. 2025, arXiv:2506.09045), which measures them
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -18,11 +18,12 @@ import numpy as np
 from flax import struct
 
 from minisora_jax.diffusion.sampler import SAMPLERS, SamplerConfig
-from minisora_jax.models.dit import DiT, DiTConfig
+from minisora_jax.models.dit import DiTConfig
 from minisora_jax.parallel.mesh import like
 from minisora_jax.types import PackedBatch
 
 MOST_SHARE = 0.75
+Output = tuple[jax.Array, jax.Array]  # (the transformer's output (B, S, out_width), r of its blocks (B, S, D))
 
 
 @struct.dataclass
@@ -56,19 +57,17 @@ class CachedCalls:
         self._reuse_C, self._residual_BSD, self._branches_GBS = reuse_C, cache.residual_BSD, branches_GBS
         self._changes: list[jax.Array] = []
 
-    def __call__(
-        self, config: DiTConfig, params: Any, x_BSP: jax.Array, time_BS: jax.Array, batch: PackedBatch
-    ) -> jax.Array:
-        """The next call, see `guided.run_model`."""
-        model, last_BSD = DiT(config), self._residual_BSD
+    def __call__(self, compute: Callable[[], Output], reuse: Callable[[jax.Array], jax.Array]) -> jax.Array:
+        """The output of the next call.
 
-        def compute():
-            y_BSP, kept = model.apply(params, x_BSP, time_BS, batch, mutable=["intermediates"])
-            [residual_BSD] = kept["intermediates"]["residual"]
-            return y_BSP, residual_BSD
-
-        reuse = lambda: (model.apply(params, x_BSP, time_BS, batch, last_BSD), last_BSD)
-        y_BSP, self._residual_BSD = jax.lax.cond(self._reuse_C[len(self._changes)], reuse, compute)
+        Args:
+            compute: () -> (output, r).
+            reuse: r of an earlier call -> output.
+        """
+        last_BSD = self._residual_BSD
+        y_BSP, self._residual_BSD = jax.lax.cond(
+            self._reuse_C[len(self._changes)], lambda: (reuse(last_BSD), last_BSD), compute
+        )
         self._changes.append(self._change(last_BSD))
         return y_BSP
 

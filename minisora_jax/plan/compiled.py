@@ -138,7 +138,7 @@ def lower(work: Workload, mesh: jax.sharding.Mesh) -> tuple[dict[str, Any], jax.
         index_BS = on(jax.ShapeDtypeStruct((work.rows, tokens), jnp.int32), TOKENS)
         stored = lambda x: jax.ShapeDtypeStruct(x.shape, work.weights, sharding=x.sharding)
         params = jax.tree.map(stored, state.params)
-        inputs = ((params,), batch, index_BS, index_BS, 3.0, (0.0, 1.0))
+        inputs = ((params,), batch, index_BS, index_BS, 3.0, (0.0, 1.0), None)
         static = (work.task.dit,), work.task.objective, GuidanceConfig().static
         times_KBS = jax.ShapeDtypeStruct(
             (STEPS_UNIT, *time_BS.shape), time_BS.dtype, sharding=NamedSharding(mesh, P(None, *TOKENS))
