@@ -121,7 +121,7 @@ def test_a_shipped_config_is_found_by_name_from_anywhere(tmp_path, monkeypatch):
     assert load("vae_tiny", steps=7).run.steps == 7
     (tmp_path / "mine.py").write_text("def get_config(arg=None):\n    return {'arg': arg}\n")
     assert load("mine.py:a=1") == {"arg": "a=1"}
-    with pytest.raises(FileNotFoundError, match="no config file nope; the shipped configs are dit_256, dit_finetune"):
+    with pytest.raises(FileNotFoundError, match="no config file nope; the shipped configs are dit_256, dit_distill"):
         load("nope")
     assert set(names()) == {path.stem for path in CONFIGS.glob("*.py")} and all(names().values())
 

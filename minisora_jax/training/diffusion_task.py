@@ -20,7 +20,8 @@ from minisora_jax.data.latents import Latents, Mixture
 from minisora_jax.data.loader import DataConfig, packed_batches
 from minisora_jax.data.packing import PackConfig, PackPlan, StagedPlan, token_counts
 from minisora_jax.data.row_size import sized_by
-from minisora_jax.data.rows import Segment, pack_segments
+from minisora_jax.data.rows import Segment, pack_segments, padded_text
+from minisora_jax.diffusion.distillation import DistillConfig, distillation_loss
 from minisora_jax.diffusion.loss import diffusion_loss
 from minisora_jax.diffusion.objective import ObjectiveConfig
 from minisora_jax.diffusion.time import TimeConfig
@@ -34,14 +35,15 @@ from minisora_jax.io.model_dir import (
     saved_settings,
 )
 from minisora_jax.io.retry import Damaged, DataError
-from minisora_jax.models.captions import CLASSES, class_names, in_words
+from minisora_jax.models.captions import in_words
 from minisora_jax.models.dit import DiT, DiTConfig, abstract_params
 from minisora_jax.models.lora import LoraConfig, apart, init_adapter, together
 from minisora_jax.models.text import encode_bytes
 from minisora_jax.parallel.processes import barrier
 from minisora_jax.training.flops import count_work
-from minisora_jax.training.frozen import NOTHING, Frozen, frozen_base, frozen_rest, read_part, unchanged
+from minisora_jax.training.frozen import NOTHING, Frozen, frozen_base, frozen_rest, frozen_teacher, read_part, unchanged
 from minisora_jax.training.held_out import held_out_loss
+from minisora_jax.training.latents_check import check_latents
 from minisora_jax.training.loop import RunConfig, train
 from minisora_jax.training.mup import base_model, base_shapes
 from minisora_jax.training.optim import make_optimizer
@@ -69,6 +71,7 @@ class DiffusionTask:
     caption_dropout: float = 0.1  # share of clips that are trained with the empty caption, for guidance
     lora: LoraConfig = LoraConfig()  # train adapters over the model of --init, which stays as it is
     train_only: str = ""  # train the parameters of --init whose path this pattern matches, such as "norm"; "": all
+    distill: DistillConfig = DistillConfig()  # train it to sample in fewer steps, after the model of --init
     mup_base_width: int = 0  # muP: the dit.width that the learning rate was found at; 0: use it as it is at any width
     export_dtype: str = "float32"  # of the exported weights
 
@@ -81,6 +84,11 @@ class DiffusionTask:
                 raise ValueError(
                     f"mup_base_width={self.mup_base_width} is for the training of all parameters: set it to 0"
                 )
+        if self.distill.steps and self.train_only:
+            raise ValueError(
+                f"distill.steps={self.distill.steps} trains all parameters or a lora: train_only={self.train_only!r} "
+                f"must be ''"
+            )
         if self.lora.rank and self.train_only:
             raise ValueError(
                 f"lora.rank={self.lora.rank} trains adapters only: train_only={self.train_only!r} must be ''"
@@ -88,15 +96,20 @@ class DiffusionTask:
 
     @property
     def in_part(self) -> bool:
-        """Whether most of the model stays as it is."""
-        return bool(self.lora.rank or self.train_only)
+        """Whether a model beside the trained parameters stays as it is."""
+        return bool(self.lora.rank or self.train_only or self.distill.steps)
 
 
 def example_batch(task: DiffusionTask) -> PackedBatch:
     """The smallest batch that can initialise the model: one token in one row."""
-    text = encode_bytes("") if task.dit.text_features == 1 else np.zeros((4, task.dit.text_features), np.float32)
-    segment = Segment(np.zeros((1, task.dit.token_width), np.float32), np.zeros(1, bool), (1, 1, 1), text, 8.0)
+    text_LE = example_text(task.dit)
+    segment = Segment(np.zeros((1, task.dit.token_width), np.float32), np.zeros(1, bool), (1, 1, 1), text_LE, 8.0)
     return pack_segments([[segment]], PackConfig(tokens=1, text_tokens=4, slots=1, rows=1))
+
+
+def example_text(dit: DiTConfig) -> np.ndarray:
+    """Features of a caption (L, E), for shapes alone."""
+    return encode_bytes("") if dit.text_features == 1 else np.zeros((4, dit.text_features), np.float32)
 
 
 def init_params(task: DiffusionTask, key: jax.Array) -> Any:
@@ -113,12 +126,25 @@ def frozen_of(task: DiffusionTask, init: str | Path | None = None) -> Frozen:
     abstract = functools.partial(abstract_params, task.dit)
     if task.lora.rank:
         return frozen_base(task.lora, abstract, init)
+    if task.distill.steps:
+        return frozen_teacher(abstract, init)
     return frozen_rest(task.train_only, abstract, init) if task.train_only else NOTHING
 
 
-def loss_of(task: DiffusionTask) -> LossFn:
-    """The loss function of the task's model, times and objective."""
+def loss_of(task: DiffusionTask, empty_text_LE: np.ndarray | None = None) -> LossFn:
+    """The loss function of the task's model, times and objective.
+
+    Args:
+        task: The settings.
+        empty_text_LE: Features of the empty caption, for distillation; None: of one token, as in a plan.
+    """
     model = DiT(task.dit)
+    if task.distill.steps:
+        empty_LE = example_text(task.dit) if empty_text_LE is None else empty_text_LE
+        empty_LE = jnp.asarray(padded_text(empty_LE, task.dit.caption_tokens))
+        return lambda params, batch, key: distillation_loss(
+            model, task.times, task.distill, empty_LE, params, batch, key, task.objective
+        )
     return lambda params, batch, key: diffusion_loss(model, task.times, params, batch, key, task.objective)
 
 
@@ -157,7 +183,7 @@ def train_diffusion(
         ValueError: The model cannot learn from these latents, or `init` has another shape.
     """
     task = with_row_size(task, latents)
-    _check_latents(task, latents, init)
+    check_latents(task.dit, latents, init, task.data.strict)
     if held_out is not None and held_out.text != latents.text:
         raise ValueError(
             f"data.held_out={task.data.held_out} was made with {in_words(held_out.text)}, and data.path with "
@@ -167,7 +193,7 @@ def train_diffusion(
         check_shapes(open_model(init)[0], abstract_params(task.dit), init)
     if task.in_part:
         if not init:
-            raise ValueError("lora and train_only change a given model: name it by --init=DIR")
+            raise ValueError("lora, train_only and distill change a given model: name it by --init=DIR")
         run_config = run_config | {"base": model_hash(init)}  # a run goes on over the same base only
 
     plan = pack_plan(task, latents, workdir)
@@ -189,7 +215,7 @@ def train_diffusion(
         tokens=task.pack.tokens,
         heads=task.dit.heads,
         init_params=functools.partial(init_params, task),
-        loss_fn=loss_of(task),
+        loss_fn=loss_of(task, latents.empty_text_LE),
         batches=batches,
         run_config=run_config,
         settings=DiffusionTask,
@@ -206,6 +232,8 @@ def train_diffusion(
     config = {k: dataclasses.asdict(getattr(task, k)) for k in kept} | export | {"training": run_config}
     config |= {"kind": kept[-1] if task.lora.rank else "dit", "latent_size": _trained_size(latents)}
     config["conditioning"] = known_masks(task.conditioning, task.data.path, None if task.lora.rank else init)
+    if task.distill.steps:
+        config["distilled"] = {"steps": task.distill.steps, "guidance": task.distill.guidance}
     average = state.average
     if task.train_only and init:
         average = together(average, apart(unchanged(init), task.train_only)[1])
@@ -282,68 +310,3 @@ def settings_of(model: str | Path) -> dict:
     for key, cls in (("dit", DiTConfig), ("times", TimeConfig), ("objective", ObjectiveConfig)):
         saved_settings(cls, config, key, model)  # raises for what is no setting
     return {k: config_fields(config.get(k, {})) for k in ("dit", "times", "objective")}
-
-
-def _channels(latents: Latents | Mixture, strict: bool) -> int:
-    """The latent channels of the first clip that can be read."""
-    for i in range(len(latents)):
-        try:
-            return latents[i].mean_thwc.shape[-1]
-        except DataError:
-            if strict:
-                raise
-    raise DataError(f"none of the {len(latents)} clips can be read")
-
-
-def _check_latents(task: DiffusionTask, latents: Latents | Mixture, init: str | Path | None) -> None:
-    """Raise ValueError if the model cannot learn from these latents. It runs before anything is compiled."""
-    dit, channels, features = task.dit, _channels(latents, task.data.strict), latents.empty_text_LE.shape[1]
-    if dit.image_features or dit.given_channels:
-        raise ValueError(
-            f"dit.image_features={dit.image_features}, dit.given_channels={dit.given_channels}: latent caches hold "
-            f"neither image features nor given frames, so a model that reads them cannot be trained"
-        )
-    _check_classes(dit, latents.text, init)
-    if dit.makes_images and (videos := int((latents.sizes[:, 0] > 1).sum())):
-        raise ValueError(
-            f"{init or 'the model'} makes images, since its tokens have no place in time, and {videos} of the "
-            f"{len(latents)} clips are videos: encode images alone, or set dit.positions='learned'"
-        )
-    if channels != dit.latent_channels:
-        fix = f"set dit.latent_channels={channels}"
-        if init:
-            fix = (
-                f"{init} takes {dit.latent_channels} channels: encode the clips with the codec that it was trained with"
-            )
-        raise ValueError(f"the latent cache has {channels} channels: {fix}")
-    if features != dit.text_features:
-        fix = f"set dit.text_features={features}"
-        if init:
-            fix = (
-                f"{init} reads {dit.text_features}: encode the clips with the text encoder that it was trained with "
-                f"(`minisora encode --text-encoder=DIR`)"
-            )
-        raise ValueError(f"the latent cache has caption features of width {features}: {fix}")
-
-
-def _check_classes(dit: DiTConfig, text: dict[str, Any] | None, init: str | Path | None) -> None:
-    """Raise ValueError unless the model reads classes and the cache has as many, or neither."""
-    labels, of_classes = dit.caption == "label", bool(text) and text.get("encoder") == CLASSES
-    who = init or f"dit.caption={dit.caption!r}"
-    if labels and not of_classes:
-        raise ValueError(
-            f"{who} learns from {dit.classes - 1} classes, and the latent cache was made with {in_words(text)}: encode "
-            f"the clips with --classes"
-        )
-    if of_classes and not labels:
-        fix = (
-            "encode the clips without --classes" if init else "set classes=N in --config, as in dit_tiny:classes=N,..."
-        )
-        raise ValueError(f"{who} learns from captions, and the latent cache has {in_words(text)}: {fix}")
-    if labels and (count := len(class_names(text))) != dit.classes - 1:
-        fix = f'set dit.classes={count + 1}: the last row of its table is "no class"'
-        if init:
-            fix = f"encode the clips with --classes=FILE of all {dit.classes - 1} names, in the order of {init}"
-        raise ValueError(
-            f"{who} learns from {dit.classes - 1} classes, and the latent cache has {in_words(text)}: {fix}"
-        )

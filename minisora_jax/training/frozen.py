@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from flax import traverse_util
 from jax.sharding import PartitionSpec as P
 
+from minisora_jax.diffusion.distillation import TEACHER
 from minisora_jax.io.model_dir import check_shapes, onto_devices, open_model
 from minisora_jax.io.safetensors import LazyArray
 from minisora_jax.models.lora import Kernel, LoraConfig, apart, kernels, scaled, together
@@ -63,6 +64,12 @@ def frozen_base(lora: LoraConfig, abstract: Callable[[], Any], init: str | Path 
 def frozen_rest(pattern: str, abstract: Callable[[], Any], init: str | Path | None) -> Frozen:
     """The parameters whose paths do not match a pattern. Arguments are those of `frozen_base`."""
     return Frozen(lambda: apart(abstract(), pattern)[1], functools.partial(_load, init), together)
+
+
+def frozen_teacher(abstract: Callable[[], Any], init: str | Path | None) -> Frozen:
+    """All parameters of a model, beside those of its student. Arguments are those of `frozen_base`."""
+    beside = lambda trained, frozen: trained | {TEACHER: frozen["params"]}
+    return Frozen(abstract, functools.partial(_load, init), beside)
 
 
 def read_part(init: str | Path, places: Any) -> Any:

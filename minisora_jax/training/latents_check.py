@@ -1,0 +1,76 @@
+"""Whether a model can learn from a latent cache: its channels, its captions, and what the model reads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from minisora_jax.data.latents import Latents, Mixture
+from minisora_jax.io.retry import DataError
+from minisora_jax.models.captions import CLASSES, class_names, in_words
+from minisora_jax.models.dit_config import DiTConfig
+
+
+def check_latents(dit: DiTConfig, latents: Latents | Mixture, init: str | Path | None, strict: bool) -> None:
+    """Raise ValueError if the model cannot learn from these latents. It runs before anything is compiled."""
+    channels, features = _channels(latents, strict), latents.empty_text_LE.shape[1]
+    if dit.image_features or dit.given_channels:
+        raise ValueError(
+            f"dit.image_features={dit.image_features}, dit.given_channels={dit.given_channels}: latent caches hold "
+            f"neither image features nor given frames, so a model that reads them cannot be trained"
+        )
+    _check_classes(dit, latents.text, init)
+    if dit.makes_images and (videos := int((latents.sizes[:, 0] > 1).sum())):
+        raise ValueError(
+            f"{init or 'the model'} makes images, since its tokens have no place in time, and {videos} of the "
+            f"{len(latents)} clips are videos: encode images alone, or set dit.positions='learned'"
+        )
+    if channels != dit.latent_channels:
+        fix = f"set dit.latent_channels={channels}"
+        if init:
+            fix = (
+                f"{init} takes {dit.latent_channels} channels: encode the clips with the codec that it was trained with"
+            )
+        raise ValueError(f"the latent cache has {channels} channels: {fix}")
+    if features != dit.text_features:
+        fix = f"set dit.text_features={features}"
+        if init:
+            fix = (
+                f"{init} reads {dit.text_features}: encode the clips with the text encoder that it was trained with "
+                f"(`minisora encode --text-encoder=DIR`)"
+            )
+        raise ValueError(f"the latent cache has caption features of width {features}: {fix}")
+
+
+def _check_classes(dit: DiTConfig, text: dict[str, Any] | None, init: str | Path | None) -> None:
+    """Raise ValueError unless the model reads classes and the cache has as many, or neither."""
+    labels, of_classes = dit.caption == "label", bool(text) and text.get("encoder") == CLASSES
+    who = init or f"dit.caption={dit.caption!r}"
+    if labels and not of_classes:
+        raise ValueError(
+            f"{who} learns from {dit.classes - 1} classes, and the latent cache was made with {in_words(text)}: encode "
+            f"the clips with --classes"
+        )
+    if of_classes and not labels:
+        fix = (
+            "encode the clips without --classes" if init else "set classes=N in --config, as in dit_tiny:classes=N,..."
+        )
+        raise ValueError(f"{who} learns from captions, and the latent cache has {in_words(text)}: {fix}")
+    if labels and (count := len(class_names(text))) != dit.classes - 1:
+        fix = f'set dit.classes={count + 1}: the last row of its table is "no class"'
+        if init:
+            fix = f"encode the clips with --classes=FILE of all {dit.classes - 1} names, in the order of {init}"
+        raise ValueError(
+            f"{who} learns from {dit.classes - 1} classes, and the latent cache has {in_words(text)}: {fix}"
+        )
+
+
+def _channels(latents: Latents | Mixture, strict: bool) -> int:
+    """The latent channels of the first clip that can be read."""
+    for i in range(len(latents)):
+        try:
+            return latents[i].mean_thwc.shape[-1]
+        except DataError:
+            if strict:
+                raise
+    raise DataError(f"none of the {len(latents)} clips can be read")

@@ -1,0 +1,123 @@
+"""Progressive distillation: the target is the paper's, and a student comes to make its teacher's steps at once."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from train_tiny import make_cache, task, train_with
+
+from minisora_jax.data.latents import Latents
+from minisora_jax.data.packing import PackConfig
+from minisora_jax.data.rows import Segment, pack_segments
+from minisora_jax.diffusion.distillation import DistillConfig, distillation_loss, one_step_target, without_captions
+from minisora_jax.diffusion.noise_path import PATHS, PREDICTIONS
+from minisora_jax.diffusion.objective import ObjectiveConfig
+from minisora_jax.diffusion.sampler import SAMPLERS, Denoiser
+from minisora_jax.diffusion.time import TimeConfig
+from minisora_jax.io.model_dir import load_model
+from minisora_jax.models.dit import DiT
+from minisora_jax.models.text import encode_bytes
+from minisora_jax.training.diffusion_task import train_diffusion
+
+DIT = dataclasses.replace(task(1).dit, dtype="float32")
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_one_ddim_step_with_the_target_leads_to_where_the_teacher_came(path, prediction):
+    """Whatever the path and the kind of prediction. Tokens at rest have no target."""
+    rng = np.random.default_rng(0)
+    x, after = (jnp.asarray(rng.normal(size=(1, 4, 3)), jnp.float32) for _ in range(2))
+    now, then = jnp.array([[0.9, 0.5, 0.3, 0.0]]), jnp.array([[0.6, 0.2, 0.05, 0.0]])
+    objective = ObjectiveConfig(path=path, prediction=prediction)
+    p = one_step_target(objective, x, after, now, then)
+    moved, _ = SAMPLERS["ddim"].step(Denoiser(lambda *_: p, PATHS[path], prediction), x, now, then, (), None, 0.0)
+    scale = np.abs(np.asarray(after)).max() * max(1.0, float(PATHS[path].sigma(now).max()))
+    np.testing.assert_allclose(moved[:, :3], after[:, :3], atol=2e-4 * scale)
+    assert not p[:, 3].any()
+
+
+def test_the_target_is_the_papers():
+    """Eq. 30-33 of Salimans & Ho, for two DDIM steps of a teacher that predicts x, on their cosine path, in float64."""
+    t, mid, end = 0.8, 0.7, 0.6
+    a, s = lambda u: np.cos(np.pi / 2 * u), lambda u: np.sin(np.pi / 2 * u)
+    teacher = lambda z, u: 0.3 * z + 0.1 * u
+    rng = np.random.default_rng(1)
+    z = rng.normal(size=5)
+    ddim = lambda z, u, v: a(v) * teacher(z, u) + s(v) / s(u) * (z - a(u) * teacher(z, u))
+    z_end = ddim(ddim(z, t, mid), mid, end)
+    expected = (z_end - s(end) / s(t) * z) / (a(end) - s(end) / s(t) * a(t))
+    objective, as_tokens = ObjectiveConfig(path="gvp", prediction="clean"), lambda v: jnp.asarray(v, jnp.float32)
+    denoiser = Denoiser(lambda x, u: 0.3 * x + 0.1 * u[..., None], PATHS["gvp"], "clean")
+    at = lambda u: jnp.full((1, 1), u)
+    x = start = as_tokens(z)[None, None]
+    for now, then in ((t, mid), (mid, end)):
+        x, _ = SAMPLERS["ddim"].step(denoiser, x, at(now), at(then), (), None, 0.0)
+    np.testing.assert_allclose(one_step_target(objective, start, x, at(t), at(end))[0, 0], expected, rtol=2e-5)
+
+
+def packed(captions, size=(2, 2, 2)):
+    rng = np.random.default_rng(2)
+    segments = [
+        Segment(rng.normal(size=(8, DIT.token_width)).astype(np.float32), np.arange(8) < 4 * i, size, text, 8.0)
+        for i, text in enumerate(captions)
+    ]
+    return jax.tree.map(jnp.asarray, pack_segments([segments], PackConfig(24, 128, 3, 1)))
+
+
+def random_params(batch):
+    rng = np.random.default_rng(3)
+    blank = DiT(DIT).init(jax.random.key(0), batch.tokens_BSP, jnp.zeros(batch.segment_BS.shape), batch)
+    return jax.tree.map(lambda x: x + 0.2 * rng.normal(size=x.shape).astype(np.float32), blank)
+
+
+def test_without_captions_is_with_the_empty_one():
+    batch, empty = packed([encode_bytes("a red cat"), encode_bytes("b")]), encode_bytes("")
+    x, time = batch.tokens_BSP, jnp.full(batch.segment_BS.shape, 0.5)
+    params = random_params(batch)
+    real = batch.segment_BS > 0
+    ours = DiT(DIT).apply(params, x, time, without_captions(batch, jnp.asarray(empty)))
+    theirs = DiT(DIT).apply(params, x, time, dataclasses.replace(packed([empty, empty]), tokens_BSP=batch.tokens_BSP))
+    np.testing.assert_allclose(ours[real], theirs[real], atol=2e-5)
+
+
+def test_a_student_that_is_its_teacher_errs_by_the_curvature_alone():
+    """One substep of Euler is the student's own step: the loss is 0. Guidance and more substeps make it differ."""
+    batch, empty = packed([encode_bytes("a red cat"), encode_bytes("b")]), jnp.asarray(encode_bytes(""))
+    params = random_params(batch)
+    both = params | {"teacher": params["params"]}
+
+    def loss(config, params=both):
+        arguments = DiT(DIT), TimeConfig(), config, empty, params, batch, jax.random.key(1), ObjectiveConfig()
+        value, weight = distillation_loss(*arguments)["loss"]
+        assert float(weight.sum()) == 8 + 4  # the second clip's first frame is given
+        return float((value * weight).sum() / weight.sum())
+
+    assert loss(DistillConfig(4, 1, "euler")) < 1e-9
+    assert loss(DistillConfig(4, 1, "euler"), params) < 1e-9  # as with a lora: the base is the teacher
+    assert loss(DistillConfig(4, 4, "euler")) > 1e-7 and loss(DistillConfig(4, 1, "euler", 3.0)) > 1e-7
+
+
+def test_a_run_distils_the_model_that_it_starts_from(tmp_path):
+    """The student's error falls, its teacher stays, and the export says how it is to be sampled."""
+    make_cache(cache := tmp_path / "latents")
+    train_with(cache, tmp_path / "teacher", 20)
+    teacher = tmp_path / "teacher/export"
+    before = load_model(teacher)[0]
+    run = task(40)
+    optim = dataclasses.replace(run.run.optim, name="adamw", learning_rate=3e-3)
+    student = dataclasses.replace(
+        run, distill=DistillConfig(2, 2, "euler", 2.0), run=dataclasses.replace(run.run, optim=optim, log_every=1)
+    )
+    train_diffusion(student, tmp_path / "run", Latents(cache), {}, {}, init=teacher)
+    rows = [json.loads(line)["loss"] for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert np.mean(rows[-8:]) < 0.6 * np.mean(rows[:4]), rows
+    params, config = load_model(tmp_path / "run/export")
+    assert config["distilled"] == {"steps": 2, "guidance": 2.0} and config["kind"] == "dit"
+    jax.tree.map(np.testing.assert_array_equal, before, load_model(teacher)[0])
+    assert jax.tree.structure(params) == jax.tree.structure(before)
+    with pytest.raises(ValueError, match="distill change a given model: name it by --init"):
+        train_diffusion(student, tmp_path / "none", Latents(cache), {}, {})
