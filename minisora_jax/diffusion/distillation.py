@@ -129,7 +129,7 @@ def guided_teacher(
         p_BSP = call(x_BSP, time_BS, batch)
         if scale == 1:
             return p_BSP
-        return guide(p_BSP, call(x_BSP, time_BS, without_captions(batch, empty_text_LE)), time_BS, scale)
+        return guide(p_BSP, call(x_BSP, time_BS, without_captions(batch, empty_text_LE)), jnp.full_like(time_BS, scale))
 
     return Denoiser(predict, objective.noise_path, objective.prediction)
 
