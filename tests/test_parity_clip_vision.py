@@ -118,6 +118,11 @@ def test_what_it_is_not(folder, tmp_path, capsys):
         Codec.load(folder)
     assert main(["import", "clip-h", str(tmp_path / "image_encoder"), f"--out={tmp_path / 'text'}"]) != 0
     assert "this is a clip-vision-h: use `minisora import clip-vision-h" in capsys.readouterr().err
+    (folder / "checksums.json").unlink()
+    saved = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(saved | {"clip_vision": saved["clip_vision"] | {"mlp": 44}}))
+    with pytest.raises(ValueError, match=r"clip does not fit: for params/blocks/down/kernel it has \(2, 48, 32\)"):
+        ImageEncoder.load(folder)
     for fields, words in ((dict(depth=1), "depth=1 must be at least 2"), (dict(side=30), "side=30 must be a multiple")):
         with pytest.raises(ValueError, match=words):
             CLIPVisionConfig(**fields)

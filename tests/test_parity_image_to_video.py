@@ -14,6 +14,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent / "parity"))
 
+from published import export_params  # noqa: E402
 from random_weights import draw, draw_ids, draw_input  # noqa: E402
 from safetensors.numpy import load_file, save_file  # noqa: E402
 from test_parity_dit import published_names  # noqa: E402
@@ -27,6 +28,7 @@ from minisora_jax.generate import VideoPipeline, sampling  # noqa: E402
 from minisora_jax.generate.given_frames import as_channels, given_video  # noqa: E402
 from minisora_jax.generate.packed import PackedRequests  # noqa: E402
 from minisora_jax.generate.request import Given, GivenFrames, Request  # noqa: E402
+from minisora_jax.io.model_dir import load_model  # noqa: E402
 from minisora_jax.media.video import read_clip_frames  # noqa: E402
 from minisora_jax.media.video_writer import write_video  # noqa: E402
 from minisora_jax.models.captions import BYTES, Captions  # noqa: E402
@@ -35,7 +37,7 @@ from minisora_jax.models.encoder import TextEncoder  # noqa: E402
 from minisora_jax.models.t5 import T5Config  # noqa: E402
 from minisora_jax.models.vae import VAE  # noqa: E402
 from minisora_jax.parallel.mesh import MeshConfig, make_mesh  # noqa: E402
-from minisora_jax.weights import clip_vision, wan_vae  # noqa: E402
+from minisora_jax.weights import clip_vision, dit, wan_vae  # noqa: E402
 from minisora_jax.weights.dit import CONFIGS  # noqa: E402
 from minisora_jax.weights.presets import CODECS, IMAGE_ENCODERS, TRANSFORMERS, ImagePreset  # noqa: E402
 from minisora_jax.weights.rules import export_lazily  # noqa: E402
@@ -196,6 +198,17 @@ def given(pipeline: VideoPipeline, name: str, size: tuple[int, int]) -> GivenFra
     return GivenFrames(
         as_channels(latents, np.arange(5) % 4 == 0), np.concatenate(encoder.encode(images)) if encoder else None
     )
+
+
+def test_wans_own_names_hold_the_same(published, tmp_path):
+    """Its table of image positions is `img_emb.emb_pos`."""
+    model, preset = published("wan2.1-flf2v-14b")["model"], "wan2.1-flf2v-14b"
+    params, _ = load_model(model)
+    own = export_params(params, dit.rules(TRANSFORMERS[preset].config, "wan-own"))
+    assert own["img_emb.emb_pos"].shape == (1, 2 * CLIP.tokens, CLIP.width)
+    save_file(own, tmp_path / "own.safetensors")
+    again, _ = load_model(imported(preset, tmp_path / "own.safetensors", tmp_path / "again"))
+    jax.tree.map(np.testing.assert_array_equal, again, params)
 
 
 def test_the_mask_says_which_frames_of_a_latent_frame_are_given():

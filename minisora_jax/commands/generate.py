@@ -19,6 +19,7 @@ examples:
   minisora generate "..." --step-cache 0.5                         # half of the model calls (see minisora calibrate)
   minisora generate "a cat on a skateboard" --model=models/wan --codec=models/wan-vae --text-encoder=models/umt5 \\
       --size 480x832 --frames 81 --fps 16 --sampler unipc --schedule wan --guidance 5
+  minisora generate "the cat jumps" --image cat.png --model=models/i2v --image-encoder=models/clip-vision ...
   minisora generate "a cat on a skateboard" --expand http://localhost:8000/v1#my-llm --model=models/wan ...
   minisora generate "a cat on a skateboard" --model=models/wan ... --lora runs/a/export --lora b.safetensors:0.8
   minisora generate 207 --model=models/dit --codec=models/sd-vae --size 256x256 --frames 1

@@ -118,7 +118,7 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
         "--shift",
         type=float,
         default=None,
-        help="shift of the times towards noise, above 0 (default: the model's own: 5 for Wan, 1, none, for the others)",
+        help="shift of the times towards noise, above 0 (default: the model's own: 5 for most Wans, 1 for others)",
     )
     group.add_argument("--tolerance", type=float, default=1e-3, help="error of a step of dopri5 (default 1e-3)")
     group.add_argument("--guidance", type=float, default=3.0, help="guidance scale (default 3; 1 is none)")

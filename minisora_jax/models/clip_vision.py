@@ -11,6 +11,7 @@ import dataclasses
 import functools
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -18,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from minisora_jax.io.hub import local_folder
-from minisora_jax.io.model_dir import export_model, in_words, load_model, model_hash, saved_settings
+from minisora_jax.io.model_dir import check_shapes, export_model, in_words, load_model, model_hash, saved_settings
 from minisora_jax.media.resize import resized
 from minisora_jax.models.clip import ACTIVATIONS, CLIPBlock
 from minisora_jax.models.dit_config import DiTConfig
@@ -85,6 +86,12 @@ class CLIPVision(nn.Module):
         return x, LayerNorm(epsilon=1e-5, name="norm")(last[:, 0])
 
 
+def abstract_params(config: CLIPVisionConfig) -> Any:
+    """The parameter tree {"params": ...} as `jax.ShapeDtypeStruct`s, float32."""
+    pixels = jax.ShapeDtypeStruct((1, config.side, config.side, 3), jnp.float32)
+    return jax.eval_shape(CLIPVision(config).init, jax.random.key(0), pixels)
+
+
 def clip_pixels(image_HWC: np.ndarray, side: int) -> np.ndarray:
     """The middle square of an image as CLIP reads it, float32 (side, side, 3), as in transformers' CLIPImageProcessor.
 
@@ -113,12 +120,13 @@ class ImageEncoder:
 
     @classmethod
     def load(cls, directory: str | Path) -> ImageEncoder:
-        """The encoder in `directory`. Raises ValueError if it holds another kind of model."""
+        """The encoder in `directory`. Raises ValueError if it holds another kind of model, or one of another shape."""
         directory = local_folder(directory)
         params, config = load_model(directory, dtype=None)
         if config.get("kind") != KIND:
             raise ValueError(f"{directory} holds a {config.get('kind')!r} model, not an image encoder ({KIND!r})")
         settings = saved_settings(CLIPVisionConfig, config, KIND, directory)
+        check_shapes(params, abstract_params(settings), directory)
         return cls(settings, jax.tree.map(jnp.asarray, params), model_hash(directory))
 
     def export(self, directory: str | Path, record: dict, dtype: str | None = None, progress: str = "") -> str:

@@ -101,6 +101,8 @@ class DiTConfig:
                 f"classes={self.classes} with caption={self.caption!r}: classes must be above 0 for caption='label' "
                 f"and 0 for all others"
             )
+        if self.image_positions and not self.image_features:
+            raise ValueError(f"image_positions={self.image_positions} with image_features=0: there are no image tokens")
         if len(self.patch) != 3 or self.patch[0] != 1:
             raise ValueError(f"patch={self.patch} must be (1, y, x): a token holds one latent frame")
         if not self.attention_pattern or set(self.attention_pattern) - {"joint", "spatial", "temporal"}:

@@ -11,8 +11,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from minisora_jax.models import clip_vision
 from minisora_jax.models.clip import CLIPConfig
-from minisora_jax.models.clip_vision import CLIPVision, CLIPVisionConfig
+from minisora_jax.models.clip_vision import CLIPVisionConfig
 from minisora_jax.models.dit import abstract_params
 from minisora_jax.models.dit_config import DiTConfig
 from minisora_jax.models.encoder import TextEncoder
@@ -142,8 +143,7 @@ def _abstract(config: Any) -> Any:
         frames = jax.ShapeDtypeStruct((1, config.smallest, config.smallest, 3), jnp.float32)
         return jax.eval_shape(LPIPSNet(config).init, jax.random.key(0), frames, frames)
     if isinstance(config, CLIPVisionConfig):
-        pixels = jax.ShapeDtypeStruct((1, config.side, config.side, 3), jnp.float32)
-        return jax.eval_shape(CLIPVision(config).init, jax.random.key(0), pixels)
+        return clip_vision.abstract_params(config)
     ids = jax.ShapeDtypeStruct((1, 8), jnp.int32)
     return jax.eval_shape(TextEncoder(config, {}).module.init, jax.random.key(0), ids, ids)
 
