@@ -63,6 +63,23 @@ def test_laws_of_time(path):
         TimeConfig(distribution="cosine")
 
 
+@pytest.mark.parametrize("low, high", [(0.875, 1.0), (0.0, 0.875), (0.2, 0.6)])
+@pytest.mark.parametrize("distribution", ["logit-normal", "uniform", "edm"])
+def test_an_expert_is_trained_on_its_own_times(distribution, low, high):
+    """They have the distribution of all times, cut to the range."""
+    b = batch([(1, 2, 2)] * 8, rows=1500, tokens=32)
+    draw = lambda **fields: np.asarray(
+        training_times(
+            TimeConfig(base_tokens=0, per_frame=0.0, distribution=distribution, std=1.5, **fields), b, jax.random.key(3)
+        )
+    )[:, ::4].ravel()
+    every, cut = draw(), draw(low=low, high=high)
+    assert low <= cut.min() + 1e-5 and cut.max() <= high + 1e-5
+    assert stats.kstest(cut, every[(every >= low) & (every <= high)]).pvalue > 1e-3
+    with pytest.raises(ValueError, match="times.low=0.9 and times.high=0.2 must rise"):
+        TimeConfig(low=0.9, high=0.2)
+
+
 def test_on_the_linear_path_edms_law_is_the_logit_normal():
     b = batch([(2, 2, 2)], rows=50, tokens=8)
     one, other = (

@@ -33,13 +33,14 @@ from minisora_jax.diffusion.objective import ObjectiveConfig  # noqa: E402
 from minisora_jax.diffusion.sampler import SAMPLERS, SamplerConfig  # noqa: E402
 from minisora_jax.diffusion.time import TIME_SCHEDULES, TimeConfig, sampling_times  # noqa: E402
 from minisora_jax.generate import sampling  # noqa: E402
-from minisora_jax.generate.loading import _load_dit, _low_noise  # noqa: E402
+from minisora_jax.generate.loading import _by_expert, _load_dit, _low_noise  # noqa: E402
 from minisora_jax.generate.packed import PackedRequests  # noqa: E402
 from minisora_jax.generate.request import Given, Request  # noqa: E402
-from minisora_jax.io.model_dir import config_fields  # noqa: E402
+from minisora_jax.io.model_dir import config_fields, model_hash  # noqa: E402
 from minisora_jax.models.codec import Codec  # noqa: E402
 from minisora_jax.models.vae import VAE  # noqa: E402
 from minisora_jax.weights import sd_vae  # noqa: E402
+from minisora_jax.weights.adapters import Adapter  # noqa: E402
 from minisora_jax.weights.dit import OBJECTIVES, TIMES, published_name_map, rules  # noqa: E402
 from minisora_jax.weights.presets import CODECS, TRANSFORMERS  # noqa: E402
 from minisora_jax.weights.rules import export_lazily  # noqa: E402
@@ -344,6 +345,20 @@ def test_two_experts_sample_as_the_pipeline_does(tmp_path, monkeypatch, parity):
         parity("Wan 2.2 A14B, diffusers WanPipeline, UniPC", "trajectory", state, their, f"step {i + 1} of 10")
     alone = sampled(folder / "low_noise", noise, of.captions, GuidanceConfig(3.0), of.sampler)
     assert np.abs(alone - theirs[-1]).max() > 0.01  # the first expert counts
+
+
+def test_each_expert_of_a_pair_has_its_adapters(tmp_path, monkeypatch):
+    """An adapter goes to the expert that it was trained over. One of neither is refused, with the fix."""
+    published, small = two_experts(tmp_path)
+    folder = imported("wan2.2-t2v-a14b", small, published, tmp_path, monkeypatch)
+    times = [json.loads((path / "config.json").read_text())["times"] for path in (folder, folder / "low_noise")]
+    assert [(t["low"], t["high"]) for t in times] == [(0.875, 1.0), (0.0, 0.875)]
+    digests = model_hash(folder), model_hash(folder / "low_noise")
+    adapter = lambda base: Adapter({}, {}, "x", base)
+    high, low, other = adapter(digests[0]), adapter(digests[1]), adapter("")
+    assert _by_expert(["a", "b", "c"], [low, high, low], digests, folder) == [[high], [low, low]]
+    with pytest.raises(ValueError, match="b: .*does not say that it is of one of them. Import it: .*low_noise"):
+        _by_expert(["a", "b"], [low, other], digests, folder)
 
 
 def test_a_pair_is_whole_or_refused(tmp_path, monkeypatch, capsys):

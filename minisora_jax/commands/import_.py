@@ -103,16 +103,19 @@ def import_transformer(name: str, path: str, out: str, dtype: str | None) -> tup
         "training": {"imported": name},
     }
 
-    def export(path, out, **more):
+    def export(path, out, times=None, **more):
         dit, params = read_preset(name, path)
         entries = config | {"dit": dataclasses.asdict(dit)} | more
+        if times:  # those that an expert is trained on
+            entries["times"] = config["times"] | times
         return export_model(out, params, entries, dtype=dtype, progress="importing")
 
     if preset.low_noise_below is None:
         return "transformer", export(path, out)
-    high, low = experts(path)
-    second = export(low, Path(out) / LOW_NOISE)
-    return "pair of transformers", f"{export(high, out, low_noise_below=preset.low_noise_below)}+{second}"
+    (high, low), border = experts(path), preset.low_noise_below
+    second = export(low, Path(out) / LOW_NOISE, times={"high": border})
+    first = export(high, out, times={"low": border}, low_noise_below=border)
+    return "pair of transformers", f"{first}+{second}"
 
 
 def experts(path: str) -> tuple[Path, Path]:

@@ -36,6 +36,14 @@ DISTRIBUTIONS: dict[str, Callable[[jax.Array, jax.Array, NoisePath], jax.Array]]
     "timesteps": lambda u, z, path: jnp.maximum(jnp.ceil(DDPM_STEPS * jax.scipy.special.ndtr(z)), 1.0) / DDPM_STEPS,
 }
 
+# (time, mean, std, path) -> the z of that time
+_NORMAL_OF: dict[str, Callable[[float, float, float, NoisePath], jax.Array]] = {
+    "logit-normal": lambda t, mean, std, path: (jax.scipy.special.logit(t) - mean) / std,
+    "uniform": lambda t, mean, std, path: jax.scipy.special.ndtri(t),
+    "edm": lambda t, mean, std, path: (jnp.log(path.ratio(jnp.float32(t))) - mean) / std,
+    "timesteps": lambda t, mean, std, path: jax.scipy.special.ndtri(t),
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class TimeConfig:
@@ -51,15 +59,24 @@ class TimeConfig:
     per_frame: float = 0.1  # share of clips with a time for each frame (Diffusion Forcing: arXiv:2407.01392)
     distribution: str = "logit-normal"  # a key of DISTRIBUTIONS; "uniform" and "timesteps" ignore mean and std
     sampling_shift: float = 1.0  # the shift s of sampling only, beside that by token count; 1: none (Wan: 5)
+    low: float = 0.0  # times are drawn from here on, before the shift: the range of an expert (Wan 2.2 A14B)
+    high: float = 1.0  # and up to here
 
     def __post_init__(self) -> None:
         if self.distribution not in DISTRIBUTIONS:
             raise ValueError(f"times.distribution={self.distribution!r} must be one of {', '.join(DISTRIBUTIONS)}")
         if self.std < 0:
             raise ValueError(f"times.std={self.std} must not be negative")
+        if not 0 <= self.low < self.high <= 1 or (self.in_part and not self.std):
+            raise ValueError(f"times.low={self.low} and times.high={self.high} must rise within 0 to 1, with a spread")
         if not 1 / MOST_SHIFT <= self.sampling_shift <= MOST_SHIFT:
             least, most = f"{1 / MOST_SHIFT:g}", f"{MOST_SHIFT:g}"
             raise ValueError(f"the sampling shift {self.sampling_shift} must be from {least} to {most} (1: no shift)")
+
+    @property
+    def in_part(self) -> bool:
+        """Whether only a part of the times is drawn."""
+        return (self.low, self.high) != (0.0, 1.0)
 
 
 def shift(time: jax.Array, tokens: jax.Array, base_tokens: int) -> jax.Array:
@@ -99,8 +116,18 @@ def training_times(config: TimeConfig, batch: PackedBatch, key: jax.Array, path:
     frame_z_BS = draw_by_ids(jax.random.normal, frame_key, *clip, batch.position_BS3[..., 0])
     per_frame_BS = draw_by_ids(jax.random.uniform, which_key, *clip) < config.per_frame
     z_BS = jnp.where(per_frame_BS, frame_z_BS, clip_z_BS)
+    if config.in_part:
+        z_BS = _within(config, z_BS, path)
     time_BS = DISTRIBUTIONS[config.distribution](config.mean + config.std * z_BS, z_BS, path)
     return token_times(config, time_BS, batch)
+
+
+def _within(config: TimeConfig, z: jax.Array, path: NoisePath) -> jax.Array:
+    """Standard normal z as draws of the same distribution within the times from `low` to `high`."""
+    share_at = lambda time: jax.scipy.special.ndtr(_NORMAL_OF[config.distribution](time, config.mean, config.std, path))
+    below, until = share_at(config.low) if config.low > 0 else 0.0, share_at(config.high) if config.high < 1 else 1.0
+    share = below + (until - below) * jax.scipy.special.ndtr(z)
+    return jax.scipy.special.ndtri(jnp.clip(share, 1e-7, 1.0 - 1e-7))
 
 
 def draw_by_ids(sample: Callable[[jax.Array], jax.Array], key: jax.Array, *ids_BS: jax.Array) -> jax.Array:

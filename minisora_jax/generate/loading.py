@@ -78,13 +78,20 @@ def load_parts(
         _require_like(dit, objective, guide_dit, theirs)
         guide = (guide_dit, guide_params)
     low_noise = _low_noise(config, dit, objective, model, dtype)
-    if low_noise and (guide or loras):
-        raise ValueError(f"{model} is a pair of experts: leave out --guide-model and --lora, which are for one model")
-    digest = model_hash(model) + (f"+{model_hash(Path(model) / LOW_NOISE)}" if low_noise else "")
-    adapters = [read_adapter(text, dit, model) for text in loras]
-    for text, adapter in zip(loras, adapters):
-        if adapter.base not in ("", digest):
-            log.warning("%s was trained over the model %s, and %s is %s", text, adapter.base, model, digest)
+    if low_noise and guide:
+        raise ValueError(f"{model} is a pair of experts: leave out --guide-model, which is for one model")
+    digest, adapters = model_hash(model), [read_adapter(text, dit, model) for text in loras]
+    if low_noise:
+        low_digest = model_hash(Path(model) / LOW_NOISE)
+        of_high, of_low = _by_expert(loras, adapters, (digest, low_digest), model)
+        params = applied(params, of_high)
+        low_noise = dataclasses.replace(low_noise, params=applied(low_noise.params, of_low))
+        digest = f"{digest}+{low_digest}"
+    else:
+        for text, adapter in zip(loras, adapters):
+            if adapter.base not in ("", digest):
+                log.warning("%s was trained over the model %s, and %s is %s", text, adapter.base, model, digest)
+        params = applied(params, adapters)
     if adapters:
         digest = hashlib.sha256(" ".join([digest, *(a.hash for a in adapters)]).encode()).hexdigest()[:16]
     frames, *sides = _latent_size(config, model)
@@ -92,7 +99,7 @@ def load_parts(
         "codec": loaded_codec,
         "config": dit,
         "times": saved_settings(TimeConfig, config, "times", model),
-        "params": applied(params, adapters),
+        "params": params,
         "hash": digest,
         "objective": objective,
         "captions": captions_of(dit, _text(config, model), text_encoder, pair and pair.text_encoder),
@@ -141,6 +148,19 @@ def _low_noise(config: dict, dit: DiTConfig, objective: ObjectiveConfig, model: 
     if low_dit != dit or saved_settings(ObjectiveConfig, low_config, "objective", model) != objective:
         raise ValueError(f"{model}/{LOW_NOISE} is not the model's pair: its shape or objective is another")
     return LowNoise(params, float(below))
+
+
+def _by_expert(
+    loras: Sequence[str], adapters: Sequence[Adapter], digests: tuple[str, str], model: str | Path
+) -> list[list[Adapter]]:
+    """The adapters of each of a pair's experts, by the hash of the model that they were trained over."""
+    for text, adapter in zip(loras, adapters):
+        if adapter.base not in digests:
+            raise ValueError(
+                f"{text}: {model} is a pair of experts, and this adapter does not say that it is of one of them. "
+                f"Import it: `minisora import lora FILE --base={model}` (high noise) or `--base={model}/{LOW_NOISE}`"
+            )
+    return [[adapter for adapter in adapters if adapter.base == digest] for digest in digests]
 
 
 def trained_masks(config: dict, model: str | Path, adapters: Sequence[Adapter] = ()) -> frozenset[str] | None:

@@ -206,7 +206,9 @@ def train_diffusion(
         for batch, rows in packed_batches(latents, plan, numbers, **options, damaged=damaged):
             yield batch, count_work(task.dit, task.pack, rows, frozen=task.lora.rank > 0)
 
-    evaluate = held_out_loss(task.dit, task.objective, task.pack, held_out, damaged) if held_out is not None else None
+    evaluate, within = None, (task.times.low, task.times.high)
+    if held_out is not None:
+        evaluate = held_out_loss(task.dit, task.objective, task.pack, held_out, damaged, within)
     state = train(
         task.run,
         workdir,

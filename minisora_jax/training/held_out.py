@@ -31,7 +31,12 @@ UNMASKED = ConditioningConfig(**dict.fromkeys((f.name for f in dataclasses.field
 
 
 def held_out_loss(
-    dit: DiTConfig, objective: ObjectiveConfig, pack: PackConfig, latents: Latents | Mixture, damaged: Damaged
+    dit: DiTConfig,
+    objective: ObjectiveConfig,
+    pack: PackConfig,
+    latents: Latents | Mixture,
+    damaged: Damaged,
+    within: tuple[float, float] = (0.0, 1.0),
 ) -> Callable[[Any], dict[str, float]]:
     """A function from the model's parameters to {"held_out_loss": mean of all levels, "held_out_loss/t=0.0625": ...}.
 
@@ -44,12 +49,14 @@ def held_out_loss(
         pack: The size of rows; B rows at a time.
         latents: The held-out cache. Weights and masks of a mixture are not used.
         damaged: The log of damaged clips, which are left out.
+        within: The range of times: the levels are spread over it.
 
     Raises:
         ValueError: A clip does not fit a row.
         DataError: No clip can be read.
     """
-    model = DiT(dit)
+    model, (low, high) = DiT(dit), within
+    levels = [low + (high - low) * t for t in LEVELS]
     sizes = np.maximum(latents.sizes, np.array([0, 0, 0, dit.caption_tokens], np.int32))
     tokens, text = token_counts(sizes, dit.patch)
     try:
@@ -64,7 +71,7 @@ def held_out_loss(
             error_BS, weights_BS = loss_at(model, params, batch, noise_BSP, time_BS, objective)
             return jnp.sum(error_BS * weights_BS)
 
-        return jax.lax.map(at, jnp.array(LEVELS)), jnp.sum(batch.segment_BS > 0)
+        return jax.lax.map(at, jnp.array(levels)), jnp.sum(batch.segment_BS > 0)
 
     def loss(params: Any) -> dict[str, float]:
         total, count = np.zeros(len(LEVELS)), 0
@@ -73,7 +80,7 @@ def held_out_loss(
             total, count = total + np.asarray(of_levels, np.float64), count + int(of_batch)
         if not count:
             raise DataError(f"none of the {len(latents)} held-out clips can be read")
-        by_level = {f"held_out_loss/t={t}": float(value) for t, value in zip(LEVELS, total / count)}
+        by_level = {f"held_out_loss/t={t:g}": float(value) for t, value in zip(levels, total / count)}
         return {"held_out_loss": float(np.mean(total / count))} | by_level
 
     return loss
