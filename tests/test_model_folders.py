@@ -16,8 +16,10 @@ from minisora_jax.bundled import CODEC, MODEL
 from minisora_jax.cli import main
 from minisora_jax.io.filesystem import json_or_none
 from minisora_jax.io.model_dir import is_finite, load_model, load_params_onto
+from minisora_jax.models import perceptual
 from minisora_jax.models.codec import Codec
 from minisora_jax.models.encoder import TextEncoder
+from minisora_jax.models.perceptual import LPIPS, LPIPSConfig
 from minisora_jax.models.t5 import T5Config
 from minisora_jax.training.diffusion_task import settings_of
 
@@ -115,6 +117,23 @@ def test_weights_that_do_not_fit_the_config(tmp_path):
         save_file(weights | {name: np.ones(1, np.float32)}, model / "model.safetensors")
         with pytest.raises(ValueError, match="model.safetensors is no tree"):
             ms.VideoPipeline.load(model)
+
+
+def test_codecs_encoders_and_losses_that_do_not_fit_their_config(exported, tmp_path):
+    with pytest.raises(ValueError, match="does not fit: for params/"):
+        Codec.load(changed(CODEC, tmp_path / "codec", "vae", "base", to=8))
+    with pytest.raises(ValueError, match="does not fit: for params/"):
+        TextEncoder.load(changed(exported, tmp_path / "t5", "t5", "width", to=16))
+    config = LPIPSConfig()
+    params = jax.tree.map(lambda x: np.zeros(x.shape, np.float32), perceptual.abstract_params(config))
+    LPIPS(config, params).export(tmp_path / "lpips", {})
+    LPIPS.load(tmp_path / "lpips")
+    weights = load_file(tmp_path / "lpips/model.safetensors")
+    name = next(iter(weights))
+    save_file(weights | {name: weights[name][..., :1]}, tmp_path / "lpips/model.safetensors")
+    (tmp_path / "lpips/checksums.json").unlink()
+    with pytest.raises(ValueError, match=f"does not fit: for {name}"):
+        LPIPS.load(tmp_path / "lpips")
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])

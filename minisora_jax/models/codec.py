@@ -22,8 +22,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from minisora_jax.io.hub import local_folder
-from minisora_jax.io.model_dir import export_model, in_words, load_model, model_hash, saved_settings
-from minisora_jax.models.vae import VAE, VAEConfig
+from minisora_jax.io.model_dir import check_shapes, export_model, in_words, load_model, model_hash, saved_settings
+from minisora_jax.models.vae import VAE, VAEConfig, abstract_params
 from minisora_jax.parallel.halo import fetch_frames, put_frames, put_params, shard_height
 from minisora_jax.parallel.programs import make_room, memory_of
 
@@ -60,13 +60,14 @@ class Codec:
         """The codec that `minisora train-vae` or `minisora import` wrote to `directory`.
 
         Raises:
-            ValueError: The directory holds another kind of model.
+            ValueError: The directory holds another kind of model, or one of another shape.
         """
         directory = local_folder(directory)
         params, config = load_model(directory)
         if config.get("kind") != "vae":
             raise ValueError(f"{directory} holds a {config.get('kind')!r} model, not a codec ('vae')")
         vae = saved_settings(VAEConfig, config, "vae", directory)
+        check_shapes(params, abstract_params(vae), directory)
         mean, std = (
             saved_statistics(config, key, vae.latent_channels, directory) for key in ("latent_mean", "latent_std")
         )

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
-from minisora_jax.io.model_dir import export_model, in_words, load_model, model_hash, saved_settings
+import jax
+import jax.numpy as jnp
+
+from minisora_jax.io.model_dir import check_shapes, export_model, in_words, load_model, model_hash, saved_settings
 from minisora_jax.models.clip import CLIPConfig, CLIPEncoder
 from minisora_jax.models.t5 import T5Config, T5Encoder
 
@@ -37,13 +41,15 @@ class TextEncoder:
         """The text encoder that `minisora import` wrote to `directory`.
 
         Raises:
-            ValueError: The directory holds another kind of model.
+            ValueError: The directory holds another kind of model, or one of another shape.
         """
         params, config = load_model(directory, dtype=None)
         kind = config.get("kind")
         if not isinstance(kind, str) or kind not in CONFIGS:
             raise ValueError(f"{directory} holds a {kind!r} model, not a text encoder ({' or '.join(CONFIGS)})")
-        return cls(saved_settings(CONFIGS[kind], config, kind, directory), params, model_hash(directory))
+        settings = saved_settings(CONFIGS[kind], config, kind, directory)
+        check_shapes(params, abstract_params(settings), directory)
+        return cls(settings, params, model_hash(directory))
 
     def export(self, directory: str | Path, record: dict, dtype: str | None = None, progress: str = "") -> str:
         """Write the encoder to `directory`, so that `load` reads it.
@@ -60,3 +66,9 @@ class TextEncoder:
         kind = next(k for k, config in CONFIGS.items() if isinstance(self.config, config))
         config = {"kind": kind, kind: dataclasses.asdict(self.config), "training": record}
         return export_model(directory, self.params, config, dtype=dtype, progress=progress)
+
+
+def abstract_params(config: T5Config | CLIPConfig) -> Any:
+    """The parameter tree {"params": ...} as `jax.ShapeDtypeStruct`s, float32."""
+    ids = jax.ShapeDtypeStruct((1, 8), jnp.int32)
+    return jax.eval_shape(MODULES[type(config)](config).init, jax.random.key(0), ids, ids)

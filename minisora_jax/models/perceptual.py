@@ -13,13 +13,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 from pathlib import Path
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from minisora_jax.io.model_dir import export_model, in_words, load_model, model_hash, saved_settings
+from minisora_jax.io.model_dir import check_shapes, export_model, in_words, load_model, model_hash, saved_settings
 from minisora_jax.parallel.halo import over_clips
 
 KIND = "lpips"
@@ -112,12 +113,14 @@ class LPIPS:
         """What `minisora import lpips` wrote to `directory`.
 
         Raises:
-            ValueError: The directory holds another kind of model.
+            ValueError: The directory holds another kind of model, or one of another shape.
         """
         params, config = load_model(directory)
         if config.get("kind") != KIND:
             raise ValueError(f"{directory} holds a {config.get('kind')!r} model, not LPIPS: `minisora import lpips`")
-        return cls(saved_settings(LPIPSConfig, config, KIND, directory), params, model_hash(directory))
+        settings = saved_settings(LPIPSConfig, config, KIND, directory)
+        check_shapes(params, abstract_params(settings), directory)
+        return cls(settings, params, model_hash(directory))
 
     def export(self, directory: str | Path, record: dict, dtype: str | None = None, progress: str = "") -> str:
         """Write it to `directory`, so that `load` reads it; returns the hash of the written files.
@@ -140,3 +143,9 @@ class LPIPS:
 @functools.partial(jax.jit, static_argnums=0)
 def _distance(config: LPIPSConfig, params: dict, a_BTHWC: jax.Array, b_BTHWC: jax.Array) -> jax.Array:
     return frame_distances(config, params, a_BTHWC, b_BTHWC)
+
+
+def abstract_params(config: LPIPSConfig) -> Any:
+    """The parameter tree {"params": ...} as `jax.ShapeDtypeStruct`s, float32."""
+    frames = jax.ShapeDtypeStruct((1, config.smallest, config.smallest, 3), jnp.float32)
+    return jax.eval_shape(LPIPSNet(config).init, jax.random.key(0), frames, frames)

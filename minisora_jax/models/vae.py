@@ -18,7 +18,9 @@ of the first frame:
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -234,3 +236,10 @@ class VAE(nn.Module):
     def __call__(self, x_BTHWC: jax.Array) -> jax.Array:
         """The reconstruction from the posterior's mean. Initialise with this method: it uses every parameter."""
         return self.decode(self.encode(x_BTHWC)[0])[0]
+
+
+@functools.cache
+def abstract_params(config: VAEConfig) -> Any:
+    """The parameter tree {"params": ...} as `jax.ShapeDtypeStruct`s, float32."""
+    frames = jax.ShapeDtypeStruct((1, 1, config.space_factor, config.space_factor, 3), jnp.float32)
+    return jax.eval_shape(VAE(config).init, jax.random.key(0), frames)

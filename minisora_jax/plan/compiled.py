@@ -21,7 +21,7 @@ from jax.sharding import PartitionSpec as P
 from minisora_jax.diffusion.guidance import GuidanceConfig
 from minisora_jax.diffusion.sampler import SAMPLERS
 from minisora_jax.generate.sampling import STEPS_UNIT, sampling_steps
-from minisora_jax.models.dit import abstract_batch
+from minisora_jax.models.dit import DiTConfig, abstract_batch
 from minisora_jax.parallel.mesh import (
     TOKENS,
     MeshConfig,
@@ -36,7 +36,7 @@ from minisora_jax.plan.schedule import Traffic, read_traffic
 from minisora_jax.training.diffusion_task import DiffusionTask, frozen_of, init_params, loss_of, optimizer_of
 from minisora_jax.training.step import init_state, jit_train_step
 
-IMAGE_TOKENS = 257  # of the image encoder in Wan's image-to-video
+IMAGE_TOKENS = 257  # of one image in Wan's image-to-video
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,6 +101,11 @@ def abstract_state(work: Workload, mesh: jax.sharding.Mesh) -> Any:
         return with_shardings(jax.eval_shape(init, jax.eval_shape(lambda: jax.random.key(0))), mesh)
 
 
+def image_tokens(config: DiTConfig) -> int:
+    """Tokens of a clip's given images, for a model that attends to them."""
+    return config.image_positions or IMAGE_TOKENS
+
+
 def state_bytes(task: DiffusionTask) -> dict[str, int]:
     """Bytes of a run's state on all chips together: parameters, average, optimiser and gradient."""
     return _state_bytes(dataclasses.replace(task, dit=dataclasses.replace(task.dit, attention="reference")))
@@ -128,7 +133,7 @@ def lower(work: Workload, mesh: jax.sharding.Mesh) -> tuple[dict[str, Any], jax.
     require_divisible(mesh, rows=work.rows, heads=work.task.dit.heads)
     state, tokens = abstract_state(work, mesh), work.row_tokens(mesh)
     text = work.segments * work.text_tokens
-    batch = abstract_batch(work.task.dit, work.rows, tokens, text, IMAGE_TOKENS, slots=work.segments)
+    batch = abstract_batch(work.task.dit, work.rows, tokens, text, image_tokens(work.task.dit), slots=work.segments)
     batch = dataclasses.replace(batch, max_segment_len=work.tokens, frames=work.row_frames)
     lead = () if work.sample else (1,)  # a train step's batch has one microbatch
     on = lambda x, spec: jax.ShapeDtypeStruct((*lead, *x.shape), x.dtype, sharding=NamedSharding(mesh, spec))

@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding
 from minisora_jax.models.dit import DiT, DiTConfig, abstract_batch, abstract_params
 from minisora_jax.parallel.mesh import BATCH, MeshConfig, make_mesh, with_shardings
 from minisora_jax.parallel.programs import memory_of
-from minisora_jax.plan.compiled import IMAGE_TOKENS, bytes_held
+from minisora_jax.plan.compiled import bytes_held, image_tokens
 from minisora_jax.plan.hardware import Topology
 from minisora_jax.weights import dit
 from minisora_jax.weights.checkpoint import Checkpoint
@@ -68,7 +68,7 @@ def lower_forward(
         (`parameters_on` the mesh, the lowered forward pass).
     """
     rows, tokens, sharding = mesh.size, math.prod(size_thw) // math.prod(config.patch), NamedSharding(mesh, BATCH)
-    batch = abstract_batch(config, rows, tokens, text_tokens, IMAGE_TOKENS, sharding)
+    batch = abstract_batch(config, rows, tokens, text_tokens, image_tokens(config), sharding)
     time_BS = jax.ShapeDtypeStruct((rows, tokens), jnp.float32, sharding=sharding)
     params = parameters_on(config, mesh, checkpoint)
     with jax.set_mesh(mesh):

@@ -8,17 +8,13 @@ import logging
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-
-from minisora_jax.models import clip_vision
+from minisora_jax.models import clip_vision, encoder, perceptual, vae
 from minisora_jax.models.clip import CLIPConfig
 from minisora_jax.models.clip_vision import CLIPVisionConfig
 from minisora_jax.models.dit import abstract_params
 from minisora_jax.models.dit_config import DiTConfig
-from minisora_jax.models.encoder import TextEncoder
-from minisora_jax.models.perceptual import LPIPSConfig, LPIPSNet
-from minisora_jax.models.vae import VAE, VAEConfig
+from minisora_jax.models.perceptual import LPIPSConfig
+from minisora_jax.models.vae import VAEConfig
 from minisora_jax.weights import clip
 from minisora_jax.weights.checkpoint import Checkpoint
 from minisora_jax.weights.errors import WeightsFileError, shown
@@ -137,15 +133,12 @@ def _abstract(config: Any) -> Any:
     if isinstance(config, DiTConfig):
         return abstract_params(config)
     if isinstance(config, VAEConfig):
-        frames = jax.ShapeDtypeStruct((1, 1, config.space_factor, config.space_factor, 3), jnp.float32)
-        return jax.eval_shape(VAE(config).init, jax.random.key(0), frames)
+        return vae.abstract_params(config)
     if isinstance(config, LPIPSConfig):
-        frames = jax.ShapeDtypeStruct((1, config.smallest, config.smallest, 3), jnp.float32)
-        return jax.eval_shape(LPIPSNet(config).init, jax.random.key(0), frames, frames)
+        return perceptual.abstract_params(config)
     if isinstance(config, CLIPVisionConfig):
         return clip_vision.abstract_params(config)
-    ids = jax.ShapeDtypeStruct((1, 8), jnp.int32)
-    return jax.eval_shape(TextEncoder(config, {}).module.init, jax.random.key(0), ids, ids)
+    return encoder.abstract_params(config)
 
 
 def _other(checkpoint: Checkpoint, asked: str) -> str | None:
