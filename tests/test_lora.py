@@ -21,6 +21,7 @@ from minisora_jax.diffusion.loss import diffusion_loss
 from minisora_jax.diffusion.time import TimeConfig
 from minisora_jax.io.model_dir import export_model, load_model
 from minisora_jax.models.dit import DiT, DiTConfig, abstract_params
+from minisora_jax.models.int8 import quantized
 from minisora_jax.models.lora import LoraConfig, delta, init_adapter, kernels, scaled, stacked
 from minisora_jax.models.text import encode_bytes
 from minisora_jax.parallel.mesh import MeshConfig, make_mesh, to_global, with_shardings
@@ -29,7 +30,6 @@ from minisora_jax.plan.cost_model import arithmetic
 from minisora_jax.plan.workload import task_of
 from minisora_jax.training.diffusion_task import frozen_of, init_params, train_diffusion
 from minisora_jax.training.flops import count_work
-from minisora_jax.training.frozen import quantized
 
 # No two of these axes are equally long, so that a shape tells what an array is.
 DIT = DiTConfig(

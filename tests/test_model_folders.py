@@ -212,7 +212,7 @@ def test_a_precision_may_be_chosen(tmp_path):
     request = [ms.Request(PROMPT, (5, 48, 48))]
     full, half = (p.sample(request, steps=2, progress=False)[0] for p in pipelines.values())
     assert 1e-4 < np.abs(full - half).mean() < 0.1 * np.abs(full).mean()
-    with pytest.raises(ValueError, match="dtype='float8' must be one of float32, bfloat16"):
+    with pytest.raises(ValueError, match="dtype='float8' must be one of float32, bfloat16, int8"):
         ms.VideoPipeline.load(dtype="float8")
     flags = ["--frames=1", "--steps=1", f"--out={tmp_path}", "--dtype=float32"]
     assert main(["generate", PROMPT, *flags]) == 0

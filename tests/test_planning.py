@@ -8,7 +8,7 @@ import pytest
 from flax import traverse_util
 
 from minisora_jax.models.dit import DiTConfig, abstract_params
-from minisora_jax.models.lora import LoraConfig
+from minisora_jax.models.lora import LoraConfig, kernels
 from minisora_jax.parallel.mesh import MeshConfig, make_mesh
 from minisora_jax.plan.compiled import Workload, _needed_bytes, lower
 from minisora_jax.plan.cost_model import arithmetic, estimate, largest, meshes, search, seconds_of
@@ -154,15 +154,23 @@ def test_the_real_step_is_lowered_for_a_mesh(sample):
     assert each < 1.2 * parameter_count(TINY) / 8
     assert memory.argument_size_in_bytes >= 4 * each * (1 if sample else 4)
     assert work.row_tokens(mesh) == (1536 if sample else 1024)
+    if sample:
+        small = lower(dataclasses.replace(work, weights="int8"), mesh)[1].compile().memory_analysis()
+        assert small.argument_size_in_bytes < memory.argument_size_in_bytes
 
 
 def test_sampling_keeps_weights_in_their_own_type():
     mesh = make_mesh(MeshConfig(data=1, ring=8))
+    types = "float32", "bfloat16", "int8"
+    works = [Workload(TINY, 600, text_tokens=16, sample=True, weights=weights) for weights in types]
     held = [
-        sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(lower(work, mesh)[0]["parameters"]))
-        for work in (Workload(TINY, 600, text_tokens=16, sample=True, weights=w) for w in ("float32", "bfloat16"))
+        sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(lower(work, mesh)[0]["parameters"])) for work in works
     ]
     assert held[0] == 2 * held[1]
+    blocks = kernels(abstract_params(TINY.dit), r"^blocks/.*(attention|mlp)/").values()
+    count = lambda *axes: math.prod(n for axis in axes for n in axis)
+    scales = sum(count(k.layers, k.outputs) for k in blocks)
+    assert held[2] == held[0] - 3 * sum(count(k.layers, k.inputs, k.outputs) for k in blocks) + 4 * scales
     with pytest.raises(ValueError, match=r"=1 cannot be divided over mesh\.data=1 x mesh\.fsdp=8"):
         lower(Workload(TINY, 600, text_tokens=16), make_mesh(MeshConfig(data=1, fsdp=8)))
 

@@ -43,7 +43,9 @@ def add_arguments(parser):
     parser.add_argument("--attention", default="splash", help="the kernel to compile (default: splash)")
     parser.add_argument("--sample", action="store_true", help="a sampling step, and not a train step")
     parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16"), help="of the weights, with --sample; of a codec's arithmetic"
+        "--dtype",
+        choices=("float32", "bfloat16", "int8"),
+        help="of the weights, with --sample; of a codec's arithmetic",
     )
     parser.add_argument("--lora", metavar="rank=N,...", help="train adapters only, as `minisora train --lora` does")
     parser.add_argument("--search", type=int, default=0, metavar="N", help="rank all meshes, and compile the N best")
@@ -85,6 +87,8 @@ def _plan_codec(args, task, topology):
             "a codec is planned by --config=FILE.py alone, a train step of its own crops (--config.crop_THW), or with "
             "--sample --clip=60s@1080p, a step of its decoder; a published codec (--preset) has the latter only"
         )
+    if args.dtype == "int8":
+        raise ValueError("--dtype int8 is of a transformer's weights, and this is a codec: take bfloat16")
     vae = dataclasses.replace(task.vae, dtype=args.dtype or task.vae.dtype)
     mesh = configured_mesh(args.mesh, task.run.mesh, topology.chips)
     if args.sample:

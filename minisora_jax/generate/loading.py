@@ -31,6 +31,7 @@ from minisora_jax.models.captions import captions_of
 from minisora_jax.models.clip_vision import image_encoder_of
 from minisora_jax.models.codec import Codec
 from minisora_jax.models.dit import DiTConfig, abstract_params
+from minisora_jax.models.int8 import IN_BLOCKS, held_as_int8, read_as_int8
 from minisora_jax.parallel.mesh import with_shardings
 from minisora_jax.parallel.programs import keep_compiled_programs
 from minisora_jax.toy.grammar import vocabulary
@@ -40,7 +41,7 @@ from minisora_jax.weights.presets import TRANSFORMERS
 
 log = logging.getLogger("minisora")
 
-DTYPES = ("float32", "bfloat16")
+DTYPES = ("float32", "bfloat16", "int8")
 
 
 def load_parts(
@@ -116,7 +117,8 @@ def load_parts(
 def _load_dit(model: str | Path, dtype: str | None = None) -> tuple[dict, DiTConfig, dict]:
     """(parameters, model config, whole exported config) of a model, the parameters on the mesh in use if there is one.
 
-    dtype: of the parameters and the arithmetic; None: parameters as stored, arithmetic as the model says.
+    dtype: of the parameters and the arithmetic; None: parameters as stored, arithmetic as the model says; "int8": that
+        arithmetic on kernels of int8.
     """
     if dtype not in (None, *DTYPES):
         raise ValueError(f"dtype={dtype!r} must be one of {', '.join(DTYPES)}")
@@ -129,12 +131,18 @@ def _load_dit(model: str | Path, dtype: str | None = None) -> tuple[dict, DiTCon
         raise ValueError(f"{model} holds a {config.get('kind')!r} model, not a diffusion transformer ('dit')")
     dit = saved_settings(DiTConfig, config, "dit", model)
     check_shapes(stored, abstract_params(dit), model)
-    dit = dataclasses.replace(dit, dtype=dtype or dit.dtype)
+    if dtype in ("float32", "bfloat16"):
+        dit = dataclasses.replace(dit, dtype=dtype)
     mesh = jax.sharding.get_mesh()
-    if mesh.empty:
+    if mesh.empty and dtype != "int8":
         return jax.tree.map(jnp.asarray, in_memory(stored, model, dtype)), dit, config
-    typed = lambda at, x: jax.ShapeDtypeStruct(at.shape, dtype or x.dtype, sharding=at.sharding)
-    places = jax.tree.map(typed, with_shardings(abstract_params(dit), mesh), stored)
+    kept = None if dtype == "int8" else dtype
+    typed = lambda at, x: jax.ShapeDtypeStruct(at.shape, kept or x.dtype, sharding=at.sharding)
+    places = jax.tree.map(typed, abstract_params(dit), stored)
+    if dtype == "int8":
+        places = held_as_int8(places, IN_BLOCKS)
+        return read_as_int8(stored, places if mesh.empty else with_shardings(places, mesh), model), dit, config
+    places = with_shardings(places, mesh)
     return onto_devices(stored, places, model), dit, config
 
 

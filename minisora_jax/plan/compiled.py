@@ -22,6 +22,7 @@ from minisora_jax.diffusion.guidance import GuidanceConfig
 from minisora_jax.diffusion.sampler import SAMPLERS
 from minisora_jax.generate.sampling import STEPS_UNIT, sampling_steps
 from minisora_jax.models.dit import DiTConfig, abstract_batch
+from minisora_jax.models.int8 import IN_BLOCKS, held_as_int8
 from minisora_jax.parallel.mesh import (
     TOKENS,
     MeshConfig,
@@ -142,7 +143,10 @@ def lower(work: Workload, mesh: jax.sharding.Mesh) -> tuple[dict[str, Any], jax.
         time_BS: Any = on(jax.ShapeDtypeStruct((work.rows, tokens), jnp.float32), TOKENS)
         index_BS = on(jax.ShapeDtypeStruct((work.rows, tokens), jnp.int32), TOKENS)
         stored = lambda x: jax.ShapeDtypeStruct(x.shape, work.weights, sharding=x.sharding)
-        params = jax.tree.map(stored, state.params)
+        if work.weights == "int8":
+            params = with_shardings(held_as_int8(state.params, IN_BLOCKS), mesh)
+        else:
+            params = jax.tree.map(stored, state.params)
         inputs = ((params,), batch, index_BS, index_BS, 3.0, (0.0, 1.0), None)
         static = (work.task.dit,), work.task.objective, GuidanceConfig().static
         times_KBS = jax.ShapeDtypeStruct(

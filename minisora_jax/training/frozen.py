@@ -15,13 +15,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import traverse_util
-from jax.sharding import PartitionSpec as P
 
 from minisora_jax.diffusion.distillation import TEACHER
 from minisora_jax.io.model_dir import check_shapes, onto_devices, open_model
 from minisora_jax.io.safetensors import LazyArray
-from minisora_jax.models.lora import Kernel, LoraConfig, apart, kernels, scaled, together
-from minisora_jax.parallel.mesh import shard, with_shardings
+from minisora_jax.models.int8 import held_as_int8, read_as_int8, typed
+from minisora_jax.models.lora import LoraConfig, apart, scaled, together
+from minisora_jax.parallel.mesh import with_shardings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,11 +93,10 @@ def unchanged(init: str | Path) -> Any:
 
 def _held_as(base: str, params: Any) -> Any:
     """The frozen parameters as `jax.ShapeDtypeStruct`s: kernels of the type `base`, the others float32."""
-    flat: dict[str, Any] = traverse_util.flatten_dict(params, sep="/")
-    held = {n: _typed(x, jnp.dtype(base)) if n.endswith("/kernel") else x for n, x in flat.items()}
     if base == "int8":
-        for path, kernel in kernels(params).items():
-            held[f"int8/{path}/scale"] = jax.ShapeDtypeStruct(kernel.layers + kernel.outputs, jnp.float32)
+        return held_as_int8(params)
+    flat: dict[str, Any] = traverse_util.flatten_dict(params, sep="/")
+    held = {n: typed(x, jnp.dtype(base)) if n.endswith("/kernel") else x for n, x in flat.items()}
     return traverse_util.unflatten_dict(held, sep="/")
 
 
@@ -107,29 +106,6 @@ def _load(init: str | Path | None, places: Any) -> Any:
         raise ValueError("there is no model to read the frozen parameters from")
     if "int8" not in places:
         return read_part(init, places)
-    flat: dict[str, Any] = traverse_util.flatten_dict({"params": places["params"]}, sep="/")
     stored, _ = open_model(init)
     check_shapes(stored, {"params": places["params"]}, init)
-    sources, result = traverse_util.flatten_dict(stored, sep="/"), {}
-    by_path = kernels({"params": places["params"]})
-    for name, place in flat.items():
-        read = lambda dtype, name=name, place=place: onto_devices(sources[name], _typed(place, dtype), init)
-        path = name.removeprefix("params/").removesuffix("/kernel")
-        if name.endswith("/kernel"):
-            result[name], result[f"int8/{path}/scale"] = quantized(read(jnp.float32), by_path[path])
-        else:
-            result[name] = read(place.dtype)
-    return traverse_util.unflatten_dict(result, sep="/")
-
-
-@functools.partial(jax.jit, static_argnums=1, donate_argnums=0)
-def quantized(w: jax.Array, kernel: Kernel) -> tuple[jax.Array, jax.Array]:
-    """(int8, the scale of each output): the weights are their product, up to 1 / 254 of an output's largest."""
-    axes = tuple(range(len(kernel.layers), len(kernel.layers) + len(kernel.inputs)))
-    scale = jnp.max(jnp.abs(w.astype(jnp.float32)), axis=axes, keepdims=True) / 127
-    scale = jnp.where(scale == 0, 1.0, scale)
-    return jnp.round(w / scale).astype(jnp.int8), shard(jnp.squeeze(scale, axes), P())
-
-
-def _typed(x: jax.ShapeDtypeStruct, dtype: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding)
+    return read_as_int8(stored, places, init)

@@ -155,6 +155,8 @@ def applied(params: Any, adapters: Sequence[Adapter]) -> Any:
     flat = _flat(params["params"])
     for adapter in adapters:
         for name, change in _flat(adapter.diff).items():
+            if flat[name].dtype == jnp.int8:
+                raise ValueError(f"an adapter changes {name} as a whole, which int8 cannot hold: use another --dtype")
             flat[name] = _add(flat[name], jax.device_put(change, flat[name].sharding))
     result = params | {"params": traverse_util.unflatten_dict(flat, sep="/")}
     return result | ({"lora": jax.tree.map(lambda x: place(np.asarray(x)), stacked(loras))} if loras else {})
