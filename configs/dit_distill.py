@@ -1,8 +1,8 @@
 """Distil a trained model to few steps without guidance: progressive distillation, run after run or at once.
 
     minisora train --config=dit_distill:data=data/latents,steps=4 --init=models/teacher --workdir=runs/4
-    minisora generate "..." --model=runs/4/export --sampler=euler --steps=4 --guidance=1
-    minisora eval model --model=runs/4/export --sampler=euler --steps=4 --guidance=1
+    minisora generate "..." --model=runs/4/export        # by default as it was trained: euler, 4 steps, no guidance
+    minisora eval model --model=runs/4/export
 
 The teacher takes `substeps` steps of Heun for one of the student's. Or in halves, each run from the last one's student:
 substeps=1,steps=16 from the teacher with its guidance, then steps=8,guidance=1 --init=runs/16/export, and so on.

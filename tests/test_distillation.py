@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -9,14 +10,24 @@ import numpy as np
 import pytest
 from train_tiny import make_cache, task, train_with
 
+from minisora_jax.bundled import CODEC, MODEL
+from minisora_jax.cli import main
 from minisora_jax.data.latents import Latents
 from minisora_jax.data.packing import PackConfig
 from minisora_jax.data.rows import Segment, pack_segments
-from minisora_jax.diffusion.distillation import DistillConfig, distillation_loss, one_step_target, without_captions
+from minisora_jax.diffusion.distillation import (
+    DistillConfig,
+    distillation_loss,
+    one_step_target,
+    sampling_of,
+    without_captions,
+)
+from minisora_jax.diffusion.guidance import GuidanceConfig
 from minisora_jax.diffusion.noise_path import PATHS, PREDICTIONS
 from minisora_jax.diffusion.objective import ObjectiveConfig
-from minisora_jax.diffusion.sampler import SAMPLERS, Denoiser
+from minisora_jax.diffusion.sampler import SAMPLERS, Denoiser, SamplerConfig
 from minisora_jax.diffusion.time import TimeConfig
+from minisora_jax.generate import VideoPipeline
 from minisora_jax.io.model_dir import load_model
 from minisora_jax.models.dit import DiT
 from minisora_jax.models.text import encode_bytes
@@ -121,3 +132,23 @@ def test_a_run_distils_the_model_that_it_starts_from(tmp_path):
     assert jax.tree.structure(params) == jax.tree.structure(before)
     with pytest.raises(ValueError, match="distill change a given model: name it by --init"):
         train_diffusion(student, tmp_path / "none", Latents(cache), {}, {})
+
+
+def test_a_distilled_model_is_sampled_as_it_was_trained(tmp_path, capsys):
+    """In its own steps, without guidance, unless another sampling is asked for. A damaged record is named."""
+    assert sampling_of(4, None, None, None) == (SamplerConfig("euler", 4), GuidanceConfig(1.0))
+    assert sampling_of(0, None, None, None) == (SamplerConfig("heun", 20), GuidanceConfig(3.0))
+    assert sampling_of(4, 8, 2, "ddim") == (SamplerConfig("ddim", 8), GuidanceConfig(2.0))
+    shutil.copytree(MODEL, model := tmp_path / "model", ignore=shutil.ignore_patterns("checksums.json"))
+    config = json.loads((MODEL / "config.json").read_text())
+    (model / "config.json").chmod(0o644)
+    (model / "config.json").write_text(json.dumps(config | {"distilled": {"steps": 2, "guidance": 3.0}}))
+    flags = [f"--model={model}", f"--codec={CODEC}", "--frames=1", "--size=16x16", f"--out={tmp_path / 'out'}"]
+    assert main(["generate", "a photo of a small green cross on a navy background", *flags]) == 0
+    [record] = [json.loads(path.read_text()) for path in (tmp_path / "out").glob("*.json")]
+    sampling = record["sampling"]
+    assert (sampling["sampler"]["name"], sampling["sampler"]["steps"], sampling["guidance"]["scale"]) == ("euler", 2, 1)
+    for bad in ({}, 3, {"steps": -1}, {"steps": "4"}):
+        (model / "config.json").write_text(json.dumps(config | {"distilled": bad}))
+        with pytest.raises(ValueError, match="distilled=.* must name its steps"):
+            VideoPipeline.load(model, CODEC)

@@ -42,10 +42,10 @@ def run(args, _):
     from minisora_jax.evaluation.calibration import calibrate, save
     from minisora_jax.generate import Request
 
-    sampling, size = options.sampling_options(args), options.parse_size(args.size)
+    size = options.parse_size(args.size)
     if args.model and not args.prompts:
         raise ValueError('give a few prompts of the kind you will use: minisora calibrate "..." "..." --model=DIR')
-    pipeline = options.pipeline_of(args)
+    pipeline, sampling = options.pipeline_and_sampling(args)
     prompts = args.prompts or held_out_prompts(8, 0)
     requests = [Request(prompt, (args.frames, *size), i, args.fps) for i, prompt in enumerate(prompts)]
     calibration = calibrate(pipeline, requests, **sampling, shares=args.shares)

@@ -98,12 +98,14 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("sampling")
     group.add_argument(
         "--sampler",
-        default="heun",
+        default=None,
         choices=SAMPLERS,
         help="heun (default) calls the model twice a step, dopri5 as often as it needs, the others once; ddpm and sde "
         "add noise at each step",
     )
-    group.add_argument("--steps", type=int, default=20, help="sampler steps (default 20)")
+    group.add_argument(
+        "--steps", type=int, default=None, help="sampler steps (default 20; a distilled model's own, without guidance)"
+    )
     group.add_argument(
         "--schedule",
         default="even",
@@ -121,7 +123,7 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
         help="shift of the times towards noise, above 0 (default: the model's own: 5 for most Wans, 1 for others)",
     )
     group.add_argument("--tolerance", type=float, default=1e-3, help="error of a step of dopri5 (default 1e-3)")
-    group.add_argument("--guidance", type=float, default=3.0, help="guidance scale (default 3; 1 is none)")
+    group.add_argument("--guidance", type=float, default=None, help="guidance scale (default 3; 1 is none)")
     group.add_argument(
         "--guidance-low-noise", type=float, help="scale of the second expert of a pair (Wan 2.2 A14B: 3, and 4 before)"
     )
@@ -168,9 +170,10 @@ def pipeline_and_sampling(args: argparse.Namespace) -> tuple[VideoPipeline, dict
     """The pipeline, and the arguments of its `sample`, of a command with these options."""
     from minisora_jax.bundled import MODEL
 
-    sampling = sampling_options(args)
+    sampling_options(args)  # raises before anything is read
     pipeline = pipeline_of(args)
-    if args.step_cache is not None:
+    sampling = sampling_options(args, pipeline.distilled)
+    if getattr(args, "step_cache", None) is not None:
         from minisora_jax.evaluation.calibration import step_cache
 
         settings = sampling["sampler"], sampling["guidance"]
@@ -178,16 +181,25 @@ def pipeline_and_sampling(args: argparse.Namespace) -> tuple[VideoPipeline, dict
     return pipeline, sampling
 
 
-def sampling_options(args: argparse.Namespace) -> dict[str, Any]:
-    """The arguments of `NativePipeline.sample` that the options of `add_sampling` name."""
+def sampling_options(args: argparse.Namespace, distilled: int = 0) -> dict[str, Any]:
+    """The arguments of `NativePipeline.sample` that the options of `add_sampling` name.
+
+    Args:
+        args: The options. Those that are not given are the defaults of the model.
+        distilled: The steps that the model was distilled to; 0: it was not.
+    """
+    from minisora_jax.diffusion.distillation import sampling_defaults
     from minisora_jax.diffusion.guidance import GuidanceConfig
     from minisora_jax.diffusion.sampler import SamplerConfig
 
+    steps, guidance, sampler = sampling_defaults(distilled)
+    steps = steps if args.steps is None else args.steps
+    guidance = guidance if args.guidance is None else args.guidance
     interval = parse_interval(args.guidance_interval)
     return {
-        "sampler": SamplerConfig(args.sampler, args.steps, args.schedule, args.eta, args.tolerance, args.shift),
+        "sampler": SamplerConfig(args.sampler or sampler, steps, args.schedule, args.eta, args.tolerance, args.shift),
         "guidance": GuidanceConfig(
-            args.guidance,
+            guidance,
             interval,
             args.guidance_rescale,
             args.guidance_schedule,

@@ -14,16 +14,17 @@ from the last one's student, or take many substeps at once.
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from minisora_jax.diffusion.denoiser import Denoiser
-from minisora_jax.diffusion.guidance import guide
+from minisora_jax.diffusion.guidance import GuidanceConfig, guide
 from minisora_jax.diffusion.noise_path import target
 from minisora_jax.diffusion.objective import ObjectiveConfig, weight
-from minisora_jax.diffusion.sampler import SAMPLERS
+from minisora_jax.diffusion.sampler import SAMPLERS, SamplerConfig
 from minisora_jax.diffusion.time import TimeConfig, draw_by_ids, latest_time, sampling_times
 from minisora_jax.models.dit import DiT, drop_variance
 from minisora_jax.parallel.mesh import draw, like
@@ -52,6 +53,39 @@ class DistillConfig:
             )
         if self.sampler not in ("heun", "euler", "ddim"):
             raise ValueError(f"distill.sampler={self.sampler!r} must be 'heun', 'euler' or 'ddim'")
+
+
+def recorded_steps(config: dict, directory: str | Path) -> int:
+    """The steps that an exported model was distilled to; 0: it was not.
+
+    Raises:
+        ValueError: The record is damaged.
+    """
+    record = config.get("distilled", {"steps": 0})
+    steps = record.get("steps") if isinstance(record, dict) else None
+    if not isinstance(steps, int) or not 0 <= steps <= 1000:
+        raise ValueError(f"{directory}/config.json: distilled={record!r:.100} must name its steps, at most 1000")
+    return steps
+
+
+def sampling_defaults(distilled: int) -> tuple[int, float, str]:
+    """(steps, guidance scale, sampler) of a model, by the steps that it was distilled to."""
+    return (distilled, 1.0, "euler") if distilled else (20, 3.0, "heun")
+
+
+def sampling_of(
+    distilled: int,
+    steps: int | None,
+    guidance: float | GuidanceConfig | None,
+    sampler: str | SamplerConfig | None,
+) -> tuple[SamplerConfig, GuidanceConfig]:
+    """The configurations of a sampling, with the defaults of the model for what is None."""
+    own_steps, own_scale, own_name = sampling_defaults(distilled)
+    if sampler is None or isinstance(sampler, str):
+        sampler = SamplerConfig(sampler or own_name, own_steps if steps is None else steps)
+    if not isinstance(guidance, GuidanceConfig):
+        guidance = GuidanceConfig(own_scale if guidance is None else float(guidance))
+    return sampler, guidance
 
 
 def distillation_loss(

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from minisora_jax.bundled import CODEC, MODEL
 from minisora_jax.data.conditioning import recorded_masks
+from minisora_jax.diffusion.distillation import recorded_steps
 from minisora_jax.diffusion.objective import ObjectiveConfig
 from minisora_jax.diffusion.time import TimeConfig
 from minisora_jax.generate.experts import LowNoise
@@ -109,6 +110,7 @@ def load_parts(
         "image_encoder": image_encoder_of(dit, image_encoder),
         "window": frames,
         "sides": tuple(sides) or None,
+        "distilled": max([recorded_steps(config, model), *(adapter.distilled for adapter in adapters)]),
         "trained": trained_masks(config, model, adapters),
         "vocabulary": vocabulary() if not loras and Path(model).resolve() == Path(MODEL).resolve() else None,
     }

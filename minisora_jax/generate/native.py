@@ -5,19 +5,19 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-import math
 import re
 import unicodedata
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from minisora_jax.diffusion.distillation import sampling_of
 from minisora_jax.diffusion.guidance import GuidanceConfig
 from minisora_jax.diffusion.objective import ObjectiveConfig
 from minisora_jax.diffusion.sampler import SamplerConfig
 from minisora_jax.diffusion.time import TimeConfig
 from minisora_jax.generate.experts import LowNoise
-from minisora_jax.generate.packed import PackedRequests, fill_rows
+from minisora_jax.generate.packed import PackedRequests, by_steps, fill_rows
 from minisora_jax.generate.request import Request
 from minisora_jax.generate.sampling import features, require_finite, sample
 from minisora_jax.generate.storyboard import whole_lines
@@ -54,6 +54,7 @@ class NativePipeline:
     image_encoder: ImageEncoder | None = None  # of a model that attends to image tokens
     window: int = 21  # latent frames that the model makes at once; longer videos are made window by window
     sides: tuple[int, int] | None = None  # height and width of the largest latents in training; None: not recorded
+    distilled: int = 0  # steps that it was distilled to, without guidance; 0: it was not
     trained: frozenset[str] | None = None  # kinds of conditioning mask that it was trained with; None: not recorded
     vocabulary: frozenset[str] | None = None  # all words of the training captions; None: not recorded
 
@@ -203,9 +204,9 @@ class NativePipeline:
         self,
         requests: Sequence[Request],
         *,
-        steps: int = 20,
-        guidance: float | GuidanceConfig = 3.0,
-        sampler: str | SamplerConfig = "heun",
+        steps: int | None = None,
+        guidance: float | GuidanceConfig | None = None,
+        sampler: str | SamplerConfig | None = None,
         tokens_at_once: int = 8192,
         progress: bool = True,
         watch: Watch | None = None,
@@ -215,10 +216,11 @@ class NativePipeline:
 
         Args:
             requests: what to make. They are packed into rows.
-            steps: sampler steps; ignored if `sampler` is a `SamplerConfig`. A request with strength s takes the share s
-                of them.
-            guidance: the guidance scale (1: none), or the whole configuration.
-            sampler: a name of diffusion/sampler.py, or the whole configuration.
+            steps: sampler steps (20); ignored if `sampler` is a `SamplerConfig`. A request with strength s takes the
+                share s of them.
+            guidance: the guidance scale (3; 1: none), or the whole configuration.
+            sampler: a name of diffusion/sampler.py ("heun"), or the whole configuration. A distilled model has other
+                defaults: "euler" in its own number of steps, without guidance.
             tokens_at_once: rows run together up to this number of tokens.
             progress: whether to show a progress bar. Without it and `watch`, all steps run as one program.
             watch: called after each step with the share of steps done and a function that returns the current estimate
@@ -228,10 +230,7 @@ class NativePipeline:
         Raises:
             ValueError: for a size that the model cannot make, or a negative prompt together with a guide model.
         """
-        if isinstance(sampler, str):
-            sampler = SamplerConfig(sampler, steps)
-        if not isinstance(guidance, GuidanceConfig):
-            guidance = GuidanceConfig(float(guidance))
+        sampler, guidance = sampling_of(self.distilled, steps, guidance, sampler)
         if self.guide and any(r.negative for r in requests):
             raise ValueError("a negative prompt replaces the empty prompt, which autoguidance does not use: drop one")
         grids = [self.grid(r) for r in requests]
@@ -243,7 +242,7 @@ class NativePipeline:
         low = self.low_noise and LowNoise(on_mesh(self.config, self.low_noise.params), self.low_noise.below)
         work = [
             (fewer, packed)
-            for fewer, members in _by_steps(requests, sampler)
+            for fewer, members in by_steps(requests, sampler)
             for packed in self._packed(requests, grids, members, copies, tokens_at_once)
         ]
         latents: dict[int, np.ndarray] = {}
@@ -324,15 +323,6 @@ def require_native(pipeline: NativePipeline, request: Request) -> None:
             f"{asked} (frames x height x width) is more than the {known} that the model was trained on: use "
             f"pipeline.generate, which samples at a trained size and upscales"
         )
-
-
-def _by_steps(requests: Sequence[Request], sampler: SamplerConfig) -> list[tuple[SamplerConfig, list[int]]]:
-    """Requests grouped by their number of steps: a request with strength s takes the share s of the steps."""
-    members: dict[int, list[int]] = {}
-    for i, request in enumerate(requests):
-        strength = request.given.strength if request.given else 1.0
-        members.setdefault(math.ceil(strength * sampler.steps), []).append(i)
-    return [(sampler.last(steps), numbers) for steps, numbers in members.items()]
 
 
 def _by_size(apply: Callable, arrays: Sequence[np.ndarray], keys: Sequence) -> list[np.ndarray]:

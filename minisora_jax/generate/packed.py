@@ -1,15 +1,17 @@
-"""Requests in packed rows: their tokens, captions, noise and twins."""
+"""Requests in packed rows: their tokens, captions, noise and twins; and requests by their number of steps."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Sequence
 
 import numpy as np
 
 from minisora_jax.data.packing import PackConfig
 from minisora_jax.data.rows import Segment, pack_segments, patchify, unpatchify
+from minisora_jax.diffusion.sampler import SamplerConfig
 from minisora_jax.generate.given_frames import with_frames
 from minisora_jax.generate.known import Held, clean_tokens
 from minisora_jax.generate.noise import Noise
@@ -156,3 +158,12 @@ def fill_rows(grids: Sequence[tuple[int, int, int]], length: int, copies: int) -
             rows.append([i])
             room.append(length - need)
     return rows
+
+
+def by_steps(requests: Sequence[Request], sampler: SamplerConfig) -> list[tuple[SamplerConfig, list[int]]]:
+    """Requests grouped by their number of steps: a request with strength s takes the share s of the steps."""
+    members: dict[int, list[int]] = {}
+    for i, request in enumerate(requests):
+        strength = request.given.strength if request.given else 1.0
+        members.setdefault(math.ceil(strength * sampler.steps), []).append(i)
+    return [(sampler.last(steps), numbers) for steps, numbers in members.items()]
