@@ -6,6 +6,9 @@
 
 The teacher takes `substeps` steps of Heun for one of the student's. Or in halves, each run from the last one's student:
 substeps=1,steps=16 from the teacher with its guidance, then steps=8,guidance=1 --init=runs/16/export, and so on.
+
+Hardware: 2 CPU cores made the bundled `--model fast` of the bundled model; bundled/README.md has the numbers. For a
+larger teacher `--lora rank=64` makes the student an adapter.
 """
 
 from ml_collections import ConfigDict
@@ -15,7 +18,7 @@ from minisora_jax.config import parse_arg
 
 def get_config(arg=None):
     arg = parse_arg(
-        arg, data="", steps=4, substeps=4, guidance=3.0, sampler="heun", updates=2000, rows=0, lr=3e-4, tokens=0
+        arg, data="", steps=4, substeps=2, guidance=3.0, sampler="heun", updates=1500, rows=0, lr=1e-3, tokens=0
     )
     if not arg["data"]:
         raise ValueError("name the latent cache: --config=dit_distill:data=DIR,...")
@@ -32,7 +35,7 @@ def get_config(arg=None):
                 log_every=10,
                 save_every=250,
                 sample_every=0,
-                optim=dict(name="adamw", learning_rate=arg["lr"], warmup=100, b2=0.99, weight_decay=0.0, ema=0.995),
+                optim=dict(name="muon", learning_rate=arg["lr"], warmup=40, final=0.05, b1=0.95, b2=0.99, ema=0.99),
                 mesh=dict(data=-1, fsdp=1),
             ),
         )

@@ -37,7 +37,7 @@ def add_arguments(parser):
 
 
 def run(args, _):
-    from minisora_jax.bundled import MODEL
+    from minisora_jax.bundled import folder
     from minisora_jax.commands.demo import held_out_prompts
     from minisora_jax.evaluation.calibration import calibrate, save
     from minisora_jax.generate import Request
@@ -49,7 +49,7 @@ def run(args, _):
     prompts = args.prompts or held_out_prompts(8, 0)
     requests = [Request(prompt, (args.frames, *size), i, args.fps) for i, prompt in enumerate(prompts)]
     calibration = calibrate(pipeline, requests, **sampling, shares=args.shares)
-    path = save(args.model or MODEL, calibration)
+    path = save(folder(args.model), calibration)
     print("share  calls  error of latents  PSNR of frames")
     for schedule in calibration["schedules"]:
         calls = f"{schedule['reuse'].count('0')}/{len(schedule['reuse'])}"

@@ -22,7 +22,11 @@ TIME_SCHEDULES = ("even", "wan", "karras", "leading", "linspace", "trailing")
 def add_model(parser: argparse.ArgumentParser) -> None:
     """The options that say which model to load, and from where: what `load_pipeline` takes."""
     group = parser.add_argument_group("model")
-    group.add_argument("--model", default=None, help="an exported model (default: the bundled one)")
+    group.add_argument(
+        "--model",
+        default=None,
+        help="an exported model (default: the bundled one; fast: the bundled one, distilled to 4 steps)",
+    )
     group.add_argument("--codec", default=None, help="its codec (default: the bundled one)")
     group.add_argument(
         "--text-encoder",
@@ -168,7 +172,7 @@ def add_step_cache(parser: argparse.ArgumentParser) -> None:
 
 def pipeline_and_sampling(args: argparse.Namespace) -> tuple[VideoPipeline, dict[str, Any]]:
     """The pipeline, and the arguments of its `sample`, of a command with these options."""
-    from minisora_jax.bundled import MODEL
+    from minisora_jax.bundled import folder
 
     sampling_options(args)  # raises before anything is read
     pipeline = pipeline_of(args)
@@ -177,7 +181,7 @@ def pipeline_and_sampling(args: argparse.Namespace) -> tuple[VideoPipeline, dict
         from minisora_jax.evaluation.calibration import step_cache
 
         settings = sampling["sampler"], sampling["guidance"]
-        sampling["sampler"] = step_cache(args.model or MODEL, pipeline.hash, *settings, args.step_cache)
+        sampling["sampler"] = step_cache(folder(args.model), pipeline.hash, *settings, args.step_cache)
     return pipeline, sampling
 
 

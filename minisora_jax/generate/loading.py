@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from minisora_jax.bundled import CODEC, MODEL
+from minisora_jax.bundled import CODEC, FAST, MODEL
 from minisora_jax.data.conditioning import recorded_masks
 from minisora_jax.diffusion.distillation import recorded_steps
 from minisora_jax.diffusion.objective import ObjectiveConfig
@@ -97,6 +97,7 @@ def load_parts(
     if adapters:
         digest = hashlib.sha256(" ".join([digest, *(a.hash for a in adapters)]).encode()).hexdigest()[:16]
     frames, *sides = _latent_size(config, model)
+    bundled = Path(model).resolve() in (MODEL.resolve(), FAST.resolve())
     return {
         "codec": loaded_codec,
         "config": dit,
@@ -112,7 +113,7 @@ def load_parts(
         "sides": tuple(sides) or None,
         "distilled": max([recorded_steps(config, model), *(adapter.distilled for adapter in adapters)]),
         "trained": trained_masks(config, model, adapters),
-        "vocabulary": vocabulary() if not loras and Path(model).resolve() == Path(MODEL).resolve() else None,
+        "vocabulary": vocabulary() if not loras and bundled else None,
     }
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from minisora_jax.bundled import MODEL
+from minisora_jax.bundled import folder
 from minisora_jax.generate import tasks
 from minisora_jax.generate.loading import load_parts
 from minisora_jax.generate.native import NativePipeline
@@ -52,7 +52,7 @@ class VideoPipeline(NativePipeline):
         """Load a model that `minisora train` or `minisora import` wrote.
 
         Args:
-            model, codec: their directories; None for the bundled ones.
+            model, codec: their directories; None: the bundled ones, "fast": the bundled model distilled to 4 steps.
             guide_model: a weaker model for autoguidance, trained with the same codec, patch and objective.
             text_encoder: the directory of its text encoder; None for the one that the model's training recorded.
             dtype: "float32" or "bfloat16" for weights and arithmetic; None: as the model says; "int8": weights alone.
@@ -68,7 +68,7 @@ class VideoPipeline(NativePipeline):
             >>> ms.VideoPipeline.load().known_size
             (17, 64, 64)
         """
-        parts = load_parts(model or MODEL, codec, guide_model, text_encoder, dtype, loras, image_encoder)
+        parts = load_parts(folder(model), codec, guide_model, text_encoder, dtype, loras, image_encoder)
         return cls(**parts)
 
     def generate(
