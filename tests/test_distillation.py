@@ -82,7 +82,7 @@ def packed(captions, size=(2, 2, 2)):
 
 def random_params(batch):
     rng = np.random.default_rng(3)
-    blank = DiT(DIT).init(jax.random.key(0), batch.tokens_BSP, jnp.zeros(batch.segment_BS.shape), batch)
+    blank = jax.jit(DiT(DIT).init)(jax.random.key(0), batch.tokens_BSP, jnp.zeros(batch.segment_BS.shape), batch)
     return jax.tree.map(lambda x: x + 0.2 * rng.normal(size=x.shape).astype(np.float32), blank)
 
 
@@ -91,8 +91,9 @@ def test_without_captions_is_with_the_empty_one():
     x, time = batch.tokens_BSP, jnp.full(batch.segment_BS.shape, 0.5)
     params = random_params(batch)
     real = batch.segment_BS > 0
-    ours = DiT(DIT).apply(params, x, time, without_captions(batch, jnp.asarray(empty)))
-    theirs = DiT(DIT).apply(params, x, time, dataclasses.replace(packed([empty, empty]), tokens_BSP=batch.tokens_BSP))
+    apply = jax.jit(DiT(DIT).apply)
+    ours = apply(params, x, time, without_captions(batch, jnp.asarray(empty)))
+    theirs = apply(params, x, time, dataclasses.replace(packed([empty, empty]), tokens_BSP=batch.tokens_BSP))
     np.testing.assert_allclose(ours[real], theirs[real], atol=2e-5)
 
 
@@ -103,8 +104,10 @@ def test_a_student_that_is_its_teacher_errs_by_the_curvature_alone():
     both = params | {"teacher": params["params"]}
 
     def loss(config, params=both):
-        arguments = DiT(DIT), TimeConfig(), config, empty, params, batch, jax.random.key(1), ObjectiveConfig()
-        value, weight = distillation_loss(*arguments)["loss"]
+        of_config = lambda params, batch, key: distillation_loss(
+            DiT(DIT), TimeConfig(), config, empty, params, batch, key, ObjectiveConfig()
+        )
+        value, weight = jax.jit(of_config)(params, batch, jax.random.key(1))["loss"]
         assert float(weight.sum()) == 8 + 4  # the second clip's first frame is given
         return float((value * weight).sum() / weight.sum())
 
