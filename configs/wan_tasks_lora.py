@@ -13,36 +13,19 @@ Wan 14B times by frame with an adapter of rank 512 and 4,000 clips. Rehearsed on
 and not yet run on the published ones.
 """
 
-from ml_collections import ConfigDict
-
-from minisora_jax.config import parse_arg
+from minisora_jax.config import load, parse_arg
 
 
 def get_config(arg=None):
     arg = parse_arg(arg, data="", steps=2000, rows=8, rank=128, lr=1e-4, base="bfloat16")
     if not arg["data"]:
         raise ValueError("name the latent cache: --config=wan_tasks_lora:data=DIR,...")
-    return ConfigDict(
-        dict(
-            data=dict(path=arg["data"]),
-            dit=dict(remat="full"),
-            lora=dict(rank=arg["rank"], targets="all", base=arg["base"]),
-            # A row holds 81 frames of 480x832 (21 x 30 x 52 tokens), or several smaller clips.
-            pack=dict(tokens=32_768, text_tokens=8192, slots=16, rows=arg["rows"]),
-            # The other tenth of the clips keeps text to video as it is.
-            conditioning=dict(
-                first=0.2, last=0.05, ends=0.1, prefix=0.15, suffix=0.1, between=0.1, frames=0.05, box=0.1, outside=0.05
-            ),
-            times=dict(per_frame=0.1),
-            caption_dropout=0.1,
-            export_dtype="bfloat16",
-            run=dict(
-                steps=arg["steps"],
-                log_every=10,
-                save_every=250,
-                sample_every=0,
-                optim=dict(learning_rate=arg["lr"], warmup=100, weight_decay=0.0, ema=0.999),
-                mesh=dict(data=1, fsdp=-1),
-            ),
-        )
+    config = load("dit_finetune", **{name: arg[name] for name in ("data", "steps", "rows", "lr")})
+    config.lora = dict(rank=arg["rank"], targets="all", base=arg["base"])
+    # The other tenth of the clips keeps text to video as it is.
+    config.conditioning = dict(
+        first=0.2, last=0.05, ends=0.1, prefix=0.15, suffix=0.1, between=0.1, frames=0.05, box=0.1, outside=0.05
     )
+    config.times = dict(per_frame=0.1)
+    config.run.optim = dict(learning_rate=arg["lr"], warmup=100, weight_decay=0.0, ema=0.999)
+    return config

@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding
 
 from minisora_jax.config import build, load, read_config
 from minisora_jax.models import codec
-from minisora_jax.models.perceptual import LPIPS, LPIPSConfig, LPIPSNet
+from minisora_jax.models.perceptual import LPIPS, LPIPSConfig, abstract_params
 from minisora_jax.models.vae import VAE, VAEConfig
 from minisora_jax.parallel.attention import auto_is
 from minisora_jax.parallel.halo import height_shards, require_whole_units
@@ -158,9 +158,8 @@ def _abstract_vae(vae: VAEConfig, size_THW: tuple[int, int, int]) -> Any:
 def _lpips(task: CodecTask) -> LPIPS | None:
     if not task.lpips.path:
         return None
-    x, rng = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32), np.random.default_rng(0)
-    params = jax.eval_shape(LPIPSNet(LPIPSConfig()).init, _key(), x, x)
-    return LPIPS(LPIPSConfig(), jax.tree.map(lambda p: rng.standard_normal(p.shape, np.float32), params))
+    config, rng = LPIPSConfig(), np.random.default_rng(0)
+    return LPIPS(config, jax.tree.map(lambda p: rng.standard_normal(p.shape, np.float32), abstract_params(config)))
 
 
 def _key() -> Any:
