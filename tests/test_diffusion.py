@@ -10,13 +10,13 @@ from scipy import stats
 
 from minisora_jax.data.packing import PackConfig
 from minisora_jax.data.rows import Segment, pack_segments
-from minisora_jax.diffusion.loss import diffusion_loss
+from minisora_jax.diffusion.loss import appearance_debiased, diffusion_loss
 from minisora_jax.diffusion.noise_path import PATHS, PREDICTIONS, target
 from minisora_jax.diffusion.objective import WEIGHTS, ObjectiveConfig, weight
 from minisora_jax.diffusion.time import TimeConfig, sampling_times, shift, tokens_of_segment, training_times
 from minisora_jax.models.dit import DiT, DiTConfig
 from minisora_jax.models.text import encode_bytes
-from minisora_jax.parallel.mesh import BATCH, MeshConfig, make_mesh, to_global
+from minisora_jax.parallel.mesh import BATCH, MeshConfig, batch_specs, make_mesh, to_global
 
 
 def batch(sizes, tokens=64, rows=1, known=lambda i, n: np.zeros(n, bool)):
@@ -175,3 +175,65 @@ def test_the_loss_is_the_same_on_a_mesh(path):
         both = jax.jit(loss)(to_global(jax.tree.map(np.asarray, b), mesh, BATCH), jax.random.key(0))
         assert both.sharding.spec[0] == ("data", "fsdp")
     np.testing.assert_allclose(both, alone, rtol=1e-5, atol=1e-6)
+
+
+# Losses of the lines of showlab/MotionDirector (MotionDirector_train.py, commit 0146a50) that compute them, run in
+# PyTorch: p_theta = sin(0.37 i), p = 1.25 sin(0.37 i + 0.5), i counting (frame, y, x, channel) of 12 channels.
+MOTION_DIRECTOR = {
+    # (frames, height, width), anchor frame: the debiased loss, and its sum with the usual one
+    ((3, 2, 2), 2): (0.3936700224876404, 0.5776351690292358),
+    ((4, 1, 3), 0): (0.40438127517700195, 0.5883464217185974),
+    ((1, 2, 2), 0): (0.03195202723145485, 0.21818207204341888),
+}
+
+
+def test_the_debiased_loss_is_motion_directors():
+    """Three clips in one row, each with its own anchor frame."""
+    b = batch([size for size, _ in MOTION_DIRECTOR], tokens=30)
+    numbers = [np.arange(12 * np.prod(size)).reshape(-1, 12) for size, _ in MOTION_DIRECTOR]
+    error = [np.sin(0.37 * i) - 1.25 * np.sin(0.37 * i + 0.5) for i in numbers]
+    errors_BSP = jnp.asarray(np.concatenate([*error, np.full((2, 12), 9.0)])[None], jnp.float32)
+    anchors = [(index + 0.5) / size[0] for size, index in MOTION_DIRECTOR]
+    anchor_BS = jnp.asarray(np.repeat([*anchors, 0], [*map(len, error), 2])[None])
+    squares = appearance_debiased(errors_BSP, b, anchor_BS, 1.0)[0] ** 2
+    for segment, (wanted, total) in enumerate(MOTION_DIRECTOR.values(), 1):
+        of_clip = np.flatnonzero(b.segment_BS[0] == segment)
+        np.testing.assert_allclose(squares[of_clip].mean(), wanted, rtol=1e-5)
+        np.testing.assert_allclose(wanted + (errors_BSP[0][of_clip] ** 2).mean(), total, rtol=1e-5)
+
+
+def test_the_debiased_loss_in_training():
+    """Each clip has one anchor frame, all come about equally often, and an error in a given token is none."""
+    sizes, count = [(3, 2, 2), (4, 1, 3)], 24
+    b = batch(sizes, tokens=count, rows=600, known=lambda i, n: (np.arange(n) < 3) & (i == 1))
+
+    class Told:
+        config = DiTConfig(latent_channels=4, patch=(1, 1, 1))
+
+        def apply(self, params, x_BSP, time_BS, batch):
+            return jnp.zeros_like(x_BSP)
+
+    key, beta = jax.random.key(3), 0.7
+    given = {"times": TimeConfig(base_tokens=0), "params": {}, "batch": b, "key": key}
+    plain, debiased = (np.asarray(diffusion_loss(Told(), **given, debias=x)["loss"][0]) for x in (0.0, beta))
+    noise = np.array(jax.random.normal(jax.random.split(key)[0], b.tokens_BSP.shape), np.float64)
+    noise[:, 12:15] = 0  # given
+    chosen = [[], []]
+    for row in range(600):
+        for clip, (start, (frames, *_)) in enumerate(zip((0, 12), sizes)):
+            error = noise[row, start : start + 12].reshape(frames, -1, 4)
+            rest = (debiased - plain)[row, start : start + 12].reshape(frames, -1)
+            gaps = []
+            for anchor in error:
+                wanted = ((np.sqrt(beta**2 + 1) * error - beta * anchor) ** 2).mean(-1)
+                gaps.append(np.abs((wanted - rest)[clip:]).max())  # the first frame of the second clip is given
+            assert min(gaps) < 1e-5
+            chosen[clip].append(int(np.argmin(gaps)))
+    for counts, frames in zip(chosen, (3, 4)):
+        assert stats.chisquare(np.bincount(counts, minlength=frames)).pvalue > 1e-3
+
+    mesh = make_mesh(MeshConfig(data=2, ring=4))
+    with jax.set_mesh(mesh):
+        given["batch"] = to_global(jax.tree.map(np.asarray, b), mesh, batch_specs(b))
+        on_mesh = jax.jit(lambda b: diffusion_loss(Told(), **(given | {"batch": b}), debias=beta)["loss"][0])
+        np.testing.assert_allclose(on_mesh(given["batch"]), debiased, rtol=1e-5, atol=1e-6)

@@ -30,6 +30,7 @@ from minisora_jax.plan.cost_model import arithmetic
 from minisora_jax.plan.workload import task_of
 from minisora_jax.training.diffusion_task import frozen_of, init_params, train_diffusion
 from minisora_jax.training.flops import count_work
+from minisora_jax.weights.dit import CONFIGS
 
 # No two of these axes are equally long, so that a shape tells what an array is.
 DIT = DiTConfig(
@@ -246,12 +247,23 @@ def test_only_what_a_pattern_names_is_trained(base, tmp_path):
     assert changed == of_mlp | {"params/patch_out/kernel", "params/patch_out/bias"}
 
 
+def test_spatial_and_temporal_layers_of_latte_are_apart():
+    latte = abstract_params(CONFIGS["latte-1"])
+    spatial, temporal = (set(kernels(latte, targets)) for targets in ("spatial", "temporal"))
+    parts = {*(f"self_attention/{x}" for x in ("q", "k", "v", "out")), "mlp/up", "mlp/down"}
+    assert temporal == {f"blocks/temporal/{part}" for part in parts}
+    of_caption = {f"cross_attention/{x}" for x in ("q", "k", "v", "out")}
+    assert spatial == {f"blocks/spatial/{part}" for part in parts | of_caption}
+    with pytest.raises(ValueError, match="lora.targets='temporal' matches no kernel"):
+        kernels(abstract_params(DIT), "temporal")
+
+
 def test_what_cannot_be_trained_is_said(base, tmp_path):
     task = train_tiny.task(3)
     cache = Latents(base / "latents")
     with pytest.raises(ValueError, match="change a given model: name it by --init=DIR"):
         train_diffusion(dataclasses.replace(task, lora=LoraConfig(2)), tmp_path, cache, {}, {})
-    with pytest.raises(ValueError, match="lora.targets='attn' matches no kernel; give attention, mlp, all"):
+    with pytest.raises(ValueError, match="lora.targets='attn' matches no kernel; give attention, mlp"):
         run(base, tmp_path, lora=LoraConfig(2, targets="attn"))
     with pytest.raises(ValueError, match="train_only='norx' matches no parameter"):
         run(base, tmp_path, train_only="norx")
@@ -259,6 +271,10 @@ def test_what_cannot_be_trained_is_said(base, tmp_path):
         dataclasses.replace(task, lora=LoraConfig(2), train_only="x")
     with pytest.raises(ValueError, match="mup_base_width=16 is for the training of all parameters"):
         dataclasses.replace(task, lora=LoraConfig(2), mup_base_width=16)
+    with pytest.raises(ValueError, match="lora.debias=1.0 is for the training of adapters on clips: set lora.rank"):
+        dataclasses.replace(task, lora=LoraConfig(debias=1.0))
+    with pytest.raises(ValueError, match="lora.debias=-1 must be 0 or more"):
+        LoraConfig(2, debias=-1)
     with pytest.raises(ValueError, match="lora.base='nf4' must be one of"):
         LoraConfig(2, base="nf4")
 

@@ -28,7 +28,13 @@ from minisora_jax.models.layers import matrix_axes
 from minisora_jax.parallel.mesh import parameter_spec, shard
 
 # Names of targets: a pattern that is searched for in a kernel's path, such as "blocks/joint/self_attention/q".
-TARGETS = {"attention": r"^blocks/.*attention/", "mlp": r"^blocks/.*mlp/", "all": ""}
+TARGETS = {
+    "attention": r"^blocks/.*attention/",
+    "mlp": r"^blocks/.*mlp/",
+    "spatial": r"^blocks/spatial/.*(attention|mlp)/",  # of models whose blocks are spatial and temporal, such as Latte
+    "temporal": r"^blocks/temporal/.*(attention|mlp)/",
+    "all": "",
+}
 BASES = ("float32", "bfloat16", "int8")
 
 
@@ -42,12 +48,14 @@ class LoraConfig:
 
     rank: int = 0  # columns of A; 0: no LoRA, all parameters are trained
     alpha: float = 0.0  # the adapter is scaled by alpha / rank; 0: alpha = rank
-    targets: str = "attention"  # kernels that are adapted: "attention", "mlp", "all", or a pattern of their paths
+    targets: str = "attention"  # or "mlp", "spatial", "temporal", "all", or a pattern of the paths of kernels
+    debias: float = 0.0  # beta of MotionDirector's appearance-debiased loss, which is added for motion; 0: none
     base: str = "bfloat16"  # the type that the frozen kernels are held in: "float32", "bfloat16" or "int8"
 
     def __post_init__(self) -> None:
-        if self.rank < 0 or self.alpha < 0:
-            raise ValueError(f"lora.rank={self.rank} and lora.alpha={self.alpha} must be 0 or more")
+        for name in ("rank", "alpha", "debias"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"lora.{name}={getattr(self, name)} must be 0 or more")
         if self.base not in BASES:
             raise ValueError(f"lora.base={self.base!r} must be one of {', '.join(map(repr, BASES))}")
         try:
@@ -68,11 +76,11 @@ def lora_settings(text: str) -> dict[str, Any]:
         ValueError: The rank is missing, or a name or a number is none.
     """
     items = [item.partition("=") for item in text.split(",")]
-    kinds: dict[str, Any] = {"rank": int, "alpha": float, "targets": str, "base": str}
+    kinds: dict[str, Any] = {"rank": int, "alpha": float, "targets": str, "debias": float, "base": str}
     try:
         values = {name: kinds[name](value) for name, _, value in items}
     except (KeyError, ValueError):
-        message = "must be rank=N, and may have alpha=X, targets=WHICH and base=TYPE after commas"
+        message = "must be rank=N, and may have alpha=X, targets=WHICH, debias=BETA and base=TYPE after commas"
         raise ValueError(f"--lora {text!r} {message}") from None
     if values.get("rank", 0) < 1:
         raise ValueError(f"--lora {text!r} lacks the rank of the adapters, such as rank=32")

@@ -89,6 +89,11 @@ class DiffusionTask:
                 f"distill.steps={self.distill.steps} trains all parameters or a lora: train_only={self.train_only!r} "
                 f"must be ''"
             )
+        if self.lora.debias and (self.distill.steps or not self.lora.rank):
+            raise ValueError(
+                f"lora.debias={self.lora.debias} is for the training of adapters on clips: set lora.rank, and "
+                f"distill.steps={self.distill.steps} to 0"
+            )
         if self.lora.rank and self.train_only:
             raise ValueError(
                 f"lora.rank={self.lora.rank} trains adapters only: train_only={self.train_only!r} must be ''"
@@ -145,7 +150,8 @@ def loss_of(task: DiffusionTask, empty_text_LE: np.ndarray | None = None) -> Los
         return lambda params, batch, key: distillation_loss(
             model, task.times, task.distill, empty_LE, params, batch, key, task.objective
         )
-    return lambda params, batch, key: diffusion_loss(model, task.times, params, batch, key, task.objective)
+    debias = task.lora.debias
+    return lambda params, batch, key: diffusion_loss(model, task.times, params, batch, key, task.objective, debias)
 
 
 def optimizer_of(task: DiffusionTask) -> optax.GradientTransformation:
