@@ -1,11 +1,14 @@
-"""Distil a trained model to few steps without guidance: progressive distillation, run after run or at once.
+"""Distil a trained model to few steps without guidance.
 
     minisora train --config=dit_distill:data=data/latents,steps=4 --init=models/teacher --workdir=runs/4
     minisora generate "..." --model=runs/4/export        # by default as it was trained: euler, 4 steps, no guidance
     minisora eval model --model=runs/4/export
 
-The teacher takes `substeps` steps of Heun for one of the student's. Or in halves, each run from the last one's student:
-substeps=1,steps=16 from the teacher with its guidance, then steps=8,guidance=1 --init=runs/16/export, and so on.
+`method` is one of diffusion/distillation.py. substeps=0 and sampler= (empty) mean those that fit the method:
+
+    progressive    one step of the student is 2 of Heun of the teacher. Or in halves, each run from the last one's
+                   student: substeps=1,steps=16 from the teacher, then steps=8,guidance=1 --init=runs/16/export, ...
+    consistency    neighbours of 12 teacher steps (DDIM) a student's step have one clean estimate; 1 to 4 steps
 
 Hardware: 2 CPU cores made the bundled `--model fast` of the bundled model; bundled/README.md has the numbers. For a
 larger teacher `--lora rank=64` makes the student an adapter.
@@ -15,14 +18,29 @@ from ml_collections import ConfigDict
 
 from minisora_jax.config import parse_arg
 
+FITTING = {"progressive": (2, "heun"), "consistency": (12, "ddim")}  # method -> (substeps, sampler)
+
 
 def get_config(arg=None):
     arg = parse_arg(
-        arg, data="", steps=4, substeps=2, guidance=3.0, sampler="heun", updates=1500, rows=0, lr=1e-3, tokens=0
+        arg,
+        data="",
+        method="progressive",
+        steps=4,
+        substeps=0,
+        guidance=3.0,
+        sampler="",
+        updates=1500,
+        rows=0,
+        lr=1e-3,
+        tokens=0,
     )
     if not arg["data"]:
         raise ValueError("name the latent cache: --config=dit_distill:data=DIR,...")
-    distill = {name: arg[name] for name in ("steps", "substeps", "guidance", "sampler")}
+    distill = {name: arg[name] for name in ("method", "steps", "substeps", "guidance", "sampler")}
+    substeps, sampler = FITTING.get(arg["method"], (2, "heun"))
+    distill["substeps"] = arg["substeps"] or substeps
+    distill["sampler"] = arg["sampler"] or sampler
     return ConfigDict(
         dict(
             data=dict(path=arg["data"]),

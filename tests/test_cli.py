@@ -51,7 +51,7 @@ print(len(list(pkgutil.walk_packages(minisora_jax.__path__))) > 8, dict(xla_brid
         (["generate", "x", "--size", "8x48"], "size=8x48: this model makes 16 pixels a side and more"),
         (
             ["generate", "x", "--sampler", "unipc", "--eta", "1"],
-            "eta=1.0 is for the samplers ddim, ddpm, sde: unipc is deterministic",
+            "eta=1.0 is for the samplers ddim, ddpm, sde, consistency: unipc is deterministic",
         ),
         (["generate", "x", "--guidance-interval", "half"], "--guidance-interval 'half' must be LOW-HIGH in times"),
         (["eval", "model", "--guidance-interval", "0.8-0.2"], "guidance interval 0.8-0.2 must be two rising times"),

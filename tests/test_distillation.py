@@ -1,6 +1,10 @@
-"""Progressive distillation: the target is the paper's, and a student comes to make its teacher's steps at once."""
+"""Distillation: the targets are the papers', runs go on to the bit, and a distilled model is sampled as it was trained.
+
+The losses against their authors' code: test_parity_distillation.py.
+"""
 
 import dataclasses
+import functools
 import json
 import shutil
 
@@ -15,24 +19,28 @@ from minisora_jax.cli import main
 from minisora_jax.data.latents import Latents
 from minisora_jax.data.packing import PackConfig
 from minisora_jax.data.rows import Segment, pack_segments
+from minisora_jax.diffusion.consistency import consistency_loss
 from minisora_jax.diffusion.distillation import (
+    Distillation,
     DistillConfig,
-    distillation_loss,
-    one_step_target,
+    Distilled,
     sampling_of,
     without_captions,
 )
 from minisora_jax.diffusion.guidance import GuidanceConfig
 from minisora_jax.diffusion.noise_path import PATHS, PREDICTIONS
 from minisora_jax.diffusion.objective import ObjectiveConfig
+from minisora_jax.diffusion.progressive import one_step_target, progressive_loss
 from minisora_jax.diffusion.sampler import SAMPLERS, Denoiser, SamplerConfig
 from minisora_jax.diffusion.time import TimeConfig
 from minisora_jax.evaluation.tasks import text_to_video
 from minisora_jax.generate import VideoPipeline
 from minisora_jax.io.model_dir import load_model
 from minisora_jax.models.dit import DiT
+from minisora_jax.models.lora import LoraConfig
 from minisora_jax.models.text import encode_bytes
 from minisora_jax.training.diffusion_task import train_diffusion
+from minisora_jax.weights.adapters import read_adapter
 
 DIT = dataclasses.replace(task(1).dit, dtype="float32")
 
@@ -104,16 +112,35 @@ def test_a_student_that_is_its_teacher_errs_by_the_curvature_alone():
     both = params | {"teacher": params["params"]}
 
     def loss(config, params=both):
-        of_config = lambda params, batch, key: distillation_loss(
-            DiT(DIT), TimeConfig(), config, empty, params, batch, key, ObjectiveConfig()
-        )
-        value, weight = jax.jit(of_config)(params, batch, jax.random.key(1))["loss"]
+        of = Distillation(config, DiT(DIT), TimeConfig(), ObjectiveConfig(), empty)
+        value, weight = jax.jit(functools.partial(progressive_loss, of))(params, batch, jax.random.key(1))["loss"]
         assert float(weight.sum()) == 8 + 4  # the second clip's first frame is given
         return float((value * weight).sum() / weight.sum())
 
     assert loss(DistillConfig(4, 1, "euler")) < 1e-9
     assert loss(DistillConfig(4, 1, "euler"), params) < 1e-9  # as with a lora: the base is the teacher
     assert loss(DistillConfig(4, 4, "euler")) > 1e-7 and loss(DistillConfig(4, 1, "euler", 3.0)) > 1e-7
+
+
+def test_a_student_is_consistent_where_the_teacher_arrives():
+    """A model whose clean estimate is the clip itself at all times is consistent: the loss is 0. Time 0 is x itself."""
+    batch, empty = packed([encode_bytes("a red cat"), encode_bytes("b")]), jnp.asarray(encode_bytes(""))
+
+    class Exact:
+        config = DIT
+
+        @staticmethod
+        def apply(params, x_BSP, time_BS, batch):  # x_t = x + t v, and off by `params` where t > 0
+            return (x_BSP - batch.tokens_BSP) / jnp.maximum(time_BS, 1e-3)[..., None] + params["params"]
+
+    config = DistillConfig(2, 4, "ddim", 1.0, "consistency")
+    of = Distillation(config, Exact, TimeConfig(), ObjectiveConfig(), empty)
+
+    def loss(off):
+        value, weight = consistency_loss(of, {"params": off, "teacher": 0.0}, batch, jax.random.key(1))["loss"]
+        return float((value * weight).sum())
+
+    assert loss(0.0) < 1e-6 < 1e-2 < loss(0.5)
 
 
 def test_a_run_distils_the_model_that_it_starts_from(tmp_path):
@@ -131,18 +158,66 @@ def test_a_run_distils_the_model_that_it_starts_from(tmp_path):
     rows = [json.loads(line)["loss"] for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert np.mean(rows[-8:]) < 0.6 * np.mean(rows[:4]), rows
     params, config = load_model(tmp_path / "run/export")
-    assert config["distilled"] == {"steps": 2, "guidance": 2.0} and config["kind"] == "dit"
+    assert config["distilled"] == {"method": "progressive", "steps": 2, "guidance": 2.0} and config["kind"] == "dit"
     jax.tree.map(np.testing.assert_array_equal, before, load_model(teacher)[0])
     assert jax.tree.structure(params) == jax.tree.structure(before)
     with pytest.raises(ValueError, match="distill change a given model: name it by --init"):
         train_diffusion(student, tmp_path / "none", Latents(cache), {}, {})
 
 
+METHODS = {
+    "progressive": DistillConfig(2, 2, "euler", 2.0),
+    "consistency": DistillConfig(2, 3, "ddim", 2.0, "consistency"),
+}
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("teacher")
+    make_cache(folder / "latents")
+    train_with(folder / "latents", folder, 12)
+    return folder
+
+
+def student(method, **settings):
+    """Six updates, with a checkpoint after three."""
+    run = task(6)
+    optim = dataclasses.replace(run.run.optim, learning_rate=3e-3)
+    settings |= {"distill": METHODS[method], "run": dataclasses.replace(run.run, optim=optim)}
+    return dataclasses.replace(run, **settings)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_goes_on_to_the_bit(method, teacher, tmp_path):
+    """A run that ends at step 3 and goes on exports what an uninterrupted one does: a model of the student alone."""
+    latents, before = Latents(teacher / "latents"), load_model(teacher / "export")[0]
+    for name in ("whole", "ended"):
+        train_diffusion(student(method), tmp_path / name, latents, {}, {}, init=teacher / "export")
+        shutil.rmtree(tmp_path / "ended/checkpoints/6", ignore_errors=True)
+    train_diffusion(student(method), tmp_path / "ended", latents, {}, {}, init=teacher / "export")
+    (whole, config), (ended, _) = (load_model(tmp_path / name / "export") for name in ("whole", "ended"))
+    jax.tree.map(np.testing.assert_array_equal, whole, ended)
+    assert config["distilled"] == {"method": method, "steps": 2, "guidance": 2.0}
+    jax.tree.map(np.testing.assert_array_equal, before, load_model(teacher / "export")[0])
+    assert any((a != b).any() for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(whole)))
+
+
+@pytest.mark.slow
+def test_a_consistent_student_may_be_an_adapter(teacher, tmp_path):
+    """As LCM-LoRA: the teacher is the base, and the adapter says how it is sampled."""
+    run = student("consistency", lora=LoraConfig(rank=2, targets="all"))
+    train_diffusion(run, tmp_path, Latents(teacher / "latents"), {}, {}, init=teacher / "export")
+    adapter = read_adapter(str(tmp_path / "export"), run.dit, teacher / "export")
+    assert adapter.distilled == Distilled(2, "consistency")
+
+
 def test_a_distilled_model_is_sampled_as_it_was_trained(tmp_path, capsys):
     """In its own steps, without guidance, unless another sampling is asked for. A damaged record is named."""
-    assert sampling_of(4, None, None, None) == (SamplerConfig("euler", 4), GuidanceConfig(1.0))
-    assert sampling_of(0, None, None, None) == (SamplerConfig("heun", 20), GuidanceConfig(3.0))
-    assert sampling_of(4, 8, 2, "ddim") == (SamplerConfig("ddim", 8), GuidanceConfig(2.0))
+    assert sampling_of(Distilled(4), None, None, None) == (SamplerConfig("euler", 4), GuidanceConfig(1.0))
+    assert sampling_of(Distilled(), None, None, None) == (SamplerConfig("heun", 20), GuidanceConfig(3.0))
+    assert sampling_of(Distilled(4), 8, 2, "ddim") == (SamplerConfig("ddim", 8), GuidanceConfig(2.0))
+    assert sampling_of(Distilled(2, "consistency"), None, None, None)[0] == SamplerConfig("consistency", 2)
     shutil.copytree(MODEL, model := tmp_path / "model", ignore=shutil.ignore_patterns("checksums.json"))
     config = json.loads((MODEL / "config.json").read_text())
     (model / "config.json").chmod(0o644)
@@ -152,9 +227,9 @@ def test_a_distilled_model_is_sampled_as_it_was_trained(tmp_path, capsys):
     [record] = [json.loads(path.read_text()) for path in (tmp_path / "out").glob("*.json")]
     sampling = record["sampling"]
     assert (sampling["sampler"]["name"], sampling["sampler"]["steps"], sampling["guidance"]["scale"]) == ("euler", 2, 1)
-    for bad in ({}, 3, {"steps": -1}, {"steps": "4"}):
+    for bad in ({}, 3, {"steps": -1}, {"steps": "4"}, {"steps": 4, "method": "magic"}):
         (model / "config.json").write_text(json.dumps(config | {"distilled": bad}))
-        with pytest.raises(ValueError, match="distilled=.* must name its steps"):
+        with pytest.raises(ValueError, match="distilled=.* must (name its steps|have a method of progressive)"):
             VideoPipeline.load(model, CODEC)
 
 
@@ -162,6 +237,6 @@ def test_a_distilled_model_is_sampled_as_it_was_trained(tmp_path, capsys):
 def test_the_fast_model_is_right_in_four_calls():
     """256 videos had 0.996, 0.961 and 0.915 (minisora_jax/bundled/README.md)."""
     pipeline = VideoPipeline.load("fast")
-    assert pipeline.distilled == 4 and pipeline.unknown_words("a red cat") == ["cat"]
+    assert pipeline.distilled == Distilled(4) and pipeline.unknown_words("a red cat") == ["cat"]
     scores, _ = text_to_video(pipeline, 64, dict(progress=False))
     assert scores["colour"] >= 0.97 and scores["shape"] >= 0.92 and scores["motion"] >= 0.82, scores

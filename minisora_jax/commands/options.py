@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from minisora_jax.diffusion.distillation import Distilled
     from minisora_jax.generate import VideoPipeline
 
-SAMPLERS = ("euler", "heun", "ddim", "ddpm", "sde", "dpm++2m", "unipc", "dopri5")
+SAMPLERS = ("euler", "heun", "ddim", "ddpm", "sde", "consistency", "dpm++2m", "unipc", "dopri5")
 GUIDANCE_SCHEDULES = ("constant", "linear", "cosine")
 TIME_SCHEDULES = ("even", "wan", "karras", "leading", "linspace", "trailing")
 
@@ -104,8 +105,8 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
         "--sampler",
         default=None,
         choices=SAMPLERS,
-        help="heun (default) calls the model twice a step, dopri5 as often as it needs, the others once; ddpm and sde "
-        "add noise at each step",
+        help="heun (default) calls the model twice a step, dopri5 as often as it needs, the others once; ddpm, sde and "
+        "consistency add noise at each step",
     )
     group.add_argument(
         "--steps", type=int, default=None, help="sampler steps (default 20; a distilled model's own, without guidance)"
@@ -118,7 +119,7 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     )
     renamed(group, "--grid", "--schedule")
     group.add_argument(
-        "--eta", type=float, default=None, help="share of noise renewed by ddim (default 0), ddpm, sde (1)"
+        "--eta", type=float, default=None, help="share of noise renewed by ddim (default 0), ddpm, sde, consistency (1)"
     )
     group.add_argument(
         "--shift",
@@ -185,12 +186,12 @@ def pipeline_and_sampling(args: argparse.Namespace) -> tuple[VideoPipeline, dict
     return pipeline, sampling
 
 
-def sampling_options(args: argparse.Namespace, distilled: int = 0) -> dict[str, Any]:
+def sampling_options(args: argparse.Namespace, distilled: Distilled | None = None) -> dict[str, Any]:
     """The arguments of `NativePipeline.sample` that the options of `add_sampling` name.
 
     Args:
         args: The options. Those that are not given are the defaults of the model.
-        distilled: The steps that the model was distilled to; 0: it was not.
+        distilled: How the model was distilled; None: it was not.
     """
     from minisora_jax.diffusion.distillation import sampling_defaults
     from minisora_jax.diffusion.guidance import GuidanceConfig

@@ -1,14 +1,11 @@
-"""Progressive distillation: a student learns to do in one step what its teacher does in several.
+"""Distillation: a student that starts as its teacher learns to sample in few steps, without guidance.
 
-    t > t'                                    neighbouring times of the student's steps
-    x_t  = a x + s e                          a clip with noise
-    x_t'                                      where the teacher comes to from x_t, in `substeps` guided steps
-    x~ = (s x_t' - s' x_t) / (a' s - a s')    the clean data with which one DDIM step leads from x_t to x_t'
+    method         the student learns                                                     its sampler    file
+    progressive    to do in one step what its teacher does in several                     euler          progressive.py
+    consistency    the same clean estimate at neighbouring times of the teacher's path    consistency    consistency.py
 
-The student predicts x~ in its own kind of prediction (Salimans & Ho 2022, arXiv:2202.00512, algorithm 2 and eq. 30-33).
-With velocity on the linear path that is (x_t - x_t') / (t - t'), the mean slope. A guided teacher (Meng et al. 2022,
-arXiv:2210.03142) leaves nothing to guide: the student makes one model call a step. Halve the steps run by run, each
-from the last one's student, or take many substeps at once.
+Here is what they share: settings, the record in the exported config, the teacher with its guidance (Meng et al. 2022,
+arXiv:2210.03142), and the times. A guided teacher leaves nothing to guide: the student makes one model call a step.
 """
 
 from __future__ import annotations
@@ -22,15 +19,16 @@ import jax.numpy as jnp
 
 from minisora_jax.diffusion.denoiser import Denoiser
 from minisora_jax.diffusion.guidance import GuidanceConfig, guide
-from minisora_jax.diffusion.noise_path import target
-from minisora_jax.diffusion.objective import ObjectiveConfig, weight
-from minisora_jax.diffusion.sampler import SAMPLERS, SamplerConfig
+from minisora_jax.diffusion.objective import ObjectiveConfig
+from minisora_jax.diffusion.sampler import SamplerConfig
 from minisora_jax.diffusion.time import TimeConfig, draw_by_ids, latest_time, sampling_times
 from minisora_jax.models.dit import DiT, drop_variance
-from minisora_jax.parallel.mesh import draw, like
+from minisora_jax.parallel.mesh import like
 from minisora_jax.types import PackedBatch
 
 TEACHER = "teacher"  # the teacher's parameters beside the student's {"params": ...}
+
+METHODS = {"progressive": "euler", "consistency": "consistency"}  # method -> the student's sampler
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,15 +36,18 @@ class DistillConfig:
     """Distillation of the model of --init.
 
     Raises:
-        ValueError: A number is out of range, or the sampler has no steps of its own.
+        ValueError: The method is unknown, a number is out of range, or the sampler has no steps of its own.
     """
 
     steps: int = 0  # of the student; 0: no distillation
     substeps: int = 2  # of the teacher for one of the student's
     sampler: str = "heun"  # of the teacher: "heun" (two calls a substep), "euler" or "ddim" (one)
     guidance: float = 1.0  # scale of the teacher's guidance; 1: none
+    method: str = "progressive"  # or "consistency"
 
     def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise ValueError(f"distill.method={self.method!r} must be one of {', '.join(METHODS)}")
         if self.steps < 0 or self.substeps < 1:
             raise ValueError(
                 f"distill.steps={self.steps} must be 0 or more, distill.substeps={self.substeps} 1 or more"
@@ -55,8 +56,23 @@ class DistillConfig:
             raise ValueError(f"distill.sampler={self.sampler!r} must be 'heun', 'euler' or 'ddim'")
 
 
-def recorded_steps(config: dict, directory: str | Path) -> int:
-    """The steps that an exported model was distilled to; 0: it was not.
+# ---- How a distilled model is sampled
+
+
+@dataclasses.dataclass(frozen=True)
+class Distilled:
+    """How a model was distilled, as its exported config records it. It is false for a model that was not."""
+
+    steps: int = 0  # that it was distilled to
+    method: str = "progressive"
+
+    def __bool__(self) -> bool:
+        """Whether the model was distilled."""
+        return self.steps > 0
+
+
+def recorded_distillation(config: dict, directory: str | Path) -> Distilled:
+    """How an exported model was distilled.
 
     Raises:
         ValueError: The record is damaged.
@@ -65,16 +81,21 @@ def recorded_steps(config: dict, directory: str | Path) -> int:
     steps = record.get("steps") if isinstance(record, dict) else None
     if not isinstance(steps, int) or not 0 <= steps <= 1000:
         raise ValueError(f"{directory}/config.json: distilled={record!r:.100} must name its steps, at most 1000")
-    return steps
+    method = record.get("method", "progressive")
+    if method not in METHODS:
+        raise ValueError(
+            f"{directory}/config.json: distilled={record!r:.100} must have a method of {', '.join(METHODS)}"
+        )
+    return Distilled(steps, method)
 
 
-def sampling_defaults(distilled: int) -> tuple[int, float, str]:
-    """(steps, guidance scale, sampler) of a model, by the steps that it was distilled to."""
-    return (distilled, 1.0, "euler") if distilled else (20, 3.0, "heun")
+def sampling_defaults(distilled: Distilled | None) -> tuple[int, float, str]:
+    """(steps, guidance scale, sampler) of a model, by how it was distilled; None: it was not."""
+    return (distilled.steps, 1.0, METHODS[distilled.method]) if distilled else (20, 3.0, "heun")
 
 
 def sampling_of(
-    distilled: int,
+    distilled: Distilled,
     steps: int | None,
     guidance: float | GuidanceConfig | None,
     sampler: str | SamplerConfig | None,
@@ -88,84 +109,74 @@ def sampling_of(
     return sampler, guidance
 
 
-def distillation_loss(
-    model: DiT,
-    times: TimeConfig,
-    config: DistillConfig,
-    empty_text_LE: jax.Array,
-    params: Any,
-    batch: PackedBatch,
-    key: jax.Array,
-    objective: ObjectiveConfig,
-) -> dict[str, tuple[jax.Array, jax.Array]]:
-    """The loss of each token: w(t) times the mean over P of (p~ - p_theta)^2, p~ the prediction of x~.
+# ---- What the losses share
 
-    Args:
-        model: The transformer.
-        times: The shifts of the times of sampling.
-        config: Steps and teacher.
-        empty_text_LE: Features of the empty caption, for the teacher's guidance.
-        params: The student's parameters, with the teacher's under `TEACHER`. Without these the teacher is the student
-            without its "lora".
-        batch: Packed clips.
-        key: For noise and times.
-        objective: Of both models.
 
-    Returns:
-        {"loss": (values_BS, weights_BS)}, as `diffusion_loss`.
+@dataclasses.dataclass(frozen=True)
+class Distillation:
+    """A student and its teacher, with what both are trained for.
+
+    A loss takes (a `Distillation`, params, batch, key) and returns {"loss": (values_BS, weights_BS)}, as
+    `diffusion_loss`. `params` are the student's, with the teacher's under `TEACHER`; without these the teacher is the
+    student without its "lora".
     """
-    path, noise_key, step_key = objective.noise_path, *jax.random.split(key)
-    frozen = {"params": params[TEACHER]} if TEACHER in params else {k: v for k, v in params.items() if k != "lora"}
-    times_KBS = sampling_times(
-        times, config.steps * config.substeps, batch, path, latest=latest_time(path, objective.prediction)
-    )
+
+    config: DistillConfig
+    model: DiT
+    times: TimeConfig
+    objective: ObjectiveConfig
+    empty_text_LE: jax.Array  # features of the empty caption, for the teacher's guidance
+
+    def student(self, params: Any, batch: PackedBatch) -> Denoiser:
+        """The student."""
+        own = {name: tree for name, tree in params.items() if name != TEACHER}
+        return self._denoiser(lambda x_BSP, time_BS: self._call(own, x_BSP, time_BS, batch))
+
+    def guided_teacher(self, params: Any, batch: PackedBatch) -> Denoiser:
+        """The teacher with guidance: a second call, without captions, if the scale is not 1."""
+        if TEACHER in params:
+            frozen = {"params": params[TEACHER]}
+        else:
+            frozen = {name: tree for name, tree in params.items() if name != "lora"}
+        scale = self.config.guidance
+
+        def predict(x_BSP: jax.Array, time_BS: jax.Array) -> jax.Array:
+            p_BSP = self._call(frozen, x_BSP, time_BS, batch)
+            if scale == 1:
+                return p_BSP
+            without_BSP = self._call(frozen, x_BSP, time_BS, without_captions(batch, self.empty_text_LE))
+            return guide(p_BSP, without_BSP, jnp.full_like(time_BS, scale))
+
+        return self._denoiser(predict)
+
+    def _call(self, params: Any, x_BSP: jax.Array, time_BS: jax.Array, batch: PackedBatch) -> jax.Array:
+        y_BSP: Any = self.model.apply(params, *self.objective.model_input(x_BSP, time_BS), batch)
+        return drop_variance(self.model.config, y_BSP)
+
+    def _denoiser(self, predict: Any) -> Denoiser:
+        return Denoiser(predict, self.objective.noise_path, self.objective.prediction)
+
+    def grid(self, count: int, batch: PackedBatch) -> jax.Array:
+        """The times of a sampling with `count` steps, (count + 1, B, S)."""
+        path = self.objective.noise_path
+        return sampling_times(self.times, count, batch, path, latest=latest_time(path, self.objective.prediction))
+
+
+def drawn_index(key: jax.Array, count: int, batch: PackedBatch) -> jax.Array:
+    """A number below `count` for each clip, (B, S) int32."""
     row_BS = jnp.zeros_like(batch.segment_BS) + jnp.arange(batch.segment_BS.shape[0])[:, None]
-    drawn_BS = draw_by_ids(jax.random.uniform, step_key, row_BS, batch.segment_BS)
-    first_BS = config.substeps * jnp.floor(config.steps * drawn_BS).astype(jnp.int32)
-    at = lambda j: jnp.take_along_axis(times_KBS, (first_BS + j)[None], axis=0)[0]
-
-    noise_BSP = draw(jax.random.normal, noise_key, batch.tokens_BSP)
-    x_BSP = start_BSP = path.mix(batch.tokens_BSP, noise_BSP, at(0)[..., None])
-    teacher = guided_teacher(model, frozen, batch, objective, config.guidance, empty_text_LE)
-    for j in range(config.substeps):
-        x_BSP, _ = SAMPLERS[config.sampler].step(teacher, x_BSP, at(j), at(j + 1), (), None, 0.0)
-    target_BSP = jax.lax.stop_gradient(one_step_target(objective, start_BSP, x_BSP, at(0), at(config.substeps)))
-
-    student = {name: tree for name, tree in params.items() if name != TEACHER}
-    y_BSP: Any = model.apply(student, *objective.model_input(start_BSP, at(0)), batch)
-    error_BS = jnp.mean((drop_variance(model.config, y_BSP) - target_BSP) ** 2, axis=-1) * weight(objective, at(0))
-    return {"loss": (error_BS, ((batch.segment_BS > 0) & ~batch.cond_mask_BS).astype(jnp.float32))}
+    drawn_BS = draw_by_ids(jax.random.uniform, key, row_BS, batch.segment_BS)
+    return jnp.floor(count * drawn_BS).astype(jnp.int32)
 
 
-def one_step_target(
-    objective: ObjectiveConfig, x_BSP: jax.Array, next_BSP: jax.Array, time_BS: jax.Array, next_BS: jax.Array
-) -> jax.Array:
-    """The prediction at x_t with which one DDIM step leads to x_t'. 0 for tokens whose time stays."""
-    path = objective.noise_path
-    (a, s), (a2, s2) = ((path.alpha(t)[..., None], path.sigma(t)[..., None]) for t in (time_BS, next_BS))
-    det = a2 * s - a * s2
-    safe = jnp.where(jnp.abs(det) < 1e-9, 1.0, det)
-    clean_BSP, noise_BSP = (s * next_BSP - s2 * x_BSP) / safe, (a2 * x_BSP - a * next_BSP) / safe
-    moves = (time_BS != next_BS)[..., None]
-    return jnp.where(moves, target(path, objective.prediction, clean_BSP, noise_BSP, time_BS[..., None]), 0.0)
+def at_index(times_KBS: jax.Array, index_BS: jax.Array) -> jax.Array:
+    """The time of each token at the index of its clip, (B, S)."""
+    return jnp.take_along_axis(times_KBS, index_BS[None], axis=0)[0]
 
 
-def guided_teacher(
-    model: DiT, params: Any, batch: PackedBatch, objective: ObjectiveConfig, scale: float, empty_text_LE: jax.Array
-) -> Denoiser:
-    """The teacher with guidance: a second call, without captions, if the scale is not 1."""
-
-    def call(x_BSP: jax.Array, time_BS: jax.Array, seen: PackedBatch) -> jax.Array:
-        y_BSP: Any = model.apply(params, *objective.model_input(x_BSP, time_BS), seen)
-        return drop_variance(model.config, y_BSP)
-
-    def predict(x_BSP: jax.Array, time_BS: jax.Array) -> jax.Array:
-        p_BSP = call(x_BSP, time_BS, batch)
-        if scale == 1:
-            return p_BSP
-        return guide(p_BSP, call(x_BSP, time_BS, without_captions(batch, empty_text_LE)), jnp.full_like(time_BS, scale))
-
-    return Denoiser(predict, objective.noise_path, objective.prediction)
+def counted(batch: PackedBatch) -> jax.Array:
+    """The weights of a loss, (B, S): 1 for tokens to predict, 0 for padding and for tokens that are given."""
+    return ((batch.segment_BS > 0) & ~batch.cond_mask_BS).astype(jnp.float32)
 
 
 def without_captions(batch: PackedBatch, empty_text_LE: jax.Array) -> PackedBatch:

@@ -165,6 +165,26 @@ def euler_maruyama(
     return where_moving(time_BS, next_BS, moved, x_BSP), past
 
 
+def consistency(
+    denoiser: Denoiser,
+    x_BSP: jax.Array,
+    time_BS: jax.Array,
+    next_BS: jax.Array,
+    past: tuple[Past, ...] = (),
+    noise_BSP: jax.Array | None = None,
+    eta: jax.Array | float = 1.0,
+) -> Step:
+    """x' = a' x + s' (sqrt(1 - eta^2) e + eta z): the clean estimate with fresh noise z. One model call.
+
+    With eta = 1 this is multistep consistency sampling (Song et al. 2023, arXiv:2303.01469, algorithm 1), for models
+    whose clean estimate is right at once; with eta = 0 it is DDIM.
+    """
+    clean_BSP, e_BSP = denoiser.clean_and_noise(x_BSP, time_BS)
+    if noise_BSP is not None:
+        e_BSP = jnp.sqrt(1.0 - eta**2) * e_BSP + eta * noise_BSP
+    return where_moving(time_BS, next_BS, denoiser.path.mix(clean_BSP, e_BSP, next_BS[..., None]), x_BSP), past
+
+
 @dataclasses.dataclass(frozen=True)
 class Sampler:
     """A step function with its settings."""
@@ -185,6 +205,7 @@ SAMPLERS = {
     "ddim": Sampler(ddim, eta=0.0),
     "ddpm": Sampler(ddpm, eta=1.0),
     "sde": Sampler(euler_maruyama, eta=1.0),
+    "consistency": Sampler(consistency, eta=1.0),
     "dpm++2m": Sampler(dpmpp_2m, memory=1),
     "unipc": Sampler(unipc, memory=2),
 }

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from minisora_jax.bundled import CODEC, FAST, MODEL
 from minisora_jax.data.conditioning import recorded_masks
-from minisora_jax.diffusion.distillation import recorded_steps
+from minisora_jax.diffusion.distillation import recorded_distillation
 from minisora_jax.diffusion.objective import ObjectiveConfig
 from minisora_jax.diffusion.time import TimeConfig
 from minisora_jax.generate.experts import LowNoise
@@ -111,7 +111,9 @@ def load_parts(
         "image_encoder": image_encoder_of(dit, image_encoder),
         "window": frames,
         "sides": tuple(sides) or None,
-        "distilled": max([recorded_steps(config, model), *(adapter.distilled for adapter in adapters)]),
+        "distilled": max(
+            [recorded_distillation(config, model), *(a.distilled for a in adapters)], key=lambda record: record.steps
+        ),
         "trained": trained_masks(config, model, adapters),
         "vocabulary": vocabulary() if not loras and bundled else None,
     }

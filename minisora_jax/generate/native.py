@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from minisora_jax.diffusion.distillation import sampling_of
+from minisora_jax.diffusion.distillation import Distilled, sampling_of
 from minisora_jax.diffusion.guidance import GuidanceConfig
 from minisora_jax.diffusion.objective import ObjectiveConfig
 from minisora_jax.diffusion.sampler import SamplerConfig
@@ -54,7 +54,7 @@ class NativePipeline:
     image_encoder: ImageEncoder | None = None  # of a model that attends to image tokens
     window: int = 21  # latent frames that the model makes at once; longer videos are made window by window
     sides: tuple[int, int] | None = None  # height and width of the largest latents in training; None: not recorded
-    distilled: int = 0  # steps that it was distilled to, without guidance; 0: it was not
+    distilled: Distilled = Distilled()  # how it was distilled, which is how it is sampled by default
     trained: frozenset[str] | None = None  # kinds of conditioning mask that it was trained with; None: not recorded
     vocabulary: frozenset[str] | None = None  # all words of the training captions; None: not recorded
 
@@ -220,7 +220,7 @@ class NativePipeline:
                 share s of them.
             guidance: the guidance scale (3; 1: none), or the whole configuration.
             sampler: a name of diffusion/sampler.py ("heun"), or the whole configuration. A distilled model has other
-                defaults: "euler" in its own number of steps, without guidance.
+                defaults: the sampler of its method in its own number of steps, without guidance.
             tokens_at_once: rows run together up to this number of tokens.
             progress: whether to show a progress bar. Without it and `watch`, all steps run as one program.
             watch: called after each step with the share of steps done and a function that returns the current estimate

@@ -21,9 +21,11 @@ from minisora_jax.data.loader import DataConfig, packed_batches
 from minisora_jax.data.packing import PackConfig, PackPlan, StagedPlan, token_counts
 from minisora_jax.data.row_size import sized_by
 from minisora_jax.data.rows import Segment, pack_segments, padded_text
-from minisora_jax.diffusion.distillation import DistillConfig, distillation_loss
+from minisora_jax.diffusion.consistency import consistency_loss
+from minisora_jax.diffusion.distillation import Distillation, DistillConfig
 from minisora_jax.diffusion.loss import diffusion_loss
 from minisora_jax.diffusion.objective import ObjectiveConfig
+from minisora_jax.diffusion.progressive import progressive_loss
 from minisora_jax.diffusion.time import TimeConfig
 from minisora_jax.io.model_dir import (
     check_shapes,
@@ -51,6 +53,8 @@ from minisora_jax.training.step import LossFn
 from minisora_jax.types import PackedBatch
 
 log = logging.getLogger("minisora")
+
+DISTILLATION_LOSSES = {"progressive": progressive_loss, "consistency": consistency_loss}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,9 +151,8 @@ def loss_of(task: DiffusionTask, empty_text_LE: np.ndarray | None = None) -> Los
     if task.distill.steps:
         empty_LE = example_text(task.dit) if empty_text_LE is None else empty_text_LE
         empty_LE = jnp.asarray(padded_text(empty_LE, task.dit.caption_tokens))
-        return lambda params, batch, key: distillation_loss(
-            model, task.times, task.distill, empty_LE, params, batch, key, task.objective
-        )
+        of = Distillation(task.distill, model, task.times, task.objective, empty_LE)
+        return functools.partial(DISTILLATION_LOSSES[task.distill.method], of)
     debias = task.lora.debias
     return lambda params, batch, key: diffusion_loss(model, task.times, params, batch, key, task.objective, debias)
 
@@ -241,7 +244,7 @@ def train_diffusion(
     config |= {"kind": kept[-1] if task.lora.rank else "dit", "latent_size": _trained_size(latents)}
     config["conditioning"] = known_masks(task.conditioning, task.data.path, None if task.lora.rank else init)
     if task.distill.steps:
-        config["distilled"] = {"steps": task.distill.steps, "guidance": task.distill.guidance}
+        config["distilled"] = {name: getattr(task.distill, name) for name in ("method", "steps", "guidance")}
     average = state.average
     if task.train_only and init:
         average = together(average, apart(unchanged(init), task.train_only)[1])

@@ -23,7 +23,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from minisora_jax.data.conditioning import recorded_masks
-from minisora_jax.diffusion.distillation import recorded_steps
+from minisora_jax.diffusion.distillation import Distilled, recorded_distillation
 from minisora_jax.io.hub import local_folder
 from minisora_jax.io.model_dir import FILES, in_memory, model_hash, open_model, saved_settings
 from minisora_jax.io.safetensors import LazyArray
@@ -43,7 +43,7 @@ class Adapter:
     diff: Any  # whole changes by the paths of parameters, with the weight in them
     hash: str  # of the file or folder, and the weight
     base: str = ""  # hash of the model that it was trained over; "": not recorded
-    distilled: int = 0  # steps that it was distilled to; 0: it was not
+    distilled: Distilled = Distilled()  # how it was distilled
     masks: frozenset[str] = frozenset()  # the kinds of conditioning mask that it was trained with
 
 
@@ -81,12 +81,12 @@ def read_adapter(text: str, dit: DiTConfig, model: str | Path) -> Adapter:
     where = Path(local_folder(path))
     if not where.exists():
         raise FileNotFoundError(f"there is no adapter {where}")
-    base, distilled, masks = "", 0, None
+    base, distilled, masks = "", Distilled(), None
     if where.is_dir() and all((where / name).exists() for name in FILES):
         tree, config = _own(where)
         digest, training = model_hash(where), config.get("training")
         base = str(training.get("base", "")) if isinstance(training, dict) else ""
-        distilled, masks = recorded_steps(config, where), recorded_masks(config, where)
+        distilled, masks = recorded_distillation(config, where), recorded_masks(config, where)
     else:
         tree, digest = read_published(where, dit), _file_hash(where)
     _check(tree, dit, where, model)

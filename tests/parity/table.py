@@ -52,6 +52,7 @@ REFERENCES = {  # system -> (the class it is compared with, layouts that load, i
     "CLIP text, quick_gelu": ("transformers CLIPTextModelWithProjection", "transformers", ["CLIP forward"]),
     "LPIPS": ("lpips 0.1.4, VGG16", "torchvision's VGG16 with lpips' heads, lpips' own", []),
     "codec losses": ("Open-Sora 2.0's losses.py, written out in torch", "", []),
+    "consistency distillation": ("latent-consistency-model's train_lcm_distill_sd_wds.py", "", []),
     "CLIP text, gelu": ("transformers CLIPTextModelWithProjection", "transformers, OpenCLIP", []),
     "CLIP vision": ("transformers CLIPVisionModel", "transformers, Wan's own", []),
 }

@@ -1,0 +1,115 @@
+"""The losses of distillation, and their gradients, against the numbers of their authors' own code.
+
+fixtures/distillation.safetensors holds what that code gave on a small network p = tanh(x A + text T + f(times)) B, on
+CPU in float32:
+
+    lcm    the training step of latent-consistency-model's train_lcm_distill_sd_wds.py at a9ad795 (huber, 50 DDIM steps,
+           the student as its own target), and four steps of diffusers 0.42.1's LCMScheduler
+"""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from minisora_jax.data.packing import PackConfig
+from minisora_jax.data.rows import Segment, pack_segments
+from minisora_jax.diffusion.consistency import consistency_at
+from minisora_jax.diffusion.distillation import TEACHER, Distillation, DistillConfig
+from minisora_jax.diffusion.noise_path import PATHS
+from minisora_jax.diffusion.objective import ObjectiveConfig
+from minisora_jax.diffusion.sampler import SAMPLERS, Denoiser
+from minisora_jax.diffusion.time import TimeConfig
+
+DDPM = ObjectiveConfig("ddpm", "noise")
+KEPT = ("w_in", "w_out", "w_text", "w_time")
+
+
+class Net:
+    """The network, with the part of `DiT` that a loss calls."""
+
+    config = SimpleNamespace(out_channels=None, latent_channels=4)
+
+    @staticmethod
+    def apply(params, x_BSP, time_BS, batch):
+        w = params["params"]
+        h_BSx = x_BSP @ w["w_in"] + batch.text_BLE[:, :1] @ w["w_text"] + jnp.sin(time_BS[..., None] * w["w_time"])
+        return jnp.tanh(h_BSx) @ w["w_out"]
+
+
+@pytest.fixture(scope="module")
+def numbers():
+    whole = load_file(Path(__file__).parent / "parity/fixtures/distillation.safetensors")
+    return lambda system: {n.removeprefix(f"{system}/"): x for n, x in whole.items() if n.startswith(f"{system}/")}
+
+
+@pytest.fixture
+def close(parity):
+    """close(system, kind, ours, theirs): within 1e-5 of the largest value, and recorded for docs/parity.md."""
+
+    def check(system, kind, ours, theirs):
+        parity(system, kind, ours, theirs)
+        np.testing.assert_allclose(ours, theirs.reshape(np.shape(ours)), rtol=0, atol=1e-5 * np.abs(theirs).max())
+
+    return check
+
+
+def packed(clean_BSP, text_BLE):
+    """Each row one clip."""
+    clips = [
+        [Segment(x_SP, np.zeros(len(x_SP), bool), (1, 2, len(x_SP) // 2), text_LE, 8.0)]
+        for x_SP, text_LE in zip(clean_BSP, text_BLE)
+    ]
+    pack = PackConfig(clean_BSP.shape[1], 4, 1, len(clips))
+    return jax.tree.map(jnp.asarray, pack_segments(clips, pack))
+
+
+def per_token(value_B, like_BSP):
+    return jnp.broadcast_to(jnp.asarray(value_B, jnp.float32)[:, None], like_BSP.shape[:2])
+
+
+def kernels(numbers, of):
+    return {name: jnp.asarray(numbers[f"{of}/{name}"]) for name in KEPT}
+
+
+def test_consistency_is_lcms(numbers, close):
+    lcm = numbers("lcm")
+    of = Distillation(
+        DistillConfig(4, 12, "ddim", lcm["scale"].item(), "consistency"),
+        Net,
+        TimeConfig(),
+        DDPM,
+        jnp.asarray(lcm["empty"]),
+    )
+    batch = packed(lcm["clean"], lcm["text"])
+    times = [per_token((lcm[name] + 1) / 1000, lcm["clean"]) for name in ("timestep", "next")]
+
+    def loss(student):
+        params = {"params": student, TEACHER: kernels(lcm, "teacher")}
+        return consistency_at(of, params, batch, jnp.asarray(lcm["noise"]), *times).mean()
+
+    value, gradient = jax.jit(jax.value_and_grad(loss))(kernels(lcm, "student"))
+    close("consistency distillation", "forward", value, lcm["loss"])
+    for name in KEPT:
+        close("consistency distillation", "gradient", gradient[name], lcm[f"gradient/{name}"])
+    x_BSP = DDPM.noise_path.mix(batch.tokens_BSP, lcm["noise"], times[0][..., None])
+    teacher = of.guided_teacher({TEACHER: kernels(lcm, "teacher")}, batch)
+    next_BSP, _ = SAMPLERS["ddim"].step(teacher, x_BSP, *times, (), None, 0.0)
+    close("consistency distillation", "forward", next_BSP, lcm["next_x"])
+
+
+def test_the_sampler_is_lcms(numbers, close):
+    lcm = numbers("lcm")
+    batch, params = packed(lcm["clean"], lcm["text"]), {"params": kernels(lcm, "student")}
+    model = lambda x_BSP, time_BS: Net.apply(params, x_BSP, time_BS - 1 / 1000, batch)
+    x, denoiser = jnp.asarray(lcm["trajectory"][0]), Denoiser(model, PATHS["ddpm"], "noise")
+    times = [(t + 1) / 1000 for t in lcm["timesteps"]] + [0.0]
+    fresh = [*lcm["fresh"], np.zeros_like(lcm["fresh"][0])]
+    for i, (now, then) in enumerate(zip(times, times[1:])):
+        at = [per_token(np.full(len(x), t), x) for t in (now, then)]
+        x, _ = SAMPLERS["consistency"].step(denoiser, x, *at, (), jnp.asarray(fresh[i]), 1.0)
+        close("LCMScheduler", "forward", x, lcm["trajectory"][i + 1])
