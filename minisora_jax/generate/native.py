@@ -96,7 +96,7 @@ class NativePipeline:
             if n < self.cell or n % self.cell:
                 low = max(n // self.cell, 1) * self.cell
                 raise ValueError(f"{name}={n} must be a multiple of {self.cell}; use {low} or {low + self.cell}")
-        if set(request.spacing) != {1.0} and {"spatial", "temporal"} & set(self.config.attention_pattern):
+        if set(request.spacing) != {1.0} and {"spatial", "temporal"} & set(self.config.attention_kinds):
             raise ValueError("this model has spatial and temporal attention and cannot make sizes beyond training")
         if not request.first:
             t, _, _ = self.codec.config.latent_size((T, self.cell, self.cell))

@@ -25,6 +25,7 @@ from minisora_jax.models.conditioning import ClipCondition, ImageTokens, caption
 from minisora_jax.models.dit_config import DiTConfig
 from minisora_jax.models.layers import MLP, Attention, Einsum, LayerNorm, per_token, scan_layers
 from minisora_jax.models.levels import Levels, noise_levels
+from minisora_jax.models.motion import MotionModule, as_images
 from minisora_jax.models.rope import fixed_positions, rope_angles, sinusoids
 from minisora_jax.parallel.ring import SAVED
 from minisora_jax.types import PackedBatch
@@ -54,6 +55,7 @@ class BlockInputs:
     segments: dict[str, jax.Array]  # ids (B, S) by kind of attention, see `attention_segments`
     angles_BSk: jax.Array | None  # rotary positions
     frame_BSD: jax.Array | None  # fixed time positions, added before the first temporal block (Latte)
+    motion_angles_BSk: jax.Array | None  # rotary positions in time alone, for motion modules
     caption: tuple[jax.Array, jax.Array] | None  # (tokens_BLD, segment_BL)
     image: tuple[jax.Array, jax.Array] | None  # (tokens_BID, segment_BI)
     max_segment_len: int = struct.field(pytree_node=False, default=0)  # see PackedBatch
@@ -73,12 +75,13 @@ class Block(nn.Module):
 
         h = LayerNorm(learned=False)(x_BSD) * (1 + scale_a) + shift_a
         attention = Attention(cfg.heads, cfg.qk_norm, impl=cfg.attention, name="self_attention")
+        kind = "spatial" if cfg.motion_modules else self.kind
         x_BSD = x_BSD + gate_a * attention(
             h,
-            inputs.segments[self.kind],
+            inputs.segments[kind],
             inputs.angles_BSk,
             max_segment_len=inputs.max_segment_len,
-            slots=inputs.slots if self.kind == "joint" else 0,
+            slots=inputs.slots if kind == "joint" else 0,
         )
         if inputs.caption and self.kind != "temporal":
             h = LayerNorm(name="cross_norm")(x_BSD) if cfg.cross_norm else x_BSD
@@ -112,6 +115,9 @@ class Blocks(nn.Module):
             if kind == "temporal" and inputs.frame_BSD is not None:
                 x_BSD = x_BSD + jnp.where(layer == 0, inputs.frame_BSD, 0)
             x_BSD = Block(self.config, kind, name=kind)(x_BSD, inputs)
+        if inputs.motion_angles_BSk is not None:
+            module = MotionModule(self.config, name="motion")
+            x_BSD = module(x_BSD, inputs.segments["temporal"], inputs.motion_angles_BSk)
         return x_BSD, None
 
 
@@ -146,7 +152,8 @@ class DiT(nn.Module):
         # ---- Conditioning: the caption's tokens, and one vector for time and clip of each noise level
         caption, pooled_BGE = caption_tokens(cfg, batch)
         levels = noise_levels(time_BS, batch)
-        condition_BUD = self._condition(levels, pooled_BGE, batch)
+        seen = as_images(batch) if cfg.motion_modules else batch
+        condition_BUD = self._condition(levels, pooled_BGE, seen)
         modulation_BUx = nn.silu(condition_BUD)
         if cfg.modulation != "block":
             modulation_BUx = Einsum("bud,de->bue", (D, 6 * D), scale=0.0, name="modulation")(modulation_BUx)
@@ -154,15 +161,18 @@ class DiT(nn.Module):
         # ---- Tokens
         x_BSx = with_given_frames(cfg, x_BSP.astype(dtype), batch)
         x_BSD = Einsum("bsp,pd->bsd", (x_BSx.shape[-1], D), name="patch_in")(x_BSx)
-        x_BSD, frame_BSD = self._add_positions(x_BSD, batch)
+        x_BSD, frame_BSD = self._add_positions(x_BSD, seen)
 
         # ---- Blocks
         inputs = BlockInputs(
             levels=levels,
             modulation_BUx=modulation_BUx,
-            segments=attention_segments(cfg.attention_pattern, batch),
-            angles_BSk=rope_angles(batch.position_BS3, D // cfg.heads) if cfg.rope else None,
+            segments=attention_segments(cfg.attention_kinds, batch),
+            angles_BSk=rope_angles(seen.position_BS3, D // cfg.heads) if cfg.rope else None,
             frame_BSD=frame_BSD if "temporal" in cfg.attention_pattern else None,
+            motion_angles_BSk=(
+                rope_angles(batch.position_BS3[..., :1], D // cfg.heads) if cfg.motion_modules else None
+            ),
             caption=caption,
             image=ImageTokens(cfg, name="image")(batch) if cfg.image_features else None,
             max_segment_len=batch.max_segment_len,
@@ -222,8 +232,8 @@ class DiT(nn.Module):
         return shift_BUD, scale_BUD
 
 
-def attention_segments(attention_pattern: tuple[str, ...], batch: PackedBatch) -> dict[str, jax.Array]:
-    """Ids (B, S) for "joint" and each other kind in the pattern: a token attends to the tokens of the same id.
+def attention_segments(kinds: tuple[str, ...], batch: PackedBatch) -> dict[str, jax.Array]:
+    """Ids (B, S) for "joint" and each other of the kinds: a token attends to the tokens of the same id.
 
     Padding has id 0. "joint" ids are the segments. "spatial" ids are one per latent frame of a segment. "temporal" ids
     are one per place (y, x) of a segment. A segment may have up to 65,536 frames, and as many places.
@@ -231,9 +241,9 @@ def attention_segments(attention_pattern: tuple[str, ...], batch: PackedBatch) -
     segment_BS = batch.segment_BS
     t_BS, y_BS, x_BS = (batch.position_BS3[..., i] for i in range(3))
     ids = {"joint": segment_BS}
-    if "spatial" in attention_pattern:
+    if "spatial" in kinds:
         ids["spatial"] = jnp.where(segment_BS > 0, segment_BS * 65_536 + t_BS, 0)
-    if "temporal" in attention_pattern:
+    if "temporal" in kinds:
         columns_BS = per_token(batch.size_BG3[..., 2:].astype(jnp.float32), segment_BS)[..., 0].astype(jnp.int32)
         ids["temporal"] = jnp.where(segment_BS > 0, segment_BS * 65_536 + y_BS * columns_BS + x_BS, 0)
     return ids

@@ -16,6 +16,9 @@ Each row gives the settings that differ from `DiTConfig`'s defaults. weights/dit
 
     (a) also rope=False, qk_norm="none", cross_norm=False, micro_conditioning=False, out_channels=2 * latent_channels
 
+`motion_modules` makes an image model one of videos (AnimateDiff: arXiv:2307.04725): its own layers see each latent
+frame as an image, and attention over the frames is added after each block (models/motion.py).
+
 `modulation` says which layers compute the shift, scale and gate of adaLN:
 
     value     in a block                                     in the head            families
@@ -67,6 +70,7 @@ class DiTConfig:
     # ---- Switches between the published families
     time_input: str = "1000 t"  # the number that the model receives for time t; SiT receives "1 - t"
     attention_pattern: tuple[str, ...] = ("joint",)  # one block each: over the clip, or "spatial", "temporal" (Latte)
+    motion_modules: bool = False  # a motion module after each block (AnimateDiff); the blocks see frames as images
     modulation: str = "shared"  # the layers of adaLN: "shared", "single" or "block", see the table above
     qk_norm: str = "head"  # RMS norm of queries and keys over each "head", over "all" heads (Wan), or "none"
     rope: bool = True  # rotary positions
@@ -109,11 +113,21 @@ class DiTConfig:
             raise ValueError(
                 f"attention_pattern={self.attention_pattern} must be made of 'joint', 'spatial' and 'temporal'"
             )
+        if self.motion_modules and self.attention_pattern != ("joint",):
+            raise ValueError(
+                f"motion_modules=True with attention_pattern={self.attention_pattern}: motion modules are for an image "
+                f"model, whose pattern is ('joint',)"
+            )
+
+    @property
+    def attention_kinds(self) -> tuple[str, ...]:
+        """Who attends to whom in each self-attention of a repeat of `attention_pattern`."""
+        return ("spatial", "temporal", "temporal") if self.motion_modules else self.attention_pattern
 
     @property
     def makes_images(self) -> bool:
         """Whether the model makes single frames only: its tokens receive (y, x) and no time position."""
-        return self.positions == "fixed" and "temporal" not in self.attention_pattern
+        return self.positions == "fixed" and "temporal" not in self.attention_kinds
 
     @property
     def token_width(self) -> int:

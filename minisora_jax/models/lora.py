@@ -31,8 +31,8 @@ from minisora_jax.parallel.mesh import parameter_spec, shard
 TARGETS = {
     "attention": r"^blocks/.*attention/",
     "mlp": r"^blocks/.*mlp/",
-    "spatial": r"^blocks/spatial/.*(attention|mlp)/",  # of models whose blocks are spatial and temporal, such as Latte
-    "temporal": r"^blocks/temporal/.*(attention|mlp)/",
+    "spatial": r"^blocks/spatial/.*(attention|mlp)/",  # of models where they are apart, such as Latte
+    "temporal": r"^blocks/temporal/.*(attention|mlp)/|^blocks/motion/",
     "all": "",
 }
 BASES = ("float32", "bfloat16", "int8")

@@ -43,7 +43,7 @@ def arithmetic(work: Workload) -> Arithmetic:
     text = float(cfg.caption_tokens or work.text_tokens)
     levels = float(work.frames) if table_size(work.row_frames, round(work.segments * n)) else None
     forward = segments * forward_flops(cfg, n, text, pairs, n * text, text * text, levels)
-    attention = segments * 4.0 * cfg.depth * cfg.width * sum(pairs[kind] for kind in cfg.attention_pattern)
+    attention = segments * 4.0 * cfg.depth * cfg.width * sum(pairs[kind] for kind in cfg.attention_kinds)
     if work.sample:
         return Arithmetic(2 * forward, 2 * forward)  # Heun's sampler has two model calls a step
     recomputed = {"none": 0.0, "matmuls": attention, "attention": forward - attention}.get(cfg.remat, forward)
@@ -141,7 +141,7 @@ def _memory(work: Workload, mesh: MeshConfig, parameters: int) -> dict[str, floa
         return {"parameters": stored, "temporaries": tokens * cfg.width * (2 * 20 + 12 + 4 * ratio)}
     # bfloat16 values that each token keeps in each block for its gradient, in units of the width
     kept = {"host": 0.0, "full": 1.0, "attention": 2.0, "matmuls": 8.0 + ratio, "none": 22.0 + 3 * ratio}[cfg.remat]
-    temporaries = 2.0 * tokens * cfg.width * (kept * cfg.depth * len(cfg.attention_pattern) + 12 + 24 + 3 * ratio + 8)
+    temporaries = 2.0 * tokens * cfg.width * (kept * cfg.depth * len(cfg.attention_kinds) + 12 + 24 + 3 * ratio + 8)
     state = {kind: held / shards for kind, held in state_bytes(work.task).items()}
     return state | {"temporaries": temporaries}
 
@@ -155,7 +155,7 @@ def _per_chip(work: Workload, mesh: MeshConfig) -> tuple[float, int]:
 def _traffic(work: Workload, mesh: MeshConfig, parameters: int, slices: int = 1) -> list[Traffic]:
     """The traffic of a step, estimated from shapes."""
     cfg, (tokens, shards) = work.task.dit, _per_chip(work, mesh)
-    layers = cfg.depth * len(cfg.attention_pattern)
+    layers = cfg.depth * len(cfg.attention_kinds)
     passes = 2 if work.sample else 1 + (cfg.remat in ("full", "host", "matmuls"))  # passes through attention's forward
     traffic: list[Traffic] = []
 

@@ -43,7 +43,16 @@ from minisora_jax.models.lora import LoraConfig, apart, init_adapter, together
 from minisora_jax.models.text import encode_bytes
 from minisora_jax.parallel.processes import barrier
 from minisora_jax.training.flops import count_work
-from minisora_jax.training.frozen import NOTHING, Frozen, frozen_base, frozen_rest, frozen_teacher, read_part, unchanged
+from minisora_jax.training.frozen import (
+    NOTHING,
+    Frozen,
+    adds_modules,
+    frozen_base,
+    frozen_rest,
+    frozen_teacher,
+    read_part,
+    unchanged,
+)
 from minisora_jax.training.held_out import held_out_loss
 from minisora_jax.training.latents_check import check_latents
 from minisora_jax.training.loop import RunConfig, train
@@ -74,7 +83,8 @@ class DiffusionTask:
     conditioning: ConditioningConfig = ConditioningConfig()
     caption_dropout: float = 0.1  # share of clips that are trained with the empty caption, for guidance
     lora: LoraConfig = LoraConfig()  # train adapters over the model of --init, which stays as it is
-    train_only: str = ""  # train the parameters of --init whose path this pattern matches, such as "norm"; "": all
+    train_only: str = ""  # train the parameters of --init whose path this pattern matches, such as "norm"; "": all.
+    # Where --init has none of them they start at random, as new modules do
     distill: DistillConfig = DistillConfig()  # train it to sample in fewer steps, after the model of --init
     mup_base_width: int = 0  # muP: the dit.width that the learning rate was found at; 0: use it as it is at any width
     export_dtype: str = "float32"  # of the exported weights
@@ -198,8 +208,11 @@ def train_diffusion(
             f"data.held_out={task.data.held_out} was made with {in_words(held_out.text)}, and data.path with "
             f"{in_words(latents.text)}: encode one of them again"
         )
+    added = False
     if init:
-        check_shapes(open_model(init)[0], abstract_params(task.dit), init)
+        wanted = abstract_params(task.dit)
+        added = bool(task.train_only) and adds_modules(task.train_only, wanted, init)
+        check_shapes(open_model(init)[0], apart(wanted, task.train_only)[1] if added else wanted, init)
     if task.in_part:
         if not init:
             raise ValueError("lora, train_only and distill change a given model: name it by --init=DIR")
@@ -230,7 +243,7 @@ def train_diffusion(
         batches=batches,
         run_config=run_config,
         settings=DiffusionTask,
-        start_params=functools.partial(read_part, init) if init and not task.lora.rank else None,
+        start_params=functools.partial(read_part, init) if init and not added and not task.lora.rank else None,
         frozen=frozen_of(task, init),
         optimizer=optimizer_of(task),
         sample=sample,
@@ -247,7 +260,7 @@ def train_diffusion(
         config["distilled"] = {name: getattr(task.distill, name) for name in ("method", "steps", "guidance")}
     average = state.average
     if task.train_only and init:
-        average = together(average, apart(unchanged(init), task.train_only)[1])
+        average = together(average, unchanged(init) if added else apart(unchanged(init), task.train_only)[1])
     export_model(workdir / "export", average, config, dtype=task.export_dtype)
     barrier("export")
     return workdir / "export"

@@ -29,7 +29,7 @@ def forward_flops(
         cfg: The model.
         tokens: Video tokens.
         text: Caption tokens.
-        pairs: Query-key pairs of self-attention, for each kind in `attention_pattern`. A pair costs 4 K FLOPs a head.
+        pairs: Query-key pairs of self-attention, for each kind in `attention_kinds`. A pair costs 4 K FLOPs a head.
         cross_pairs: Pairs of cross-attention.
         text_pairs: Pairs of self-attention in the caption's refiner.
         levels: Noise levels that adaLN is computed for (models/levels.py); None: each token's.
@@ -42,6 +42,8 @@ def forward_flops(
     # Outside of the blocks: patch_in, patch_out, position_in
     stem = (cfg.token_width + cfg.given_width + cfg.out_width + (192 if cfg.positions == "learned" else 0)) * D
     per_token = cfg.depth * (blocks * block + cross_blocks * 2 * D * D) + stem
+    if cfg.motion_modules:  # two attentions, the MLP, proj_in and proj_out
+        per_token += cfg.depth * (block + 6 * D * D)
     # time1 and time2; adaLN of the blocks and of the head
     per_level = (256 + D) * D + 6 * D * D * (cfg.depth * blocks if cfg.modulation == "block" else 1)
     per_level += 0 if cfg.modulation == "single" else 2 * D * D
@@ -53,7 +55,7 @@ def forward_flops(
         per_text = (cfg.text_features + D) * D + cfg.depth * cross_blocks * 2 * D * D
     else:
         per_text = 0
-    attention = cfg.depth * D * (sum(pairs[kind] for kind in cfg.attention_pattern) + cross_blocks * cross_pairs)
+    attention = cfg.depth * D * (sum(pairs[kind] for kind in cfg.attention_kinds) + cross_blocks * cross_pairs)
     if cfg.caption == "refined":
         attention += cfg.text_depth * E * text_pairs
     levels = tokens if levels is None else levels

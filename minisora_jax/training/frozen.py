@@ -72,6 +72,18 @@ def frozen_teacher(abstract: Callable[[], Any], init: str | Path | None) -> Froz
     return Frozen(abstract, functools.partial(_load, init), beside)
 
 
+def adds_modules(pattern: str, abstract: Any, init: str | Path) -> bool:
+    """Whether a model has none of the parameters that a pattern names: they are those of new modules.
+
+    Raises:
+        ValueError: The pattern names no parameter of the model to be.
+    """
+    stored, trained = (
+        traverse_util.flatten_dict(x, sep="/") for x in (open_model(init)[0], apart(abstract, pattern)[0])
+    )
+    return not stored.keys() & trained.keys()
+
+
 def read_part(init: str | Path, places: Any) -> Any:
     """Some parameters of an exported model on devices, with the types and shardings of `places`.
 

@@ -130,6 +130,8 @@ def rules(cfg: DiTConfig, name_map: str | None = None) -> list[Rule]:
     Raises:
         ValueError: No published layout has this architecture.
     """
+    if cfg.motion_modules:
+        raise ValueError("motion_modules=True: no published layout has motion modules between the blocks of a DiT")
     if cfg.caption == "refined" or cfg.positions == "learned" or cfg.modulation == "shared":
         raise ValueError(
             f"caption={cfg.caption!r}, positions={cfg.positions!r}, modulation={cfg.modulation!r}: no published layout "
