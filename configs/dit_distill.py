@@ -9,6 +9,7 @@
     progressive    one step of the student is 2 of Heun of the teacher. Or in halves, each run from the last one's
                    student: substeps=1,steps=16 from the teacher, then steps=8,guidance=1 --init=runs/16/export, ...
     consistency    neighbours of 12 teacher steps (DDIM) a student's step have one clean estimate; 1 to 4 steps
+    meanflow       the mean velocity between any two times: any number of steps; the model gets one more input
 
 Hardware: 2 CPU cores made the bundled `--model fast` of the bundled model; bundled/README.md has the numbers. For a
 larger teacher `--lora rank=64` makes the student an adapter.
@@ -18,7 +19,8 @@ from ml_collections import ConfigDict
 
 from minisora_jax.config import parse_arg
 
-FITTING = {"progressive": (2, "heun"), "consistency": (12, "ddim")}  # method -> (substeps, sampler)
+# method -> (substeps, sampler); meanflow has no use for them
+FITTING = {"progressive": (2, "heun"), "consistency": (12, "ddim")}
 
 
 def get_config(arg=None):

@@ -3,8 +3,9 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
-from minisora_jax.parallel.attention import attend
+from minisora_jax.parallel.attention import attend, forward_mode
 
 
 def reference(q, k, v, q_segment, kv_segment):
@@ -54,6 +55,22 @@ def test_gradients_are_those_of_differences():
             moved[i] = inputs[i] + sign * h * way
             values.append(np.sum(reference(*moved, q_segment, kv_segment) * weight))
         np.testing.assert_allclose(np.sum(np.asarray(grad) * way), (values[0] - values[1]) / (2 * h), rtol=1e-4)
+
+
+def test_forward_mode_gives_the_derivative_along_a_way():
+    """Of any kernel's attention; without it JAX refuses."""
+    q, k, v, *segments = make(1, scale=1.0)
+    rng, h = np.random.default_rng(3), 1e-5
+    ways = [rng.standard_normal(x.shape) for x in (q, k, v)]
+    at = lambda step: reference(*(x.astype(np.float64) + step * way for x, way in zip((q, k, v), ways)), *segments)
+    attention = lambda q, k, v: attend(q, k, v, *map(jnp.asarray, segments), impl="triton")
+    primals, tangents = (tuple(jnp.asarray(x, jnp.float32) for x in xs) for xs in ((q, k, v), ways))
+    with forward_mode():
+        out, along = jax.jvp(attention, primals, tangents)
+    np.testing.assert_allclose(out, at(0), atol=2e-6)
+    np.testing.assert_allclose(along, (at(h) - at(-h)) / (2 * h), atol=1e-5)
+    with pytest.raises(TypeError, match="forward-mode"):
+        jax.jvp(attention, primals, tangents)
 
 
 def test_large_logits_do_not_overflow():

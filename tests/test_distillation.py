@@ -39,10 +39,18 @@ from minisora_jax.io.model_dir import load_model
 from minisora_jax.models.dit import DiT
 from minisora_jax.models.lora import LoraConfig
 from minisora_jax.models.text import encode_bytes
-from minisora_jax.training.diffusion_task import train_diffusion
+from minisora_jax.parallel.mesh import MeshConfig, make_mesh, put_batch
+from minisora_jax.training import distilling
+from minisora_jax.training.diffusion_task import DiffusionTask, train_diffusion
 from minisora_jax.weights.adapters import read_adapter
 
 DIT = dataclasses.replace(task(1).dit, dtype="float32")
+METHODS = {
+    "progressive": DistillConfig(2, 2, "euler", 2.0),
+    "consistency": DistillConfig(2, 3, "ddim", 2.0, "consistency"),
+    "meanflow": DistillConfig(2, 1, "euler", 2.0, "meanflow"),
+}
+EMPTY = jnp.asarray(encode_bytes(""))
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -112,7 +120,7 @@ def test_a_student_that_is_its_teacher_errs_by_the_curvature_alone():
     both = params | {"teacher": params["params"]}
 
     def loss(config, params=both):
-        of = Distillation(config, DiT(DIT), TimeConfig(), ObjectiveConfig(), empty)
+        of = Distillation(config, DiT(DIT), DiT(DIT), TimeConfig(), ObjectiveConfig(), empty)
         value, weight = jax.jit(functools.partial(progressive_loss, of))(params, batch, jax.random.key(1))["loss"]
         assert float(weight.sum()) == 8 + 4  # the second clip's first frame is given
         return float((value * weight).sum() / weight.sum())
@@ -130,17 +138,49 @@ def test_a_student_is_consistent_where_the_teacher_arrives():
         config = DIT
 
         @staticmethod
-        def apply(params, x_BSP, time_BS, batch):  # x_t = x + t v, and off by `params` where t > 0
+        def apply(params, x_BSP, time_BS, batch, interval_BS):  # x_t = x + t v, and off by `params` where t > 0
             return (x_BSP - batch.tokens_BSP) / jnp.maximum(time_BS, 1e-3)[..., None] + params["params"]
 
     config = DistillConfig(2, 4, "ddim", 1.0, "consistency")
-    of = Distillation(config, Exact, TimeConfig(), ObjectiveConfig(), empty)
+    of = Distillation(config, Exact, Exact, TimeConfig(), ObjectiveConfig(), empty)
 
     def loss(off):
         value, weight = consistency_loss(of, {"params": off, "teacher": 0.0}, batch, jax.random.key(1))["loss"]
         return float((value * weight).sum())
 
     assert loss(0.0) < 1e-6 < 1e-2 < loss(0.5)
+
+
+def test_a_mean_flow_student_starts_as_its_teacher():
+    """Whatever interval it is told."""
+    batch = packed([encode_bytes("a red cat"), encode_bytes("b")])
+    params, x, time = random_params(batch), batch.tokens_BSP, jnp.full(batch.segment_BS.shape, 0.5)
+    told = DiT(dataclasses.replace(DIT, interval_input=True))
+    zeros = {"interval": {"kernel": jnp.zeros((64, 32)), "bias": jnp.zeros(32)}}
+    ours = told.apply({"params": params["params"] | zeros}, x, time, batch, interval_BS=0.3 + 0 * time)
+    np.testing.assert_array_equal(ours, DiT(DIT).apply(params, x, time, batch))
+    assert not jnp.allclose(
+        told.apply({"params": params["params"] | jax.tree.map(jnp.ones_like, zeros)}, x, time, batch), ours
+    )
+
+
+def test_a_model_without_an_interval_is_not_sampled_by_mean_flow():
+    x, at = jnp.zeros((1, 2, 3)), jnp.ones((1, 2))
+    with pytest.raises(ValueError, match="mean-flow' is for models distilled with method=meanflow: use sampler='heun'"):
+        SAMPLERS["mean-flow"].step(Denoiser(lambda x, _: x), x, at, 0 * at, (), None, 0.0)
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        (dict(lora=LoraConfig(rank=4)), "lora.rank=4 to 0, or use distill.method='consistency'"),
+        (dict(objective=ObjectiveConfig(prediction="noise")), "objective.prediction='noise': use distill.method='cons"),
+        (dict(train_only="mlp"), "train_only='mlp' must be ''"),
+    ],
+)
+def test_a_model_that_a_method_cannot_teach_is_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        DiffusionTask(distill=METHODS["meanflow"], **settings)
 
 
 def test_a_run_distils_the_model_that_it_starts_from(tmp_path):
@@ -165,10 +205,37 @@ def test_a_run_distils_the_model_that_it_starts_from(tmp_path):
         train_diffusion(student, tmp_path / "none", Latents(cache), {}, {})
 
 
-METHODS = {
-    "progressive": DistillConfig(2, 2, "euler", 2.0),
-    "consistency": DistillConfig(2, 3, "ddim", 2.0, "consistency"),
-}
+LOSSES = {name: distilling.LOSSES[name] for name in METHODS}
+
+
+def method_loss(method, params, batch):
+    """The gradient and the value of a method's loss, of a student with weights of its own."""
+    teacher = dataclasses.replace(DIT, attention="blockwise")
+    student = distilling.student_dit(METHODS[method], teacher)
+    of = Distillation(METHODS[method], DiT(student), DiT(teacher), TimeConfig(), ObjectiveConfig(), EMPTY)
+
+    def loss(params, batch):
+        value, weight = LOSSES[method](of, params, batch, jax.random.key(4))["loss"]
+        return jnp.sum(value * weight) / jnp.sum(weight)
+
+    return jax.jit(jax.value_and_grad(loss))(params, batch)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_a_mesh_changes_no_loss(method):
+    row = packed([encode_bytes("a red cat"), encode_bytes("b")])
+    batch = jax.tree.map(lambda x: np.concatenate([np.asarray(x)] * 2), row)
+    params = random_params(row)
+    params |= {"teacher": jax.tree.map(lambda x: 0.9 * x, params["params"])}
+    if method == "meanflow":
+        params["params"] |= {"interval": {"kernel": 0.1 * jnp.ones((64, 32)), "bias": jnp.zeros(32)}}
+    alone = method_loss(method, params, jax.tree.map(jnp.asarray, batch))
+    mesh = make_mesh(MeshConfig(data=2, ring=2, ulysses=2))
+    with jax.set_mesh(mesh):
+        whole = lambda x: jax.device_put(x, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
+        meshed = method_loss(method, jax.tree.map(whole, params), put_batch(batch))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-4), alone, meshed)
 
 
 @pytest.fixture(scope="module")

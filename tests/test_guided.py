@@ -26,9 +26,9 @@ def counted(monkeypatch):
     """The tokens of each model call that was run, in order."""
     calls, run_model = [], guided.run_model
 
-    def run(config, params, x_BSP, time_BS, batch, keep=False):
+    def run(config, params, x_BSP, time_BS, batch, interval_BS=None, keep=False):
         jax.debug.callback(lambda _: calls.append(x_BSP.shape[0] * x_BSP.shape[1]), x_BSP[0, 0, 0], ordered=True)
-        return run_model(config, params, x_BSP, time_BS, batch, keep)
+        return run_model(config, params, x_BSP, time_BS, batch, interval_BS, keep)
 
     monkeypatch.setattr(guided, "run_model", run)
     sampling.sampling_steps.clear_cache()

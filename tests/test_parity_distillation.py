@@ -20,13 +20,13 @@ from minisora_jax.data.packing import PackConfig
 from minisora_jax.data.rows import Segment, pack_segments
 from minisora_jax.diffusion.consistency import consistency_at
 from minisora_jax.diffusion.distillation import TEACHER, Distillation, DistillConfig
+from minisora_jax.diffusion.mean_flow import mean_flow_at
 from minisora_jax.diffusion.noise_path import PATHS
 from minisora_jax.diffusion.objective import ObjectiveConfig
 from minisora_jax.diffusion.sampler import SAMPLERS, Denoiser
 from minisora_jax.diffusion.time import TimeConfig
 
 DDPM = ObjectiveConfig("ddpm", "noise")
-KEPT = ("w_in", "w_out", "w_text", "w_time")
 
 
 class Net:
@@ -35,9 +35,11 @@ class Net:
     config = SimpleNamespace(out_channels=None, latent_channels=4)
 
     @staticmethod
-    def apply(params, x_BSP, time_BS, batch):
+    def apply(params, x_BSP, time_BS, batch, interval_BS=None):
         w = params["params"]
         h_BSx = x_BSP @ w["w_in"] + batch.text_BLE[:, :1] @ w["w_text"] + jnp.sin(time_BS[..., None] * w["w_time"])
+        if interval_BS is not None:
+            h_BSx = h_BSx + interval_BS[..., None] * w["w_interval"]
         return jnp.tanh(h_BSx) @ w["w_out"]
 
 
@@ -73,13 +75,14 @@ def per_token(value_B, like_BSP):
 
 
 def kernels(numbers, of):
-    return {name: jnp.asarray(numbers[f"{of}/{name}"]) for name in KEPT}
+    return {n.removeprefix(f"{of}/"): jnp.asarray(x) for n, x in numbers.items() if n.startswith(f"{of}/")}
 
 
 def test_consistency_is_lcms(numbers, close):
     lcm = numbers("lcm")
     of = Distillation(
         DistillConfig(4, 12, "ddim", lcm["scale"].item(), "consistency"),
+        Net,
         Net,
         TimeConfig(),
         DDPM,
@@ -94,7 +97,7 @@ def test_consistency_is_lcms(numbers, close):
 
     value, gradient = jax.jit(jax.value_and_grad(loss))(kernels(lcm, "student"))
     close("consistency distillation", "forward", value, lcm["loss"])
-    for name in KEPT:
+    for name in gradient:
         close("consistency distillation", "gradient", gradient[name], lcm[f"gradient/{name}"])
     x_BSP = DDPM.noise_path.mix(batch.tokens_BSP, lcm["noise"], times[0][..., None])
     teacher = of.guided_teacher({TEACHER: kernels(lcm, "teacher")}, batch)
@@ -113,3 +116,26 @@ def test_the_sampler_is_lcms(numbers, close):
         at = [per_token(np.full(len(x), t), x) for t in (now, then)]
         x, _ = SAMPLERS["consistency"].step(denoiser, x, *at, (), jnp.asarray(fresh[i]), 1.0)
         close("LCMScheduler", "forward", x, lcm["trajectory"][i + 1])
+
+
+def test_mean_flow_is_its_authors(numbers, close):
+    mean = numbers("meanflow")
+    config = DistillConfig(1, guidance=mean["scale"].item(), method="meanflow")
+    of = Distillation(config, Net, Net, TimeConfig(), ObjectiveConfig(), jnp.asarray(mean["empty"]))
+    batch, noise_BSP = packed(mean["clean"], mean["text"]), jnp.asarray(mean["noise"])
+    teacher, times = kernels(mean, "student"), [per_token(mean[name], noise_BSP) for name in ("time", "r")]
+
+    def loss(student):
+        return mean_flow_at(of, {"params": student, TEACHER: teacher}, batch, noise_BSP, *times)[0].mean()
+
+    value, gradient = jax.jit(jax.value_and_grad(loss))(teacher)
+    close("MeanFlow", "forward", value, mean["loss"])
+    for name in gradient:
+        close("MeanFlow", "gradient", gradient[name], mean[f"gradient/{name}"])
+    denoiser, at = of.student({"params": teacher}, batch), [per_token(np.full(4, t), noise_BSP) for t in (0.8, 0.3)]
+    close(
+        "MeanFlow",
+        "forward",
+        SAMPLERS["mean-flow"].step(denoiser, batch.tokens_BSP, *at, (), None, 0.0)[0],
+        mean["stepped"],
+    )

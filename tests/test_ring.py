@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from minisora_jax.parallel.attention import attend
+from minisora_jax.parallel.attention import attend, forward_mode
 from minisora_jax.parallel.kernels import EMPTY, KERNELS, blockwise
 from minisora_jax.parallel.mesh import ROWS, SEQUENCE, TOKENS, MeshConfig, make_mesh, to_global
 from minisora_jax.parallel.ring import Ring
@@ -123,6 +123,24 @@ def test_keys_that_are_whole_on_every_device(config):
     arrays, weight = inputs(2, T=11)
     specs = (HEADS, WHOLE, WHOLE, TOKENS, P(ROWS, None))
     check(on_mesh(config, arrays, weight, specs), dense(*arrays, weight), 2e-5)
+
+
+@pytest.mark.parametrize("config", [MeshConfig(ring=2, ulysses=2, tensor=2), MeshConfig(ring=8)], ids=named)
+def test_the_forward_derivative_on_a_mesh(config, small_tiles):
+    """The derivative along a way, summed with weights, is the gradient's product with the way."""
+    arrays, weight = inputs(3)
+    wanted = dense(*arrays, weight)
+    ways = [np.random.default_rng(4).standard_normal(x.shape).astype(np.float32) for x in arrays[:3]]
+    mesh = make_mesh(config)
+    specs = (HEADS, HEADS, HEADS, TOKENS, TOKENS)
+    *primals, q_ids, kv_ids = to_global(arrays, mesh, specs)
+    tangents = to_global(tuple(ways), mesh, specs[:3])
+    with jax.set_mesh(mesh), forward_mode():
+        of = lambda q, k, v: attend(q, k, v, q_ids, kv_ids, max_segment_len=S)
+        out, along = jax.jit(lambda primals, tangents: jax.jvp(of, primals, tangents))(tuple(primals), tangents)
+    np.testing.assert_allclose(out, wanted[0], atol=2e-5)
+    product = sum(float(np.sum(g * w)) for g, w in zip(wanted[1], ways))
+    np.testing.assert_allclose(np.sum(np.asarray(along, np.float64) * weight), product, rtol=1e-4)
 
 
 @settings(max_examples=10)

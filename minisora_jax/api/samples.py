@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from minisora_jax.data.latents import Latents, Mixture
+from minisora_jax.diffusion.distillation import Distilled
 from minisora_jax.generate import Request, VideoPipeline
 from minisora_jax.io.filesystem import is_url
 from minisora_jax.io.retry import DataError
@@ -62,7 +63,9 @@ def sampler(
     """sample(step, params, metrics): each request as a TensorBoard video, and all of them on one contact sheet."""
 
     def sample(step: int, params, metrics) -> None:
-        pipeline = VideoPipeline(codec, task.dit, task.times, params, objective=task.objective, captions=captions)
+        settings: Any = {"objective": task.objective, "captions": captions}
+        settings["distilled"] = Distilled(task.distill.steps, task.distill.method)
+        pipeline = VideoPipeline(codec, task.trained_dit, task.times, params, **settings)
         videos = pipeline.generate(requests, progress=False)
         for i, (request, frames) in enumerate(zip(requests, videos)):
             metrics.video(step, f"sample{i}", frames, request.fps)

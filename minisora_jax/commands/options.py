@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from minisora_jax.diffusion.distillation import Distilled
     from minisora_jax.generate import VideoPipeline
 
-SAMPLERS = ("euler", "heun", "ddim", "ddpm", "sde", "consistency", "dpm++2m", "unipc", "dopri5")
+SAMPLERS = ("euler", "heun", "ddim", "ddpm", "sde", "consistency", "mean-flow", "dpm++2m", "unipc", "dopri5")
 GUIDANCE_SCHEDULES = ("constant", "linear", "cosine")
 TIME_SCHEDULES = ("even", "wan", "karras", "leading", "linspace", "trailing")
 

@@ -20,6 +20,8 @@ class Denoiser:
     prediction: str = "velocity"
     # The model where it learned the variance of DDPM's steps: (prediction_BSP, variance_BSP), the second from -1 to 1.
     with_variance: Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]] | None = None
+    # (x_BSP, time_BS, next_BS) -> the mean velocity between these times, of a model that was trained to predict it.
+    mean_velocity: Callable[[jax.Array, jax.Array, jax.Array], jax.Array] | None = None
 
     def velocity(self, x_BSP: jax.Array, time_BS: jax.Array) -> jax.Array:
         """dx_t/dt (B, S, P). One model call."""

@@ -3,6 +3,7 @@
     method         the student learns                                                     its sampler    file
     progressive    to do in one step what its teacher does in several                     euler          progressive.py
     consistency    the same clean estimate at neighbouring times of the teacher's path    consistency    consistency.py
+    meanflow       the mean velocity between two times                                    mean-flow      mean_flow.py
 
 Here is what they share: settings, the record in the exported config, the teacher with its guidance (Meng et al. 2022,
 arXiv:2210.03142), and the times. A guided teacher leaves nothing to guide: the student makes one model call a step.
@@ -28,7 +29,8 @@ from minisora_jax.types import PackedBatch
 
 TEACHER = "teacher"  # the teacher's parameters beside the student's {"params": ...}
 
-METHODS = {"progressive": "euler", "consistency": "consistency"}  # method -> the student's sampler
+# method -> the student's sampler
+METHODS = {"progressive": "euler", "consistency": "consistency", "meanflow": "mean-flow"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,10 +42,10 @@ class DistillConfig:
     """
 
     steps: int = 0  # of the student; 0: no distillation
-    substeps: int = 2  # of the teacher for one of the student's
+    substeps: int = 2  # of the teacher for one of the student's; without a meaning for "meanflow", as `sampler`
     sampler: str = "heun"  # of the teacher: "heun" (two calls a substep), "euler" or "ddim" (one)
     guidance: float = 1.0  # scale of the teacher's guidance; 1: none
-    method: str = "progressive"  # or "consistency"
+    method: str = "progressive"  # or "consistency" or "meanflow", see diffusion/distillation.py
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -122,7 +124,8 @@ class Distillation:
     """
 
     config: DistillConfig
-    model: DiT
+    model: DiT  # the student
+    teacher: DiT
     times: TimeConfig
     objective: ObjectiveConfig
     empty_text_LE: jax.Array  # features of the empty caption, for the teacher's guidance
@@ -130,7 +133,10 @@ class Distillation:
     def student(self, params: Any, batch: PackedBatch) -> Denoiser:
         """The student."""
         own = {name: tree for name, tree in params.items() if name != TEACHER}
-        return self._denoiser(lambda x_BSP, time_BS: self._call(own, x_BSP, time_BS, batch))
+        mean: Any = lambda x_BSP, time_BS, next_BS: self._call(
+            self.model, own, x_BSP, time_BS, batch, time_BS - next_BS
+        )
+        return self._denoiser(lambda x_BSP, time_BS: self._call(self.model, own, x_BSP, time_BS, batch), mean)
 
     def guided_teacher(self, params: Any, batch: PackedBatch) -> Denoiser:
         """The teacher with guidance: a second call, without captions, if the scale is not 1."""
@@ -141,20 +147,29 @@ class Distillation:
         scale = self.config.guidance
 
         def predict(x_BSP: jax.Array, time_BS: jax.Array) -> jax.Array:
-            p_BSP = self._call(frozen, x_BSP, time_BS, batch)
+            p_BSP = self._call(self.teacher, frozen, x_BSP, time_BS, batch)
             if scale == 1:
                 return p_BSP
-            without_BSP = self._call(frozen, x_BSP, time_BS, without_captions(batch, self.empty_text_LE))
+            without_BSP = self._call(self.teacher, frozen, x_BSP, time_BS, without_captions(batch, self.empty_text_LE))
             return guide(p_BSP, without_BSP, jnp.full_like(time_BS, scale))
 
         return self._denoiser(predict)
 
-    def _call(self, params: Any, x_BSP: jax.Array, time_BS: jax.Array, batch: PackedBatch) -> jax.Array:
-        y_BSP: Any = self.model.apply(params, *self.objective.model_input(x_BSP, time_BS), batch)
-        return drop_variance(self.model.config, y_BSP)
+    def _call(
+        self,
+        model: DiT,
+        params: Any,
+        x_BSP: jax.Array,
+        time_BS: jax.Array,
+        batch: PackedBatch,
+        interval_BS: jax.Array | None = None,
+    ) -> jax.Array:
+        inputs = *self.objective.model_input(x_BSP, time_BS), batch
+        y_BSP: Any = model.apply(params, *inputs, interval_BS=interval_BS)
+        return drop_variance(model.config, y_BSP)
 
-    def _denoiser(self, predict: Any) -> Denoiser:
-        return Denoiser(predict, self.objective.noise_path, self.objective.prediction)
+    def _denoiser(self, predict: Any, mean_velocity: Any = None) -> Denoiser:
+        return Denoiser(predict, self.objective.noise_path, self.objective.prediction, mean_velocity=mean_velocity)
 
     def grid(self, count: int, batch: PackedBatch) -> jax.Array:
         """The times of a sampling with `count` steps, (count + 1, B, S)."""

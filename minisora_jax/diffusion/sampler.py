@@ -185,6 +185,25 @@ def consistency(
     return where_moving(time_BS, next_BS, denoiser.path.mix(clean_BSP, e_BSP, next_BS[..., None]), x_BSP), past
 
 
+def mean_flow(
+    denoiser: Denoiser,
+    x_BSP: jax.Array,
+    time_BS: jax.Array,
+    next_BS: jax.Array,
+    past: tuple[Past, ...] = (),
+    noise_BSP: jax.Array | None = None,
+    eta: jax.Array | float = 0.0,
+) -> Step:
+    """x + (t' - t) u(x, t', t): exact for a model of the mean velocity u (MeanFlow: arXiv:2505.13447, eq. 12).
+
+    Raises:
+        ValueError: The model does not predict it.
+    """
+    if denoiser.mean_velocity is None:
+        raise ValueError("sampler 'mean-flow' is for models distilled with method=meanflow: use sampler='heun'")
+    return x_BSP + (next_BS - time_BS)[..., None] * denoiser.mean_velocity(x_BSP, time_BS, next_BS), past
+
+
 @dataclasses.dataclass(frozen=True)
 class Sampler:
     """A step function with its settings."""
@@ -206,6 +225,7 @@ SAMPLERS = {
     "ddpm": Sampler(ddpm, eta=1.0),
     "sde": Sampler(euler_maruyama, eta=1.0),
     "consistency": Sampler(consistency, eta=1.0),
+    "mean-flow": Sampler(mean_flow),
     "dpm++2m": Sampler(dpmpp_2m, memory=1),
     "unipc": Sampler(unipc, memory=2),
 }

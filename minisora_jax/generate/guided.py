@@ -32,10 +32,17 @@ class Alone:
 
 
 def run_model(
-    config: DiTConfig, params: Any, x_BSP: jax.Array, time_BS: jax.Array, batch: PackedBatch, keep: bool = False
+    config: DiTConfig,
+    params: Any,
+    x_BSP: jax.Array,
+    time_BS: jax.Array,
+    batch: PackedBatch,
+    interval_BS: jax.Array | None = None,
+    keep: bool = False,
 ) -> tuple[jax.Array, jax.Array | None]:
     """The transformer's (output (B, S, out_width), what its blocks added (B, S, D) if it is to be kept, else None)."""
-    result: Any = DiT(config).apply(params, x_BSP, time_BS, batch, mutable=["intermediates"] if keep else False)
+    kept: Any = ["intermediates"] if keep else False
+    result: Any = DiT(config).apply(params, x_BSP, time_BS, batch, interval_BS=interval_BS, mutable=kept)
     if not keep:
         return result, None
     output, variables = result
@@ -44,13 +51,22 @@ def run_model(
 
 
 def run_alone(
-    config: DiTConfig, params: Any, x_BSP: jax.Array, time_BS: jax.Array, batch: PackedBatch, alone: Alone, keep: bool
+    config: DiTConfig,
+    params: Any,
+    x_BSP: jax.Array,
+    time_BS: jax.Array,
+    batch: PackedBatch,
+    interval_BS: jax.Array | None,
+    alone: Alone,
+    keep: bool,
 ) -> tuple[jax.Array, jax.Array | None]:
     """`run_model` of the requests without their twins; each twin has the result of its request."""
     take = lambda x_BSx: take_in_row(x_BSx, alone.from_BR)
     back = lambda y_BRx: None if y_BRx is None else take_in_row(y_BRx, alone.to_BS)
     short = dataclasses.replace(alone.batch, position_BS3=take(batch.position_BS3))  # a loop's positions are turned
-    y_BRP, residual_BRD = run_model(config, params, take(x_BSP), take(time_BS[..., None])[..., 0], short, keep)
+    number = lambda n_BS: take(n_BS[..., None])[..., 0]
+    interval_BR = None if interval_BS is None else number(interval_BS)
+    y_BRP, residual_BRD = run_model(config, params, take(x_BSP), number(time_BS), short, interval_BR, keep)
     return take_in_row(y_BRP, alone.to_BS), back(residual_BRD)
 
 
@@ -60,7 +76,7 @@ def guided_denoiser(static, inputs, cache: CachedCalls | None = None) -> Denoise
     params, batch, with_caption_BS, without_BS, scale, interval, alone = inputs
     path = objective.noise_path
 
-    def predict(x_BSP, time_BS):
+    def predict(x_BSP, time_BS, interval_BS=None):
         """(the prediction, the variance of the model with its caption or None)."""
         seen_BSP, seen_BS = objective.model_input(x_BSP, time_BS)
         w_BS = weight(time_BS, scale, interval, schedule)
@@ -69,10 +85,11 @@ def guided_denoiser(static, inputs, cache: CachedCalls | None = None) -> Denoise
         first = configs[0], params[0], seen_BSP, seen_BS, batch
 
         def compute() -> Any:
-            whole = lambda: run_model(*first, keep=cache is not None)
-            return jax.lax.cond(acts, whole, lambda: run_alone(*first, alone, cache is not None)) if alone else whole()
+            whole = lambda: run_model(*first, interval_BS, keep=cache is not None)
+            short = lambda: run_alone(*first, interval_BS, alone, cache is not None)
+            return jax.lax.cond(acts, whole, short) if alone else whole()
 
-        reuse: Any = lambda residual_BSD: DiT(configs[0]).apply(*first[1:], residual_BSD)
+        reuse: Any = lambda residual_BSD: DiT(configs[0]).apply(*first[1:], residual_BSD, interval_BS)
         y_BSP = cache(compute, reuse) if cache else compute()[0]
         good_BSP, variance_BSP = split_variance(configs[0], y_BSP)
         if len(configs) > 1:
@@ -95,4 +112,7 @@ def guided_denoiser(static, inputs, cache: CachedCalls | None = None) -> Denoise
     learned = objective.path == "ddpm" and configs[0].out_channels == 2 * configs[0].latent_channels
     prediction = lambda x_BSP, time_BS: predict(x_BSP, time_BS)[0]
     with_variance: Any = predict if learned else None
-    return Denoiser(prediction, path, objective.prediction, with_variance)
+    mean: Any = None
+    if configs[0].interval_input:
+        mean = lambda x_BSP, time_BS, next_BS: predict(x_BSP, time_BS, time_BS - next_BS)[0]
+    return Denoiser(prediction, path, objective.prediction, with_variance, mean)

@@ -132,7 +132,12 @@ class DiT(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BSP: jax.Array, time_BS: jax.Array, batch: PackedBatch, residual_BSD: jax.Array | None = None
+        self,
+        x_BSP: jax.Array,
+        time_BS: jax.Array,
+        batch: PackedBatch,
+        residual_BSD: jax.Array | None = None,
+        interval_BS: jax.Array | None = None,
     ) -> jax.Array:
         """Predict velocity, noise, clean latents or v for each token, as the model was trained.
 
@@ -142,6 +147,7 @@ class DiT(nn.Module):
             batch: Ids, positions, captions and tables over slots. Its tokens are not read.
             residual_BSD: What the blocks are to add, in place of running them (generate/step_cache.py). What they added
                 is "residual" in the collection "intermediates".
+            interval_BS: t - r of each token, for a model with `interval_input`; None: 0, the velocity at t itself.
 
         Returns:
             The prediction (B, S, config.out_width), float32.
@@ -151,7 +157,7 @@ class DiT(nn.Module):
 
         # ---- Conditioning: the caption's tokens, and one vector for time and clip of each noise level
         caption, pooled_BGE = caption_tokens(cfg, batch)
-        levels = noise_levels(time_BS, batch)
+        levels = noise_levels(time_BS, batch, interval_BS)
         seen = as_images(batch) if cfg.motion_modules else batch
         condition_BUD = self._condition(levels, pooled_BGE, seen)
         modulation_BUx = nn.silu(condition_BUD)
@@ -202,6 +208,11 @@ class DiT(nn.Module):
         sinusoids_BUx = sinusoids(time_input_BU, 256).astype(dtype)
         h_BUD = Einsum("bue,ed->bud", (256, D), name="time1")(sinusoids_BUx)
         condition_BUD = Einsum("bud,de->bue", (D, D), name="time2")(nn.silu(h_BUD))
+        if cfg.interval_input:
+            interval_BU = jnp.zeros_like(levels.time_BU) if levels.interval_BU is None else levels.interval_BU
+            # Low frequencies, whose derivative is small; zeros at first, so that an older model starts as it is.
+            waves_BUx = sinusoids(10.0 * interval_BU, 64, max_period=100.0).astype(dtype)
+            condition_BUD = condition_BUD + Einsum("bue,ed->bud", (64, D), scale=0.0, name="interval")(waves_BUx)
         clip_BGD = ClipCondition(cfg, name="clip")(batch, pooled_BGE)
         if clip_BGD is not None:
             condition_BUD = condition_BUD + per_token(clip_BGD, levels.segment_BU).astype(dtype)

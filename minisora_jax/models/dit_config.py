@@ -84,6 +84,7 @@ class DiTConfig:
     size_pixels: int = 0  # pixels along a token's side, for PixArt's embedding of height, width and aspect; 0: none
     image_features: int = 0  # width of image encoder tokens that the model attends to (Wan image to video); 0: none
     image_positions: int = 0  # image tokens of a clip, each with a learned position (Wan first and last frame); 0: none
+    interval_input: bool = False  # the model is told t - r too, and predicts the mean velocity from r to t (MeanFlow)
     given_channels: int = 0  # channels of given frames beside the latents (Wan image to video: 4 of a mask, 16 of
     # latents); 0: given frames are tokens at time 0
 

@@ -225,7 +225,9 @@ def per_slot_mean(x_BSx: jax.Array, segment_BS: jax.Array, slots: int) -> jax.Ar
     """Mean over the tokens of each segment, zeros for empty slots. (B, S, x), (B, S) -> (B, G, x)."""
     one_hot_BSG = (segment_BS[:, :, None] == jnp.arange(1, slots + 1)).astype(x_BSx.dtype)
     count_BG = jnp.sum(one_hot_BSG, axis=1)
-    total = jnp.einsum("bsg,bsx->bgx", one_hot_BSG, x_BSx, precision="highest")
+    # Of a row that is cut over devices, each device has a part of the sum.
+    of_rows = None if jax.sharding.get_abstract_mesh().empty else P(jax.typeof(x_BSx).sharding.spec[0], None, None)
+    total = jnp.einsum("bsg,bsx->bgx", one_hot_BSG, x_BSx, precision="highest", out_sharding=of_rows)
     return total / jnp.maximum(count_BG, 1.0)[..., None]
 
 

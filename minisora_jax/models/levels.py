@@ -24,6 +24,7 @@ class Levels:
     time_BU: jax.Array
     segment_BU: jax.Array  # int32; 0 where no token has this level
     level_BS: jax.Array | None  # int32, counted from 1; 0 for padding. None: U = S
+    interval_BU: jax.Array | None = None  # t - r, for a model that is told it
 
     def to_tokens(self, table_BUx: jax.Array) -> jax.Array:
         """(B, U, x) -> (B, S, x); zeros for padding, if there is a table."""
@@ -36,11 +37,17 @@ def table_size(frames: int, tokens: int) -> int:
     return levels if 0 < levels * LEAST_TOKENS <= tokens else 0
 
 
-def noise_levels(time_BS: jax.Array, batch: PackedBatch) -> Levels:
-    """The levels of a batch with these times. It has a table if `batch.frames` says so and the rows are long enough."""
+def noise_levels(time_BS: jax.Array, batch: PackedBatch, interval_BS: jax.Array | None = None) -> Levels:
+    """The levels of a batch with these times. It has a table if `batch.frames` says so and the rows are long enough.
+
+    Args:
+        time_BS: Time of each token.
+        batch: Packed clips.
+        interval_BS: t - r of each token. Tokens of one time and clip have one interval.
+    """
     count = table_size(batch.frames, time_BS.shape[1])
     if not count or not jnp.issubdtype(batch.position_BS3.dtype, jnp.integer):  # positions with a spacing
-        return Levels(time_BS, batch.segment_BS, None)
+        return Levels(time_BS, batch.segment_BS, None, interval_BS)
     frames_BG = batch.size_BG3[..., 0].astype(jnp.float32)
     frames_BG2 = jnp.stack([frames_BG, jnp.cumsum(frames_BG, axis=1) - frames_BG], axis=-1)  # and those before
     # JAX forgets the sharding of B in a slice that leaves one number.
@@ -50,4 +57,5 @@ def noise_levels(time_BS: jax.Array, batch: PackedBatch) -> Levels:
     level_BS = jnp.where(batch.segment_BS > 0, 1 + 2 * place_BS + batch.cond_mask_BS, 0)
     is_level_BSU = level_BS[..., None] == jnp.arange(1, count + 1)
     of_level = lambda x_BS: jnp.max(jnp.where(is_level_BSU, x_BS[..., None], 0), axis=1)
-    return Levels(of_level(time_BS), of_level(batch.segment_BS), level_BS)
+    interval_BU = None if interval_BS is None else of_level(interval_BS)
+    return Levels(of_level(time_BS), of_level(batch.segment_BS), level_BS, interval_BU)

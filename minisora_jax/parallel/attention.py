@@ -14,6 +14,7 @@ import functools
 import logging
 from collections.abc import Iterator
 from importlib.util import find_spec
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,14 +23,31 @@ from minisora_jax.config import how_to_install
 from minisora_jax.parallel.kernels import KERNELS, NAMES, Kernel
 from minisora_jax.parallel.kernels.cudnn import Cudnn
 from minisora_jax.parallel.mesh import SEQUENCE
-from minisora_jax.parallel.ring import Ring, ring_attention
+from minisora_jax.parallel.ring import Ring, forward_only, ring_attention
 
 log = logging.getLogger("minisora")
 
 CUDNN_FROM = 1024  # tokens of the longest segment from which cuDNN is faster than our Triton kernel
 
+# Whether attention is differentiated forward, see `forward_mode`.
+_forward_mode: contextvars.ContextVar[bool] = contextvars.ContextVar("forward_mode", default=False)
+
 # What "auto" means while `auto_is` holds.
 _auto: contextvars.ContextVar[str] = contextvars.ContextVar("auto", default="auto")
+
+
+@contextlib.contextmanager
+def forward_mode() -> Iterator[None]:
+    """Attention in what is traced meanwhile has a forward derivative (`jax.jvp`), on any mesh.
+
+    A function with a gradient of its own has none. So the kernel is "reference" where that is asked for and else
+    "blockwise", which are JAX alone.
+    """
+    token = _forward_mode.set(True)
+    try:
+        yield
+    finally:
+        _forward_mode.reset(token)
 
 
 @contextlib.contextmanager
@@ -83,10 +101,13 @@ def attend(
     # the masks of all hops ahead of the layers and keeps gigabytes of them.
     ids = jax.lax.optimization_barrier((jax.lax.stop_gradient(q_BSNK), q_segment_BS, kv_segment_BM))[1:]
     arrays = (q_BSNK, k_BMNK, v_BMNK, *ids)
+    run: Any = ring_attention
+    if _forward_mode.get():
+        run, impl = forward_only, "reference" if impl == "reference" else "blockwise"
     ring = Ring(choose(impl, q_BSNK, slots, max_segment_len), factor, max_segment_len=max_segment_len)
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.are_all_axes_manual:
-        return ring_attention(*arrays, ring)
+        return run(*arrays, ring)
     specs = tuple(jax.typeof(x).sharding.spec for x in arrays)
     ring_size, ulysses = (mesh.shape[axis] for axis in SEQUENCE)
     if specs[1][1] is None:  # keys are whole on every device
@@ -101,10 +122,10 @@ def attend(
 
     def on_device(q, k, v, q_ids, kv_ids):
         if ulysses == 1:
-            return ring_attention(q, k, v, q_ids, kv_ids, ring)
+            return run(q, k, v, q_ids, kv_ids, ring)
         to_heads = lambda x: jax.lax.all_to_all(x, "ulysses", split_axis=2, concat_axis=1, tiled=True)
         gather = lambda ids: jax.lax.all_gather(ids, "ulysses", axis=1, tiled=True)
-        o = ring_attention(to_heads(q), to_heads(k), to_heads(v), gather(q_ids), gather(kv_ids), ring)
+        o = run(to_heads(q), to_heads(k), to_heads(v), gather(q_ids), gather(kv_ids), ring)
         return jax.lax.all_to_all(o, "ulysses", split_axis=1, concat_axis=2, tiled=True)
 
     # check_vma is off because the outputs of Pallas kernels carry no varying axes.

@@ -88,6 +88,21 @@ def ring_attention(
     return _forward(q_BSNK, k_BMNK, v_BMNK, q_segment_BS, kv_segment_BM, ring)[0]
 
 
+def forward_only(
+    q_BSNK: jax.Array,
+    k_BMNK: jax.Array,
+    v_BMNK: jax.Array,
+    q_segment_BS: jax.Array,
+    kv_segment_BM: jax.Array,
+    ring: Ring,
+) -> jax.Array:
+    """`ring_attention` without its own gradient, so that JAX can differentiate it forward (`jax.jvp`).
+
+    The kernel must be JAX alone: "blockwise" or "reference".
+    """
+    return _forward(q_BSNK, k_BMNK, v_BMNK, q_segment_BS, kv_segment_BM, ring)[0]
+
+
 def _forward(q, k, v, q_ids, kv_ids, ring: Ring):
     visit = lambda block: ring.kernel.forward(q, block[0], block[1], q_ids, block[2], ring.scale)
     block = (k, v, kv_ids)

@@ -21,11 +21,9 @@ from minisora_jax.data.loader import DataConfig, packed_batches
 from minisora_jax.data.packing import PackConfig, PackPlan, StagedPlan, token_counts
 from minisora_jax.data.row_size import sized_by
 from minisora_jax.data.rows import Segment, pack_segments, padded_text
-from minisora_jax.diffusion.consistency import consistency_loss
-from minisora_jax.diffusion.distillation import Distillation, DistillConfig
+from minisora_jax.diffusion.distillation import DistillConfig
 from minisora_jax.diffusion.loss import diffusion_loss
 from minisora_jax.diffusion.objective import ObjectiveConfig
-from minisora_jax.diffusion.progressive import progressive_loss
 from minisora_jax.diffusion.time import TimeConfig
 from minisora_jax.io.model_dir import (
     check_shapes,
@@ -42,6 +40,7 @@ from minisora_jax.models.dit import DiT, DiTConfig, abstract_params
 from minisora_jax.models.lora import LoraConfig, apart, init_adapter, together
 from minisora_jax.models.text import encode_bytes
 from minisora_jax.parallel.processes import barrier
+from minisora_jax.training import distilling
 from minisora_jax.training.flops import count_work
 from minisora_jax.training.frozen import (
     NOTHING,
@@ -49,7 +48,6 @@ from minisora_jax.training.frozen import (
     adds_modules,
     frozen_base,
     frozen_rest,
-    frozen_teacher,
     read_part,
     unchanged,
 )
@@ -62,8 +60,6 @@ from minisora_jax.training.step import LossFn
 from minisora_jax.types import PackedBatch
 
 log = logging.getLogger("minisora")
-
-DISTILLATION_LOSSES = {"progressive": progressive_loss, "consistency": consistency_loss}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,20 +94,16 @@ class DiffusionTask:
                 raise ValueError(
                     f"mup_base_width={self.mup_base_width} is for the training of all parameters: set it to 0"
                 )
-        if self.distill.steps and self.train_only:
-            raise ValueError(
-                f"distill.steps={self.distill.steps} trains all parameters or a lora: train_only={self.train_only!r} "
-                f"must be ''"
-            )
-        if self.lora.debias and (self.distill.steps or not self.lora.rank):
-            raise ValueError(
-                f"lora.debias={self.lora.debias} is for the training of adapters on clips: set lora.rank, and "
-                f"distill.steps={self.distill.steps} to 0"
-            )
+        distilling.require_fitting(self.distill, self.objective, self.lora.rank, self.train_only)
         if self.lora.rank and self.train_only:
             raise ValueError(
                 f"lora.rank={self.lora.rank} trains adapters only: train_only={self.train_only!r} must be ''"
             )
+
+    @property
+    def trained_dit(self) -> DiTConfig:
+        """The shape of the model that is trained: `dit`, or that of its student."""
+        return distilling.student_dit(self.distill, self.dit)
 
     @property
     def in_part(self) -> bool:
@@ -136,7 +128,7 @@ def init_params(task: DiffusionTask, key: jax.Array) -> Any:
     if task.lora.rank:
         return init_adapter(task.lora, abstract_params(task.dit), key)
     batch = jax.tree.map(jnp.asarray, example_batch(task))
-    params = DiT(task.dit).init(key, batch.tokens_BSP, jnp.zeros((1, 1)), batch)
+    params = DiT(task.trained_dit).init(key, batch.tokens_BSP, jnp.zeros((1, 1)), batch)
     return apart(params, task.train_only)[0] if task.train_only else params
 
 
@@ -146,7 +138,7 @@ def frozen_of(task: DiffusionTask, init: str | Path | None = None) -> Frozen:
     if task.lora.rank:
         return frozen_base(task.lora, abstract, init)
     if task.distill.steps:
-        return frozen_teacher(abstract, init)
+        return distilling.frozen_teacher(abstract, init)
     return frozen_rest(task.train_only, abstract, init) if task.train_only else NOTHING
 
 
@@ -157,12 +149,11 @@ def loss_of(task: DiffusionTask, empty_text_LE: np.ndarray | None = None) -> Los
         task: The settings.
         empty_text_LE: Features of the empty caption, for distillation; None: of one token, as in a plan.
     """
-    model = DiT(task.dit)
     if task.distill.steps:
         empty_LE = example_text(task.dit) if empty_text_LE is None else empty_text_LE
         empty_LE = jnp.asarray(padded_text(empty_LE, task.dit.caption_tokens))
-        of = Distillation(task.distill, model, task.times, task.objective, empty_LE)
-        return functools.partial(DISTILLATION_LOSSES[task.distill.method], of)
+        return distilling.loss_of(task.distill, task.dit, task.times, task.objective, empty_LE)
+    model = DiT(task.dit)
     debias = task.lora.debias
     return lambda params, batch, key: diffusion_loss(model, task.times, params, batch, key, task.objective, debias)
 
@@ -228,9 +219,10 @@ def train_diffusion(
         for batch, rows in packed_batches(latents, plan, numbers, **options, damaged=damaged):
             yield batch, count_work(task.dit, task.pack, rows, frozen=task.lora.rank > 0)
 
+    read = distilling.read_student if task.distill.steps else read_part
     evaluate, within = None, (task.times.low, task.times.high)
     if held_out is not None:
-        evaluate = held_out_loss(task.dit, task.objective, task.pack, held_out, damaged, within)
+        evaluate = held_out_loss(task.trained_dit, task.objective, task.pack, held_out, damaged, within)
     state = train(
         task.run,
         workdir,
@@ -243,7 +235,7 @@ def train_diffusion(
         batches=batches,
         run_config=run_config,
         settings=DiffusionTask,
-        start_params=functools.partial(read_part, init) if init and not added and not task.lora.rank else None,
+        start_params=functools.partial(read, init) if init and not added and not task.lora.rank else None,
         frozen=frozen_of(task, init),
         optimizer=optimizer_of(task),
         sample=sample,
@@ -254,6 +246,7 @@ def train_diffusion(
         log.warning("damaged clips were skipped %d times, listed in %s", damaged.count, damaged.path)
     kept = ("dit", "times", "objective", *(("lora",) if task.lora.rank else ()))
     config = {k: dataclasses.asdict(getattr(task, k)) for k in kept} | export | {"training": run_config}
+    config["dit"] = dataclasses.asdict(task.trained_dit)
     config |= {"kind": kept[-1] if task.lora.rank else "dit", "latent_size": _trained_size(latents)}
     config["conditioning"] = known_masks(task.conditioning, task.data.path, None if task.lora.rank else init)
     if task.distill.steps:

@@ -16,7 +16,6 @@ import jax
 import jax.numpy as jnp
 from flax import traverse_util
 
-from minisora_jax.diffusion.distillation import TEACHER
 from minisora_jax.io.model_dir import check_shapes, onto_devices, open_model
 from minisora_jax.io.safetensors import LazyArray
 from minisora_jax.models.int8 import held_as_int8, read_as_int8, typed
@@ -56,20 +55,14 @@ def frozen_base(lora: LoraConfig, abstract: Callable[[], Any], init: str | Path 
     """
     return Frozen(
         lambda: _held_as(lora.base, abstract()),
-        functools.partial(_load, init),
+        functools.partial(load_frozen, init),
         lambda trained, frozen: frozen | {"lora": scaled(trained["lora"], lora.scale)},
     )
 
 
 def frozen_rest(pattern: str, abstract: Callable[[], Any], init: str | Path | None) -> Frozen:
     """The parameters whose paths do not match a pattern. Arguments are those of `frozen_base`."""
-    return Frozen(lambda: apart(abstract(), pattern)[1], functools.partial(_load, init), together)
-
-
-def frozen_teacher(abstract: Callable[[], Any], init: str | Path | None) -> Frozen:
-    """All parameters of a model, beside those of its student. Arguments are those of `frozen_base`."""
-    beside = lambda trained, frozen: trained | {TEACHER: frozen["params"]}
-    return Frozen(abstract, functools.partial(_load, init), beside)
+    return Frozen(lambda: apart(abstract(), pattern)[1], functools.partial(load_frozen, init), together)
 
 
 def adds_modules(pattern: str, abstract: Any, init: str | Path) -> bool:
@@ -112,7 +105,7 @@ def _held_as(base: str, params: Any) -> Any:
     return traverse_util.unflatten_dict(held, sep="/")
 
 
-def _load(init: str | Path | None, places: Any) -> Any:
+def load_frozen(init: str | Path | None, places: Any) -> Any:
     """The frozen parameters from an exported model. A kernel of int8 is quantised as soon as it is read."""
     if init is None:
         raise ValueError("there is no model to read the frozen parameters from")

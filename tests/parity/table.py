@@ -53,6 +53,7 @@ REFERENCES = {  # system -> (the class it is compared with, layouts that load, i
     "LPIPS": ("lpips 0.1.4, VGG16", "torchvision's VGG16 with lpips' heads, lpips' own", []),
     "codec losses": ("Open-Sora 2.0's losses.py, written out in torch", "", []),
     "consistency distillation": ("latent-consistency-model's train_lcm_distill_sd_wds.py", "", []),
+    "MeanFlow": ("Gsunshine/meanflow's forward and sample_one_step", "", []),
     "CLIP text, gelu": ("transformers CLIPTextModelWithProjection", "transformers, OpenCLIP", []),
     "CLIP vision": ("transformers CLIPVisionModel", "transformers, Wan's own", []),
 }
