@@ -147,7 +147,7 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_images_become_the_pipelines_videos(case, published, monkeypatch, parity):
     scale, system = CASES[case]
-    pipeline = VideoPipeline.load(**published(case.split(",")[0]))
+    pipeline = VideoPipeline.load(**published(case.split(",")[0]), offload="a14b" in case)
     pipeline, states = of_reference(pipeline, monkeypatch)
     options = dict(guidance=GuidanceConfig(scale), sampler=SamplerConfig("unipc", 3, "wan"))
     first, last = picture("first picture"), picture("last picture")

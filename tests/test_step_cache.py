@@ -20,10 +20,12 @@ from minisora_jax.diffusion.guidance import GuidanceConfig
 from minisora_jax.diffusion.sampler import SamplerConfig
 from minisora_jax.diffusion.time import sampling_times
 from minisora_jax.evaluation.calibration import step_cache
+from minisora_jax.generate import sampling
 from minisora_jax.generate.experts import LowNoise
 from minisora_jax.generate.sampling import PackedRequests, features
-from minisora_jax.generate.step_cache import MOST_SHARE, solve
+from minisora_jax.generate.step_cache import MOST_CHANGE, MOST_SHARE, solve
 from minisora_jax.models.dit import DiT, abstract_batch
+from minisora_jax.parallel.mesh import in_host_memory
 
 RED = ms.Request("a red circle moves left on a black background", (5, 32, 32))
 BLUE = ms.Request("a blue square grows on a grey background", (5, 32, 48), seed=1)
@@ -176,16 +178,64 @@ def test_schedules_that_make_no_sense_are_refused(values, message):
         SamplerConfig(**values)
 
 
-def test_loops_and_two_models_are_refused(pipeline):
+def test_loops_and_guide_models_are_refused(pipeline):
     sampler = SamplerConfig("unipc", 2, reuse="00")
     loop = dataclasses.replace(RED, size_THW=(8, 32, 32), loop=True)
     with pytest.raises(ValueError, match="not for a loop, which is cut elsewhere at each step; leave out --step-cache"):
         pipeline.sample([loop], sampler=sampler, progress=False)
-    pair = dataclasses.replace(pipeline, low_noise=LowNoise(pipeline.params, 0.5))
     guided = dataclasses.replace(pipeline, guide=(pipeline.config, pipeline.params))
-    for two in (pair, guided):
-        with pytest.raises(ValueError, match="not for two models: it has room for one; leave out --step-cache"):
-            two.sample([RED], sampler=sampler, progress=False)
+    with pytest.raises(ValueError, match="not for a guide model: it has room for one; leave out --step-cache"):
+        guided.sample([RED], sampler=sampler, progress=False)
+
+
+# ---- Pairs of experts
+
+
+def resident(pipeline, monkeypatch) -> list[int]:
+    """The bytes on the devices before each call of a program of sampling."""
+    seen, steps = [], sampling.sampling_steps
+    on_devices = lambda x: x.nbytes if x.sharding.memory_kind == "device" else 0
+
+    def counting(*arguments):
+        seen.append(sum(map(on_devices, jax.live_arrays())))
+        return steps(*arguments)
+
+    monkeypatch.setattr(sampling, "sampling_steps", counting)
+    return seen
+
+
+def test_an_expert_that_is_not_at_work_waits_in_the_hosts_memory(pipeline, monkeypatch):
+    """One expert less is on the devices at every step, and nothing else changes. A single model is refused."""
+    other = jax.tree.map(lambda x: 0.9 * x, pipeline.params)
+    both = dataclasses.replace(pipeline, low_noise=LowNoise(other, 0.6))
+    options = dict(steps=4, sampler="unipc", progress=False)
+    expected, seen = both.sample([RED], **options), resident(both, monkeypatch)
+    both.sample([RED], **options)
+    kept, seen[:] = max(seen), []
+    waiting = dataclasses.replace(
+        both, params=in_host_memory(pipeline.params), low_noise=LowNoise(in_host_memory(other), 0.6)
+    )
+    del other, both
+    np.testing.assert_array_equal(waiting.sample([RED], **options), expected)
+    size = sum(x.nbytes for x in jax.tree.leaves(pipeline.params))
+    # The fixture's own parameters are on the devices all the time, in place of the pair's first expert.
+    assert len(seen) == 2 and max(seen) < kept + 0.2 * size, (seen, kept, size)
+    assert pipeline.sample([RED], **options)[0].shape == expected[0].shape
+    with pytest.raises(ValueError, match="is one model, and offload is for a pair of experts"):
+        ms.VideoPipeline.load(offload=True)
+
+
+def test_the_second_expert_of_a_pair_reuses_nothing_of_the_first(pipeline):
+    """Its first call is computed whatever the schedule says, and counts as one with nothing to reuse."""
+    pair = dataclasses.replace(pipeline, low_noise=LowNoise(jax.tree.map(lambda x: 0.9 * x, pipeline.params), 0.6))
+    sample = lambda reuse, **options: pair.sample(
+        [RED], sampler=SamplerConfig("euler", 5, reuse=reuse), progress=False, **options
+    )[0]
+    changes, full = [], sample("")
+    np.testing.assert_allclose(sample("00000", measure=lambda k, c: changes.append(c[0, 0])), full, atol=1e-6)
+    assert [change == MOST_CHANGE for change in changes] == [True, False, True, False, False]
+    np.testing.assert_allclose(sample("00100"), full, atol=1e-6)
+    assert np.abs(sample("00010") - full).max() > 0.01
 
 
 # ---- The file

@@ -66,6 +66,11 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         help="of the transformer's weights and arithmetic; bfloat16 halves its memory. int8 is of weights alone, and "
         "takes a quarter (default: arithmetic as the model says, on float32 weights)",
     )
+    group.add_argument(
+        "--offload",
+        action="store_true",
+        help="of a pair of experts (Wan 2.2 A14B), keep the one that is not at work in the host's memory",
+    )
 
 
 def load_pipeline(
@@ -77,13 +82,14 @@ def load_pipeline(
     dtype: str | None = None,
     lora: Sequence[str] | None = None,
     image_encoder: str | None = None,
+    offload: bool = False,
 ) -> VideoPipeline:
     """The pipeline that the options of `add_model` name. A window needs at least 3 latent frames."""
     import dataclasses
 
     from minisora_jax.generate import VideoPipeline
 
-    pipeline = VideoPipeline.load(model, codec, guide_model, text_encoder, dtype, lora or (), image_encoder)
+    pipeline = VideoPipeline.load(model, codec, guide_model, text_encoder, dtype, lora or (), image_encoder, offload)
     if window is None:
         return pipeline
     factor = pipeline.codec.config.time_factor
@@ -94,7 +100,7 @@ def load_pipeline(
 
 def pipeline_of(args: argparse.Namespace) -> VideoPipeline:
     """The pipeline of a command that has the options of `add_model`."""
-    names = ("model", "codec", "guide_model", "text_encoder", "image_encoder", "window", "dtype", "lora")
+    names = ("model", "codec", "guide_model", "text_encoder", "image_encoder", "window", "dtype", "lora", "offload")
     return load_pipeline(**{name: getattr(args, name) for name in names})
 
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from minisora_jax.diffusion.guidance import GuidanceConfig
 from minisora_jax.diffusion.objective import ObjectiveConfig
 from minisora_jax.parallel.processes import whole
 
@@ -18,6 +19,10 @@ class LowNoise:
 
     params: dict = dataclasses.field(repr=False)
     below: float  # the time, as the model is told it, under which it takes over
+
+    def scale(self, guidance: GuidanceConfig) -> float:
+        """The guidance scale of its steps."""
+        return guidance.scale if guidance.low_noise is None else guidance.low_noise
 
     def first_step(self, objective: ObjectiveConfig, times_KBS: jax.Array, steps: int) -> int:
         """The first of `steps` steps that it makes. times_KBS: the time before each step, and more after them."""

@@ -33,7 +33,7 @@ from minisora_jax.models.clip_vision import image_encoder_of
 from minisora_jax.models.codec import Codec
 from minisora_jax.models.dit import DiTConfig, abstract_params
 from minisora_jax.models.int8 import IN_BLOCKS, held_as_int8, read_as_int8
-from minisora_jax.parallel.mesh import with_shardings
+from minisora_jax.parallel.mesh import in_host_memory, with_shardings
 from minisora_jax.parallel.programs import keep_compiled_programs
 from minisora_jax.toy.grammar import vocabulary
 from minisora_jax.weights.adapters import Adapter, applied, read_adapter
@@ -53,12 +53,15 @@ def load_parts(
     dtype: str | None = None,
     loras: Sequence[str] = (),
     image_encoder: str | Path | None = None,
+    offload: bool = False,
 ) -> dict[str, Any]:
     """The fields of a `NativePipeline`. See `VideoPipeline.load`."""
     keep_compiled_programs()
     model = local_folder(model)
     codec, guide_model, text_encoder = (x and local_folder(x) for x in (codec, guide_model, text_encoder))
+    waiting = in_host_memory if offload else lambda params: params
     params, dit, config = _load_dit(model, dtype)
+    params = waiting(params)
     training = config.get("training")
     training = training if isinstance(training, dict) else {}
     preset = training.get("imported") if "codec" not in config else None
@@ -80,6 +83,10 @@ def load_parts(
         _require_like(dit, objective, guide_dit, theirs)
         guide = (guide_dit, guide_params)
     low_noise = _low_noise(config, dit, objective, model, dtype)
+    if offload and not low_noise:
+        raise ValueError(
+            f"{model} is one model, and offload is for a pair of experts, of which one waits: leave it out"
+        )
     if low_noise and guide:
         raise ValueError(f"{model} is a pair of experts: leave out --guide-model, which is for one model")
     digest, adapters = model_hash(model), [read_adapter(text, dit, model) for text in loras]
@@ -87,7 +94,7 @@ def load_parts(
         low_digest = model_hash(Path(model) / LOW_NOISE)
         of_high, of_low = _by_expert(loras, adapters, (digest, low_digest), model)
         params = applied(params, of_high)
-        low_noise = dataclasses.replace(low_noise, params=applied(low_noise.params, of_low))
+        low_noise = dataclasses.replace(low_noise, params=applied(waiting(low_noise.params), of_low))
         digest = f"{digest}+{low_digest}"
     else:
         for text, adapter in zip(loras, adapters):

@@ -48,6 +48,7 @@ class VideoPipeline(NativePipeline):
         dtype: str | None = None,
         loras: Sequence[str] = (),
         image_encoder: str | Path | None = None,
+        offload: bool = False,
     ) -> VideoPipeline:
         """Load a model that `minisora train` or `minisora import` wrote.
 
@@ -58,6 +59,7 @@ class VideoPipeline(NativePipeline):
             dtype: "float32" or "bfloat16" for weights and arithmetic; None: as the model says; "int8": weights alone.
             loras: adapters of the model, each "PATH" or "PATH:WEIGHT".
             image_encoder: the directory of the image encoder of a model that attends to one (Wan 2.1 image to video).
+            offload: whether the expert of a pair that is not at work waits in the host's memory.
 
         Raises:
             FileNotFoundError: if a file is missing.
@@ -68,8 +70,8 @@ class VideoPipeline(NativePipeline):
             >>> ms.VideoPipeline.load().known_size
             (17, 64, 64)
         """
-        parts = load_parts(folder(model), codec, guide_model, text_encoder, dtype, loras, image_encoder)
-        return cls(**parts)
+        others = guide_model, text_encoder, dtype, loras, image_encoder, offload
+        return cls(**load_parts(folder(model), codec, *others))
 
     def generate(
         self,
@@ -88,8 +90,7 @@ class VideoPipeline(NativePipeline):
             what: prompts, requests, or tasks of `generate/tasks.py`; one, or a sequence of any of them.
             frames: frames of each prompt's video, 1 + 4k; 1 makes an image.
             size: height and width in pixels of each prompt's video, multiples of `cell`.
-            seed: seed of the first prompt; the next prompts count up from it.
-            fps: frames per second, which the model is told.
+            seed, fps: of the first prompt, the next ones count up from it; frames per second, which the model is told.
             negative: what the videos shall not show.
             **sampling: steps, guidance, sampler, progress.
 
@@ -325,8 +326,7 @@ class VideoPipeline(NativePipeline):
 
         Args:
             prompt: a prompt, or a storyboard "... [4s] ..." whose second line begins at 4 s (storyboard.py).
-            frames: number of frames.
-            size: height and width in pixels.
+            frames, size: number of frames; height and width in pixels.
             first: the first frame, uint8 (H, W, 3), or None.
             fps: frames per second, which the times of a storyboard refer to.
             **sampling: as in `generate`, like `seed`.

@@ -30,7 +30,7 @@ from minisora_jax.generate.packed import PackedRequests
 from minisora_jax.generate.request import Request
 from minisora_jax.generate.step_cache import CachedCalls, branches, empty_cache, reuse_by_step
 from minisora_jax.models.dit import DiTConfig
-from minisora_jax.parallel.mesh import TOKENS, cuts, put_batch
+from minisora_jax.parallel.mesh import TOKENS, cuts, on_device, put_batch
 from minisora_jax.parallel.processes import whole
 from minisora_jax.parallel.programs import make_room
 from minisora_jax.types import PackedBatch
@@ -59,7 +59,7 @@ def sample(
 
     Raises:
         ValueError: guidance has more channels than the latents, "dopri5" is to make a loop or is used with a pair, or
-            `reuse` is for a loop, a pair of experts or a guide model.
+            `reuse` is for a loop or a guide model.
     """
     make_room()
     channels = packed.config.latent_channels
@@ -74,20 +74,22 @@ def sample(
         packed.per_token(lambda i: packed.requests[i].given.strength if packed.requests[i].given else 1.0)
     )
     static = (tuple(config for config, _ in models), objective, guidance.static)
-    params = tuple(p for _, p in models)
     both = tuple(tokens(index) for index in packed.twins())
     alone = None
     if packed.copies > 1 and guidance.interval != (0, 1):
         short, from_BR, to_BS = packed.alone(captions, cuts()[1])
         alone = Alone(put_batch(short), tokens(from_BR), tokens(to_BS))
-    inputs = (params, batch, *both, _scale(packed, guidance.scale), guidance.interval, alone)
-    low_scale = guidance.scale if guidance.low_noise is None else guidance.low_noise
-    low_inputs = low_noise and ((low_noise.params,), batch, *both, _scale(packed, low_scale), guidance.interval, alone)
+
+    def inputs_of(every_params: Sequence[dict], scale: float) -> tuple:
+        on_devices = tuple(on_device(params) for params in every_params)
+        return on_devices, batch, *both, _scale(packed, scale), guidance.interval, alone
+
+    of_models = functools.partial(inputs_of, [params for _, params in models], guidance.scale)
     circle = [packed.grids[i][0] if request.loop else 0 for i, request in enumerate(packed.requests)]
     circle_BS = tokens(packed.per_token(lambda i: circle[i]).astype(np.int32)) if any(circle) else None
 
-    if sampler.reuse and (low_noise or len(models) > 1 or any(circle)):
-        which = "a loop, which is cut elsewhere at each step" if any(circle) else "two models: it has room for one"
+    if sampler.reuse and (len(models) > 1 or any(circle)):
+        which = "a loop, which is cut elsewhere at each step" if any(circle) else "a guide model: it has room for one"
         raise ValueError(f"a step cache is not for {which}; leave out --step-cache")
     if sampler.name == "dopri5":
         if low_noise:
@@ -100,7 +102,7 @@ def sample(
             raise ValueError("what is given is held at each step, and dopri5 has no fixed steps: use --sampler heun")
         first_BS = jnp.minimum(sampling_token_times(times, start_BS, batch), latest)
         x = _begin(path, batch, noise, first_BS, start_BS)
-        x = _integrate(static, times, latest, sampler.tolerance, x, start_BS, inputs)
+        x = _integrate(static, times, latest, sampler.tolerance, x, start_BS, of_models())
         if on_step:
             on_step(1, lambda: packed.latents(whole(x)))
         return packed.latents(whole(x))
@@ -111,29 +113,33 @@ def sample(
     x = _begin(path, batch, noise, times_KBS[0], start_BS, pure)
     if held:
         x = held.back(path, x, batch.tokens_BSP, times_KBS[0])
-    cache = empty_cache(packed.config, sampler.name, x) if sampler.reuse else None
-    state = x, SAMPLERS[sampler.name].begin(x, times_KBS[0]), cache
+    cache = functools.partial(empty_cache, packed.config, sampler.name, x) if sampler.reuse else lambda: None
+    state = x, SAMPLERS[sampler.name].begin(x, times_KBS[0]), cache()
     times_KBS = jnp.pad(times_KBS, ((0, -len(times_KBS) % STEPS_UNIT), (0, 0), (0, 0)))
-    reuse_KC = reuse_by_step(sampler, len(times_KBS)) if sampler.reuse else None
+    handover = low_noise.first_step(objective, times_KBS, sampler.steps) if low_noise else sampler.steps
+    reuse_KC = reuse_by_step(sampler, len(times_KBS), handover) if sampler.reuse else None
     fresh = noise if sampler.noise else None
     advance = lambda state, first, end, inputs: sampling_steps(
         static, sampler.name, state, first, end, times_KBS, fresh, sampler.noise, circle_BS, held, inputs, reuse_KC
     )
-    handover = low_noise.first_step(objective, times_KBS, sampler.steps) if low_noise else sampler.steps
-    if on_step is None and measure is None:
-        state = advance(state, 0, handover, inputs)
-        if handover < sampler.steps:
-            state = advance(state, handover, sampler.steps, low_inputs)
-        return packed.latents(whole(state[0]))
-    for k in range(sampler.steps):
-        before = state[0]
-        state = advance(state, k, k + 1, inputs if k < handover else low_inputs)
-        jax.block_until_ready(state)
+    inputs, at_once, k = None, on_step is None and measure is None, 0
+    while k < sampler.steps:
+        if low_noise and k == handover:
+            jax.block_until_ready(state)
+            inputs = None  # an expert that waits in the host's memory leaves the devices before the other comes
+            inputs = inputs_of([low_noise.params], low_noise.scale(guidance))
+            state = *state[:2], cache()
+        inputs = inputs or of_models()
+        before, end = state[0], (handover if k < handover else sampler.steps) if at_once else k + 1
+        state = advance(state, k, end, inputs)
+        if not at_once:
+            jax.block_until_ready(state)
         if measure:
             measure(k, whole(state[2].change_CG))
         if on_step:
             so_far = functools.partial(_clean_estimate, path, before, state[0], times_KBS[k], times_KBS[k + 1])
             on_step(k + 1, lambda estimate=so_far: packed.latents(whole(estimate())))
+        k = end
     return packed.latents(whole(state[0]))
 
 

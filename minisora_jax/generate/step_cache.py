@@ -23,6 +23,7 @@ from minisora_jax.parallel.mesh import like
 from minisora_jax.types import PackedBatch
 
 MOST_SHARE = 0.75
+MOST_CHANGE = 1e3  # also that of a call that has nothing to reuse: the first one of each expert of a pair
 Output = tuple[jax.Array, jax.Array]  # (the transformer's output (B, S, out_width), r of its blocks (B, S, D))
 
 
@@ -40,9 +41,13 @@ def empty_cache(config: DiTConfig, sampler: str, x_BSP: jax.Array) -> StepCache:
     return StepCache(like(residual_BSD, x_BSP), jnp.zeros((SAMPLERS[sampler].calls, 2)))
 
 
-def reuse_by_step(sampler: SamplerConfig, steps: int) -> jax.Array:
-    """Whether each call of each step reuses, bool (steps, calls of a step), filled up to `steps` with False."""
+def reuse_by_step(sampler: SamplerConfig, steps: int, handover: int = 0) -> jax.Array:
+    """Whether each call of each step reuses, bool (steps, calls of a step), filled up to `steps` with False.
+
+    handover: the first step of a pair's second expert, whose first call has nothing to reuse.
+    """
     flags = np.array([letter == "1" for letter in sampler.reuse]).reshape(sampler.steps, -1)
+    flags[handover : handover + 1, 0] = False
     return jnp.asarray(np.pad(flags, ((0, steps - sampler.steps), (0, 0))))
 
 
@@ -76,7 +81,7 @@ class CachedCalls:
         square = lambda x_BSD: jnp.sum(jnp.square(x_BSD.astype(jnp.float32)), axis=-1)
         of_branches = lambda x_BS: jnp.sum(jnp.where(self._branches_GBS, x_BS, 0.0), axis=(1, 2))
         change_G, size_G = of_branches(square(self._residual_BSD - last_BSD)), of_branches(square(last_BSD))
-        return jnp.sqrt(change_G / jnp.maximum(size_G, 1e-30))
+        return jnp.minimum(jnp.sqrt(change_G / jnp.maximum(size_G, 1e-30)), MOST_CHANGE)
 
     @property
     def cache(self) -> StepCache:

@@ -310,6 +310,21 @@ def params_on_mesh(params: Any, abstract: Callable[[], Any]) -> Any:
     return jax.tree_util.tree_map_with_path(lambda at, x: put_whole(x, places.get(at, replicated).sharding), params)
 
 
+def in_host_memory(params: Any) -> Any:
+    """Parameters moved to the memory of their devices' hosts, with the same shardings."""
+    return jax.tree.map(lambda x: jax.device_put(x, x.sharding.with_memory_kind("pinned_host")), params)
+
+
+def on_device(params: Any) -> Any:
+    """Copies on the devices of those parameters that are `in_host_memory`, and the others as they are."""
+
+    def fetched(x: Any) -> Any:
+        waits = getattr(getattr(x, "sharding", None), "memory_kind", None) == "pinned_host"
+        return jax.device_put(x, x.sharding.with_memory_kind("device")) if waits else x
+
+    return jax.tree.map(fetched, params)
+
+
 def cuts() -> tuple[int, int]:
     """The number of parts that the mesh in use divides (rows, tokens of a row) into."""
     mesh = jax.sharding.get_mesh()
