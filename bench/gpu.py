@@ -396,7 +396,7 @@ def train_steps(tiny, report, left):
                     lambda key: init_state(DiT(config).init(key, small.tokens_BSP, jnp.zeros((1, 1)), small), optimizer)
                 )(jax.random.key(0))
                 count = sum(p.size for p in jax.tree.leaves(state.params))
-                loss = lambda params, batch, key: diffusion_loss(dit, TimeConfig(), params, batch, key)
+                loss = lambda params, batch, key, step: diffusion_loss(dit, TimeConfig(), params, batch, key)
                 step = jax.jit(
                     functools.partial(train_step, loss_fn=loss, optimizer=optimizer, config=optim), donate_argnums=0
                 )

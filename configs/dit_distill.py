@@ -10,6 +10,8 @@
                    student: substeps=1,steps=16 from the teacher, then steps=8,guidance=1 --init=runs/16/export, ...
     consistency    neighbours of 12 teacher steps (DDIM) a student's step have one clean estimate; 1 to 4 steps
     meanflow       the mean velocity between any two times: any number of steps; the model gets one more input
+    dmd            clips that the teacher finds likely, by a second model trained along; 1 to 4 steps. Three models in
+                   memory: student, its fake model and the teacher. The student takes every 5th update
 
 Hardware: 2 CPU cores made the bundled `--model fast` of the bundled model; bundled/README.md has the numbers. For a
 larger teacher `--lora rank=64` makes the student an adapter.
@@ -19,7 +21,7 @@ from ml_collections import ConfigDict
 
 from minisora_jax.config import parse_arg
 
-# method -> (substeps, sampler); meanflow has no use for them
+# method -> (substeps, sampler); meanflow and dmd have no use for them
 FITTING = {"progressive": (2, "heun"), "consistency": (12, "ddim")}
 
 

@@ -27,6 +27,7 @@ from minisora_jax.diffusion.distillation import (
     sampling_of,
     without_captions,
 )
+from minisora_jax.diffusion.dmd import dmd_loss
 from minisora_jax.diffusion.guidance import GuidanceConfig
 from minisora_jax.diffusion.noise_path import PATHS, PREDICTIONS
 from minisora_jax.diffusion.objective import ObjectiveConfig
@@ -42,6 +43,8 @@ from minisora_jax.models.text import encode_bytes
 from minisora_jax.parallel.mesh import MeshConfig, make_mesh, put_batch
 from minisora_jax.training import distilling
 from minisora_jax.training.diffusion_task import DiffusionTask, train_diffusion
+from minisora_jax.training.optim import OptimConfig
+from minisora_jax.training.step import init_state, train_step
 from minisora_jax.weights.adapters import read_adapter
 
 DIT = dataclasses.replace(task(1).dit, dtype="float32")
@@ -49,6 +52,7 @@ METHODS = {
     "progressive": DistillConfig(2, 2, "euler", 2.0),
     "consistency": DistillConfig(2, 3, "ddim", 2.0, "consistency"),
     "meanflow": DistillConfig(2, 1, "euler", 2.0, "meanflow"),
+    "dmd": DistillConfig(2, 1, "euler", 2.0, "dmd", fake_updates=2),
 }
 EMPTY = jnp.asarray(encode_bytes(""))
 
@@ -164,6 +168,31 @@ def test_a_mean_flow_student_starts_as_its_teacher():
     )
 
 
+def test_a_dmd_student_moves_at_its_turns_alone():
+    """Its part of the loss is not computed at the other steps, and the optimiser leaves it and its moments alone."""
+    batch = packed([encode_bytes("a red cat"), encode_bytes("b")])
+    own = random_params(batch)["params"]
+    config = dataclasses.replace(METHODS["dmd"], fake_updates=3)
+    of = Distillation(config, DiT(DIT), DiT(DIT), TimeConfig(), ObjectiveConfig(), EMPTY)
+    optim = OptimConfig(learning_rate=1e-2, warmup=0)
+    optimizer = distilling.two_optimizers(config, optim, 9)
+    loss_fn = lambda params, batch, key, step: dmd_loss(of, params | {"teacher": own}, batch, key, step)
+    start = {"params": own, "fake": jax.tree.map(lambda x: 1.1 * x, own)}
+    step = jax.jit(functools.partial(train_step, loss_fn=loss_fn, optimizer=optimizer, config=optim))
+    states = [init_state(start, optimizer)]
+    accumulated = jax.tree.map(lambda x: x[None], batch)
+    for _ in range(4):
+        states.append(step(states[-1], accumulated, jax.random.key(0))[0])
+    same = lambda a, b: all(bool((x == y).all()) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b)))
+    moved = [not same(a.params["params"], b.params["params"]) for a, b in zip(states, states[1:])]
+    assert moved == [True, False, False, True]
+    assert not any(same(a.params["fake"], b.params["fake"]) for a, b in zip(states, states[1:]))
+    inner = lambda state: state.opt_state.inner_states["params"]
+    student_moments = lambda state: [x for x in jax.tree.leaves(inner(state)) if x.ndim]
+    assert same(student_moments(states[1]), student_moments(states[3]))
+    assert not same(student_moments(states[3]), student_moments(states[4]))
+
+
 def test_a_model_without_an_interval_is_not_sampled_by_mean_flow():
     x, at = jnp.zeros((1, 2, 3)), jnp.ones((1, 2))
     with pytest.raises(ValueError, match="mean-flow' is for models distilled with method=meanflow: use sampler='heun'"):
@@ -171,16 +200,21 @@ def test_a_model_without_an_interval_is_not_sampled_by_mean_flow():
 
 
 @pytest.mark.parametrize(
-    "settings, message",
+    "method, settings, message",
     [
-        (dict(lora=LoraConfig(rank=4)), "lora.rank=4 to 0, or use distill.method='consistency'"),
-        (dict(objective=ObjectiveConfig(prediction="noise")), "objective.prediction='noise': use distill.method='cons"),
-        (dict(train_only="mlp"), "train_only='mlp' must be ''"),
+        ("dmd", dict(lora=LoraConfig(rank=4)), "lora.rank=4 to 0, or use distill.method='consistency'"),
+        ("meanflow", dict(lora=LoraConfig(rank=4)), "lora.rank=4 to 0, or use distill.method='consistency'"),
+        (
+            "meanflow",
+            dict(objective=ObjectiveConfig(prediction="noise")),
+            "prediction='noise': use distill.method='cons",
+        ),
+        ("dmd", dict(train_only="mlp"), "train_only='mlp' must be ''"),
     ],
 )
-def test_a_model_that_a_method_cannot_teach_is_refused(settings, message):
+def test_a_model_that_a_method_cannot_teach_is_refused(method, settings, message):
     with pytest.raises(ValueError, match=message):
-        DiffusionTask(distill=METHODS["meanflow"], **settings)
+        DiffusionTask(distill=METHODS[method], **settings)
 
 
 def test_a_run_distils_the_model_that_it_starts_from(tmp_path):
@@ -215,7 +249,7 @@ def method_loss(method, params, batch):
     of = Distillation(METHODS[method], DiT(student), DiT(teacher), TimeConfig(), ObjectiveConfig(), EMPTY)
 
     def loss(params, batch):
-        value, weight = LOSSES[method](of, params, batch, jax.random.key(4))["loss"]
+        value, weight = LOSSES[method](of, params, batch, jax.random.key(4), 0)["loss"]
         return jnp.sum(value * weight) / jnp.sum(weight)
 
     return jax.jit(jax.value_and_grad(loss))(params, batch)
@@ -228,6 +262,8 @@ def test_a_mesh_changes_no_loss(method):
     batch = jax.tree.map(lambda x: np.concatenate([np.asarray(x)] * 2), row)
     params = random_params(row)
     params |= {"teacher": jax.tree.map(lambda x: 0.9 * x, params["params"])}
+    if method == "dmd":
+        params |= {"fake": jax.tree.map(lambda x: 1.1 * x, params["params"])}
     if method == "meanflow":
         params["params"] |= {"interval": {"kernel": 0.1 * jnp.ones((64, 32)), "bias": jnp.zeros(32)}}
     alone = method_loss(method, params, jax.tree.map(jnp.asarray, batch))

@@ -143,7 +143,7 @@ def trained(config: DiTConfig, steps: int, optim: OptimConfig, base_width: int, 
     """For each seed the state after some steps, and the mean change of each activation by name."""
     model, optimizer = DiT(config), make_optimizer(optim, 1000, base_shapes(config, base_width))
     time_BS = jnp.full(ONE.segment_BS.shape, 0.5)
-    loss_fn = lambda params, batch, key: diffusion_loss(model, TimeConfig(), params, batch, key)
+    loss_fn = lambda params, batch, key, step: diffusion_loss(model, TimeConfig(), params, batch, key)
     init = jax.jit(lambda key: init_state(model.init(key, ONE.tokens_BSP, time_BS, ONE), optimizer))
     step = jax.jit(functools.partial(train_step, loss_fn=loss_fn, optimizer=optimizer, config=optim))
     look = jax.jit(lambda params: activations(model, params, time_BS))

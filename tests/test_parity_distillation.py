@@ -19,7 +19,8 @@ from safetensors.numpy import load_file
 from minisora_jax.data.packing import PackConfig
 from minisora_jax.data.rows import Segment, pack_segments
 from minisora_jax.diffusion.consistency import consistency_at
-from minisora_jax.diffusion.distillation import TEACHER, Distillation, DistillConfig
+from minisora_jax.diffusion.distillation import FAKE, TEACHER, Distillation, DistillConfig
+from minisora_jax.diffusion.dmd import fake_at, matching_at
 from minisora_jax.diffusion.mean_flow import mean_flow_at
 from minisora_jax.diffusion.noise_path import PATHS
 from minisora_jax.diffusion.objective import ObjectiveConfig
@@ -139,3 +140,28 @@ def test_mean_flow_is_its_authors(numbers, close):
         SAMPLERS["mean-flow"].step(denoiser, batch.tokens_BSP, *at, (), None, 0.0)[0],
         mean["stepped"],
     )
+
+
+def test_distribution_matching_is_dmd2s(numbers, close):
+    dmd = numbers("dmd")
+    config = DistillConfig(4, guidance=dmd["scale"].item(), method="dmd")
+    of = Distillation(config, Net, Net, TimeConfig(), DDPM, jnp.asarray(dmd["empty"]))
+    noisy_BSP, noise_BSP, fake_noise_BSP = (jnp.asarray(dmd[name]) for name in ("noisy", "noise", "fake_noise"))
+    batch = packed(dmd["image"], dmd["text"])
+    at, compared, of_fake = (per_token((dmd[n] + 1) / 1000, noisy_BSP) for n in ("at", "timestep", "fake_timestep"))
+    teacher = kernels(dmd, "teacher")
+
+    def losses(student, fake):
+        params = {"params": student, FAKE: fake, TEACHER: teacher}
+        clean_BSP = of.student(params, batch).clean_and_noise(noisy_BSP, at)[0]
+        own = matching_at(of, params, batch, clean_BSP, noise_BSP, compared).mean()
+        other = fake_at(of, params, batch, clean_BSP, fake_noise_BSP, of_fake).mean()
+        return own + other, (own, other)
+
+    grad = jax.jit(jax.value_and_grad(losses, (0, 1), has_aux=True))
+    (_, (own, other)), gradients = grad(kernels(dmd, "generator"), kernels(dmd, "fake"))
+    close("DMD2", "forward", own, dmd["loss"])
+    close("DMD2", "forward", other, dmd["fake_loss"])
+    for of_whom, gradient in zip(("generator", "fake"), gradients):
+        for name in gradient:
+            close("DMD2", "gradient", gradient[name], dmd[f"gradient_{of_whom}/{name}"])

@@ -27,7 +27,7 @@ DIT = DiTConfig(
 )
 
 
-def quadratic(params, x_B, key):
+def quadratic(params, x_B, key, step):
     """(w - x)^2 / 2 for each row."""
     return {"loss": (0.5 * jnp.sum((params["w"] - x_B[..., None]) ** 2, -1), jnp.ones(x_B.shape))}
 
@@ -51,7 +51,7 @@ def test_accumulation_changes_nothing():
 
 
 def test_microbatches_of_unequal_weight_count_by_weight():
-    def masked(params, batch, key):
+    def masked(params, batch, key, step):
         values, weights = batch[..., 0], batch[..., 1]
         return {"loss": (params["w"] * values, weights)}
 
@@ -66,7 +66,7 @@ def test_adamw_is_the_paper_in_float64():
     x = np.array([[0.5, -1.0, 2.0]])
     start = np.array([[3.0, -1.0], [0.2, 4.0]])  # rank 2: decayed
 
-    def loss(params, x_B, key):
+    def loss(params, x_B, key, step):
         return {"loss": (jnp.sum((params["w"][None] - x_B[:, None, None]) ** 2, (1, 2)), jnp.ones(x_B.shape))}
 
     state, _ = run(loss, {"w": jnp.asarray(start, jnp.float32)}, jnp.asarray(x, jnp.float32), config, 4)
@@ -88,7 +88,7 @@ def test_muon_makes_a_matrix_update_orthogonal():
     rng = np.random.default_rng(0)
     target = jnp.asarray(rng.standard_normal((16, 8)) @ np.diag(np.geomspace(1, 30, 8)), jnp.float32)
     params = {"layer": {"kernel": jnp.zeros((16, 8))}}
-    loss = lambda p, x, key: {"loss": (jnp.sum((p["layer"]["kernel"] - target) ** 2) * x, jnp.ones(x.shape))}
+    loss = lambda p, x, key, step: {"loss": (jnp.sum((p["layer"]["kernel"] - target) ** 2) * x, jnp.ones(x.shape))}
     state, _ = run(loss, params, jnp.ones((1, 1)), config, 2)  # the first step has learning rate 0
     singular = np.linalg.svd(np.asarray(state.params["layer"]["kernel"]), compute_uv=False)
     # RMS 0.2 of the update at lr 0.1: singular values near 0.1 * 0.2 * sqrt(16), spread by Newton-Schulz alone
@@ -107,7 +107,7 @@ def test_no_average_is_kept_where_none_is_wanted():
     np.testing.assert_array_equal(kept.params["w"], state.params["w"])
 
 
-def least_squares(params, x, key):
+def least_squares(params, x, key, step):
     return {"loss": (0.5 * jnp.sum((params["layer"]["kernel"] - x[0]) ** 2)[None], jnp.ones(1))}
 
 
@@ -220,7 +220,7 @@ def train_on(mesh_config: MeshConfig, devices, optim: OptimConfig, steps: int = 
         params = model.init(key, one.tokens_BSP, jnp.zeros((1, 16)), one)
         return init_state(params, optimizer)
 
-    loss_fn = lambda params, b, key: diffusion_loss(model, TimeConfig(), params, b, key)
+    loss_fn = lambda params, b, key, step: diffusion_loss(model, TimeConfig(), params, b, key)
     with jax.set_mesh(mesh):
         state = jax.jit(init)(jax.random.key(0))
         step = jax.jit(functools.partial(train_step, loss_fn=loss_fn, optimizer=optimizer, config=optim))
@@ -293,7 +293,7 @@ def test_a_codecs_state_keeps_its_types():
     )
     optimizer = make_optimizer(task.run.optim, 100)
     frames = jnp.zeros((1, 2, 5, 8, 8, 3), jnp.uint8)
-    loss_fn = lambda params, frames, key: loss_terms(task, params, frames, key)
+    loss_fn = lambda params, frames, key, step: loss_terms(task, params, frames, key)
 
     def two(key):
         state = init_state(VAE(task.vae).init(key, jnp.zeros((1, 5, 8, 8, 3))), optimizer)

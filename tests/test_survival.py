@@ -29,7 +29,7 @@ from minisora_jax.training.loop import NonFiniteLoss, RunConfig, batch_number, t
 from minisora_jax.training.optim import OptimConfig
 
 
-def loss(params, x_B, key):
+def loss(params, x_B, key, step):
     noise = 0.1 * jax.random.normal(key, x_B.shape)
     return {"loss": ((params["w"] @ jnp.ones(256) - x_B + noise) ** 2, jnp.ones(x_B.shape))}
 

@@ -95,7 +95,7 @@ def test_a_work_directory_of_an_older_version_goes_on(tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
-    def loss(params, x_B, key):
+    def loss(params, x_B, key, step):
         return {"loss": ((params["w"] * x_B) ** 2, jnp.ones(x_B.shape))}
 
     with pytest.raises(NonFiniteLoss, match=r"at step \d+: lower optim.learning_rate"):

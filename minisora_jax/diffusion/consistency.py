@@ -30,7 +30,7 @@ HUBER = 1e-3  # c: LCM's `huber_c`, for data of unit variance
 
 
 def consistency_loss(
-    of: Distillation, params: Any, batch: PackedBatch, key: jax.Array
+    of: Distillation, params: Any, batch: PackedBatch, key: jax.Array, step: jax.Array | int = 0
 ) -> dict[str, tuple[jax.Array, jax.Array]]:
     """The loss of each token: the mean over P of d. Arguments and result: see `Distillation`."""
     noise_key, index_key = jax.random.split(key)

@@ -4,6 +4,7 @@
     progressive    to do in one step what its teacher does in several                     euler          progressive.py
     consistency    the same clean estimate at neighbouring times of the teacher's path    consistency    consistency.py
     meanflow       the mean velocity between two times                                    mean-flow      mean_flow.py
+    dmd            the distribution of its teacher's clips, by two scores of its own      consistency    dmd.py
 
 Here is what they share: settings, the record in the exported config, the teacher with its guidance (Meng et al. 2022,
 arXiv:2210.03142), and the times. A guided teacher leaves nothing to guide: the student makes one model call a step.
@@ -28,9 +29,10 @@ from minisora_jax.parallel.mesh import like
 from minisora_jax.types import PackedBatch
 
 TEACHER = "teacher"  # the teacher's parameters beside the student's {"params": ...}
+FAKE = "fake"  # those of the model that learns the student's clips along with it (dmd.py)
 
 # method -> the student's sampler
-METHODS = {"progressive": "euler", "consistency": "consistency", "meanflow": "mean-flow"}
+METHODS = {"progressive": "euler", "consistency": "consistency", "meanflow": "mean-flow", "dmd": "consistency"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,10 +44,11 @@ class DistillConfig:
     """
 
     steps: int = 0  # of the student; 0: no distillation
-    substeps: int = 2  # of the teacher for one of the student's; without a meaning for "meanflow", as `sampler`
+    substeps: int = 2  # of the teacher for one of the student's; "meanflow" and "dmd" use neither it nor `sampler`
     sampler: str = "heun"  # of the teacher: "heun" (two calls a substep), "euler" or "ddim" (one)
     guidance: float = 1.0  # scale of the teacher's guidance; 1: none
-    method: str = "progressive"  # or "consistency" or "meanflow", see diffusion/distillation.py
+    method: str = "progressive"  # or "consistency", "meanflow" or "dmd", see diffusion/distillation.py
+    fake_updates: int = 5  # of the fake model for one of the student, with "dmd" only
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -54,6 +57,8 @@ class DistillConfig:
             raise ValueError(
                 f"distill.steps={self.steps} must be 0 or more, distill.substeps={self.substeps} 1 or more"
             )
+        if self.fake_updates < 1:
+            raise ValueError(f"distill.fake_updates={self.fake_updates} must be at least 1")
         if self.sampler not in ("heun", "euler", "ddim"):
             raise ValueError(f"distill.sampler={self.sampler!r} must be 'heun', 'euler' or 'ddim'")
 
@@ -118,7 +123,7 @@ def sampling_of(
 class Distillation:
     """A student and its teacher, with what both are trained for.
 
-    A loss takes (a `Distillation`, params, batch, key) and returns {"loss": (values_BS, weights_BS)}, as
+    A loss takes (a `Distillation`, params, batch, key, step) and returns {"loss": (values_BS, weights_BS)}, as
     `diffusion_loss`. `params` are the student's, with the teacher's under `TEACHER`; without these the teacher is the
     student without its "lora".
     """
@@ -132,7 +137,7 @@ class Distillation:
 
     def student(self, params: Any, batch: PackedBatch) -> Denoiser:
         """The student."""
-        own = {name: tree for name, tree in params.items() if name != TEACHER}
+        own = {name: tree for name, tree in params.items() if name not in (TEACHER, FAKE)}
         mean: Any = lambda x_BSP, time_BS, next_BS: self._call(
             self.model, own, x_BSP, time_BS, batch, time_BS - next_BS
         )

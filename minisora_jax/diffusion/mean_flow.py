@@ -33,7 +33,7 @@ EPSILON = 0.01  # c of the loss
 
 
 def mean_flow_loss(
-    of: Distillation, params: Any, batch: PackedBatch, key: jax.Array
+    of: Distillation, params: Any, batch: PackedBatch, key: jax.Array, step: jax.Array | int = 0
 ) -> dict[str, tuple[jax.Array, jax.Array]]:
     """The loss of each token, and "error", the mean over P of (u_theta - u_tgt)^2: the loss itself stays near 1.
 

@@ -26,7 +26,7 @@ from minisora_jax.types import PackedBatch
 
 
 def progressive_loss(
-    of: Distillation, params: Any, batch: PackedBatch, key: jax.Array
+    of: Distillation, params: Any, batch: PackedBatch, key: jax.Array, step: jax.Array | int = 0
 ) -> dict[str, tuple[jax.Array, jax.Array]]:
     """The loss of each token: w(t) times the mean over P of (p~ - p_theta)^2, p~ the prediction of x~.
 

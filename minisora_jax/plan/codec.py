@@ -80,7 +80,7 @@ def step_flops(task: CodecTask) -> float:
         "number": jax.ShapeDtypeStruct((1,), jnp.int32),
     }
     loss = loss_of(task, _lpips(task))
-    gradient = jax.grad(lambda params, batch, key: jnp.sum(loss(params, batch, key)["loss"][0]))
+    gradient = jax.grad(lambda params, batch, key: jnp.sum(loss(params, batch, key, jnp.int32(0))["loss"][0]))
     params = jax.eval_shape(lambda key: init_params(task, None, key), _key())
     return task.batch * task.run.optim.accumulate * counted(gradient, params, batch, _key())
 

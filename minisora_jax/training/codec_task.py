@@ -122,7 +122,9 @@ def optimizer_of(task: CodecTask) -> optax.GradientTransformation:
 
 def loss_of(task: CodecTask, lpips: LPIPS | None) -> LossFn:
     """The loss function of the task, of batches {"frames": uint8 (B, T, H, W, 3), "number": the step's (B,)}."""
-    return lambda params, batch, key: loss_terms(task, params, batch["frames"], key, jnp.max(batch["number"]), lpips)
+    return lambda params, batch, key, step: loss_terms(
+        task, params, batch["frames"], key, jnp.max(batch["number"]), lpips
+    )
 
 
 def train_codec(task: CodecTask, workdir: Path, clips: ClipSequence, held_out: ClipSequence, run_config: dict) -> Codec:

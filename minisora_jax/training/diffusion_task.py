@@ -21,7 +21,7 @@ from minisora_jax.data.loader import DataConfig, packed_batches
 from minisora_jax.data.packing import PackConfig, PackPlan, StagedPlan, token_counts
 from minisora_jax.data.row_size import sized_by
 from minisora_jax.data.rows import Segment, pack_segments, padded_text
-from minisora_jax.diffusion.distillation import DistillConfig
+from minisora_jax.diffusion.distillation import FAKE, DistillConfig
 from minisora_jax.diffusion.loss import diffusion_loss
 from minisora_jax.diffusion.objective import ObjectiveConfig
 from minisora_jax.diffusion.time import TimeConfig
@@ -128,7 +128,9 @@ def init_params(task: DiffusionTask, key: jax.Array) -> Any:
     if task.lora.rank:
         return init_adapter(task.lora, abstract_params(task.dit), key)
     batch = jax.tree.map(jnp.asarray, example_batch(task))
-    params = DiT(task.trained_dit).init(key, batch.tokens_BSP, jnp.zeros((1, 1)), batch)
+    params: Any = DiT(task.trained_dit).init(key, batch.tokens_BSP, jnp.zeros((1, 1)), batch)
+    if task.distill.steps and task.distill.method == "dmd":
+        return params | {FAKE: params["params"]}
     return apart(params, task.train_only)[0] if task.train_only else params
 
 
@@ -155,11 +157,15 @@ def loss_of(task: DiffusionTask, empty_text_LE: np.ndarray | None = None) -> Los
         return distilling.loss_of(task.distill, task.dit, task.times, task.objective, empty_LE)
     model = DiT(task.dit)
     debias = task.lora.debias
-    return lambda params, batch, key: diffusion_loss(model, task.times, params, batch, key, task.objective, debias)
+    return lambda params, batch, key, step: diffusion_loss(
+        model, task.times, params, batch, key, task.objective, debias
+    )
 
 
 def optimizer_of(task: DiffusionTask) -> optax.GradientTransformation:
     """The optimiser of the task's run."""
+    if task.distill.steps and task.distill.method == "dmd":
+        return distilling.two_optimizers(task.distill, task.run.optim, task.run.steps)
     return make_optimizer(task.run.optim, task.run.steps, base_shapes(task.dit, task.mup_base_width))
 
 
@@ -251,7 +257,7 @@ def train_diffusion(
     config["conditioning"] = known_masks(task.conditioning, task.data.path, None if task.lora.rank else init)
     if task.distill.steps:
         config["distilled"] = {name: getattr(task.distill, name) for name in ("method", "steps", "guidance")}
-    average = state.average
+    average = {name: tree for name, tree in state.average.items() if name != FAKE}
     if task.train_only and init:
         average = together(average, unchanged(init) if added else apart(unchanged(init), task.train_only)[1])
     export_model(workdir / "export", average, config, dtype=task.export_dtype)

@@ -12,8 +12,8 @@ import optax
 from minisora_jax.training.optim import OptimConfig
 from minisora_jax.types import TrainState
 
-# (params, batch, key) -> {"loss": (values, weights), other terms for the log}; nothing is reduced yet
-LossFn = Callable[[Any, Any, jax.Array], dict[str, tuple[jax.Array, jax.Array]]]
+# (params, batch, key, step) -> {"loss": (values, weights), other terms for the log}; nothing is reduced yet
+LossFn = Callable[[Any, Any, jax.Array, jax.Array], dict[str, tuple[jax.Array, jax.Array]]]
 
 
 def init_state(params: Any, optimizer: optax.GradientTransformation, ema: bool = True) -> TrainState:
@@ -56,7 +56,7 @@ def train_step(
     microbatches = jax.tree.leaves(batch)[0].shape[0]
 
     def summed(params, microbatch, key):
-        terms = loss_fn(join(params, frozen), microbatch, key)
+        terms = loss_fn(join(params, frozen), microbatch, key, state.step)
         sums = {name: (jnp.sum(v * w), jnp.sum(w)) for name, (v, w) in terms.items()}
         return sums["loss"][0], sums
 

@@ -54,6 +54,7 @@ REFERENCES = {  # system -> (the class it is compared with, layouts that load, i
     "codec losses": ("Open-Sora 2.0's losses.py, written out in torch", "", []),
     "consistency distillation": ("latent-consistency-model's train_lcm_distill_sd_wds.py", "", []),
     "MeanFlow": ("Gsunshine/meanflow's forward and sample_one_step", "", []),
+    "DMD2": ("tianweiy/DMD2's SDGuidance: distribution matching and fake loss", "", []),
     "CLIP text, gelu": ("transformers CLIPTextModelWithProjection", "transformers, OpenCLIP", []),
     "CLIP vision": ("transformers CLIPVisionModel", "transformers, Wan's own", []),
 }
