@@ -154,8 +154,9 @@ def _manifests(at: Path) -> Reading:
 def _runs(at: Path) -> Reading:
     """The files of a run, as `inspect` shows them and as going on with it reads them."""
     from minisora_jax.inspection.models import metrics, run_facts
-    from minisora_jax.training.loop import _skipped_batches, require_same_config
+    from minisora_jax.training.loop import _skipped_batches
     from minisora_jax.training.metrics import Metrics
+    from minisora_jax.training.same_config import require_same_config
 
     run = at / "run"
     (run / "checkpoints" / "20").mkdir(parents=True)

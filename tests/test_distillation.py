@@ -235,7 +235,7 @@ def test_a_run_distils_the_model_that_it_starts_from(tmp_path):
     assert config["distilled"] == {"method": "progressive", "steps": 2, "guidance": 2.0} and config["kind"] == "dit"
     jax.tree.map(np.testing.assert_array_equal, before, load_model(teacher)[0])
     assert jax.tree.structure(params) == jax.tree.structure(before)
-    with pytest.raises(ValueError, match="distill change a given model: name it by --init"):
+    with pytest.raises(ValueError, match="distill and grpo change a given model: name it by --init"):
         train_diffusion(student, tmp_path / "none", Latents(cache), {}, {})
 
 

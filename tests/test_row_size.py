@@ -12,7 +12,8 @@ from minisora_jax.data.packing import PackConfig, pack_rows
 from minisora_jax.data.row_size import sized_by
 from minisora_jax.models.codec import Codec
 from minisora_jax.models.text import encode_bytes
-from minisora_jax.training.diffusion_task import DiffusionTask, pack_plan, with_row_size
+from minisora_jax.training.clip_plan import pack_plan, with_row_size
+from minisora_jax.training.diffusion_task import DiffusionTask
 from minisora_jax.types import LatentClip
 
 

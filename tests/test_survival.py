@@ -24,7 +24,7 @@ from minisora_jax.io import checksum, retry
 from minisora_jax.io.retry import Damaged, DataError, StorageError
 from minisora_jax.parallel.processes import Preempted
 from minisora_jax.training.checkpoint import CheckpointError
-from minisora_jax.training.diffusion_task import pack_plan
+from minisora_jax.training.clip_plan import pack_plan
 from minisora_jax.training.loop import NonFiniteLoss, RunConfig, batch_number, train
 from minisora_jax.training.optim import OptimConfig
 

@@ -16,8 +16,9 @@ import pytest
 from train_tiny import make_cache, run, task
 
 from minisora_jax.training.diffusion_task import DiffusionTask
-from minisora_jax.training.loop import NonFiniteLoss, RunConfig, require_same_config, train
+from minisora_jax.training.loop import NonFiniteLoss, RunConfig, train
 from minisora_jax.training.optim import OptimConfig
+from minisora_jax.training.same_config import require_same_config
 
 STEPS = 40
 

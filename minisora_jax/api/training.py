@@ -17,8 +17,9 @@ from minisora_jax.models.codec import Codec
 from minisora_jax.parallel.programs import keep_compiled_programs
 from minisora_jax.sources.clips import hold_out, open_clips
 from minisora_jax.training import codec_task
+from minisora_jax.training.clip_plan import with_row_size
 from minisora_jax.training.codec_task import CodecTask
-from minisora_jax.training.diffusion_task import DiffusionTask, settings_of, train_diffusion, with_row_size
+from minisora_jax.training.diffusion_task import DiffusionTask, settings_of, train_diffusion
 
 
 def train(
@@ -74,7 +75,7 @@ def train(
         sample = sampler(requests, task, loaded, captions_of(task.dit, latents.text, None, None), Path(workdir))
     export = {"codec": loaded.latents, "text": latents.text}
     run_config = whole | {"init": str(init or "")}
-    return train_diffusion(task, Path(workdir), latents, run_config, export, sample, init, held_out)
+    return train_diffusion(task, Path(workdir), latents, run_config, export, sample, init, held_out, loaded)
 
 
 def train_codec(config: str | Mapping[str, Any], workdir: str | Path) -> Codec:

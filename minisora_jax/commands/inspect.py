@@ -82,7 +82,8 @@ def _packing(config_flags: list[str], codec_path: str | None, out: Path) -> None
     from minisora_jax.data.latents import open_latents
     from minisora_jax.inspection.packs import draw_rows, packing_report
     from minisora_jax.models.codec import Codec
-    from minisora_jax.training.diffusion_task import DiffusionTask, pack_plan, padded_sizes, with_row_size
+    from minisora_jax.training.clip_plan import pack_plan, padded_sizes, with_row_size
+    from minisora_jax.training.diffusion_task import DiffusionTask
 
     config = read_config(config_flags, DiffusionTask, "dit_tiny:data=data/latents")
     task = build(DiffusionTask, {k: v for k, v in config.items() if k != "prompts"})

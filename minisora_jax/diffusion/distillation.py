@@ -13,6 +13,7 @@ arXiv:2210.03142), and the times. A guided teacher leaves nothing to guide: the 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -137,49 +138,65 @@ class Distillation:
 
     def student(self, params: Any, batch: PackedBatch) -> Denoiser:
         """The student."""
-        own = {name: tree for name, tree in params.items() if name not in (TEACHER, FAKE)}
-        mean: Any = lambda x_BSP, time_BS, next_BS: self._call(
-            self.model, own, x_BSP, time_BS, batch, time_BS - next_BS
-        )
-        return self._denoiser(lambda x_BSP, time_BS: self._call(self.model, own, x_BSP, time_BS, batch), mean)
+        own = trained_of(params)
+        call: Any = functools.partial(called, self.model, self.objective, own, batch)
+        mean: Any = lambda x_BSP, time_BS, next_BS: call(x_BSP, time_BS, time_BS - next_BS)
+        return Denoiser(call, self.objective.noise_path, self.objective.prediction, mean_velocity=mean)
 
     def guided_teacher(self, params: Any, batch: PackedBatch) -> Denoiser:
-        """The teacher with guidance: a second call, without captions, if the scale is not 1."""
-        if TEACHER in params:
-            frozen = {"params": params[TEACHER]}
-        else:
-            frozen = {name: tree for name, tree in params.items() if name != "lora"}
-        scale = self.config.guidance
-
-        def predict(x_BSP: jax.Array, time_BS: jax.Array) -> jax.Array:
-            p_BSP = self._call(self.teacher, frozen, x_BSP, time_BS, batch)
-            if scale == 1:
-                return p_BSP
-            without_BSP = self._call(self.teacher, frozen, x_BSP, time_BS, without_captions(batch, self.empty_text_LE))
-            return guide(p_BSP, without_BSP, jnp.full_like(time_BS, scale))
-
-        return self._denoiser(predict)
-
-    def _call(
-        self,
-        model: DiT,
-        params: Any,
-        x_BSP: jax.Array,
-        time_BS: jax.Array,
-        batch: PackedBatch,
-        interval_BS: jax.Array | None = None,
-    ) -> jax.Array:
-        inputs = *self.objective.model_input(x_BSP, time_BS), batch
-        y_BSP: Any = model.apply(params, *inputs, interval_BS=interval_BS)
-        return drop_variance(model.config, y_BSP)
-
-    def _denoiser(self, predict: Any, mean_velocity: Any = None) -> Denoiser:
-        return Denoiser(predict, self.objective.noise_path, self.objective.prediction, mean_velocity=mean_velocity)
+        """The teacher with guidance."""
+        scale, empty_LE = self.config.guidance, self.empty_text_LE
+        return guided_model(self.teacher, self.objective, given_of(params), batch, scale, empty_LE)
 
     def grid(self, count: int, batch: PackedBatch) -> jax.Array:
         """The times of a sampling with `count` steps, (count + 1, B, S)."""
         path = self.objective.noise_path
         return sampling_times(self.times, count, batch, path, latest=latest_time(path, self.objective.prediction))
+
+
+def trained_of(params: Any) -> Any:
+    """The parameters of the model that is trained, with its "lora" if it has one."""
+    return {name: tree for name, tree in params.items() if name not in (TEACHER, FAKE)}
+
+
+def given_of(params: Any) -> Any:
+    """The parameters of the model of --init."""
+    return {"params": params[TEACHER]} if TEACHER in params else {k: v for k, v in params.items() if k != "lora"}
+
+
+def called(
+    model: DiT,
+    objective: ObjectiveConfig,
+    params: Any,
+    batch: PackedBatch,
+    x_BSP: jax.Array,
+    time_BS: jax.Array,
+    interval_BS: jax.Array | None = None,
+) -> jax.Array:
+    """The model's prediction (B, S, P); with an interval, that of its mean velocity over it."""
+    y_BSP: Any = model.apply(params, *objective.model_input(x_BSP, time_BS), batch, interval_BS=interval_BS)
+    return drop_variance(model.config, y_BSP)
+
+
+def guided_model(
+    model: DiT,
+    objective: ObjectiveConfig,
+    params: Any,
+    batch: PackedBatch,
+    scale: float = 1.0,
+    empty_text_LE: jax.Array | None = None,
+) -> Denoiser:
+    """A model with guidance: a second call, with the empty caption, if the scale is not 1."""
+
+    call = functools.partial(called, model, objective, params)
+
+    def predict(x_BSP: jax.Array, time_BS: jax.Array) -> jax.Array:
+        p_BSP = call(batch, x_BSP, time_BS)
+        if scale == 1 or empty_text_LE is None:
+            return p_BSP
+        return guide(p_BSP, call(without_captions(batch, empty_text_LE), x_BSP, time_BS), jnp.full_like(time_BS, scale))
+
+    return Denoiser(predict, objective.noise_path, objective.prediction)
 
 
 def drawn_index(key: jax.Array, count: int, batch: PackedBatch) -> jax.Array:

@@ -95,12 +95,19 @@ def ddim(
     eta = 0 is deterministic. eta = 1 is the ancestral sampler of DDPM with its smaller variance (Ho et al. 2020,
     arXiv:2006.11239, eq. 7).
     """
+    mean_BSP, spread_BS1 = ddim_distribution(denoiser, x_BSP, time_BS, next_BS, 0.0 if noise_BSP is None else eta)
+    moved_BSP = mean_BSP if noise_BSP is None else mean_BSP + spread_BS1 * noise_BSP
+    return where_moving(time_BS, next_BS, moved_BSP, x_BSP), past
+
+
+def ddim_distribution(
+    denoiser: Denoiser, x_BSP: jax.Array, time_BS: jax.Array, next_BS: jax.Array, eta: jax.Array | float
+) -> tuple[jax.Array, jax.Array]:
+    """(mean_BSP, standard deviation (B, S, 1)) of the normal distribution from which `ddim` draws x'."""
     clean_BSP, e_BSP = denoiser.clean_and_noise(x_BSP, time_BS)
-    if noise_BSP is not None:
-        renewed = eta**2 * (1.0 - denoiser.sigma_alpha_decay(time_BS, next_BS) ** 2)
-        e_BSP = jnp.sqrt(1.0 - renewed) * e_BSP + jnp.sqrt(renewed) * noise_BSP
-    moved = denoiser.path.mix(clean_BSP, e_BSP, next_BS[..., None])
-    return where_moving(time_BS, next_BS, moved, x_BSP), past
+    renewed = eta**2 * (1.0 - denoiser.sigma_alpha_decay(time_BS, next_BS) ** 2)
+    mean_BSP = denoiser.path.mix(clean_BSP, jnp.sqrt(1.0 - renewed) * e_BSP, next_BS[..., None])
+    return mean_BSP, denoiser.path.sigma(next_BS)[..., None] * jnp.sqrt(renewed)
 
 
 def ddpm(

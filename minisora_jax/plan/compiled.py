@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from minisora_jax.diffusion.grpo import Rollout
 from minisora_jax.diffusion.guidance import GuidanceConfig
 from minisora_jax.diffusion.sampler import SAMPLERS
 from minisora_jax.generate.sampling import STEPS_UNIT, sampling_steps
@@ -138,6 +139,10 @@ def lower(work: Workload, mesh: jax.sharding.Mesh) -> tuple[dict[str, Any], jax.
     batch = abstract_batch(work.task.dit, work.rows, tokens, text, image_tokens(work.task.dit), slots=work.segments)
     batch = dataclasses.replace(batch, max_segment_len=work.tokens, frames=work.row_frames)
     lead = () if work.sample else (1,)  # a train step's batch has one microbatch
+    if work.task.grpo.reward and not work.sample:  # or one for each trained step of a rollout
+        scalar_BS: Any = jax.ShapeDtypeStruct((work.rows, tokens), jnp.float32)
+        batch: Any = Rollout(batch, batch.tokens_BSP, batch.tokens_BSP, *[scalar_BS] * 4)
+        lead = (work.task.grpo.trained,)
     on = lambda x, spec: jax.ShapeDtypeStruct((*lead, *x.shape), x.dtype, sharding=NamedSharding(mesh, spec))
     batch = jax.tree.map(on, batch, batch_specs(batch, accumulated=not work.sample))
     if work.sample:

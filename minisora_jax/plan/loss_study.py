@@ -25,11 +25,12 @@ from minisora_jax.io.retry import DataError
 from minisora_jax.models.dit_config import DiTConfig
 from minisora_jax.parallel.processes import is_main
 from minisora_jax.plan.workload import parameter_count
-from minisora_jax.training.diffusion_task import DiffusionTask, pack_plan, padded_sizes, train_diffusion, with_row_size
+from minisora_jax.training.clip_plan import pack_plan, padded_sizes, with_row_size
+from minisora_jax.training.diffusion_task import DiffusionTask, train_diffusion
 from minisora_jax.training.flops import count_work
-from minisora_jax.training.loop import require_same_config
 from minisora_jax.training.metrics import read_rows
 from minisora_jax.training.mup import base_model
+from minisora_jax.training.same_config import require_same_config
 
 COUNTED_STEPS = 64  # the first steps of a plan, by which the tokens and FLOPs of a step are known
 LEAST_STEPS = 50  # of a training; shorter ones tell of the warm-up

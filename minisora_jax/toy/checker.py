@@ -55,8 +55,12 @@ def check(frames_THWC: np.ndarray, caption: str) -> dict[str, bool]:
     Raises:
         ValueError: the caption is outside the grammar of toy/grammar.py.
     """
+    return verdict_on(observe(frames_THWC, len(parse_caption(caption)[0])), caption)
+
+
+def verdict_on(observed: list[Observation], caption: str) -> dict[str, bool]:
+    """`check` of what `observe` found."""
     expected, _, is_image = parse_caption(caption)
-    observed = observe(frames_THWC, len(expected))
     by_colour = {o.colour: o for o in observed}
     # An object of a wrong colour still counts for shape and motion; such objects are matched in order of size.
     spare = iter([o for o in observed if o.colour not in {e.colour for e in expected}])

@@ -15,13 +15,12 @@ import numpy as np
 import optax
 
 from minisora_jax.data.conditioning import ConditioningConfig, known_masks
-from minisora_jax.data.epochs import Epochs, curriculum, within
 from minisora_jax.data.latents import Latents, Mixture
 from minisora_jax.data.loader import DataConfig, packed_batches
-from minisora_jax.data.packing import PackConfig, PackPlan, StagedPlan, token_counts
-from minisora_jax.data.row_size import sized_by
+from minisora_jax.data.packing import PackConfig
 from minisora_jax.data.rows import Segment, pack_segments, padded_text
 from minisora_jax.diffusion.distillation import FAKE, DistillConfig
+from minisora_jax.diffusion.grpo import GrpoConfig, grpo_loss, roll_out
 from minisora_jax.diffusion.loss import diffusion_loss
 from minisora_jax.diffusion.objective import ObjectiveConfig
 from minisora_jax.diffusion.time import TimeConfig
@@ -36,11 +35,13 @@ from minisora_jax.io.model_dir import (
 )
 from minisora_jax.io.retry import Damaged, DataError
 from minisora_jax.models.captions import in_words
+from minisora_jax.models.codec import Codec
 from minisora_jax.models.dit import DiT, DiTConfig, abstract_params
 from minisora_jax.models.lora import LoraConfig, apart, init_adapter, together
 from minisora_jax.models.text import encode_bytes
 from minisora_jax.parallel.processes import barrier
 from minisora_jax.training import distilling
+from minisora_jax.training.clip_plan import pack_plan, trained_size, with_row_size
 from minisora_jax.training.flops import count_work
 from minisora_jax.training.frozen import (
     NOTHING,
@@ -56,6 +57,7 @@ from minisora_jax.training.latents_check import check_latents
 from minisora_jax.training.loop import RunConfig, train
 from minisora_jax.training.mup import base_model, base_shapes
 from minisora_jax.training.optim import make_optimizer
+from minisora_jax.training.rollouts import rollouts
 from minisora_jax.training.step import LossFn
 from minisora_jax.types import PackedBatch
 
@@ -82,6 +84,7 @@ class DiffusionTask:
     train_only: str = ""  # train the parameters of --init whose path this pattern matches, such as "norm"; "": all.
     # Where --init has none of them they start at random, as new modules do
     distill: DistillConfig = DistillConfig()  # train it to sample in fewer steps, after the model of --init
+    grpo: GrpoConfig = GrpoConfig()  # tune the model of --init by a reward of its videos
     mup_base_width: int = 0  # muP: the dit.width that the learning rate was found at; 0: use it as it is at any width
     export_dtype: str = "float32"  # of the exported weights
 
@@ -95,6 +98,11 @@ class DiffusionTask:
                     f"mup_base_width={self.mup_base_width} is for the training of all parameters: set it to 0"
                 )
         distilling.require_fitting(self.distill, self.objective, self.lora.rank, self.train_only)
+        if self.grpo.reward and (self.distill.steps or self.conditioning.middle or self.run.optim.accumulate > 1):
+            raise ValueError(
+                f"grpo.reward={self.grpo.reward!r} needs distill.steps={self.distill.steps}, conditioning.middle="
+                f"{self.conditioning.middle} and run.optim.accumulate={self.run.optim.accumulate} to be 0, 0 and 1"
+            )
         if self.lora.rank and self.train_only:
             raise ValueError(
                 f"lora.rank={self.lora.rank} trains adapters only: train_only={self.train_only!r} must be ''"
@@ -107,8 +115,8 @@ class DiffusionTask:
 
     @property
     def in_part(self) -> bool:
-        """Whether a model beside the trained parameters stays as it is."""
-        return bool(self.lora.rank or self.train_only or self.distill.steps)
+        """Whether the run changes a given model: parts of it stay, or a model beside the trained one."""
+        return bool(self.lora.rank or self.train_only or self.distill.steps or self.grpo.reward)
 
 
 def example_batch(task: DiffusionTask) -> PackedBatch:
@@ -139,7 +147,7 @@ def frozen_of(task: DiffusionTask, init: str | Path | None = None) -> Frozen:
     abstract = functools.partial(abstract_params, task.dit)
     if task.lora.rank:
         return frozen_base(task.lora, abstract, init)
-    if task.distill.steps:
+    if task.distill.steps or (task.grpo.reward and task.grpo.kl):
         return distilling.frozen_teacher(abstract, init)
     return frozen_rest(task.train_only, abstract, init) if task.train_only else NOTHING
 
@@ -151,15 +159,21 @@ def loss_of(task: DiffusionTask, empty_text_LE: np.ndarray | None = None) -> Los
         task: The settings.
         empty_text_LE: Features of the empty caption, for distillation; None: of one token, as in a plan.
     """
+    model, empty_LE = DiT(task.dit), empty_text(task, empty_text_LE)
+    if task.grpo.reward:
+        return lambda params, rollout, key, step: grpo_loss(model, task.grpo, empty_LE, params, rollout, task.objective)
     if task.distill.steps:
-        empty_LE = example_text(task.dit) if empty_text_LE is None else empty_text_LE
-        empty_LE = jnp.asarray(padded_text(empty_LE, task.dit.caption_tokens))
         return distilling.loss_of(task.distill, task.dit, task.times, task.objective, empty_LE)
-    model = DiT(task.dit)
     debias = task.lora.debias
     return lambda params, batch, key, step: diffusion_loss(
         model, task.times, params, batch, key, task.objective, debias
     )
+
+
+def empty_text(task: DiffusionTask, text_LE: np.ndarray | None) -> jax.Array:
+    """Features of the empty caption (L, E); None: of one token, as in a plan."""
+    text_LE = example_text(task.dit) if text_LE is None else text_LE
+    return jnp.asarray(padded_text(text_LE, task.dit.caption_tokens))
 
 
 def optimizer_of(task: DiffusionTask) -> optax.GradientTransformation:
@@ -178,6 +192,7 @@ def train_diffusion(
     sample: Callable | None = None,
     init: str | Path | None = None,
     held_out: Latents | Mixture | None = None,
+    codec: Codec | None = None,
 ) -> Path:
     """Train on a latent cache and export the averaged weights to WORKDIR/export.
 
@@ -191,6 +206,7 @@ def train_diffusion(
         init: An exported or imported model to start from. `task.dit` must have its shape, see `settings_of`. It is the
             base of an adapter.
         held_out: A cache whose loss is measured every `run.evaluate_every` steps.
+        codec: The latents' codec, for `task.grpo`.
 
     Returns:
         The path of the exported model, or of the exported adapter.
@@ -212,7 +228,7 @@ def train_diffusion(
         check_shapes(open_model(init)[0], apart(wanted, task.train_only)[1] if added else wanted, init)
     if task.in_part:
         if not init:
-            raise ValueError("lora, train_only and distill change a given model: name it by --init=DIR")
+            raise ValueError("lora, train_only, distill and grpo change a given model: name it by --init=DIR")
         run_config = run_config | {"base": model_hash(init)}  # a run goes on over the same base only
 
     plan = pack_plan(task, latents, workdir)
@@ -223,7 +239,13 @@ def train_diffusion(
         options = {"patch": task.dit.patch, "conditioning": task.conditioning, "caption_dropout": task.caption_dropout}
         options["caption_tokens"] = task.dit.caption_tokens
         for batch, rows in packed_batches(latents, plan, numbers, **options, damaged=damaged):
-            yield batch, count_work(task.dit, task.pack, rows, frozen=task.lora.rank > 0)
+            yield batch, count_work(task.dit, task.pack, rows * again, frozen=task.lora.rank > 0)
+
+    again, of_grpo = 1, None
+    if task.grpo.reward:
+        empty_LE = empty_text(task, latents.empty_text_LE)
+        sample_videos = functools.partial(roll_out, DiT(task.dit), task.times, task.grpo, task.objective, empty_LE)
+        again, of_grpo = task.grpo.group, rollouts(task.grpo, sample_videos, codec, task.dit.patch, latents, plan)
 
     read = distilling.read_student if task.distill.steps else read_part
     evaluate, within = None, (task.times.low, task.times.high)
@@ -243,6 +265,7 @@ def train_diffusion(
         settings=DiffusionTask,
         start_params=functools.partial(read, init) if init and not added and not task.lora.rank else None,
         frozen=frozen_of(task, init),
+        roll_out=of_grpo,
         optimizer=optimizer_of(task),
         sample=sample,
         evaluate=evaluate,
@@ -253,8 +276,10 @@ def train_diffusion(
     kept = ("dit", "times", "objective", *(("lora",) if task.lora.rank else ()))
     config = {k: dataclasses.asdict(getattr(task, k)) for k in kept} | export | {"training": run_config}
     config["dit"] = dataclasses.asdict(task.trained_dit)
-    config |= {"kind": kept[-1] if task.lora.rank else "dit", "latent_size": _trained_size(latents)}
+    config |= {"kind": kept[-1] if task.lora.rank else "dit", "latent_size": trained_size(latents)}
     config["conditioning"] = known_masks(task.conditioning, task.data.path, None if task.lora.rank else init)
+    if task.grpo.reward and init:
+        config["distilled"] = load_config(init).get("distilled", {"steps": 0})  # it is sampled as it was
     if task.distill.steps:
         config["distilled"] = {name: getattr(task.distill, name) for name in ("method", "steps", "guidance")}
     average = {name: tree for name, tree in state.average.items() if name != FAKE}
@@ -265,60 +290,11 @@ def train_diffusion(
     return workdir / "export"
 
 
-def pack_plan(task: DiffusionTask, latents: Latents | Mixture, workdir: Path | None = None) -> PackPlan | StagedPlan:
-    """The plan of which clips fill which row of which step.
-
-    Args:
-        task: Its `pack`, `data` and `run`.
-        latents: The cache, or several.
-        workdir: Where the plan of a large cache is stored as packing_N.json; None: it is not stored.
-    """
-    sizes = padded_sizes(task, latents)
-    tokens, text = token_counts(sizes, task.dit.patch)
-    rows_per_step = task.run.optim.accumulate * task.pack.rows
-    stages = []
-    for number, stage in enumerate(curriculum(task.data.curriculum, task.run.steps)):
-        small = within(sizes, stage)
-        members = () if small is None else _by_cache(small, latents.counts)
-        epochs = Epochs(latents.counts, task.run.seed, latents.weights, task.data.temperature, members)
-        remember = workdir / f"packing_{number}.json" if workdir and epochs.parts > 1 else None
-        stages.append((stage, PackPlan(tokens, text, task.pack, task.run.seed, rows_per_step, epochs, remember)))
-    return stages[0][1] if len(stages) == 1 else StagedPlan(stages)
-
-
-def with_row_size(task: DiffusionTask, latents: Latents | Mixture) -> DiffusionTask:
-    """The task with rows of a size that fits the clips, where its `pack` leaves that to them."""
-    sizes = padded_sizes(task, latents)
-    allowed = [within(sizes, stage) for stage in curriculum(task.data.curriculum, task.run.steps)]
-    if not any(clips is None for clips in allowed):
-        sizes = sizes[np.unique(np.concatenate([clips for clips in allowed if clips is not None]))]
-    tokens, text = token_counts(sizes, task.dit.patch)
-    return dataclasses.replace(task, pack=sized_by(tokens, text, task.pack, task.run.optim.accumulate, sizes[:, 0]))
-
-
-def padded_sizes(task: DiffusionTask, latents: Latents | Mixture) -> np.ndarray:
-    """(t, h, w, L) of each clip, int32 (clips, 4), with L at least the model's `caption_tokens`."""
-    return np.maximum(latents.sizes, np.array([0, 0, 0, task.dit.caption_tokens], np.int32))
-
-
-def _trained_size(latents: Latents | Mixture) -> list[int]:
-    """The largest (t, h, w) of clips from all of which the model learns whole videos, not a fixed part only."""
-    whole = np.repeat([not mask for mask in latents.masks], latents.counts)
-    return latents.sizes[whole if whole.any() else slice(None), :3].max(0).tolist()
-
-
 def _name(latents: Latents | Mixture, i: int) -> str:
     try:
         return latents[i].name
     except DataError as error:
         return str(error)
-
-
-def _by_cache(clips: np.ndarray, counts: tuple[int, ...]) -> tuple[np.ndarray, ...]:
-    """Sorted indices over concatenated caches, as indices within each cache."""
-    starts = np.cumsum([0, *counts])
-    edges = np.searchsorted(clips, starts)
-    return tuple(clips[a:b] - start for a, b, start in zip(edges, edges[1:], starts))
 
 
 def settings_of(model: str | Path) -> dict:

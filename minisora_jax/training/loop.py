@@ -8,7 +8,6 @@ import functools
 import json
 import logging
 import math
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,6 @@ from typing import Any
 import jax
 import optax
 
-from minisora_jax.config import complete, with_current_names
 from minisora_jax.io.atomic import write_text
 from minisora_jax.io.json_files import read_json
 from minisora_jax.io.lock import only_writer
@@ -29,7 +27,6 @@ from minisora_jax.parallel.processes import (
     is_main,
     preemption_handler,
     require_started,
-    several,
 )
 from minisora_jax.training.checkpoint import Checkpoints
 from minisora_jax.training.frozen import NOTHING, Frozen
@@ -37,14 +34,13 @@ from minisora_jax.training.goodput import Goodput
 from minisora_jax.training.metrics import Metrics
 from minisora_jax.training.optim import OptimConfig, learning_rate, make_optimizer
 from minisora_jax.training.profiler import Profiler, profile_window
+from minisora_jax.training.rollouts import RollOut
+from minisora_jax.training.same_config import require_same_config
 from minisora_jax.training.step import LossFn, init_state, jit_train_step
 from minisora_jax.training.wandb_sink import wandb_package
 from minisora_jax.types import TrainState
 
 log = logging.getLogger("minisora")
-
-# Settings of a run that may change when it goes on: they change no result.
-FREE = ("mesh", "profile", "wandb", "goodput")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,6 +102,7 @@ def train(
     settings: type | None = None,
     start_params: Callable[[Any], Any] | None = None,
     frozen: Frozen = NOTHING,
+    roll_out: RollOut | None = None,
     sample: Callable[[int, Any, Metrics], None] | None = None,
     evaluate: Callable[[Any], dict[str, float]] | None = None,
     clip_names: Callable[[int], list[str]] | None = None,
@@ -132,6 +129,7 @@ def train(
         start_params: Returns the parameters to start from, given abstract arrays with shapes, dtypes and shardings.
             None: random parameters.
         frozen: The parameters that are not trained. `loss_fn`, `sample` and `evaluate` take all of them, joined.
+        roll_out: Makes of the parameters, a batch of `batches` and its number what `loss_fn` takes. None: the batch.
         sample: Writes sample videos of a step from averaged parameters on the host. Only the main process calls it.
         evaluate: Scalars of averaged parameters on the mesh. All processes call it.
         clip_names: The names of the clips of a batch, for the report about a non-finite loss.
@@ -195,9 +193,12 @@ def train(
                     while number in skipped:
                         (batch, counts), number = next(stream), number + 1
                 goodput.step(step)
+                if roll_out:
+                    with clock.part("rollout"):
+                        batch = roll_out(frozen.join(state.params, fixed), batch, number)
                 # The first call compiles.
                 with clock.part("compile" if step == start + 1 else "step"), profiler.step(step):
-                    state, values = step_fn(state, to_global(batch, mesh), key, fixed)
+                    state, values = step_fn(state, batch if roll_out else to_global(batch, mesh), key, fixed)
                     # Check the values of the step before, so that the device never waits for the host.
                     pending, previous = (step, number, values), pending
                     _require_finite(previous, config.rollbacks)
@@ -300,46 +301,3 @@ def _skip_batches(workdir: Path, batches: list[int]) -> None:
     if is_main():
         write_text(workdir / "left_out.json", json.dumps(batches))
     barrier("left_out.json")
-
-
-def require_same_config(workdir: Path, run_config: dict, settings: type | None = None) -> None:
-    """Write WORKDIR/config.json, or raise ValueError if it differs from `run_config` in what changes the result.
-
-    The defaults of `settings` stand for what the file lacks: a version that had no such setting did what they say.
-    """
-    path = workdir / "config.json"
-    text = json.dumps(run_config, indent=2, sort_keys=True) + "\n"
-    if path.exists():
-        whole = lambda config: complete(config, settings) if settings else with_current_names(config)
-        before, now = (_of_the_result(whole(config)) for config in (read_json(path), json.loads(text)))
-        if changed := _changes(before, now):
-            raise ValueError(
-                f"{workdir} was begun with another config ({'; '.join(changed)}): use a new --workdir or that config"
-            )
-    elif is_main():
-        write_text(path, text)
-    barrier("config.json")
-    deadline = time.monotonic() + 10  # some network file systems cache for seconds that a file does not exist
-    while several() and not path.exists():
-        if time.monotonic() > deadline:
-            raise ValueError(
-                f"process {jax.process_index()} does not see {path}, which process 0 wrote: --workdir must lie on a "
-                f"file system that all {jax.process_count()} processes share"
-            )
-        time.sleep(0.2)
-
-
-def _of_the_result(run_config: dict) -> dict:
-    """The config without what does not change the result. A run may go on with another mesh, or be traced."""
-    run = run_config.get("run")
-    if not isinstance(run, dict):
-        return run_config
-    return run_config | {"run": {k: v for k, v in run.items() if k not in FREE}}
-
-
-def _changes(old: Any, new: Any, at: str = "config") -> list[str]:
-    """The settings that differ, as "config.run.steps: 40 -> 3"."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        keys = sorted(old.keys() | new.keys())
-        return [c for k in keys for c in _changes(old.get(k), new.get(k), f"{at}.{k}")]
-    return [] if old == new else [f"{at}: {old} -> {new}"]
