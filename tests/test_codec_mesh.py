@@ -129,6 +129,7 @@ def test_gradients_are_those_of_one_device():
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-4 * np.abs(b).max() + 1e-6 * largest)
 
 
+@pytest.mark.slow
 def test_a_training_loss_is_that_of_one_device():
     task = CodecTask(vae=PLAIN, crop_THW=(3, 8, 4), batch=4)
     params, key = make(PLAIN), jax.random.key(0)

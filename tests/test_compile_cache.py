@@ -83,6 +83,7 @@ def test_a_training_that_goes_on_compiles_nothing(tmp_path):
     assert hits > 0 and misses == 0
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="memory maps are counted on Linux")
 def test_any_number_of_sizes_stays_within_the_memory_maps(monkeypatch):
     """Linux gives a process 65,530 maps, XLA takes some for each kernel, and jaxlib dies where it gets no more."""

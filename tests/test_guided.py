@@ -43,6 +43,7 @@ def times_of(pipeline, steps):
     return np.asarray(shift(np.linspace(1, 0, steps + 1)[:-1], np.array(8.0), pipeline.times.base_tokens))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("interval", [(0.25, 0.65), (0.0, 0.4), (0.9, 1.0), (0.0, 1.0)])
 def test_calls_outside_the_interval_cost_half(pipeline, counted, interval):
     guidance, sampler = GuidanceConfig(3.0, interval), SamplerConfig("euler", 6)
@@ -58,6 +59,7 @@ def test_without_guidance_no_call_has_twins(pipeline, counted):
     assert counted == [8, 8]
 
 
+@pytest.mark.slow
 def test_a_guide_model_is_called_inside_the_interval_only(pipeline, counted):
     weaker = jax.tree.map(lambda x: 0.97 * x, pipeline.params)
     two = dataclasses.replace(pipeline, guide=(pipeline.config, weaker))

@@ -63,6 +63,7 @@ def test_it_is_the_mean_over_the_tokens_of_each_clip_alone(params, latents):
     np.testing.assert_allclose(ours["held_out_loss"], np.mean(total / tokens), rtol=2e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", [MeshConfig(data=2, ring=4), MeshConfig(data=2, fsdp=2, ulysses=2)], ids=str)
 def test_rows_and_meshes_change_nothing(params, latents, mesh):
     one, other = measured(params, latents, rows=3), measured(params, latents, mesh, 8, rows=8, tokens=32)

@@ -63,7 +63,7 @@ def without(params, names: str):
     return traverse_util.unflatten_dict({n: x * (names not in n) for n, x in flat.items()}, sep="/")
 
 
-@pytest.mark.parametrize("name", [*list(MODELS)[:2], pytest.param("pixart", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["dit", *(pytest.param(name, marks=pytest.mark.slow) for name in ("ours", "pixart"))])
 def test_a_new_motion_module_leaves_the_image_model(name):
     """With W_out = 0 each frame of a clip comes out as the image model makes it of that frame alone."""
     image_cfg = MODELS[name]

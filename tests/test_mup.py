@@ -56,6 +56,7 @@ def test_rates_are_those_of_table_3():
         np.testing.assert_allclose(update, -0.5 / (4 if name in hidden else 1), rtol=1e-5, err_msg=name)
 
 
+@pytest.mark.slow
 def test_weight_decay_takes_the_same_share_at_every_width():
     optim = OptimConfig(learning_rate=0.5, warmup=1, final=1.0, weight_decay=0.1)
     updates = first_updates(at(256), optim, 64, 0.0, 2.0)
@@ -90,6 +91,7 @@ def test_muon_keeps_the_spectral_norm_that_the_widths_ask_for():
         np.testing.assert_allclose(norms[256][k], norms[64][k], rtol=0.3, err_msg=k)
 
 
+@pytest.mark.slow
 def test_the_clipped_norm_weighs_gradients_by_their_growth():
     """A gradient in the output kernel alone, of norm 8 at width 256: it weighs sqrt(1 / 4) there."""
     config, gradients = at(256), jax.tree.map(lambda p: jnp.zeros(p.shape), abstract_params(at(256)))
@@ -100,6 +102,7 @@ def test_the_clipped_norm_weighs_gradients_by_their_growth():
     np.testing.assert_allclose(moment, 0.1 * 8.0 * 2.0 / 4.0, rtol=1e-6)  # 8 counts as 4, and may be 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_nothing_changes_at_the_base_width(name):
     shapes, rng, results = abstract_params(BASE), np.random.default_rng(0), []

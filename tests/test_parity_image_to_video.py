@@ -219,6 +219,7 @@ def test_the_mask_says_which_frames_of_a_latent_frame_are_given():
     np.testing.assert_array_equal(given[..., 4:], latents)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", ["wan2.2-i2v-a14b", "wan2.1-i2v-14b", "wan2.1-flf2v-14b"])
 def test_the_command_makes_a_video_and_makes_it_again(preset, published, tmp_path, capsys):
     flags = [f"--{name.replace('_', '-')}={path}" for name, path in published(preset).items()]

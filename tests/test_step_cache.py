@@ -85,6 +85,7 @@ def test_it_is_what_a_loop_by_hand_makes(pipeline, name, reuse, interval):
     assert np.abs(ours - full).max() > 0.02
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["heun", "unipc", "ddpm"])
 def test_one_that_reuses_nothing_is_full_sampling(pipeline, name):
     none = "0" * 3 * (2 if name == "heun" else 1)
@@ -115,6 +116,7 @@ def test_a_mesh_changes_nothing(pipeline):
         np.testing.assert_allclose(ours, theirs, atol=5e-5)
 
 
+@pytest.mark.slow
 def test_a_call_that_reuses_costs_a_small_part(pipeline):
     batch = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), abstract_batch(pipeline.config, 1, 256, 64))
     model, time_BS = DiT(pipeline.config), jnp.zeros((1, 256))
@@ -204,6 +206,7 @@ def resident(pipeline, monkeypatch) -> list[int]:
     return seen
 
 
+@pytest.mark.slow
 def test_an_expert_that_is_not_at_work_waits_in_the_hosts_memory(pipeline, monkeypatch):
     """One expert less is on the devices at every step, and nothing else changes. A single model is refused."""
     other = jax.tree.map(lambda x: 0.9 * x, pipeline.params)
@@ -225,6 +228,7 @@ def test_an_expert_that_is_not_at_work_waits_in_the_hosts_memory(pipeline, monke
         ms.VideoPipeline.load(offload=True)
 
 
+@pytest.mark.slow
 def test_the_second_expert_of_a_pair_reuses_nothing_of_the_first(pipeline):
     """Its first call is computed whatever the schedule says, and counts as one with nothing to reuse."""
     pair = dataclasses.replace(pipeline, low_noise=LowNoise(jax.tree.map(lambda x: 0.9 * x, pipeline.params), 0.6))

@@ -228,6 +228,7 @@ def test_frames_before_are_made_from_the_last_window_to_the_first(pipeline, clip
     assert (np.diff(order[order > 0]) <= 0).all() and order[0] == len(windows)
 
 
+@pytest.mark.slow
 def test_what_it_should_not_be_matters(pipeline, clip):
     plain, empty, other = (
         pipeline.generate([request(clip, 1, negative=n)], **OPTIONS)[0].astype(int)
