@@ -27,18 +27,9 @@ FITTING = {"progressive": (2, "heun"), "consistency": (12, "ddim")}
 
 def get_config(arg=None):
     arg = parse_arg(
-        arg,
-        data="",
-        method="progressive",
-        steps=4,
-        substeps=0,
-        guidance=3.0,
-        sampler="",
-        updates=1500,
-        rows=0,
-        lr=1e-3,
-        tokens=0,
-    )
+        arg, data="", method="progressive", steps=4, substeps=0, guidance=3.0, sampler="", updates=1500, rows=0,
+        lr=1e-3, tokens=0,
+    )  # fmt: skip
     if not arg["data"]:
         raise ValueError("name the latent cache: --config=dit_distill:data=DIR,...")
     distill = {name: arg[name] for name in ("method", "steps", "substeps", "guidance", "sampler")}

@@ -1,7 +1,7 @@
 """Tune the bundled model by a reward: objects that bounce shall move evenly (docs/fine-tune.md).
 
     uv run python docs/bouncing.py clips my_prompts         # captions with clips, three quarters of them of bouncing
-    uv run python docs/bouncing.py check minisora_jax/bundled/model runs/bouncing/export    # before and after
+    uv run python docs/bouncing.py check fast fast:runs/bouncing/export           # before and after
 
 `reward` is what the run maximises: the checker's verdicts, and how even the speed is between the walls. `check`
 measures held-out captions with other seeds, and other motions.
@@ -21,7 +21,7 @@ from minisora_jax.media.video_writer import write_video
 from minisora_jax.toy import grammar, scenes, shapes
 from minisora_jax.toy.checker import check_all, observe, verdict_on
 
-SIZE, BOUNCING, OTHERS, HELD_OUT = (17, 48, 48), 96, 32, 128
+SIZE, LARGER, BOUNCING, OTHERS, HELD_OUT = (17, 32, 32), (17, 48, 48), 96, 32, 128
 
 
 def reward(frames: np.ndarray, caption: str) -> float:
@@ -45,20 +45,26 @@ def write_clips(folder: Path) -> None:
 
 
 def check(models: list[str]) -> None:
-    """Print scores of each model on held-out captions, and draw its bouncing objects."""
-    for model in models:
-        pipeline = VideoPipeline.load(model)
-        for kind, suits in (("bouncing", lambda m: m == "bounce"), ("other motions", lambda m: m != "bounce")):
-            truth = clips(HELD_OUT, SIZE, suits=suits)
+    """Print scores on held-out captions of each model, or base:adapter, and draw its bouncing objects."""
+    for name in models:
+        model, *loras = name.split(":", 1)
+        pipeline = VideoPipeline.load(model, loras=loras)
+        for kind, size, suits in (
+            ("bouncing", SIZE, lambda motion: motion == "bounce"),
+            ("bouncing", LARGER, lambda motion: motion == "bounce"),
+            ("other motions", LARGER, lambda motion: motion != "bounce"),
+        ):
+            truth = clips(HELD_OUT, size, suits=suits)
             videos = pipeline.generate(requests(truth), progress=False)
             hits, _, errors = check_all(videos, [c.caption for c in truth])
             scores = {attribute: round(float(np.mean(verdict)), 3) for attribute, verdict in hits.items()}
             if kind == "bouncing":
                 spreads = [s for v in videos for o in observe(v) if (s := bounce(o)) is not None]
-                scores |= {"speed_spread": round(float(np.median(spreads)), 3), "turns_back": len(spreads)}
-            print(f"{model}, {HELD_OUT} of {kind}:", json.dumps(scores), flush=True)
+                scores |= {"speed_spread": round(float(np.median(spreads)), 3), "turn_back": len(spreads)}
+            print(f"{name}, {HELD_OUT} of {kind}, {size[1]} pixels:", json.dumps(scores), flush=True)
             rows = [(v, c.caption + (f"   WRONG: {e}" if e else "")) for v, c, e in zip(videos, truth, errors)]
-            contact_sheet(Path(f"{kind.replace(' ', '-')}-{Path(model).parts[-2]}.png"), rows[:12])
+            label = f"{kind} {size[1]} {'tuned' if loras else 'before'}".replace(" ", "-")
+            contact_sheet(Path(f"{label}.png"), rows[:12])
 
 
 if __name__ == "__main__":

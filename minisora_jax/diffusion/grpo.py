@@ -1,7 +1,9 @@
 """Preference tuning by Flow-GRPO (Liu et al. 2025, arXiv:2505.05470): videos of one caption are compared by a reward.
 
     rollout     a group of videos of each caption, by the model as it is: `steps` steps, of which `trained` neighbours,
-                at a place drawn for each rollout, renew noise (MixGRPO: Li et al. 2025, arXiv:2507.21802)
+                at a place drawn for each rollout, renew noise (MixGRPO: Li et al. 2025, arXiv:2507.21802). A group
+                starts from one noise (DanceGRPO: Xue et al. 2025, arXiv:2505.07818), so that its videos differ by
+                the trained steps alone
     advantage   A = (r - mean of the group) / its standard deviation
     loss        -A log p(x_t' | x_t) of the noisy steps, which are normal distributions around what the model predicts
 
@@ -24,7 +26,7 @@ from minisora_jax.diffusion.denoiser import where_moving
 from minisora_jax.diffusion.distillation import given_of, guided_model, trained_of
 from minisora_jax.diffusion.objective import ObjectiveConfig
 from minisora_jax.diffusion.sampler import ddim_distribution
-from minisora_jax.diffusion.time import TimeConfig, latest_time, sampling_times
+from minisora_jax.diffusion.time import TimeConfig, draw_by_ids, latest_time, sampling_times
 from minisora_jax.models.dit import DiT
 from minisora_jax.parallel.mesh import draw
 from minisora_jax.types import PackedBatch
@@ -101,7 +103,7 @@ def roll_out(
     times_KBS = sampling_times(times, config.steps, batch, path, latest=latest)
     start_key, place_key, noise_key = jax.random.split(key, 3)
     first = jax.random.randint(place_key, (), 0, config.steps - config.trained)
-    noise_BSP = draw(jax.random.normal, start_key, batch.tokens_BSP) * path.spread(times_KBS[0])[..., None]
+    noise_BSP = start_noise(start_key, batch, config.group) * path.spread(times_KBS[0])[..., None]
     x_BSP = jnp.where(batch.cond_mask_BS[..., None], batch.tokens_BSP, noise_BSP)
 
     def step(x_BSP: jax.Array, k: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -119,6 +121,14 @@ def roll_out(
     batch_K = jax.tree.map(lambda x: jnp.stack([x] * config.trained), batch)
     steps = part(x_KBSP, 0), part(x_KBSP, 1), part(times_KBS, 0), part(times_KBS, 1)
     return end_BSP, Rollout(batch_K, *steps, zeros_KBS, zeros_KBS)
+
+
+def start_noise(key: jax.Array, batch: PackedBatch, group: int) -> jax.Array:
+    """Standard normal noise (B, S, P), the same in each `group` of neighbouring rows."""
+    (B, S), width = batch.segment_BS.shape, batch.tokens_BSP.shape[-1]
+    zeros_BS = jnp.zeros_like(batch.segment_BS)
+    ids = zeros_BS + jnp.arange(B)[:, None] // group, zeros_BS + jnp.arange(S)
+    return draw_by_ids(lambda k: jax.random.normal(k, (width,)), key, *ids)
 
 
 def grpo_loss(

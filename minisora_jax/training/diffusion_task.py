@@ -103,6 +103,11 @@ class DiffusionTask:
                 f"grpo.reward={self.grpo.reward!r} needs distill.steps={self.distill.steps}, conditioning.middle="
                 f"{self.conditioning.middle} and run.optim.accumulate={self.run.optim.accumulate} to be 0, 0 and 1"
             )
+        if self.lora.debias and (self.distill.steps or self.grpo.reward or not self.lora.rank):
+            raise ValueError(
+                f"lora.debias={self.lora.debias} is for the training of adapters on clips: set lora.rank, and "
+                f"distill.steps={self.distill.steps} to 0, grpo.reward={self.grpo.reward!r} to ''"
+            )
         if self.lora.rank and self.train_only:
             raise ValueError(
                 f"lora.rank={self.lora.rank} trains adapters only: train_only={self.train_only!r} must be ''"
