@@ -5,7 +5,7 @@ CPU in float32:
 
     lcm    the training step of latent-consistency-model's train_lcm_distill_sd_wds.py at a9ad795 (huber, 50 DDIM steps,
            the student as its own target), and four steps of diffusers 0.42.1's LCMScheduler
-    mean   Gsunshine/meanflow's forward and sample_one_step
+    meanflow   Gsunshine/meanflow's forward and sample_one_step
     dmd    tianweiy/DMD2's SDGuidance, at timesteps up to 749: above, its clean estimate in float64 and ours in float32
            are further apart (2e-5 of the gradient at 999)
 """
