@@ -7,6 +7,7 @@ import jax
 import pytest
 from flax import traverse_util
 
+from minisora_jax.diffusion.grpo import GrpoConfig
 from minisora_jax.models.dit import DiTConfig, abstract_params
 from minisora_jax.models.lora import LoraConfig, kernels
 from minisora_jax.parallel.mesh import MeshConfig, make_mesh
@@ -157,6 +158,20 @@ def test_the_real_step_is_lowered_for_a_mesh(sample):
     if sample:
         small = lower(dataclasses.replace(work, weights="int8"), mesh)[1].compile().memory_analysis()
         assert small.argument_size_in_bytes < memory.argument_size_in_bytes
+
+
+@pytest.mark.slow
+def test_the_step_of_preference_tuning_is_lowered_for_a_mesh():
+    """It reads the trained steps of a rollout, with the model of --init beside the trained one."""
+    grpo = GrpoConfig("my.py:reward", steps=4, trained=2, kl=0.1)
+    with pytest.raises(ValueError, match="each update its own: set conditioning.middle=0.1 to 0.0"):
+        dataclasses.replace(TINY, grpo=grpo)
+    task = dataclasses.replace(TINY, grpo=grpo, conditioning=dataclasses.replace(TINY.conditioning, middle=0.0))
+    mesh = make_mesh(MeshConfig(data=2, ring=2), jax.devices()[:4])
+    kinds, lowered = lower(Workload(task, tokens=600, rows=2, text_tokens=16), mesh)
+    assert kinds["batch"].x_BSP.shape[0] == kinds["batch"].batch.segment_BS.shape[0] == 2
+    assert kinds["parameters"]["frozen"]
+    assert lowered.compile().memory_analysis().temp_size_in_bytes > 0
 
 
 def test_sampling_keeps_weights_in_their_own_type():

@@ -98,11 +98,14 @@ class DiffusionTask:
                     f"mup_base_width={self.mup_base_width} is for the training of all parameters: set it to 0"
                 )
         distilling.require_fitting(self.distill, self.objective, self.lora.rank, self.train_only)
-        if self.grpo.reward and (self.distill.steps or self.conditioning.middle or self.run.optim.accumulate > 1):
-            raise ValueError(
-                f"grpo.reward={self.grpo.reward!r} needs distill.steps={self.distill.steps}, conditioning.middle="
-                f"{self.conditioning.middle} and run.optim.accumulate={self.run.optim.accumulate} to be 0, 0 and 1"
-            )
+        alone = {
+            "distill.steps": (self.distill.steps, 0),
+            "conditioning.middle": (self.conditioning.middle, 0.0),
+            "run.optim.accumulate": (self.run.optim.accumulate, 1),
+        }
+        wrong = ", ".join(f"{name}={value} to {must}" for name, (value, must) in alone.items() if value != must)
+        if self.grpo.reward and wrong:
+            raise ValueError(f"grpo.reward={self.grpo.reward!r} judges whole videos, each update its own: set {wrong}")
         if self.lora.debias and (self.distill.steps or self.grpo.reward or not self.lora.rank):
             raise ValueError(
                 f"lora.debias={self.lora.debias} is for the training of adapters on clips: set lora.rank, and "
