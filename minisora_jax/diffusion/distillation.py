@@ -19,6 +19,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from minisora_jax.diffusion.denoiser import Denoiser
 from minisora_jax.diffusion.guidance import GuidanceConfig, guide
@@ -134,7 +135,7 @@ class Distillation:
     teacher: DiT
     times: TimeConfig
     objective: ObjectiveConfig
-    empty_text_LE: jax.Array  # features of the empty caption, for the teacher's guidance
+    empty_text_LE: np.ndarray  # features of the empty caption, for the teacher's guidance
 
     def student(self, params: Any, batch: PackedBatch) -> Denoiser:
         """The student."""
@@ -184,7 +185,7 @@ def guided_model(
     params: Any,
     batch: PackedBatch,
     scale: float = 1.0,
-    empty_text_LE: jax.Array | None = None,
+    empty_text_LE: np.ndarray | None = None,
 ) -> Denoiser:
     """A model with guidance: a second call, with the empty caption, if the scale is not 1."""
 
@@ -216,7 +217,7 @@ def counted(batch: PackedBatch) -> jax.Array:
     return ((batch.segment_BS > 0) & ~batch.cond_mask_BS).astype(jnp.float32)
 
 
-def without_captions(batch: PackedBatch, empty_text_LE: jax.Array) -> PackedBatch:
+def without_captions(batch: PackedBatch, empty_text_LE: np.ndarray) -> PackedBatch:
     """The batch with the empty caption for each of its clips."""
     (B, slots), (L, E) = batch.fps_BG.shape, empty_text_LE.shape
     text_BLE = jnp.broadcast_to(jnp.tile(empty_text_LE, (slots, 1)), (B, slots * L, E)).astype(batch.text_BLE.dtype)

@@ -20,6 +20,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 
 from minisora_jax.diffusion.denoiser import where_moving
@@ -78,7 +79,7 @@ def roll_out(
     times: TimeConfig,
     config: GrpoConfig,
     objective: ObjectiveConfig,
-    empty_text_LE: jax.Array,
+    empty_text_LE: np.ndarray,
     params: Any,
     batch: PackedBatch,
     key: jax.Array,
@@ -134,7 +135,7 @@ def start_noise(key: jax.Array, batch: PackedBatch, group: int) -> jax.Array:
 def grpo_loss(
     model: DiT,
     config: GrpoConfig,
-    empty_text_LE: jax.Array,
+    empty_text_LE: np.ndarray,
     params: Any,
     rollout: Rollout,
     objective: ObjectiveConfig,

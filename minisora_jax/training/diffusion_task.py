@@ -178,10 +178,10 @@ def loss_of(task: DiffusionTask, empty_text_LE: np.ndarray | None = None) -> Los
     )
 
 
-def empty_text(task: DiffusionTask, text_LE: np.ndarray | None) -> jax.Array:
-    """Features of the empty caption (L, E); None: of one token, as in a plan."""
+def empty_text(task: DiffusionTask, text_LE: np.ndarray | None) -> np.ndarray:
+    """Features of the empty caption (L, E), on the host: a plan has no devices. None: of one token, as in a plan."""
     text_LE = example_text(task.dit) if text_LE is None else text_LE
-    return jnp.asarray(padded_text(text_LE, task.dit.caption_tokens))
+    return padded_text(text_LE, task.dit.caption_tokens)
 
 
 def optimizer_of(task: DiffusionTask) -> optax.GradientTransformation:

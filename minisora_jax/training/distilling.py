@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import traverse_util
 
@@ -67,7 +68,7 @@ def student_dit(config: DistillConfig, dit: DiTConfig) -> DiTConfig:
 
 
 def loss_of(
-    config: DistillConfig, dit: DiTConfig, times: TimeConfig, objective: ObjectiveConfig, empty_text_LE: jax.Array
+    config: DistillConfig, dit: DiTConfig, times: TimeConfig, objective: ObjectiveConfig, empty_text_LE: np.ndarray
 ) -> LossFn:
     """The loss of the method. `dit` is the teacher's shape."""
     of = Distillation(config, DiT(student_dit(config, dit)), DiT(dit), times, objective, empty_text_LE)
