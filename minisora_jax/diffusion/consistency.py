@@ -20,8 +20,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from minisora_jax.diffusion.denoiser import Denoiser
-from minisora_jax.diffusion.distillation import Distillation, at_index, counted, drawn_index
+from minisora_jax.diffusion.distillation import Distillation, at_index, clean_estimate, drawn_index
+from minisora_jax.diffusion.loss import to_predict
 from minisora_jax.diffusion.sampler import SAMPLERS
 from minisora_jax.parallel.mesh import draw
 from minisora_jax.types import PackedBatch
@@ -38,7 +38,7 @@ def consistency_loss(
     times_KBS, index_BS = of.grid(count, batch), drawn_index(index_key, count, batch)
     noise_BSP = draw(jax.random.normal, noise_key, batch.tokens_BSP)
     times = at_index(times_KBS, index_BS), at_index(times_KBS, index_BS + 1)
-    return {"loss": (consistency_at(of, params, batch, noise_BSP, *times), counted(batch))}
+    return {"loss": (consistency_at(of, params, batch, noise_BSP, *times), to_predict(batch))}
 
 
 def consistency_at(
@@ -48,11 +48,6 @@ def consistency_at(
     x_BSP = of.objective.noise_path.mix(batch.tokens_BSP, noise_BSP, time_BS[..., None])
     teacher = of.guided_teacher(params, batch)
     next_BSP, _ = SAMPLERS[of.config.sampler].step(teacher, x_BSP, time_BS, next_BS, (), None, 0.0)
-    estimate_BSP = _clean(of.student(params, batch), x_BSP, time_BS)
-    target_BSP = jax.lax.stop_gradient(_clean(of.student(params, batch), next_BSP, next_BS))
+    estimate_BSP = clean_estimate(of.student(params, batch), x_BSP, time_BS)
+    target_BSP = jax.lax.stop_gradient(clean_estimate(of.student(params, batch), next_BSP, next_BS))
     return jnp.mean(jnp.sqrt((estimate_BSP - target_BSP) ** 2 + HUBER**2) - HUBER, axis=-1)
-
-
-def _clean(student: Denoiser, x_BSP: jax.Array, time_BS: jax.Array) -> jax.Array:
-    """f(x, t)."""
-    return jnp.where((time_BS > 0)[..., None], student.clean_and_noise(x_BSP, time_BS)[0], x_BSP)

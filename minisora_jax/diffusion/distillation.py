@@ -212,9 +212,9 @@ def at_index(times_KBS: jax.Array, index_BS: jax.Array) -> jax.Array:
     return jnp.take_along_axis(times_KBS, index_BS[None], axis=0)[0]
 
 
-def counted(batch: PackedBatch) -> jax.Array:
-    """The weights of a loss, (B, S): 1 for tokens to predict, 0 for padding and for tokens that are given."""
-    return ((batch.segment_BS > 0) & ~batch.cond_mask_BS).astype(jnp.float32)
+def clean_estimate(student: Denoiser, x_BSP: jax.Array, time_BS: jax.Array) -> jax.Array:
+    """The clean estimate f(x, t); x itself where t = 0, as for tokens that are given."""
+    return jnp.where((time_BS > 0)[..., None], student.clean_and_noise(x_BSP, time_BS)[0], x_BSP)
 
 
 def without_captions(batch: PackedBatch, empty_text_LE: np.ndarray) -> PackedBatch:

@@ -22,8 +22,8 @@ import jax
 import jax.numpy as jnp
 
 from minisora_jax.diffusion.denoiser import Denoiser
-from minisora_jax.diffusion.distillation import FAKE, Distillation, counted
-from minisora_jax.diffusion.loss import loss_at
+from minisora_jax.diffusion.distillation import FAKE, Distillation, clean_estimate
+from minisora_jax.diffusion.loss import loss_at, to_predict
 from minisora_jax.diffusion.sampler import SAMPLERS
 from minisora_jax.diffusion.time import training_times
 from minisora_jax.models.layers import per_slot_mean, per_token
@@ -43,21 +43,21 @@ def dmd_loss(
     x_BSP, time_BS = _simulated(of, params, batch, index_key, start_key)
 
     def of_student(params: Any) -> tuple[jax.Array, jax.Array]:
-        clean_BSP = _clean(of.student(params, batch), x_BSP, time_BS)
+        clean_BSP = clean_estimate(of.student(params, batch), x_BSP, time_BS)
         within = dataclasses.replace(uniform, low=LOW, high=HIGH)
         noise_BSP = draw(jax.random.normal, noise_key, clean_BSP)
         compared_BS = training_times(within, batch, time_key, path)
         return clean_BSP, matching_at(of, params, batch, clean_BSP, noise_BSP, compared_BS)
 
     def of_fake_alone(params: Any) -> tuple[jax.Array, jax.Array]:
-        return _clean(of.student(jax.lax.stop_gradient(params), batch), x_BSP, time_BS), jnp.zeros_like(time_BS)
+        return clean_estimate(of.student(jax.lax.stop_gradient(params), batch), x_BSP, time_BS), jnp.zeros_like(time_BS)
 
     turn = jnp.asarray(step) % of.config.fake_updates == 0
     clean_BSP, student_BS = jax.lax.cond(turn, of_student, of_fake_alone, params)
     noise_BSP = draw(jax.random.normal, fake_noise_key, clean_BSP)
     times_BS = training_times(uniform, batch, fake_time_key, path)
     fake_BS = fake_at(of, params, batch, clean_BSP, noise_BSP, times_BS)
-    weight_BS = counted(batch)
+    weight_BS = to_predict(batch)
     return {"loss": (student_BS + fake_BS, weight_BS), "fake": (fake_BS, weight_BS)}
 
 
@@ -104,8 +104,3 @@ def _simulated(
 
 def _fake(of: Distillation, params: Any, batch: PackedBatch) -> Denoiser:
     return of.student({"params": params[FAKE]}, batch)
-
-
-def _clean(student: Denoiser, x_BSP: jax.Array, time_BS: jax.Array) -> jax.Array:
-    """The clean estimate; x itself for tokens that are given."""
-    return jnp.where((time_BS > 0)[..., None], student.clean_and_noise(x_BSP, time_BS)[0], x_BSP)

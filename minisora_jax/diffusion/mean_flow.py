@@ -21,7 +21,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from minisora_jax.diffusion.distillation import Distillation, counted
+from minisora_jax.diffusion.distillation import Distillation
+from minisora_jax.diffusion.loss import to_predict
 from minisora_jax.diffusion.time import draw_by_ids, training_times
 from minisora_jax.models.layers import per_slot_mean, per_token
 from minisora_jax.parallel.attention import forward_mode
@@ -48,7 +49,7 @@ def mean_flow_loss(
     r_BS = jnp.where(same_BS, time_BS, jnp.minimum(one_BS, other_BS))
     noise_BSP = draw(jax.random.normal, noise_key, batch.tokens_BSP)
     loss_BS, error_BS = mean_flow_at(of, params, batch, noise_BSP, time_BS, r_BS)
-    return {"loss": (loss_BS, counted(batch)), "error": (error_BS, counted(batch))}
+    return {"loss": (loss_BS, to_predict(batch)), "error": (error_BS, to_predict(batch))}
 
 
 def mean_flow_at(

@@ -17,7 +17,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from minisora_jax.diffusion.distillation import Distillation, at_index, counted, drawn_index
+from minisora_jax.diffusion.distillation import Distillation, at_index, drawn_index
+from minisora_jax.diffusion.loss import to_predict
 from minisora_jax.diffusion.noise_path import target
 from minisora_jax.diffusion.objective import ObjectiveConfig, weight
 from minisora_jax.diffusion.sampler import SAMPLERS
@@ -45,7 +46,7 @@ def progressive_loss(
         x_BSP, _ = SAMPLERS[config.sampler].step(teacher, x_BSP, at(j), at(j + 1), (), None, 0.0)
     target_BSP = jax.lax.stop_gradient(one_step_target(objective, start_BSP, x_BSP, at(0), at(config.substeps)))
     p_BSP = of.student(params, batch).model(start_BSP, at(0))
-    return {"loss": (jnp.mean((p_BSP - target_BSP) ** 2, axis=-1) * weight(objective, at(0)), counted(batch))}
+    return {"loss": (jnp.mean((p_BSP - target_BSP) ** 2, axis=-1) * weight(objective, at(0)), to_predict(batch))}
 
 
 def one_step_target(
