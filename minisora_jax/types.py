@@ -57,6 +57,18 @@ class ClipSequence(Protocol):
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
+class GivenFrames:
+    """Given frames as models with `DiTConfig.given_channels` read them, see data/given_frames.py."""
+
+    channels_thwc: np.ndarray  # float32: which frames of a latent frame are given, and the latents of the given video
+    image_IE: np.ndarray | None = None  # float32: the image encoder's tokens of the given frames, if they are read
+
+    def __repr__(self) -> str:
+        tokens = "" if self.image_IE is None else f", {len(self.image_IE)} image tokens"
+        return f"GivenFrames({'x'.join(map(str, self.channels_thwc.shape))}{tokens})"
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
 class LatentClip:
     """One clip after the codec: the moments of its posterior, and the features of its caption."""
 
@@ -66,6 +78,7 @@ class LatentClip:
     caption: str
     fps: float  # frames per second of the pixels
     name: str
+    frames: GivenFrames | None = None  # for models that read given frames as channels
 
     def __repr__(self) -> str:
         shape = "x".join(map(str, self.mean_thwc.shape))

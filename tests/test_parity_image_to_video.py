@@ -21,13 +21,13 @@ from test_parity_dit import published_names  # noqa: E402
 from test_parity_trajectories import GivenNoise  # noqa: E402
 
 from minisora_jax.cli import main  # noqa: E402
+from minisora_jax.data.given_frames import as_channels, given_video  # noqa: E402
 from minisora_jax.data.rows import patchify, unpatchify  # noqa: E402
 from minisora_jax.diffusion.guidance import GuidanceConfig  # noqa: E402
 from minisora_jax.diffusion.sampler import SamplerConfig  # noqa: E402
 from minisora_jax.generate import VideoPipeline, sampling  # noqa: E402
-from minisora_jax.generate.given_frames import as_channels, given_video  # noqa: E402
 from minisora_jax.generate.packed import PackedRequests  # noqa: E402
-from minisora_jax.generate.request import Given, GivenFrames, Request  # noqa: E402
+from minisora_jax.generate.request import Given, Request  # noqa: E402
 from minisora_jax.io.model_dir import load_model  # noqa: E402
 from minisora_jax.media.video import read_clip_frames  # noqa: E402
 from minisora_jax.media.video_writer import write_video  # noqa: E402
@@ -37,6 +37,7 @@ from minisora_jax.models.encoder import TextEncoder  # noqa: E402
 from minisora_jax.models.t5 import T5Config  # noqa: E402
 from minisora_jax.models.vae import VAE  # noqa: E402
 from minisora_jax.parallel.mesh import MeshConfig, make_mesh  # noqa: E402
+from minisora_jax.types import GivenFrames  # noqa: E402
 from minisora_jax.weights import clip_vision, dit, wan_vae  # noqa: E402
 from minisora_jax.weights.dit import CONFIGS  # noqa: E402
 from minisora_jax.weights.presets import CODECS, IMAGE_ENCODERS, TRANSFORMERS, ImagePreset  # noqa: E402

@@ -9,11 +9,13 @@ from minisora_jax.api.samples import held_out_examples
 from minisora_jax.bundled import CODEC
 from minisora_jax.data.classes import OfClasses, classes_of, read_classes
 from minisora_jax.data.encode import encode_clips
+from minisora_jax.data.given_frames import FrameEncoder
 from minisora_jax.data.latents import my_parts, write_latents
 from minisora_jax.io.lock import only_writer
 from minisora_jax.io.progress import Progress
 from minisora_jax.io.retry import DataError
 from minisora_jax.models.captions import BYTES, class_captions, encoder_captions
+from minisora_jax.models.clip_vision import ImageEncoder
 from minisora_jax.models.codec import Codec
 from minisora_jax.parallel.programs import keep_compiled_programs
 from minisora_jax.sources.clips import open_clips
@@ -26,6 +28,8 @@ def encode(
     codec: str | Path | None = None,
     text_encoder: str | Path | None = None,
     classes: bool | str | Path = False,
+    given: str = "",
+    image_encoder: str | Path | None = None,
     long_captions: float = 0.95,
     strict: bool = False,
     shard_mb: int = 256,
@@ -45,6 +49,9 @@ def encode(
         classes: captions are classes, which the cache stores as numbers. True: each caption is one, in the order of
             their letters. Or the names of all classes, so that several caches have the same ones: a text file with a
             name a line, or another latent cache.
+        given: frames of each clip that are kept apart, for models that read given frames as channels of their input
+            (Wan image to video): "first" or "ends". A clip without other frames is left out.
+        image_encoder: the directory of the image encoder whose tokens of them such a model attends to; None for none.
         long_captions: share of clips that get their long caption, where a captioner wrote one (DALL-E 3 used 0.95).
         strict: raise at the first damaged clip instead of leaving it out.
         shard_mb: size of a shard in MiB.
@@ -56,7 +63,7 @@ def encode(
 
     Raises:
         FileNotFoundError: if there is no such data set or model.
-        ValueError: if `out` holds a cache of another codec or data set, or both `classes` and `text_encoder` are given.
+        ValueError: if `out` holds a cache of another codec or data set, or two arguments do not go together.
 
     Example:
         >>> import tempfile
@@ -72,6 +79,12 @@ def encode(
     if classes and text_encoder:
         raise ValueError("captions become classes (--classes) or features (--text-encoder), one of the two")
     captions = encoder_captions(text_encoder) if text_encoder else BYTES
+    if image_encoder and not given:
+        raise ValueError(
+            f"--image-encoder={image_encoder} sees given frames: say which by --given=first or --given=ends"
+        )
+    images = ImageEncoder.load(image_encoder) if image_encoder else None
+    frames = FrameEncoder(given, loaded, images) if given else None
     source = open_clips(str(data), long_captions=None if classes else long_captions)
     clips, examples = source, held_out_examples(str(data))
     if classes:
@@ -84,7 +97,7 @@ def encode(
     with only_writer(out, "minisora encode"), contextlib.closing(bar):
 
         def latents(numbers):
-            for clip in encode_clips(loaded, captions, clips, numbers):
+            for clip in encode_clips(loaded, captions, clips, numbers, frames):
                 if strict and isinstance(clip, DataError):
                     raise clip
                 bar.update()
@@ -97,6 +110,7 @@ def encode(
             codec_hash=loaded.latents,
             text=captions.record,
             empty_text_LE=captions.encode([""])[0],
+            given=frames.record if frames else None,
             source=getattr(source, "identity", str(data)),
             examples=examples,
             shard_bytes=shard_mb * 2**20,

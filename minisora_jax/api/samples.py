@@ -45,16 +45,27 @@ def sample_requests(
 
     Args:
         prompts: {"prompt", "size_THW"} each; or so many captions of the data, of held-out clips if the cache has them.
+            A model that reads given frames gets those of clips of the data.
+
+    Raises:
+        ValueError: A model that reads given frames is given `prompts` without.
     """
     if isinstance(prompts, int):
-        examples = latents.examples or [
+        examples = [] if latents.given else latents.examples
+        examples = examples or [
             {"prompt": z.caption, "size_THW": codec.config.pixel_size(z.mean_thwc.shape[:3]), "fps": z.fps}
+            | {"frames": z.frames}
             for z in _distinct(latents, prompts, lambda z: z.caption)
         ]
         cell_h, cell_w = (codec.config.space_factor * n for n in task.dit.patch[1:])
         whole = [e for e in examples if e["size_THW"][1] % cell_h == 0 and e["size_THW"][2] % cell_w == 0]
         prompts = [whole[i] for i in _spread(len(whole), prompts)]
-    return [Request(p["prompt"], tuple(p["size_THW"]), seed=i, fps=p.get("fps", 8.0)) for i, p in enumerate(prompts)]
+    elif latents.given:
+        raise ValueError(f"prompts={prompts!r:.80} have no given frames: let prompts be a number, of clips of the data")
+    return [
+        Request(p["prompt"], tuple(p["size_THW"]), seed=i, fps=p.get("fps", 8.0), frames=p.get("frames"))
+        for i, p in enumerate(prompts)
+    ]
 
 
 def sampler(

@@ -4,6 +4,8 @@ examples:
   minisora encode data/clips data/latents --codec=runs/codec/export
   minisora encode data/clips data/latents --codec=models/wan-vae --text-encoder=models/umt5
   minisora encode data/clips data/latents --codec=models/wan-vae --mesh data=2,ring=4
+  minisora encode data/clips data/latents --codec=models/wan-vae --text-encoder=models/umt5 --given=first \
+      --image-encoder=models/clip-vision
   minisora encode data/imagenet data/latents --codec=models/sd-vae --classes=LOC_synset_mapping.txt
   minisora encode shapes:train:20000 data/shapes-latents
 
@@ -36,6 +38,16 @@ def add_arguments(parser):
         "--classes=FILE of one name a line, or of a latent cache, so that several caches have the same ones",
     )
     parser.add_argument(
+        "--given",
+        default="",
+        metavar="FRAMES",
+        help="keep given frames of each clip too, for models that make videos from images and read them as channels "
+        "(Wan 2.1 I2V, Wan 2.2 I2V-A14B): first; or ends, the first and the last one (Wan 2.1 FLF2V)",
+    )
+    parser.add_argument(
+        "--image-encoder", default=None, help="the image encoder whose tokens of the given frames the model attends to"
+    )
+    parser.add_argument(
         "--long-captions",
         type=float,
         default=0.95,
@@ -66,6 +78,8 @@ def run(args, _):
             codec=args.codec,
             text_encoder=args.text_encoder,
             classes=args.classes,
+            given=args.given,
+            image_encoder=args.image_encoder,
             long_captions=args.long_captions,
             strict=args.strict,
             shard_mb=args.shard_mb,

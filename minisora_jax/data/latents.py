@@ -2,8 +2,8 @@
 
     LatentClip, LatentClip, ...  ->  latents-00000-of-00007.array_record, sizes.npy, empty_text.npy, manifest.json
 
-Moments and float features are stored as float16, ids as int32. The manifest names the codec, the preprocessing and the
-text encoder; a reader that expects others gets an error.
+Moments and float features are stored as float16, ids as int32. The manifest names the codec, the preprocessing, the
+text encoder, and the given frames if the clips have some; a reader that expects others gets an error.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from minisora_jax.io.retry import DataError
 from minisora_jax.models.captions import CLASSES, class_names, in_words
 from minisora_jax.parallel.processes import barrier, is_main, several
 from minisora_jax.sources.base import PREPROCESSING_VERSION
-from minisora_jax.types import LatentClip
+from minisora_jax.types import GivenFrames, LatentClip
 
 log = logging.getLogger("minisora")
 
@@ -41,6 +41,7 @@ def write_latents(
     source: str = "",
     examples: Sequence[dict[str, Any]] = (),
     count: int | None = None,
+    given: dict[str, Any] | None = None,
     preprocessing_version: int = PREPROCESSING_VERSION,
     shard_bytes: int = 256 * 2**20,
     clips_per_part: int = 1024,
@@ -58,6 +59,7 @@ def write_latents(
         source: the identity of the clips (`Records.identity`). A folder with the latents of other clips is refused.
         examples: {"prompt", "size_THW", "fps"} of held-out clips, which training samples.
         count: the number of clips; None if `clips` is a sequence.
+        given: the record of the clips' given frames, `FrameEncoder.record`; None if they have none.
         shard_bytes: a file ends when it reaches this size.
         clips_per_part: the unit of work; an interrupted encode repeats at most one part.
 
@@ -72,7 +74,7 @@ def write_latents(
         count = len(clips)
     parts = -(-count // clips_per_part)
     settings = {"codec_hash": codec_hash, "preprocessing_version": preprocessing_version, "text": text}
-    settings |= {"source": source, "clips_per_part": clips_per_part}
+    settings |= {"source": source, "clips_per_part": clips_per_part} | ({"given": given} if given else {})
     opening = record_writer.opening_of("latents", settings, shard_bytes, "group_size:1,uncompressed")
     if manifest := record_writer.finished(out_dir, opening):
         return manifest
@@ -145,6 +147,11 @@ class Latents:
             self.classes = len(class_names(self.text)) if self.text.get("encoder") == CLASSES else 0
         except ValueError as error:
             raise DataError(f"{self.shards.directory}/manifest.json is damaged: {error}") from error
+        self.given = settings.get("given")
+        if self.given is not None and not _is_given(self.given):
+            raise DataError(
+                f"{self.shards.directory}/manifest.json is damaged: its given frames are {self.given!r:.80}"
+            )
         self.counts, self.weights, self.masks = (len(self.shards),), (1.0,), ("",)
 
     @property
@@ -169,7 +176,17 @@ class Latents:
         if self.classes and not (text.shape == (1, 1) and text.dtype.kind == "i" and 0 <= text[0, 0] < self.classes):
             raise DataError(f"record {i} of {self.shards.directory} is corrupt: {text!r:.50} is no class")
         self.shards.require_size(i, (*mean.shape[:3], len(text)))
-        return LatentClip(mean, std, text, caption, float(fps), name)
+        return LatentClip(mean, std, text, caption, float(fps), name, self._frames(i, arrays, mean.shape[:3]))
+
+    def _frames(self, i: int, arrays: dict[str, np.ndarray], size_thw: tuple[int, ...]) -> GivenFrames | None:
+        """The given frames of record i."""
+        if self.given is None:
+            return None
+        channels, image = (_restored(arrays[n]) if n in arrays else None for n in ("given", "image"))
+        shapes = [None if x is None else list(x.shape) for x in (channels, image)]
+        if channels is None or shapes != [[*size_thw, self.given["channels"]], self.given["image"]]:
+            raise DataError(f"record {i} of {self.shards.directory} is corrupt: its given frames are {shapes}")
+        return GivenFrames(channels, image)
 
 
 class Mixture:
@@ -185,6 +202,7 @@ class Mixture:
             for ours, theirs in (
                 (first.text, cache.text),
                 (f"the codec {first.codec_hash}", f"the codec {cache.codec_hash}"),
+                (f"given frames {first.given}", f"given frames {cache.given}"),
             ):
                 if ours != theirs:
                     said = [x if isinstance(x, str) else in_words(x) for x in (theirs, ours)]
@@ -198,6 +216,7 @@ class Mixture:
         self.counts = tuple(len(cache) for cache in caches)
         self.sizes = first.sizes if len(caches) == 1 else np.concatenate([cache.sizes for cache in caches])
         self.empty_text_LE, self.text, self.codec_hash = first.empty_text_LE, first.text, first.codec_hash
+        self.given = first.given
         self._index = ConcatIndex(self.counts)
 
     @property
@@ -244,6 +263,15 @@ def _is_example(entry: Any) -> bool:
     return whole and isinstance(fps, int | float) and not isinstance(fps, bool) and 0 < fps <= 1000
 
 
+def _is_given(record: Any) -> bool:
+    """Whether the record of a cache's given frames is one that `FrameEncoder` makes."""
+    if not (isinstance(record, dict) and isinstance(record.get("frames"), str)):
+        return False
+    image = record.get("image")
+    of_two = isinstance(image, list) and len(image) == 2 and all(type(n) is int and n > 0 for n in image)
+    return type(record.get("channels")) is int and (image is None or of_two)
+
+
 def _to_record(clip: LatentClip) -> bytes:
     if clip.mean_thwc.ndim != 4 or clip.mean_thwc.shape != clip.std_thwc.shape or clip.text_LE.ndim != 2:
         raise ValueError(
@@ -251,6 +279,9 @@ def _to_record(clip: LatentClip) -> bytes:
             f"(t, h, w, c), and text {clip.text_LE.shape} must be (L, E)"
         )
     arrays = {"mean": clip.mean_thwc, "std": clip.std_thwc, "text": clip.text_LE}
+    if clip.frames:
+        arrays |= {"given": clip.frames.channels_thwc}
+        arrays |= {} if clip.frames.image_IE is None else {"image": clip.frames.image_IE}
     arrays = {name: _stored(a, f"{clip.name}: {name}") for name, a in arrays.items()}
     return pack_record(arrays, {"caption": clip.caption, "fps": float(clip.fps), "name": clip.name})
 

@@ -30,6 +30,8 @@ class Segment:
     fps: float
     first: int = 0  # the temporal position of the first latent frame; above 0 without the codec's first latent frame
     spacing: tuple[float, float, float] = (1.0, 1.0, 1.0)  # the distance between neighbouring tokens in t, y, x
+    given_nx: np.ndarray | None = None  # channels of given frames, for models that read them
+    image_IE: np.ndarray | None = None  # image tokens of given frames, for models that attend to them
 
     @property
     def grid_thw(self) -> tuple[int, int, int]:
@@ -119,7 +121,37 @@ def pack_segments(rows: list[list[Segment]], config: PackConfig, max_segment_len
             at, text_at = at + n, text_at + m
     arrays: tuple[Any, ...]  # NumPy arrays, which stand in for jax.Array until they are put on devices
     arrays = (tokens_BSP, segment_BS, position_BS3, cond_mask_BS, text_BLE, text_segment_BL, fps_BG, size_BG3)
+    arrays += (*_image_tokens(rows, G), _given_channels(rows, S))
     return PackedBatch(*arrays, max_segment_len=max_segment_len, frames=config.frames)
+
+
+def _given_channels(rows: list[list[Segment]], length: int) -> Any:
+    """The segments' channels of given frames (B, S, x); None if they have none."""
+    parts = [[s.given_nx for s in row if s.given_nx is not None] for row in rows]
+    widths = [x_nx.shape[1] for row in parts for x_nx in row]
+    if not widths:
+        return None
+    given_BSx = np.zeros((len(rows), length, widths[0]), np.float32)
+    for given_Sx, row in zip(given_BSx, parts):
+        if row:
+            given_Sx[: sum(map(len, row))] = np.concatenate(row)
+    return given_BSx
+
+
+def _image_tokens(rows: list[list[Segment]], slots: int) -> tuple[Any, Any]:
+    """The segments' image tokens (B, I, E) and their segment ids (B, I), with room for all slots; None without any."""
+    parts = [[s.image_IE for s in row if s.image_IE is not None] for row in rows]
+    shapes = [x_IE.shape for row in parts for x_IE in row]
+    if not shapes:
+        return None, None
+    longest, E = max(shapes)
+    image_BIE = np.zeros((len(rows), slots * longest, E), np.float32)
+    segment_BI = np.zeros((len(rows), slots * longest), np.int32)
+    for image_IE, segment_I, row in zip(image_BIE, segment_BI, parts):
+        if row:
+            ids = np.repeat(np.arange(1, len(row) + 1), [len(x_IE) for x_IE in row])
+            image_IE[: len(ids)], segment_I[: len(ids)] = np.concatenate(row), ids
+    return image_BIE, segment_BI
 
 
 def training_segment(
@@ -148,4 +180,9 @@ def training_segment(
     t, h, w, P = grid.shape
     text = padded_text(empty_text_LE if rng.random() < caption_dropout else clip.text_LE, caption_tokens)
     cond_mask_n = conditioning.draw((t, h, w), rng, mask).reshape(-1)
-    return Segment(grid.reshape(-1, P), cond_mask_n, (t, h, w), text, clip.fps, min(shown[0], 1))
+    given_nx, image_IE = None, None
+    if clip.frames:
+        given_thwx = patchify(clip.frames.channels_thwc, patch)[shown[0] : shown[1]]
+        given_nx, image_IE = given_thwx.reshape(t * h * w, -1), clip.frames.image_IE
+    segment = Segment(grid.reshape(-1, P), cond_mask_n, (t, h, w), text, clip.fps, min(shown[0], 1))
+    return dataclasses.replace(segment, given_nx=given_nx, image_IE=image_IE)

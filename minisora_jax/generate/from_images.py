@@ -6,12 +6,14 @@ import dataclasses
 
 import numpy as np
 
-from minisora_jax.generate.given_frames import as_channels, given_video, require_able
+from minisora_jax.data.given_frames import as_channels, given_video
+from minisora_jax.generate.given_frames import require_able
 from minisora_jax.generate.native import NativePipeline
-from minisora_jax.generate.request import GivenFrames, Request
+from minisora_jax.generate.request import Request
 from minisora_jax.generate.runner import Encode, Task
 from minisora_jax.generate.windows import frames_of, with_known
 from minisora_jax.media.resize import resized
+from minisora_jax.types import GivenFrames
 
 
 def from_images(

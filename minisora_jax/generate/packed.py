@@ -12,7 +12,7 @@ import numpy as np
 from minisora_jax.data.packing import PackConfig
 from minisora_jax.data.rows import Segment, pack_segments, patchify, unpatchify
 from minisora_jax.diffusion.sampler import SamplerConfig
-from minisora_jax.generate.given_frames import with_frames
+from minisora_jax.generate.given_frames import frame_tokens
 from minisora_jax.generate.known import Held, clean_tokens
 from minisora_jax.generate.noise import Noise
 from minisora_jax.generate.request import Request
@@ -55,7 +55,7 @@ class PackedRequests:
         frames = self.length // min(h * w for _, h, w in self.grids)  # the same for all batches
         pack = PackConfig(self.length, -(-text // 64) * 64, slots, len(self.rows), frames=frames)
         segments = [[s for i in row for s in self._segments(i, captions[i])] for row in self.rows]
-        return with_frames(pack_segments(segments, pack), self)
+        return pack_segments(segments, pack)
 
     def _segments(self, i: int, captions: Sequence[np.ndarray]) -> list[Segment]:
         request, n = self.requests[i], self.tokens(i)
@@ -70,10 +70,8 @@ class PackedRequests:
             kept = given.cond_mask_thw.reshape(-1) | (given.strength < 1)
             cond_mask = self._clean(i).reshape(-1)
             tokens = np.where(kept[:, None], patches.reshape(n, -1), 0.0).astype(np.float32)
-        return [
-            Segment(tokens, cond_mask, self.grids[i], text, request.fps, request.first, request.spacing)
-            for text in captions
-        ]
+        where = request.first, request.spacing, *frame_tokens(self.config, request, self.grids[i])
+        return [Segment(tokens, cond_mask, self.grids[i], text, request.fps, *where) for text in captions]
 
     def _clean(self, i: int) -> np.ndarray:
         request = self.requests[i]

@@ -8,6 +8,8 @@ import numbers
 
 import numpy as np
 
+from minisora_jax.types import GivenFrames
+
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Given:
@@ -27,18 +29,6 @@ class Given:
             raise ValueError(f"strength={self.strength} must be above 0 (as it is) and at most 1 (all anew)")
         if self.cond_mask_thw.all():
             raise ValueError("the whole video is known: nothing is left to make")
-
-
-@dataclasses.dataclass(frozen=True, repr=False)
-class GivenFrames:
-    """Given frames as models with `DiTConfig.given_channels` read them, see generate/given_frames.py."""
-
-    channels_thwc: np.ndarray  # float32: which frames of a latent frame are given, and the latents of the given video
-    image_IE: np.ndarray | None = None  # float32: the image encoder's tokens of the given frames, if they are read
-
-    def __repr__(self) -> str:
-        tokens = "" if self.image_IE is None else f", {len(self.image_IE)} image tokens"
-        return f"GivenFrames({'x'.join(map(str, self.channels_thwc.shape))}{tokens})"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -135,8 +135,8 @@ def lower(work: Workload, mesh: jax.sharding.Mesh) -> tuple[dict[str, Any], jax.
     """
     require_divisible(mesh, rows=work.rows, heads=work.task.dit.heads)
     state, tokens = abstract_state(work, mesh), work.row_tokens(mesh)
-    text = work.segments * work.text_tokens
-    batch = abstract_batch(work.task.dit, work.rows, tokens, text, image_tokens(work.task.dit), slots=work.segments)
+    text, image = (work.segments * count for count in (work.text_tokens, image_tokens(work.task.dit)))
+    batch = abstract_batch(work.task.dit, work.rows, tokens, text, image, slots=work.segments)
     batch = dataclasses.replace(batch, max_segment_len=work.tokens, frames=work.row_frames)
     lead = () if work.sample else (1,)  # a train step's batch has one microbatch
     if work.task.grpo.reward and not work.sample:  # or one for each trained step of a rollout

@@ -130,7 +130,12 @@ class DiffusionTask:
 def example_batch(task: DiffusionTask) -> PackedBatch:
     """The smallest batch that can initialise the model: one token in one row."""
     text_LE = example_text(task.dit)
-    segment = Segment(np.zeros((1, task.dit.token_width), np.float32), np.zeros(1, bool), (1, 1, 1), text_LE, 8.0)
+    zeros = lambda width: np.zeros((1, width), np.float32)
+    segment = Segment(zeros(task.dit.token_width), np.zeros(1, bool), (1, 1, 1), text_LE, 8.0)
+    if task.dit.given_channels:
+        segment = dataclasses.replace(segment, given_nx=zeros(task.dit.given_width))
+    if task.dit.image_features:
+        segment = dataclasses.replace(segment, image_IE=zeros(task.dit.image_features))
     return pack_segments([[segment]], PackConfig(tokens=1, text_tokens=4, slots=1, rows=1))
 
 

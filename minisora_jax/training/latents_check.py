@@ -14,11 +14,7 @@ from minisora_jax.models.dit_config import DiTConfig
 def check_latents(dit: DiTConfig, latents: Latents | Mixture, init: str | Path | None, strict: bool) -> None:
     """Raise ValueError if the model cannot learn from these latents. It runs before anything is compiled."""
     channels, features = _channels(latents, strict), latents.empty_text_LE.shape[1]
-    if dit.image_features or dit.given_channels:
-        raise ValueError(
-            f"dit.image_features={dit.image_features}, dit.given_channels={dit.given_channels}: latent caches hold "
-            f"neither image features nor given frames, so a model that reads them cannot be trained"
-        )
+    _check_given(dit, latents.given, init)
     _check_classes(dit, latents.text, init)
     if dit.makes_images and (videos := int((latents.sizes[:, 0] > 1).sum())):
         raise ValueError(
@@ -62,6 +58,28 @@ def _check_classes(dit: DiTConfig, text: dict[str, Any] | None, init: str | Path
             fix = f"encode the clips with --classes=FILE of all {dit.classes - 1} names, in the order of {init}"
         raise ValueError(
             f"{who} learns from {dit.classes - 1} classes, and the latent cache has {in_words(text)}: {fix}"
+        )
+
+
+def _check_given(dit: DiTConfig, given: dict[str, Any] | None, init: str | Path | None) -> None:
+    """Raise ValueError unless the model reads given frames as the cache holds them, or it has neither."""
+    who = init or f"a model with dit.given_channels={dit.given_channels}"
+    if given is None:
+        if dit.given_channels:
+            encoder = " --image-encoder=DIR" if dit.image_features else ""
+            raise ValueError(
+                f"{who} reads given frames, and the latent cache has none: encode the clips with "
+                f"--given={'ends' if dit.image_positions else 'first'}{encoder}"
+            )
+        return
+    if not dit.given_channels:
+        raise ValueError(f"{who} reads no given frames as channels: encode the clips without --given")
+    count, width = given["image"] or (0, 0)
+    if (given["channels"], width) != (dit.given_channels, dit.image_features) or dit.image_positions not in (0, count):
+        raise ValueError(
+            f"{who} reads {dit.given_channels} channels of given frames, and {dit.image_positions or 'any number of'} "
+            f"image tokens of width {dit.image_features}; the latent cache has {given['channels']}, and {count} of "
+            f"width {width}: encode the clips with the codec, --given and --image-encoder that the model goes with"
         )
 
 
