@@ -21,8 +21,8 @@ from minisora_jax.diffusion.loss import diffusion_loss
 from minisora_jax.diffusion.time import TimeConfig
 from minisora_jax.io.model_dir import export_model, load_model
 from minisora_jax.models.dit import DiT, DiTConfig, abstract_params
-from minisora_jax.models.int8 import quantized
 from minisora_jax.models.lora import LoraConfig, delta, init_adapter, kernels, scaled, stacked
+from minisora_jax.models.quantized import quantized
 from minisora_jax.models.text import encode_bytes
 from minisora_jax.parallel.mesh import MeshConfig, make_mesh, to_global, with_shardings
 from minisora_jax.plan.compiled import Workload, abstract_state, bytes_held
@@ -138,7 +138,7 @@ def test_no_gradient_of_a_kernels_shape_is_computed(params, batch, remat):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("base", ["bfloat16", "int8"])
+@pytest.mark.parametrize("base", ["bfloat16", "int8", "nf4"])
 def test_eight_devices_are_one(params, batch, base, tmp_path):
     """Value and gradient, with the base held in that type; the mesh divides rows, tokens, heads and parameters."""
     config = {"kind": "dit", "dit": dataclasses.asdict(DIT)}
@@ -163,12 +163,12 @@ def test_eight_devices_are_one(params, batch, base, tmp_path):
                 return jax.value_and_grad(loss)(lora)
 
             one = jax.tree.map(lambda x: x[0], to_global(jax.tree.map(lambda x: x[None], batch), mesh))
-            held = jax.tree.leaves(fixed["params"]["blocks"])[1].dtype
+            held = fixed["params"]["blocks"]["joint"]["mlp"]["up"]["kernel"].dtype
             return jax.device_get(value_and_grad(lora, fixed, one)), held, lora
 
     (value, grads), dtype, _ = on(MeshConfig(), jax.devices()[:1])
     (others, cut), _, lora = on(MeshConfig(data=1, fsdp=2, ring=2, tensor=2), jax.devices())
-    assert dtype == base
+    assert dtype == {"nf4": "uint4"}.get(base, base)
     np.testing.assert_allclose(others, value, rtol=1e-5)
     for x, y in zip(jax.tree.leaves(cut), jax.tree.leaves(grads), strict=True):
         np.testing.assert_allclose(x, y, atol=1e-4 * np.abs(y).max())
@@ -179,7 +179,7 @@ def test_eight_devices_are_one(params, batch, base, tmp_path):
 def test_int8_is_half_a_step_off(params):
     w = params["params"]["blocks"]["joint"]["self_attention"]["out"]["kernel"]
     kernel = kernels(params)["blocks/joint/self_attention/out"]
-    q, scale = quantized(jnp.array(w), kernel)
+    q, scale = quantized("int8", jnp.array(w), kernel)
     assert q.dtype == jnp.int8 and scale.shape == (2, 40)
     assert np.abs(q * scale[:, None, None] - w).max() <= 0.5001 * scale.max()
 

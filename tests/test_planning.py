@@ -174,6 +174,10 @@ def test_the_step_of_preference_tuning_is_lowered_for_a_mesh():
     assert lowered.compile().memory_analysis().temp_size_in_bytes > 0
 
 
+def in_blocks():
+    return kernels(abstract_params(TINY.dit), r"^blocks/.*(attention|mlp)/")
+
+
 def test_sampling_keeps_weights_in_their_own_type():
     mesh = make_mesh(MeshConfig(data=1, ring=8))
     types = "float32", "bfloat16", "int8"
@@ -182,7 +186,7 @@ def test_sampling_keeps_weights_in_their_own_type():
         sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(lower(work, mesh)[0]["parameters"])) for work in works
     ]
     assert held[0] == 2 * held[1]
-    blocks = kernels(abstract_params(TINY.dit), r"^blocks/.*(attention|mlp)/").values()
+    blocks = in_blocks().values()
     count = lambda *axes: math.prod(n for axis in axes for n in axis)
     scales = sum(count(k.layers, k.outputs) for k in blocks)
     assert held[2] == held[0] - 3 * sum(count(k.layers, k.inputs, k.outputs) for k in blocks) + 4 * scales
@@ -235,7 +239,7 @@ def test_more_chips_take_less_each():
     assert few.mfu < 1
 
 
-@pytest.mark.parametrize("base, bytes_each", [("float32", 4), ("bfloat16", 2), ("int8", 1)])
+@pytest.mark.parametrize("base, bytes_each", [("float32", 4), ("bfloat16", 2), ("int8", 1), ("nf4", 0.5)])
 def test_only_adapters_have_an_average_moments_and_a_gradient(base, bytes_each):
     """By hand: the attention kernels of TINY are 64 x 64, 4 of self- and 4 of cross-attention in each of 2 blocks."""
     rank, kernels = 3, 8 * 2
@@ -246,6 +250,11 @@ def test_only_adapters_have_an_average_moments_and_a_gradient(base, bytes_each):
     assert 2 * adapters <= held["optimiser"] < 2 * adapters + 100  # two moments, and the count of steps
     paths = traverse_util.flatten_dict(abstract_params(TINY.dit)["params"])
     sizes = {kind: sum(x.size for p, x in paths.items() if (p[-1] == "kernel") == kind) for kind in (True, False)}
+    if base == "nf4":  # the blocks' attention and MLP; a scale for 64 weights, here in blocks of at most 64
+        inner = sum(math.prod(k.inputs + k.outputs) * math.prod(k.layers) for k in in_blocks().values())
+        scales = held["parameters"] - adapters - inner / 2 - 2 * (sizes[True] - inner) - 4 * sizes[False]
+        assert 4 * inner / 64 <= scales < 4 * inner / 16
+        return
     scales = held["parameters"] - adapters - bytes_each * sizes[True] - 4 * sizes[False]
     assert scales == 0 if base != "int8" else 0 < scales < 4 * sizes[True] / 8
 

@@ -61,10 +61,10 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--dtype",
-        choices=("float32", "bfloat16", "int8"),
+        choices=("float32", "bfloat16", "int8", "nf4"),
         default=None,
-        help="of the transformer's weights and arithmetic; bfloat16 halves its memory. int8 is of weights alone, and "
-        "takes a quarter (default: arithmetic as the model says, on float32 weights)",
+        help="of the transformer's weights and arithmetic; bfloat16 halves its memory. int8 and nf4 are of weights "
+        "alone, and take a quarter and a seventh (default: arithmetic as the model says, on float32 weights)",
     )
     group.add_argument(
         "--offload",

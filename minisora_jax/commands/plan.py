@@ -44,7 +44,7 @@ def add_arguments(parser):
     parser.add_argument("--sample", action="store_true", help="a sampling step, and not a train step")
     parser.add_argument(
         "--dtype",
-        choices=("float32", "bfloat16", "int8"),
+        choices=("float32", "bfloat16", "int8", "nf4"),
         help="of the weights, with --sample; of a codec's arithmetic",
     )
     parser.add_argument("--lora", metavar="rank=N,...", help="train adapters only, as `minisora train --lora` does")
@@ -87,8 +87,8 @@ def _plan_codec(args, task, topology):
             "a codec is planned by --config=FILE.py alone, a train step of its own crops (--config.crop_THW), or with "
             "--sample --clip=60s@1080p, a step of its decoder; a published codec (--preset) has the latter only"
         )
-    if args.dtype == "int8":
-        raise ValueError("--dtype int8 is of a transformer's weights, and this is a codec: take bfloat16")
+    if args.dtype in ("int8", "nf4"):
+        raise ValueError(f"--dtype {args.dtype} is of a transformer's weights, and this is a codec: take bfloat16")
     vae = dataclasses.replace(task.vae, dtype=args.dtype or task.vae.dtype)
     mesh = configured_mesh(args.mesh, task.run.mesh, topology.chips)
     if args.sample:

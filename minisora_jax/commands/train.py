@@ -37,7 +37,7 @@ def add_arguments(parser):
         metavar="rank=N,...",
         help="train adapters over --init, which stays as it is: short for --config.lora.rank=N and so on: alpha, "
         "targets (attention, mlp, spatial, temporal, all, or a pattern), debias (1: motion apart from appearance) and "
-        "base (float32, bfloat16 or int8)",
+        "base (float32, bfloat16, int8 or nf4)",
     )
 
 

@@ -32,7 +32,7 @@ from minisora_jax.models.captions import captions_of
 from minisora_jax.models.clip_vision import image_encoder_of
 from minisora_jax.models.codec import Codec
 from minisora_jax.models.dit import DiTConfig, abstract_params
-from minisora_jax.models.int8 import IN_BLOCKS, held_as_int8, read_as_int8
+from minisora_jax.models.quantized import FORMS, held_as, read_as
 from minisora_jax.parallel.mesh import in_host_memory, with_shardings
 from minisora_jax.parallel.programs import keep_compiled_programs
 from minisora_jax.toy.grammar import vocabulary
@@ -42,7 +42,7 @@ from minisora_jax.weights.presets import TRANSFORMERS
 
 log = logging.getLogger("minisora")
 
-DTYPES = ("float32", "bfloat16", "int8")
+DTYPES = ("float32", "bfloat16", *FORMS)
 
 
 def load_parts(
@@ -129,8 +129,8 @@ def load_parts(
 def _load_dit(model: str | Path, dtype: str | None = None) -> tuple[dict, DiTConfig, dict]:
     """(parameters, model config, whole exported config) of a model, the parameters on the mesh in use if there is one.
 
-    dtype: of the parameters and the arithmetic; None: parameters as stored, arithmetic as the model says; "int8": that
-        arithmetic on kernels of int8.
+    dtype: of the parameters and the arithmetic; None: parameters as stored, arithmetic as the model says; "int8" or
+        "nf4": that arithmetic on kernels of 8 or 4 bits.
     """
     if dtype not in (None, *DTYPES):
         raise ValueError(f"dtype={dtype!r} must be one of {', '.join(DTYPES)}")
@@ -146,14 +146,14 @@ def _load_dit(model: str | Path, dtype: str | None = None) -> tuple[dict, DiTCon
     if dtype in ("float32", "bfloat16"):
         dit = dataclasses.replace(dit, dtype=dtype)
     mesh = jax.sharding.get_mesh()
-    if mesh.empty and dtype != "int8":
+    if mesh.empty and dtype not in FORMS:
         return jax.tree.map(jnp.asarray, in_memory(stored, model, dtype)), dit, config
-    kept = None if dtype == "int8" else dtype
+    kept = None if dtype in FORMS else dtype
     typed = lambda at, x: jax.ShapeDtypeStruct(at.shape, kept or x.dtype, sharding=at.sharding)
     places = jax.tree.map(typed, abstract_params(dit), stored)
-    if dtype == "int8":
-        places = held_as_int8(places, IN_BLOCKS)
-        return read_as_int8(stored, places if mesh.empty else with_shardings(places, mesh), model), dit, config
+    if dtype in FORMS:
+        places = held_as(dtype, places)
+        return read_as(dtype, stored, places if mesh.empty else with_shardings(places, mesh), model), dit, config
     places = with_shardings(places, mesh)
     return onto_devices(stored, places, model), dit, config
 

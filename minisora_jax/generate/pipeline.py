@@ -56,7 +56,7 @@ class VideoPipeline(NativePipeline):
             model, codec: their directories; None: the bundled ones, "fast": the bundled model distilled to 4 steps.
             guide_model: a weaker model for autoguidance, trained with the same codec, patch and objective.
             text_encoder: the directory of its text encoder; None for the one that the model's training recorded.
-            dtype: "float32" or "bfloat16" for weights and arithmetic; None: as the model says; "int8": weights alone.
+            dtype: "float32" or "bfloat16" for weights and arithmetic; None: as the model says; "int8", "nf4": weights.
             loras: adapters of the model, each "PATH" or "PATH:WEIGHT".
             image_encoder: the directory of the image encoder of a model that attends to one (Wan 2.1 image to video).
             offload: whether the expert of a pair that is not at work waits in the host's memory.

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax.typing import Initializer
 from jax.sharding import PartitionSpec as P
 
+from minisora_jax.models import nf4
 from minisora_jax.models.rope import rotate
 from minisora_jax.parallel.attention import attend
 from minisora_jax.parallel.mesh import parameter_spec, shard
@@ -32,17 +33,19 @@ def scan_layers(block: type[nn.Module], depth: int, in_axes: Any) -> Any:
         depth: Number of layers.
         in_axes: For each further input, `nn.broadcast` or the axis that is scanned over.
     """
-    axes: Any = dict.fromkeys(("params", "lora", "int8"), 0)
+    axes: Any = dict.fromkeys(("params", "lora", "int8", "nf4"), 0)
     return nn.scan(block, variable_axes=axes, split_rngs={"params": True}, in_axes=in_axes, length=depth)
 
 
 class Einsum(nn.Module):
     """einsum(equation, x, w) + b, computed in x's dtype. Sharded weights are gathered just before use.
 
-    Two collections beside "params" change the kernel, where they have leaves at this module's path (models/lora.py):
+    Collections beside "params" change the kernel, where they have leaves at this module's path (models/lora.py,
+    models/quantized.py):
 
         lora   "a" (inputs, r) and "b" (r, outputs): x w + (x a) b. Nothing has the kernel's shape but the kernel.
         int8   "scale" (outputs): the kernel holds whole numbers, and its products are multiplied by the scale.
+        nf4    "scale" (blocks): the kernel holds codes, which are decoded just before use.
 
     Attributes:
         equation: einsum equation of x and the kernel.
@@ -67,7 +70,7 @@ class Einsum(nn.Module):
         axis = 0 if self.tensor != 0 else len(self.shape) - 1
         w = self.param("kernel", sharded(nn.initializers.normal(std), axis, self.tensor), self.shape)
         kept = ["tensor" if axes == "tensor" else None for axes in parameter_spec(self.shape, axis, self.tensor)]
-        w = shard(w.astype(x.dtype), P(*kept))
+        w = self._decoded(w, P(*kept), x.dtype)
         b = self.param("bias", nn.initializers.zeros, self.shape[self.inputs :]).astype(x.dtype) if self.bias else None
         adapter = self._adapter(kept, x.dtype)
         # Backward, the barrier holds the gradient of x until those of w and b are there. Without it XLA's scheduler may
@@ -84,6 +87,14 @@ class Einsum(nn.Module):
             h = jnp.einsum(inwards, x, adapter[0], out_sharding=P(*lead, None) if summed else None)
             y = y + jnp.einsum(outwards, h, adapter[1])
         return y if b is None else y + b
+
+    def _decoded(self, w: jax.Array, spec: P, dtype: Any) -> jax.Array:
+        """The kernel in the type of the product, gathered."""
+        if not self.has_variable("nf4", "scale"):
+            return shard(w.astype(dtype), spec)
+        codes, scale = w.astype(jnp.uint8), self.get_variable("nf4", "scale")  # not all backends gather 4 bits
+        scale = shard(scale, nf4.scale_spec(spec, self.inputs - 1, scale.shape[self.inputs - 1]))
+        return nf4.decode(shard(codes, spec), scale, dtype)
 
     def _adapter(self, kept: list[str | None], dtype: Any) -> tuple[jax.Array, jax.Array] | None:
         """(a, b) of the collection "lora", gathered like the kernel; None where it has none."""

@@ -35,7 +35,7 @@ TARGETS = {
     "temporal": r"^blocks/temporal/.*(attention|mlp)/|^blocks/motion/",
     "all": "",
 }
-BASES = ("float32", "bfloat16", "int8")
+BASES = ("float32", "bfloat16", "int8", "nf4")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +49,7 @@ class LoraConfig:
     rank: int = 0  # columns of A; 0: no LoRA, all parameters are trained
     alpha: float = 0.0  # the adapter is scaled by alpha / rank; 0: alpha = rank
     targets: str = "attention"  # or "mlp", "spatial", "temporal", "all", or a pattern of the paths of kernels
-    base: str = "bfloat16"  # the type that the frozen kernels are held in: "float32", "bfloat16" or "int8"
+    base: str = "bfloat16"  # the type that the frozen kernels are held in: "float32", "bfloat16", "int8" or "nf4"
     debias: float = 0.0  # beta of MotionDirector's appearance-debiased loss, which is added for motion; 0: none
 
     def __post_init__(self) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 import re
 import time
 from typing import Any
@@ -23,7 +22,7 @@ from minisora_jax.diffusion.guidance import GuidanceConfig
 from minisora_jax.diffusion.sampler import SAMPLERS
 from minisora_jax.generate.sampling import STEPS_UNIT, sampling_steps
 from minisora_jax.models.dit import DiTConfig, abstract_batch
-from minisora_jax.models.int8 import IN_BLOCKS, held_as_int8
+from minisora_jax.models.quantized import FORMS, held_as, nbytes
 from minisora_jax.parallel.mesh import (
     TOKENS,
     MeshConfig,
@@ -118,7 +117,7 @@ def state_bytes(task: DiffusionTask) -> dict[str, int]:
 def _state_bytes(task: DiffusionTask) -> dict[str, int]:
     init = lambda key: init_state(init_params(task, key), optimizer_of(task), task.run.optim.ema > 0)
     state = jax.eval_shape(init, jax.eval_shape(lambda: jax.random.key(0)))
-    held = lambda tree: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+    held = lambda tree: sum(map(nbytes, jax.tree.leaves(tree)))
     return {
         "parameters": held(state.params) + held(frozen_of(task).abstract()),
         "average": held(state.ema),
@@ -149,8 +148,8 @@ def lower(work: Workload, mesh: jax.sharding.Mesh) -> tuple[dict[str, Any], jax.
         time_BS: Any = on(jax.ShapeDtypeStruct((work.rows, tokens), jnp.float32), TOKENS)
         index_BS = on(jax.ShapeDtypeStruct((work.rows, tokens), jnp.int32), TOKENS)
         stored = lambda x: jax.ShapeDtypeStruct(x.shape, work.weights, sharding=x.sharding)
-        if work.weights == "int8":
-            params = with_shardings(held_as_int8(state.params, IN_BLOCKS), mesh)
+        if work.weights in FORMS:
+            params = with_shardings(held_as(work.weights, state.params), mesh)
         else:
             params = jax.tree.map(stored, state.params)
         inputs = ((params,), batch, index_BS, index_BS, 3.0, (0.0, 1.0), None)
@@ -230,7 +229,8 @@ def compile_lowered(
 
 def bytes_held(tree: Any) -> int:
     """Bytes that a tree of abstract arrays takes on one chip."""
-    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+    shards = lambda x: jax.ShapeDtypeStruct(x.sharding.shard_shape(x.shape), x.dtype)
+    return sum(nbytes(shards(x)) for x in jax.tree.leaves(tree))
 
 
 def _needed_bytes(message: str, state: int) -> int | None:

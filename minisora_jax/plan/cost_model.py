@@ -205,7 +205,7 @@ def search(work: Workload, topology: Topology, parameters: int) -> list[tuple[Wo
     """
     plans = []
     for mesh in meshes(topology.chips, work.rows, work.task.dit.heads, topology.slices):
-        for remat in ("full", "attention", "matmuls", "none") if not work.sample else (work.task.dit.remat,):
+        for remat in ("full", "attention", "matmuls", "none", "host") if not work.sample else (work.task.dit.remat,):
             dit = dataclasses.replace(work.task.dit, remat=remat)
             candidate = dataclasses.replace(work, task=dataclasses.replace(work.task, dit=dit))
             cost = estimate(candidate, mesh, topology, parameters)

@@ -18,8 +18,8 @@ from flax import traverse_util
 
 from minisora_jax.io.model_dir import check_shapes, onto_devices, open_model
 from minisora_jax.io.safetensors import LazyArray
-from minisora_jax.models.int8 import held_as_int8, read_as_int8, typed
 from minisora_jax.models.lora import LoraConfig, apart, scaled, together
+from minisora_jax.models.quantized import FORMS, form_of, held_as, read_as, typed
 from minisora_jax.parallel.mesh import with_shardings
 
 
@@ -49,7 +49,8 @@ def frozen_base(lora: LoraConfig, abstract: Callable[[], Any], init: str | Path 
     """All parameters of a model, for the training of an adapter.
 
     Args:
-        lora: Its `base` is the type of the kernels. Other parameters keep float32.
+        lora: Its `base` is the type of the kernels; with "nf4" of those in the blocks, and the others are bfloat16.
+            Other parameters keep float32.
         abstract: The model's parameters as `jax.ShapeDtypeStruct`s, under the mesh in use.
         init: The model; None: it is only planned, and not loaded.
     """
@@ -97,20 +98,22 @@ def unchanged(init: str | Path) -> Any:
 
 
 def _held_as(base: str, params: Any) -> Any:
-    """The frozen parameters as `jax.ShapeDtypeStruct`s: kernels of the type `base`, the others float32."""
+    """The frozen parameters as `jax.ShapeDtypeStruct`s, see `frozen_base`."""
     if base == "int8":
-        return held_as_int8(params)
+        return held_as(base, params, "all")
+    dtype = jnp.bfloat16 if base in FORMS else jnp.dtype(base)
     flat: dict[str, Any] = traverse_util.flatten_dict(params, sep="/")
-    held = {n: typed(x, jnp.dtype(base)) if n.endswith("/kernel") else x for n, x in flat.items()}
-    return traverse_util.unflatten_dict(held, sep="/")
+    held = {n: typed(x, dtype) if n.endswith("/kernel") else x for n, x in flat.items()}
+    held = traverse_util.unflatten_dict(held, sep="/")
+    return held_as(base, held) if base in FORMS else held
 
 
 def load_frozen(init: str | Path | None, places: Any) -> Any:
-    """The frozen parameters from an exported model. A kernel of int8 is quantised as soon as it is read."""
+    """The frozen parameters from an exported model. A kernel of 8 or 4 bits is quantised as soon as it is read."""
     if init is None:
         raise ValueError("there is no model to read the frozen parameters from")
-    if "int8" not in places:
+    if (form := form_of(places)) is None:
         return read_part(init, places)
     stored, _ = open_model(init)
     check_shapes(stored, {"params": places["params"]}, init)
-    return read_as_int8(stored, places, init)
+    return read_as(form, stored, places, init)

@@ -29,6 +29,7 @@ from minisora_jax.io.model_dir import FILES, in_memory, model_hash, open_model, 
 from minisora_jax.io.safetensors import LazyArray
 from minisora_jax.models.dit import DiTConfig, abstract_params
 from minisora_jax.models.lora import LoraConfig, delta, kernels, scaled, stacked
+from minisora_jax.models.quantized import form_of
 from minisora_jax.parallel.mesh import put_whole
 from minisora_jax.weights.lora_names import read_published
 
@@ -157,8 +158,9 @@ def applied(params: Any, adapters: Sequence[Adapter]) -> Any:
     flat = _flat(params["params"])
     for adapter in adapters:
         for name, change in _flat(adapter.diff).items():
-            if flat[name].dtype == jnp.int8:
-                raise ValueError(f"an adapter changes {name} as a whole, which int8 cannot hold: use another --dtype")
+            if not jnp.issubdtype(flat[name].dtype, jnp.floating):
+                form = form_of(params)
+                raise ValueError(f"an adapter changes {name} as a whole, which {form} cannot hold: use another --dtype")
             flat[name] = _add(flat[name], jax.device_put(change, flat[name].sharding))
     result = params | {"params": traverse_util.unflatten_dict(flat, sep="/")}
     return result | ({"lora": jax.tree.map(lambda x: place(np.asarray(x)), stacked(loras))} if loras else {})

@@ -1,4 +1,4 @@
-"""Sampling with weights of int8: what they hold, what they cost, and what they are applied with."""
+"""Sampling with weights of int8 and of NF4: what they hold, what they cost, and what they are applied with."""
 
 import json
 
@@ -7,37 +7,71 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import traverse_util
+from scipy.stats import norm
 
 import minisora_jax as ms
 from minisora_jax.bundled import MODEL
 from minisora_jax.cli import main
 from minisora_jax.io.model_dir import load_model
+from minisora_jax.models import nf4
 from minisora_jax.models.dit import DiT, abstract_batch
-from minisora_jax.models.int8 import IN_BLOCKS
 from minisora_jax.models.lora import kernels
+from minisora_jax.models.quantized import FORMS, IN_BLOCKS, nbytes
 from minisora_jax.parallel.mesh import MeshConfig, make_mesh
 from minisora_jax.weights.adapters import Adapter, applied
 
 PROMPT = "a red circle moves left on a black background"
 
 
-@pytest.fixture(scope="module")
-def held():
-    return ms.VideoPipeline.load(dtype="int8")
+@pytest.fixture(scope="module", params=["int8", "nf4"])
+def form(request):
+    return request.param
 
 
 @pytest.fixture(scope="module")
-def rounded(held):
-    """What the held kernels stand for, float32 by NumPy: within half a step of the bundled model's."""
+def held(form):
+    return ms.VideoPipeline.load(dtype=form)
+
+
+@pytest.fixture(scope="module")
+def rounded(held, form):
+    """What the held kernels stand for, float32 by NumPy: as near to the bundled model's as the form allows."""
     flat, small = (traverse_util.flatten_dict(tree, sep="/") for tree in (load_model(MODEL)[0], held.params))
     for path, kernel in kernels(held.params, IN_BLOCKS).items():
-        inputs = tuple(range(len(kernel.layers), len(kernel.layers) + len(kernel.inputs)))
-        scale = np.expand_dims(np.asarray(small[f"int8/{path}/scale"]), inputs)
-        w = np.asarray(small[f"params/{path}/kernel"], np.float32) * scale
-        assert (np.abs(w - flat[f"params/{path}/kernel"]) <= 0.5001 * scale).all()
-        np.testing.assert_allclose(np.abs(flat[f"params/{path}/kernel"]).max(inputs), 127 * scale.squeeze(inputs), 1e-6)
-        flat[f"params/{path}/kernel"] = w
+        name, scale = f"params/{path}/kernel", np.asarray(small[f"{form}/{path}/scale"])
+        stand_for = of_int8 if form == "int8" else of_nf4
+        flat[name] = stand_for(np.asarray(small[name]), scale, kernel, flat[name])
     return traverse_util.unflatten_dict(flat, sep="/")
+
+
+def of_int8(q, scale, kernel, w):
+    """Within half a step."""
+    inputs = tuple(range(len(kernel.layers), len(kernel.layers) + len(kernel.inputs)))
+    ours = q.astype(np.float32) * np.expand_dims(scale, inputs)
+    assert (np.abs(ours - w) <= 0.5001 * np.expand_dims(scale, inputs)).all()
+    np.testing.assert_allclose(np.abs(w).max(inputs), 127 * scale, 1e-6)
+    return ours
+
+
+def of_nf4(codes, scale, kernel, w):
+    """The nearest of the levels times the largest weight of a block, which lies along the last axis of inputs."""
+    axis = len(kernel.layers) + len(kernel.inputs) - 1
+    block = w.shape[axis] // scale.shape[axis]
+    assert 64 % block == 0 and w.size / scale.size == block
+    each = np.repeat(scale, block, axis)
+    np.testing.assert_array_equal(scale, np.maximum.reduceat(np.abs(w), np.arange(0, w.shape[axis], block), axis))
+    levels = np.float32(nf4.LEVELS)
+    ours = levels[codes.astype(int)] * each
+    nearest = np.abs(w[..., None] - levels * each[..., None]).min(-1)
+    np.testing.assert_allclose(np.abs(ours - w), nearest, atol=1e-6)
+    return ours
+
+
+def test_levels_are_quantiles_of_the_normal_distribution():
+    """As appendix E of the paper makes them: 8 above 0, 7 below, and 0 itself, from the quantile 0.9677083 on."""
+    above, below = (norm.ppf(np.linspace(0.9677083, 0.5, n)[:-1]) for n in (9, 8))
+    levels = np.sort(np.concatenate([above, [0.0], -below]))
+    np.testing.assert_allclose(nf4.LEVELS, levels / levels.max(), atol=2e-7)
 
 
 def predicted(pipeline, params):
@@ -48,24 +82,26 @@ def predicted(pipeline, params):
     return np.asarray(jax.jit(DiT(pipeline.config).apply)(params, x_BSP, jnp.full((1, 24), 0.5), batch))
 
 
-def test_the_model_is_that_of_the_rounded_weights(held, rounded):
+def test_the_model_is_that_of_the_rounded_weights(held, rounded, form):
     ours = predicted(held, held.params)
     np.testing.assert_allclose(ours, predicted(held, rounded), atol=2e-5)
     whole = predicted(held, load_model(MODEL)[0])
-    assert 1e-3 < np.linalg.norm(ours - whole) / np.linalg.norm(whole) < 0.03
+    error = np.linalg.norm(ours - whole) / np.linalg.norm(whole)
+    assert (1e-3 < error < 0.03) if form == "int8" else (0.02 < error < 0.3)
 
 
-def test_what_is_held_is_small(held):
+def test_what_is_held_is_small(held, form):
     flat = traverse_util.flatten_dict(held.params, sep="/")
     whole = ms.VideoPipeline.load(dtype="float32").params
-    assert sum(x.nbytes for x in flat.values()) < 0.32 * sum(x.nbytes for x in jax.tree.leaves(whole))
-    small = {name for name, x in flat.items() if x.dtype == jnp.int8}
+    share = sum(map(nbytes, flat.values())) / sum(map(nbytes, jax.tree.leaves(whole)))
+    assert share < {"int8": 0.32, "nf4": 0.25}[form]
+    small = {name for name, x in flat.items() if x.dtype == FORMS[form]}
     assert {name.split("/")[1] for name in small} == {"blocks"} and all(name.endswith("/kernel") for name in small)
     assert sum(flat[name].size for name in small) > 0.75 * sum(x.size for x in jax.tree.leaves(whole))
 
 
-def test_adapters_go_on_top(held, rounded):
-    """x (w + a b) by the rounded w; a change of a whole kernel has no place in int8."""
+def test_adapters_go_on_top(held, rounded, form):
+    """x (w + a b) by the rounded w; a change of a whole kernel has no place."""
     rng = np.random.default_rng(1)
     path = "blocks/joint/self_attention/out"
     L, *shape = held.params["params"]["blocks"]["joint"]["self_attention"]["out"]["kernel"].shape
@@ -77,20 +113,20 @@ def test_adapters_go_on_top(held, rounded):
     wanted = predicted(held, traverse_util.unflatten_dict(flat, sep="/"))
     np.testing.assert_allclose(predicted(held, adapted), wanted, atol=1e-4)
     whole = Adapter({}, nest(kernel=np.ones((L, *shape), np.float32)), "", "", frozenset())
-    with pytest.raises(ValueError, match=f"changes {path}/kernel as a whole, which int8 cannot hold: use another"):
+    with pytest.raises(ValueError, match=f"changes {path}/kernel as a whole, which {form} cannot hold: use another"):
         applied(held.params, [whole])
 
 
 @pytest.mark.slow
-def test_a_mesh_changes_nothing(held):
+def test_a_mesh_changes_nothing(held, form):
     request = ms.Request(PROMPT, (5, 32, 32))
     [alone] = held.sample([request], steps=2, progress=False)
     with jax.set_mesh(make_mesh(MeshConfig(data=1, fsdp=2, ring=2, tensor=1), jax.devices()[:4])):
-        sharded = ms.VideoPipeline.load(dtype="int8")
+        sharded = ms.VideoPipeline.load(dtype=form)
         [cut] = sharded.sample([request], steps=2, progress=False)
         [moved] = held.sample([request], steps=2, progress=False)
     kernel = sharded.params["params"]["blocks"]["joint"]["mlp"]["up"]["kernel"]
-    assert kernel.dtype == jnp.int8 and kernel.addressable_shards[0].data.size == kernel.size // 4
+    assert kernel.dtype == FORMS[form] and kernel.addressable_shards[0].data.size == kernel.size // 4
     np.testing.assert_allclose(cut, alone, atol=5e-5)
     np.testing.assert_allclose(moved, alone, atol=5e-5)
 
