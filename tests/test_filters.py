@@ -12,7 +12,15 @@ from hypothesis import strategies as st
 
 from minisora_jax.curation import filters, shots
 from minisora_jax.curation.duplicates import BITS, clip_hash, repeated
-from minisora_jax.curation.filters import CURATED, MEASURES, Filters, load_function, measure
+from minisora_jax.curation.filters import (
+    CURATED,
+    MEASURES,
+    Filters,
+    UserFunctionError,
+    load_function,
+    measure,
+    number_by,
+)
 from minisora_jax.curation.stages import Curation, Drop, Sizes, clips_of
 from minisora_jax.media.video import read_clip_frames
 from minisora_jax.media.video_writer import write_video
@@ -109,6 +117,9 @@ def test_the_score_of_a_users_own_model(tmp_path):
         load_function(f"{tmp_path}/mine.py:blueness")
     with pytest.raises(ValueError, match="there is no file nowhere.py"):
         load_function("nowhere.py:f")
+    (tmp_path / "syntax.py").write_text("def f(frames:\n")
+    with pytest.raises(UserFunctionError, match=r"syntax.py raised SyntaxError: .*line 1"):
+        load_function(f"{tmp_path}/syntax.py:f")
     with pytest.raises(ValueError, match="min_aesthetic=5 needs a model"):
         Filters(min_aesthetic=5)
 
@@ -203,3 +214,19 @@ def test_copies_are_near_and_other_clips_far(tmp_path):
     hashes = [clip_hash(x) for x in (clip, encoded, small, dim, *others)]
     assert all(len(h) == 48 for h in hashes)
     assert repeated(hashes, CURATED.duplicates) == {1: 0, 2: 0, 3: 0}
+
+
+def test_a_users_function_that_fails_is_said():
+    def raises(frames):
+        raise KeyError("oops")
+
+    for function, words in (
+        (raises, "my.py:f raised KeyError: 'oops'; MINISORA_TRACEBACK=1 shows where"),
+        (lambda: 1.0, "my.py:f raised TypeError: .* 0 positional arguments but 1 was given"),
+        (lambda frames: None, "my.py:f gave None, and must give a number"),
+        (lambda frames: "good", "my.py:f gave 'good', and must give a number"),
+        (lambda frames: np.ones(2), "my.py:f gave array.*and must give a number"),
+    ):
+        with pytest.raises(UserFunctionError, match=words):
+            number_by(function, "my.py:f", np.zeros((1, 2, 2, 3), np.uint8))
+    assert number_by(lambda frames: np.float32(2), "my.py:f", None) == 2.0

@@ -224,11 +224,7 @@ def aesthetic(clip: SampledClip) -> float:
     """The value of the user's function."""
     if clip.filters.aesthetic is None:
         raise ValueError("there is no function for the aesthetic score: set aesthetic='FILE.py:FUNCTION'")
-    function = load_function(clip.filters.aesthetic)
-    try:
-        return float(function(clip.sampled_THWC))
-    except Exception as error:
-        raise UserFunctionError(f"{clip.filters.aesthetic} raised {type(error).__name__}: {error}") from error
+    return number_by(load_function(clip.filters.aesthetic), clip.filters.aesthetic, clip.sampled_THWC)
 
 
 class UserFunctionError(RuntimeError):
@@ -272,7 +268,12 @@ def _text_detector() -> Callable[..., Any]:
 
 @functools.cache
 def load_function(spec: str) -> Callable:
-    """The function "FILE.py:NAME" or "package.module:NAME"; ValueError for a missing file or function."""
+    """The function "FILE.py:NAME" or "package.module:NAME".
+
+    Raises:
+        ValueError: The file or the function is missing.
+        UserFunctionError: The file raises an error when it is run.
+    """
     where, _, name = spec.rpartition(":")
     if not where or not name:
         raise ValueError(f"{spec!r} must be FILE.py:FUNCTION or package.module:function")
@@ -283,9 +284,31 @@ def load_function(spec: str) -> Callable:
         if module_spec is None or module_spec.loader is None:
             raise ValueError(f"{spec!r}: {where} is no Python file")
         module = importlib.util.module_from_spec(module_spec)
-        module_spec.loader.exec_module(module)
+        try:
+            module_spec.loader.exec_module(module)
+        except ImportError:
+            raise
+        except Exception as error:
+            raise UserFunctionError(f"{spec!r}: {where} raised {type(error).__name__}: {error}") from error
     else:
         module = importlib.import_module(where)
     if not callable(getattr(module, name, None)):
         raise ValueError(f"{spec!r}: {where} has no function {name}")
     return getattr(module, name)
+
+
+def number_by(function: Callable, spec: str, *arguments: Any) -> float:
+    """The number that a user's function gives.
+
+    Raises:
+        UserFunctionError: It raises an error, or gives something that is no number.
+    """
+    try:
+        value = function(*arguments)
+    except Exception as error:
+        message = f"{spec} raised {type(error).__name__}: {error}; MINISORA_TRACEBACK=1 shows where"
+        raise UserFunctionError(message) from error
+    try:
+        return float(value)
+    except (TypeError, ValueError) as error:
+        raise UserFunctionError(f"{spec} gave {value!r:.100}, and must give a number") from error

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
-from minisora_jax.curation.filters import load_function
+from minisora_jax.curation.filters import load_function, number_by
 from minisora_jax.data.latents import Latents, Mixture
 from minisora_jax.data.packing import PackPlan, StagedPlan
 from minisora_jax.data.rows import unpatchify
@@ -45,6 +45,7 @@ def rollouts(
 
     Raises:
         ValueError: There is no such function, or no codec.
+        UserFunctionError: The function's file raises an error; later, the function does, or it gives no number.
     """
     if codec is None:
         raise ValueError(f"grpo.reward={config.reward} judges videos: name the codec that decodes the latents")
@@ -69,7 +70,7 @@ def rollouts(
             videos = decoded(codec, [z for *_, z in clips])
         reward_BG = np.zeros(own.fps_BG.shape, np.float32)
         for (b, g, text, _), frames in zip(clips, videos):
-            reward_BG[b, g] = _finite(judge(frames, text), config.reward, text)
+            reward_BG[b, g] = _finite(number_by(judge, config.reward, frames, text), config.reward, text)
         return put_rewards(rollout, own.segment_BS, reward_BG, group, mesh)
 
     return of_batch
@@ -111,8 +112,8 @@ def _clip(
     return unpatchify(latents_SP[segment_S == slot + 1].reshape(*size_G3[slot], -1), patch)
 
 
-def _finite(value: Any, reward: str, caption: str) -> float:
-    if not np.isfinite(number := float(value)):
+def _finite(number: float, reward: str, caption: str) -> float:
+    if not np.isfinite(number):
         raise ValueError(f"grpo.reward={reward} gave {number} for {caption!r:.100}: it must return a finite number")
     return number
 
