@@ -32,6 +32,8 @@ def get_config(arg=None):
     )  # fmt: skip
     if not arg["data"]:
         raise ValueError("name the latent cache: --config=dit_distill:data=DIR,...")
+    if arg["steps"] < 1:
+        raise ValueError(f"--config=dit_distill:steps={arg['steps']} must be 1 or more: the steps of the student")
     distill = {name: arg[name] for name in ("method", "steps", "substeps", "guidance", "sampler")}
     substeps, sampler = FITTING.get(arg["method"], (2, "heun"))
     distill["substeps"] = arg["substeps"] or substeps

@@ -123,6 +123,8 @@ def test_a_shipped_config_is_found_by_name_from_anywhere(tmp_path, monkeypatch):
     assert load("mine.py:a=1") == {"arg": "a=1"}
     with pytest.raises(FileNotFoundError, match="no config file nope; the shipped configs are dit_256, dit_distill"):
         load("nope")
+    with pytest.raises(ValueError, match="steps=0 must be 1 or more"):
+        load("dit_distill:data=nowhere,steps=0")  # not a plain training by a distillation's config
     assert set(names()) == {path.stem for path in CONFIGS.glob("*.py")} and all(names().values())
 
 
