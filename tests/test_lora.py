@@ -184,6 +184,25 @@ def test_int8_is_half_a_step_off(params):
     assert np.abs(q * scale[:, None, None] - w).max() <= 0.5001 * scale.max()
 
 
+def test_a_merge_does_not_lose_its_base_nor_write_what_is_not_finite(params, tmp_path, capsys):
+    config = {"dit": dataclasses.asdict(DIT)}
+    export_model(tmp_path / "base", params, {"kind": "dit"} | config)
+    export_model(tmp_path / "thin", adapter(), {"kind": "lora", "lora": dataclasses.asdict(LoraConfig(4))} | config)
+    before = bytes_of(tmp_path / "base")
+    merge = lambda weight, out: main(["merge", f"{tmp_path}/base", f"{tmp_path}/thin:{weight}", f"--out={out}"])
+    assert merge(1, f"{tmp_path}/thin/../base/") == 2 and bytes_of(tmp_path / "base") == before
+    assert "itself, and would damage it: name a new folder" in capsys.readouterr().err
+    onto = f"{tmp_path}/base"
+    assert main(["export", onto, onto]) == 2 and main(["export", onto, f"{onto}/model.safetensors"]) == 2
+    assert main(["import", "lora", "x.safetensors", f"--base={onto}", f"--out={onto}"]) == 2
+    assert capsys.readouterr().err.count("would damage it") == 3 and bytes_of(tmp_path / "base") == before
+    assert main(["import", "lora", "x.safetensors", f"--base={tmp_path}/thin", f"--out={tmp_path}/new"]) == 2
+    assert "thin holds a 'lora' model, not a diffusion transformer ('dit')" in capsys.readouterr().err
+    assert merge("1e39", tmp_path / "out") == 2 and not (tmp_path / "out/model.safetensors").exists()
+    assert "NaN or infinite numbers in float32: give lower weights" in capsys.readouterr().err
+    assert merge(1, tmp_path / "out") == 0 and len(bytes_of(tmp_path / "out")) > 0.9 * len(before)
+
+
 # ---- Training
 
 
@@ -283,6 +302,8 @@ def test_the_flag_is_short_for_the_config(capsys, tmp_path):
     start = ["train", "--config=dit_tiny:data=nowhere", f"--workdir={tmp_path}"]
     assert main([*start, "--lora", "alpha=3"]) != 0
     assert "--lora 'alpha=3' lacks the rank of the adapters, such as rank=32" in capsys.readouterr().err
+    assert main([*start, "--lora", ""]) != 0, "an empty variable of a script must not train the whole model"
+    assert "--lora '' must be rank=N" in capsys.readouterr().err
     assert main([*start, "--lora", "rank=3,size=9"]) != 0
     assert "--lora 'rank=3,size=9' must be rank=N" in capsys.readouterr().err
     assert main([*start, "--lora", "rank=3,targets=("]) != 0

@@ -36,9 +36,10 @@ def run(args, _):
     import jax
 
     from minisora_jax.io import checksum, model_card
-    from minisora_jax.io.model_dir import open_model
+    from minisora_jax.io.model_dir import open_model, require_new_place
     from minisora_jax.weights.rules import export_lazily, save_sharded
 
+    require_new_place(args.out, args.model)
     leaves, config = open_model(args.model)
     if config.get("kind") == "lora":
         return export_adapter(args.model, args.out, args.style)

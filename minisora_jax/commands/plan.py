@@ -109,7 +109,7 @@ def _plan_transformer(args, config_flags, topology):
     if not args.clip:
         raise ValueError("--clip is missing: 60s@1080p, 5s@832x480 (width x height) or a number of tokens such as 8k")
     task = task_of(args.preset, config_flags, args.remat, args.attention)
-    if args.lora:
+    if args.lora is not None:
         task = dataclasses.replace(task, lora=LoraConfig(**lora_settings(args.lora)))
     tokens, frames, what = clip_tokens(args.clip, args.fps, args.codec, task.dit.patch)
     text = task.dit.caption_tokens or 512

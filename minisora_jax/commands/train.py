@@ -50,7 +50,7 @@ def run(args, config_flags):
     if args.list_config:
         return print_settings(DiffusionTask)
     settled = settings_of(args.init) if args.init else None
-    chosen = lora_settings(args.lora) if args.lora else {}
+    chosen = lora_settings(args.lora) if args.lora is not None else {}
     lora_flags = [f"--config.lora.{name}={value}" for name, value in chosen.items()]
     config = read_config([*config_flags, *lora_flags], DiffusionTask, "dit_tiny:data=data/latents", settled)
     if not args.workdir:

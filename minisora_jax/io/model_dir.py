@@ -9,6 +9,7 @@ import functools
 import hashlib
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,17 @@ def in_memory(stored: Any, directory: str | Path, dtype: str | None) -> Any:
             f"first: the file is damaged, or the model's training diverged"
         )
     return params
+
+
+def require_new_place(out: str | os.PathLike, model: str | os.PathLike) -> None:
+    """Refuse to write what is made of a model over it.
+
+    Raises:
+        ValueError: `out` is the folder of the model, or a file in it.
+    """
+    place, given = Path(out).resolve(), Path(model).resolve()
+    if given in (place, place.parent if place.suffix else place):
+        raise ValueError(f"--out: {out} is in the model {model} itself, and would damage it: name a new folder")
 
 
 def is_finite(array: np.ndarray) -> bool:

@@ -25,7 +25,7 @@ from jax.sharding import PartitionSpec as P
 from minisora_jax.data.conditioning import recorded_masks
 from minisora_jax.diffusion.distillation import Distilled, recorded_distillation
 from minisora_jax.io.hub import local_folder
-from minisora_jax.io.model_dir import FILES, in_memory, model_hash, open_model, saved_settings
+from minisora_jax.io.model_dir import FILES, in_memory, is_finite, model_hash, open_model, saved_settings
 from minisora_jax.io.safetensors import LazyArray
 from minisora_jax.models.dit import DiTConfig, abstract_params
 from minisora_jax.models.lora import LoraConfig, delta, kernels, scaled, stacked
@@ -174,7 +174,8 @@ def _add(x: jax.Array, change: jax.Array) -> jax.Array:
 def merged(stored: Any, adapters: Sequence[Adapter]) -> Any:
     """A stored model's parameters with adapters folded in, as `LazyArray`s of the stored types.
 
-    A stack of layers is read and changed layer by layer, in float32.
+    A stack of layers is read and changed layer by layer, in float32. Reading one raises ValueError if the sum is not
+    finite in the stored type.
     """
     thin = _flat(jax.tree.map(np.asarray, stacked([a.lora for a in adapters if a.lora])))
     whole = [_flat(adapter.diff) for adapter in adapters]
@@ -188,8 +189,13 @@ def merged(stored: Any, adapters: Sequence[Adapter]) -> Any:
         def parts() -> Any:
             for i in range(leaf.shape[0]) if layered else [...]:
                 x = np.asarray(leaf[i], np.float32)
-                x = x + delta(a[i], b[i], False).reshape(x.shape) if a is not None and b is not None else x
-                yield functools.reduce(np.add, (change[i] for change in changes), x)
+                with np.errstate(over="ignore", invalid="ignore"):
+                    x = x + delta(a[i], b[i], False).reshape(x.shape) if a is not None and b is not None else x
+                    x = functools.reduce(np.add, (change[i] for change in changes), x)
+                    finite = is_finite(x.astype(leaf.dtype))
+                if not finite:
+                    raise ValueError(f"merged, {name} has NaN or infinite numbers in {leaf.dtype}: give lower weights")
+                yield x
 
         plain = lambda: [leaf[...]]
         return LazyArray(leaf.shape, leaf.dtype, parts if a is not None or changes else plain)
