@@ -90,7 +90,7 @@ def parse_arg(arg: str | None, **defaults: Any) -> dict[str, Any]:
     """{name: value} from "a=1,b=text", each converted to its default's type (big_vision's idiom); for config files.
 
     Raises:
-        ValueError: for a name that has no default.
+        ValueError: for a name that has no default, and for a value of another type.
     """
     values = dict(defaults)
     for item in filter(None, (arg or "").split(",")):
@@ -98,7 +98,10 @@ def parse_arg(arg: str | None, **defaults: Any) -> dict[str, Any]:
         if not separator or name not in defaults:
             raise ValueError(f"config argument {item!r}: give {', '.join(f'{k}=...' for k in defaults)}")
         kind = type(defaults[name])
-        values[name] = text.lower() in ("1", "true", "yes") if kind is bool else kind(text)
+        try:
+            values[name] = text.lower() in ("1", "true", "yes") if kind is bool else kind(text)
+        except ValueError:
+            raise ValueError(f"config argument {item!r} must be a number such as {name}={defaults[name]}") from None
     return values
 
 

@@ -103,6 +103,8 @@ def test_build_refuses_what_does_not_fit(values, message):
 
 
 def test_arguments_take_the_type_of_their_default():
+    with pytest.raises(ValueError, match="config argument 'a=x' must be a number such as a=1"):
+        parse_arg("a=x", a=1)
     values = parse_arg("steps=3,lr=1e-3,fast=true,name=x", steps=1, lr=0.1, fast=False, name="")
     assert values == {"steps": 3, "lr": 1e-3, "fast": True, "name": "x"}
 

@@ -30,6 +30,7 @@ from minisora_jax.plan.cost_model import arithmetic
 from minisora_jax.plan.workload import task_of
 from minisora_jax.training.diffusion_task import frozen_of, init_params, train_diffusion
 from minisora_jax.training.flops import count_work
+from minisora_jax.weights.adapters import parse_adapter
 from minisora_jax.weights.dit import CONFIGS
 
 # No two of these axes are equally long, so that a shape tells what an array is.
@@ -294,14 +295,20 @@ def test_what_cannot_be_trained_is_said(base, tmp_path):
         dataclasses.replace(task, lora=LoraConfig(debias=1.0))
     with pytest.raises(ValueError, match="lora.debias=-1 must be 0 or more"):
         LoraConfig(2, debias=-1)
-    with pytest.raises(ValueError, match="lora.base='nf4' must be one of"):
-        LoraConfig(2, base="nf4")
+    with pytest.raises(ValueError, match="lora.base='fp4' must be one of"):
+        LoraConfig(2, base="fp4")
+    with pytest.raises(ValueError, match="lora.rank=50 is above 40, the rank of the largest kernel: lower it"):
+        init_params(dataclasses.replace(train_tiny.task(3), dit=DIT, lora=LoraConfig(50)), jax.random.key(0))
+    with pytest.raises(ValueError, match="--lora '' names no adapter"):
+        parse_adapter("")
 
 
 def test_the_flag_is_short_for_the_config(capsys, tmp_path):
     start = ["train", "--config=dit_tiny:data=nowhere", f"--workdir={tmp_path}"]
     assert main([*start, "--lora", "alpha=3"]) != 0
-    assert "--lora 'alpha=3' lacks the rank of the adapters, such as rank=32" in capsys.readouterr().err
+    assert "--lora 'alpha=3' must have each setting once, and a rank of at least 1" in capsys.readouterr().err
+    assert main([*start, "--lora", "rank=4,rank=8"]) != 0
+    assert "--lora 'rank=4,rank=8' must have each setting once" in capsys.readouterr().err
     assert main([*start, "--lora", ""]) != 0, "an empty variable of a script must not train the whole model"
     assert "--lora '' must be rank=N" in capsys.readouterr().err
     assert main([*start, "--lora", "rank=3,size=9"]) != 0

@@ -22,7 +22,7 @@ def add_arguments(parser):
         "--as",
         dest="style",
         choices=("peft", "comfyui", "kohya"),
-        default="peft",
+        default=None,
         help="whose names an adapter gets (default peft, which are diffusers' too)",
     )
     parser.add_argument("--shard-gb", type=float, default=4.0, help="size of a file at most, GiB (default 4)")
@@ -42,7 +42,9 @@ def run(args, _):
     require_new_place(args.out, args.model)
     leaves, config = open_model(args.model)
     if config.get("kind") == "lora":
-        return export_adapter(args.model, args.out, args.style)
+        return export_adapter(args.model, args.out, args.style or "peft")
+    if args.style:
+        raise ValueError(f"--as {args.style} is for adapters, and {args.model} is a whole model: leave it out")
     rules, theirs, stem = published(config, args.model)
     save_sharded(args.out, export_lazily(leaves, rules), stem, shard_bytes=int(args.shard_gb * 2**30))
     (Path(args.out) / "config.json").write_text(json.dumps(theirs, indent=2) + "\n", encoding="utf-8")

@@ -73,7 +73,7 @@ def lora_settings(text: str) -> dict[str, Any]:
     """Settings of a `LoraConfig` from "rank=32,alpha=32,targets=attention".
 
     Raises:
-        ValueError: The rank is missing, or a name or a number is none.
+        ValueError: The rank is missing, a name or a number is none, or a name comes twice.
     """
     items = [item.partition("=") for item in text.split(",")]
     kinds: dict[str, Any] = {"rank": int, "alpha": float, "targets": str, "debias": float, "base": str}
@@ -82,8 +82,8 @@ def lora_settings(text: str) -> dict[str, Any]:
     except (KeyError, ValueError):
         message = "must be rank=N, and may have alpha=X, targets=WHICH, debias=BETA and base=TYPE after commas"
         raise ValueError(f"--lora {text!r} {message}") from None
-    if values.get("rank", 0) < 1:
-        raise ValueError(f"--lora {text!r} lacks the rank of the adapters, such as rank=32")
+    if values.get("rank", 0) < 1 or len(values) < len(items):
+        raise ValueError(f"--lora {text!r} must have each setting once, and a rank of at least 1, such as rank=32")
     return values
 
 
@@ -147,9 +147,15 @@ def init_adapter(config: LoraConfig, abstract: Any, key: jax.Array) -> Any:
         config: Rank and targets.
         abstract: The base's parameters, see `kernels`.
         key: A's seed. A kernel's draw depends on its path, and not on which others are adapted.
+
+    Raises:
+        ValueError: The rank is above that of all these kernels.
     """
-    flat = {}
-    for path, kernel in kernels(abstract, config.targets).items():
+    flat, chosen = {}, kernels(abstract, config.targets)
+    most = max(min(math.prod(kernel.inputs), math.prod(kernel.outputs)) for kernel in chosen.values())
+    if config.rank > most:
+        raise ValueError(f"lora.rank={config.rank} is above {most}, the rank of the largest kernel: lower it")
+    for path, kernel in chosen.items():
         shapes, specs = kernel.shapes(config.rank), kernel.specs(config.rank)
         bound = 1 / math.sqrt(math.prod(kernel.inputs))
         of_path = jax.random.fold_in(key, zlib.crc32(path.encode()))

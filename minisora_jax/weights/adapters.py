@@ -52,8 +52,10 @@ def parse_adapter(text: str) -> tuple[str, float]:
     """(path, weight) of "DIR", "FILE" or "PATH:WEIGHT".
 
     Raises:
-        ValueError: The weight is not finite.
+        ValueError: The text is empty, or the weight is not finite.
     """
+    if not text:
+        raise ValueError("--lora '' names no adapter")
     path, colon, number = text.rpartition(":")
     if not colon or not path or Path(text).exists():
         return text, 1.0

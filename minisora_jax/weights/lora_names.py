@@ -206,7 +206,8 @@ def _thin(
             raise ValueError(f"the kernel goes from {kernel.inputs} to {kernel.outputs}")
     except Exception as error:
         at = rule.ours.removeprefix("params/")
-        raise WeightsFileError(f"{what} do not fit {at}, so it is an adapter of another model: {error}") from error
+        why = str(error).partition("\n")[0]  # einops explains itself at length
+        raise WeightsFileError(f"{what} do not fit {at}, so it is an adapter of another model: {why}") from error
     return a, b * np.float32(-scale if rule.negate else scale)
 
 
@@ -219,7 +220,7 @@ def _add_whole(
     try:
         target += rule.to_ours(change).reshape(target.shape) if change.size == target.size else rule.to_ours(change)
     except Exception as error:
-        raise WeightsFileError(f"{what} {change.shape} does not fit {rule.ours} {target.shape}: {error}") from error
+        raise WeightsFileError(f"{what} {change.shape} does not fit {rule.ours} {target.shape}") from error
 
 
 def _stacked(kernel: Kernel, layers: dict[int, tuple[np.ndarray, np.ndarray]]) -> dict[str, np.ndarray]:
