@@ -25,14 +25,13 @@ from minisora_jax.io.model_dir import in_words
 from minisora_jax.io.progress import Progress
 from minisora_jax.models.captions import BYTES, Captions
 from minisora_jax.models.clip_vision import ImageEncoder
-from minisora_jax.models.codec import Codec
+from minisora_jax.models.codec import Codec, by_size
 from minisora_jax.models.dit import DiTConfig, abstract_params
 from minisora_jax.parallel.mesh import cuts, params_on_mesh
 from minisora_jax.parallel.processes import is_main
 from minisora_jax.toy.grammar import example_captions
 
 MOST_UNKNOWN = 5  # unknown words that a hint names
-CODEC_BATCH = 16  # clips that go through the codec together
 
 # watch(share of the steps done, look); look() gives the latents as they seem at this step, by number of request.
 Watch = Callable[[float, Callable[[], dict[int, np.ndarray]]], None]
@@ -288,7 +287,7 @@ class NativePipeline:
             (3, 6, 8, 16)
         """
         encode = lambda same_size, _: self.codec.encode(np.stack(same_size))[0]
-        return _by_size(encode, clips, [c.shape for c in clips])
+        return by_size(encode, clips, [c.shape for c in clips])
 
     def decode(
         self, latents: Sequence[np.ndarray], loops: Sequence[bool] | None = None, *, progress: bool = False
@@ -312,7 +311,7 @@ class NativePipeline:
                 bar.update(len(same_size))
                 return frames
 
-            return _by_size(decode, latents, keys)
+            return by_size(decode, latents, keys)
 
 
 def require_native(pipeline: NativePipeline, request: Request) -> None:
@@ -323,16 +322,3 @@ def require_native(pipeline: NativePipeline, request: Request) -> None:
             f"{asked} (frames x height x width) is more than the {known} that the model was trained on: use "
             f"pipeline.generate, which samples at a trained size and upscales"
         )
-
-
-def _by_size(apply: Callable, arrays: Sequence[np.ndarray], keys: Sequence) -> list[np.ndarray]:
-    """apply(arrays, key) for arrays of one key together, at most `CODEC_BATCH` at a time; results in order."""
-    groups: dict = {}
-    for i, key in enumerate(keys):
-        groups.setdefault(key, []).append(i)
-    results: list = [None] * len(arrays)
-    for key, members in groups.items():
-        for batch in (members[k : k + CODEC_BATCH] for k in range(0, len(members), CODEC_BATCH)):
-            for i, result in zip(batch, apply([arrays[i] for i in batch], key)):
-                results[i] = result
-    return results

@@ -13,7 +13,7 @@ import collections
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,8 @@ from minisora_jax.io.model_dir import check_shapes, export_model, in_words, load
 from minisora_jax.models.vae import VAE, VAEConfig, abstract_params
 from minisora_jax.parallel.halo import fetch_frames, put_frames, put_params, shard_height
 from minisora_jax.parallel.programs import make_room, memory_of
+
+AT_ONCE = 16  # clips of one size that go through a codec together
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -295,6 +297,27 @@ def _decode(config: VAEConfig, units: int, params, z_Bthwc, past):
         return to_uint8(x), past
 
     return shard_height(decode, units, params, z_Bthwc, past)
+
+
+def by_size(apply: Callable, arrays: Sequence[np.ndarray], keys: Sequence, full: bool = False) -> list[np.ndarray]:
+    """apply(arrays, key) for arrays of one key together, at most `AT_ONCE` at a time; results in order.
+
+    Args:
+        apply: Of a codec, such as `lambda same_size, _: codec.decode(np.stack(same_size))`.
+        arrays: Clips, or latents.
+        keys: Of each; their sizes.
+        full: Whether `AT_ONCE` arrays are passed always, the last one repeated: one shape, one compilation.
+    """
+    groups: dict = {}
+    for i, key in enumerate(keys):
+        groups.setdefault(key, []).append(i)
+    results: list = [None] * len(arrays)
+    for key, members in groups.items():
+        for batch in (members[k : k + AT_ONCE] for k in range(0, len(members), AT_ONCE)):
+            passed = batch + batch[-1:] * (AT_ONCE - len(batch)) if full else batch
+            for i, result in zip(batch, apply([arrays[i] for i in passed], key)):
+                results[i] = result
+    return results
 
 
 def saved_statistics(config: dict, key: str, channels: int, directory: str | Path) -> np.ndarray:

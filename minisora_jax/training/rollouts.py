@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,11 +16,9 @@ from minisora_jax.data.packing import PackPlan, StagedPlan
 from minisora_jax.data.rows import unpatchify
 from minisora_jax.diffusion.grpo import GrpoConfig, Rollout
 from minisora_jax.io.retry import DataError
-from minisora_jax.models.codec import Codec
+from minisora_jax.models.codec import Codec, by_size
 from minisora_jax.parallel.mesh import TOKENS, MeshConfig, host_rows, make_mesh, to_global
 from minisora_jax.parallel.processes import whole
-
-CODEC_BATCH = 16  # clips that are decoded together
 
 RollOut = Callable[[Any, Any, int], Rollout]  # (parameters, batch (1, B, ...) of NumPy arrays, its number)
 
@@ -67,7 +65,8 @@ def rollouts(
             for g, text in enumerate(row)
         ]
         with jax.set_mesh(make_mesh(MeshConfig(), jax.local_devices()[:1])):
-            videos = decoded(codec, [z for *_, z in clips])
+            decode, latents_of = lambda same_size, _: codec.decode(np.stack(same_size)), [z for *_, z in clips]
+            videos = by_size(decode, latents_of, [z.shape for z in latents_of], full=True)
         reward_BG = np.zeros(own.fps_BG.shape, np.float32)
         for (b, g, text, _), frames in zip(clips, videos):
             reward_BG[b, g] = _finite(number_by(judge, config.reward, frames, text), config.reward, text)
@@ -92,18 +91,6 @@ def advantages(reward_BG: np.ndarray, group: int) -> np.ndarray:
     grouped = reward_BG.reshape(-1, group, reward_BG.shape[1]).astype(np.float64)
     centred = grouped - grouped.mean(1, keepdims=True)
     return (centred / (grouped.std(1, keepdims=True) + 1e-4)).reshape(reward_BG.shape).astype(np.float32)
-
-
-def decoded(codec: Codec, latents: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """uint8 frames (T, H, W, 3) of latents (t, h, w, c). Latents of one size go through the codec together."""
-    videos: dict[int, np.ndarray] = {}
-    for shape in dict.fromkeys(z.shape for z in latents):
-        same = [i for i, z in enumerate(latents) if z.shape == shape]
-        for at in range(0, len(same), CODEC_BATCH):
-            chunk = same[at : at + CODEC_BATCH]
-            padded = chunk + chunk[-1:] * (CODEC_BATCH - len(chunk))  # one shape, one compilation
-            videos |= zip(chunk, codec.decode(np.stack([latents[i] for i in padded])))
-    return [videos[i] for i in range(len(latents))]
 
 
 def _clip(
