@@ -84,6 +84,7 @@ def forward(params, batch):
     return DiT(DIT).apply(params, batch.tokens_BSP, jnp.full(batch.segment_BS.shape, 0.3), batch)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("targets", ["attention", "all", "text/.*mlp|patch_in"])
 def test_merged_is_unmerged(params, batch, targets):
     lora = adapter(targets)
@@ -122,6 +123,7 @@ def dots(jaxpr):
                 yield from dots(inner)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("remat", ["none", "full"])
 def test_no_gradient_of_a_kernels_shape_is_computed(params, batch, remat):
     model = DiT(dataclasses.replace(DIT, remat=remat))
@@ -297,8 +299,8 @@ def test_what_cannot_be_trained_is_said(base, tmp_path):
         LoraConfig(2, debias=-1)
     with pytest.raises(ValueError, match="lora.base='fp4' must be one of"):
         LoraConfig(2, base="fp4")
-    with pytest.raises(ValueError, match="lora.rank=50 is above 40, the rank of the largest kernel: lower it"):
-        init_params(dataclasses.replace(train_tiny.task(3), dit=DIT, lora=LoraConfig(50)), jax.random.key(0))
+    with pytest.raises(ValueError, match="lora.rank=100000 must be at most 8192"):
+        LoraConfig(100_000)
     with pytest.raises(ValueError, match="--lora '' names no adapter"):
         parse_adapter("")
 

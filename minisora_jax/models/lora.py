@@ -35,6 +35,7 @@ TARGETS = {
     "temporal": r"^blocks/temporal/.*(attention|mlp)/|^blocks/motion/",
     "all": "",
 }
+MOST_RANK = 8192
 BASES = ("float32", "bfloat16", "int8", "nf4")
 
 
@@ -43,7 +44,7 @@ class LoraConfig:
     """The settings of a LoRA.
 
     Raises:
-        ValueError: A number is negative, or `base` is unknown.
+        ValueError: A number is negative, the rank is above `MOST_RANK`, or `base` is unknown.
     """
 
     rank: int = 0  # columns of A; 0: no LoRA, all parameters are trained
@@ -56,6 +57,8 @@ class LoraConfig:
         for name in ("rank", "alpha", "debias"):
             if getattr(self, name) < 0:
                 raise ValueError(f"lora.{name}={getattr(self, name)} must be 0 or more")
+        if self.rank > MOST_RANK:
+            raise ValueError(f"lora.rank={self.rank} must be at most {MOST_RANK}: more than any kernel's has no use")
         if self.base not in BASES:
             raise ValueError(f"lora.base={self.base!r} must be one of {', '.join(map(repr, BASES))}")
         try:
@@ -147,15 +150,9 @@ def init_adapter(config: LoraConfig, abstract: Any, key: jax.Array) -> Any:
         config: Rank and targets.
         abstract: The base's parameters, see `kernels`.
         key: A's seed. A kernel's draw depends on its path, and not on which others are adapted.
-
-    Raises:
-        ValueError: The rank is above that of all these kernels.
     """
-    flat, chosen = {}, kernels(abstract, config.targets)
-    most = max(min(math.prod(kernel.inputs), math.prod(kernel.outputs)) for kernel in chosen.values())
-    if config.rank > most:
-        raise ValueError(f"lora.rank={config.rank} is above {most}, the rank of the largest kernel: lower it")
-    for path, kernel in chosen.items():
+    flat = {}
+    for path, kernel in kernels(abstract, config.targets).items():
         shapes, specs = kernel.shapes(config.rank), kernel.specs(config.rank)
         bound = 1 / math.sqrt(math.prod(kernel.inputs))
         of_path = jax.random.fold_in(key, zlib.crc32(path.encode()))

@@ -23,14 +23,13 @@ from flax import traverse_util
 from minisora_jax.io.model_dir import is_finite
 from minisora_jax.io.safetensors import LazyArray
 from minisora_jax.models.dit import DiTConfig, abstract_params
-from minisora_jax.models.lora import Kernel, kernels
+from minisora_jax.models.lora import MOST_RANK, Kernel, kernels
 from minisora_jax.weights import dit as family
 from minisora_jax.weights.checkpoint import Checkpoint
 from minisora_jax.weights.errors import WeightsFileError, shown
 from minisora_jax.weights.rules import Rule
 
 STYLES = ("peft", "comfyui", "kohya")
-MOST_RANK = 8192
 PREFIXES = ("base_model.model.", "diffusion_model.", "transformer.", "model.")
 KOHYA = ("lora_unet__", "lora_unet_", "lora_transformer_")
 AXIS = r"\([^)]*\)|\S+"  # an axis of an einops pattern, or several in parentheses
