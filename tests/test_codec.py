@@ -33,6 +33,7 @@ def trained(tmp_path_factory):
     return train_codec(TASK, workdir, CLIPS, CLIPS, {"a": 1}), workdir / "export"
 
 
+@pytest.mark.slow
 def test_an_export_loads_as_it_was(trained):
     codec, directory = trained
     again = Codec.load(directory)
@@ -60,6 +61,7 @@ def test_decoder_only_keeps_the_meaning_of_latents(trained, tmp_path):
     assert max(jax.tree.leaves(moved)) > 1e-4
 
 
+@pytest.mark.slow
 def test_what_cannot_be_started_from_is_refused(trained, tmp_path):
     with pytest.raises(ValueError, match="set start to an exported codec"):
         dataclasses.replace(TASK, decoder_only=True)
@@ -72,6 +74,7 @@ def test_what_cannot_be_started_from_is_refused(trained, tmp_path):
         Codec.load(tmp_path)
 
 
+@pytest.mark.slow
 def test_streaming_decodes_what_whole_decoding_does(trained):
     codec = trained[0]
     mean, _ = codec.encode(CLIPS[0].frames_THWC[None])

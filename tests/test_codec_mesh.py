@@ -70,6 +70,7 @@ def worst(ours, theirs) -> float:
     return max(float(np.abs(a - b).max() / np.abs(b).max()) for a, b in zip(ours, theirs, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CONFIGS)
 def test_rows_cut_over_devices_are_the_whole(name):
     config, units = CONFIGS[name]

@@ -39,6 +39,7 @@ def contract(which, scale, q, k, v, sequences, *residuals):
     return (results[0], jnp.asarray(statistics, jnp.float32)) if which == "fwd" else results
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("T", [None, 11, 1])
 def test_tables_give_each_segment_its_own_sequence(monkeypatch, T):
     monkeypatch.setattr(cudnn, "_call", contract)

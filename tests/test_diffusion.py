@@ -202,6 +202,7 @@ def test_the_debiased_loss_is_motion_directors():
         np.testing.assert_allclose(wanted + (errors_BSP[0][of_clip] ** 2).mean(), total, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_debiased_loss_in_training():
     """Each clip has one anchor frame, all come about equally often, and an error in a given token is none."""
     sizes, count = [(3, 2, 2), (4, 1, 3)], 24

@@ -319,6 +319,7 @@ def test_a_consistent_student_may_be_an_adapter(teacher, tmp_path):
     assert adapter.distilled == Distilled(2, "consistency")
 
 
+@pytest.mark.slow
 def test_a_distilled_model_is_sampled_as_it_was_trained(tmp_path, capsys):
     """In its own steps, without guidance, unless another sampling is asked for. A damaged record is named."""
     assert sampling_of(Distilled(4), None, None, None) == (SamplerConfig("euler", 4), GuidanceConfig(1.0))

@@ -45,6 +45,7 @@ def test_sizes_and_types_are_those_asked_for(pipeline, alone):
     assert alone.std() > 5
 
 
+@pytest.mark.slow
 def test_a_video_does_not_depend_on_its_company(pipeline, alone):
     together = pipeline.generate([BLUE, RED], **OPTIONS)
     assert together[0].shape == (1, 48, 32, 3)
@@ -129,6 +130,7 @@ def test_noise_is_standard_normal():
         assert abs((x * y).mean()) < 5 / np.sqrt(x.size)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampler", ["heun", "ddpm", "unipc"])
 def test_steps_are_one_program_whatever_their_number(pipeline, sampler):
     """Unwatched and watched, with 3 steps and with 5: the same program, and the same latents."""
@@ -146,6 +148,7 @@ def test_steps_are_one_program_whatever_their_number(pipeline, sampler):
     assert sampling_steps._cache_size() == before + 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampler", [n for n in SAMPLER_NAMES if n not in ("euler", "heun", "mean-flow")])
 def test_every_sampler_comes_to_a_like_picture(pipeline, sampler):
     """The bundled model is sure enough of this caption that all samplers agree but for the place and the edges."""
@@ -169,6 +172,7 @@ def test_grids_agree_in_the_end(pipeline, time_schedule):
     assert np.abs(even.astype(int) - other).mean() < 3
 
 
+@pytest.mark.slow
 def test_each_request_may_take_a_share_of_the_guidance(pipeline):
     requests = [dataclasses.replace(RED, guided=share) for share in (0.0, 0.25, 1.0)]
     packed = pipeline.sample(requests, guidance=3.0, **OPTIONS)

@@ -51,6 +51,7 @@ def test_what_a_model_was_not_trained_with_is_held():
     np.testing.assert_array_equal(clean_tokens(frozenset({"box"}), box), box)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampler", ["heun", "unipc", "dpm++2m", "sde"])
 def test_held_latents_end_as_they_are_and_the_rest_depends_on_them(pipeline, sampler):
     able = dataclasses.replace(pipeline, trained=NOTHING)

@@ -80,6 +80,7 @@ def test_a_table_of_levels_changes_nothing(family):
         np.testing.assert_allclose(a, b, atol=2e-5 * max(1.0, np.abs(b).max()))
 
 
+@pytest.mark.slow
 def test_a_row_of_one_clip_is_lowered_for_a_mesh():
     """A table of one slot is one number, whose sharding JAX forgets."""
     from minisora_jax.plan.compiled import Workload, lower

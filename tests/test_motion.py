@@ -81,6 +81,7 @@ def test_a_new_motion_module_leaves_the_image_model(name):
     assert np.abs(made(params, clips) - wanted).max() > 1e-2 * np.abs(wanted).max()
 
 
+@pytest.mark.slow
 def test_a_motion_module_is_attention_over_frames_at_each_place():
     """Its value, against float64 NumPy, clip by clip and place by place."""
     cfg = dataclasses.replace(MODELS["ours"], motion_modules=True)

@@ -42,6 +42,7 @@ def first_updates(config: DiTConfig, optim: OptimConfig, base_width: int, gradie
     return {"/".join(k.key for k in path[1:]): u for path, u in jax.tree_util.tree_leaves_with_path(updates)}
 
 
+@pytest.mark.slow
 def test_rates_are_those_of_table_3():
     optim = OptimConfig(learning_rate=0.5, warmup=1, final=1.0, clip=1e9)
     updates = first_updates(at(256), optim, 64, 1e-2)

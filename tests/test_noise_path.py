@@ -118,6 +118,7 @@ def test_v_on_ve_is_the_network_of_edm(x_t, sigma, network):
 # ---- Weights
 
 
+@pytest.mark.slow
 @given(st.sampled_from(["gvp", "vp", "cosine", "ddpm"]), times)
 def test_weights_are_those_of_the_papers(name, t):
     a, s, *_ = numpy_path(name, t)

@@ -75,6 +75,7 @@ def made(pipeline, clip):
     return dict(zip(asked, done(pipeline, *asked.values())))
 
 
+@pytest.mark.slow
 def test_sizes_are_those_asked_for(made):
     lengths = {name: len(v) for name, v in made.items()}
     assert lengths == {
@@ -86,6 +87,7 @@ def test_sizes_are_those_asked_for(made):
     assert all(v.shape[1:] == (32, 32, 3) and v.dtype == np.uint8 for v in made.values())
 
 
+@pytest.mark.slow
 def test_what_is_given_is_kept(pipeline, clip, made):
     x = clip.frames_THWC
     [coded] = pipeline.decode(pipeline.encode([x[:1]]))
@@ -102,6 +104,7 @@ def test_what_is_given_is_kept(pipeline, clip, made):
     assert (made["outpaint"][:, :, 8 + FEATHER : 24 - FEATHER] == x[:, :, FEATHER : 16 - FEATHER]).all()
 
 
+@pytest.mark.slow
 def test_strength_is_how_far_a_video_may_go(pipeline, clip, made):
     [coded] = pipeline.decode(pipeline.encode([clip.frames_THWC]))
     assert psnr(made["video_to_video"], coded) > 25
@@ -109,6 +112,7 @@ def test_strength_is_how_far_a_video_may_go(pipeline, clip, made):
     assert psnr(made["anew"], coded) < psnr(made["video_to_video"], coded) - 5
 
 
+@pytest.mark.slow
 def test_company_changes_nothing(pipeline, clip, made):
     [alone] = done(pipeline, tasks.extend(pipeline, request(clip), clip.frames_THWC, before=5, after=10))
     assert np.abs(alone.astype(int) - made["both"]).max() <= 2

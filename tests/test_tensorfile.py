@@ -131,6 +131,7 @@ print(total, largest, peak() - before)
 """
 
 
+@pytest.mark.slow
 def test_import_and_export_hold_a_tensor_and_not_the_model(tmp_path):
     out = subprocess.run([sys.executable, "-c", MEASURE, tmp_path], capture_output=True, text=True)
     assert out.returncode == 0, out.stderr[-2000:]

@@ -72,12 +72,14 @@ def test_a_run_killed_at_five_moments_goes_on_bit_for_bit(whole, cache, tmp_path
     assert weights[0] == weights[1]
 
 
+@pytest.mark.slow
 def test_the_loss_falls(whole):
     rows = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
     assert sum(r["loss"] for r in rows[-10:]) < 0.85 * sum(r["loss"] for r in rows[:10])
     assert all(0 <= r["padding_share"] < 0.5 and r["useful_flops_per_s"] < r["hardware_flops_per_s"] for r in rows)
 
 
+@pytest.mark.slow
 def test_a_workdir_of_another_config_is_refused(whole, cache):
     with pytest.raises(ValueError, match=r"begun with another config \(config.steps: 40 -> 3\)"):
         run(whole, cache, 3)

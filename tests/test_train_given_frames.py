@@ -57,6 +57,7 @@ def published(tmp_path_factory):
         yield of
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset, kind", [("wan2.1-i2v-14b", "first"), ("wan2.1-flf2v-14b", "ends")])
 def test_training_reads_what_sampling_gives(preset, kind, published, tmp_path):
     """A clip's given frames through the cache, beside those of a request for a video from its own frames."""

@@ -139,6 +139,7 @@ def test_an_impossible_job_is_refused_with_a_sentence(ask, files, task, fields, 
     assert message in str(refused.value) and str(folder.parent) not in str(refused.value)
 
 
+@pytest.mark.slow
 def test_a_hint_names_the_words_that_the_model_does_not_know(pipeline, ask, open_queue):
     assert ask().hint == "" == ask("long_video", prompt=f"{WORDS} [4s] {WORDS}", length="9 s").hint
     spec = ask(prompt="a red cat and a dog move left on a black background")
