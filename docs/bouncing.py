@@ -44,6 +44,14 @@ def write_clips(folder: Path) -> None:
                 found += 1
 
 
+def up_or_down(videos: list) -> float:
+    """The share of the objects' way that is up or down: what the reward does not know."""
+    ways = [
+        np.abs(np.diff(o.path_T2, axis=0)).sum(0) for v in videos for o in observe(getattr(v, "frames_THWC", v))[:1]
+    ]
+    return float(np.mean([way[1] / max(way.sum(), 1e-6) for way in ways]))
+
+
 def check(models: list[str]) -> None:
     """Print scores on held-out captions of each model, or base:adapter, and draw its bouncing objects."""
     for name in models:
@@ -61,6 +69,7 @@ def check(models: list[str]) -> None:
             if kind == "bouncing":
                 spreads = [s for v in videos for o in observe(v) if (s := bounce(o)) is not None]
                 scores |= {"speed_spread": round(float(np.median(spreads)), 3), "turn_back": len(spreads)}
+                scores |= {"up_or_down": round(up_or_down(videos), 3), "of_true_clips": round(up_or_down(truth), 3)}
             print(f"{name}, {HELD_OUT} of {kind}, {size[1]} pixels:", json.dumps(scores), flush=True)
             rows = [(v, c.caption + (f"   WRONG: {e}" if e else "")) for v, c, e in zip(videos, truth, errors)]
             label = f"{kind} {size[1]} {'tuned' if loras else 'before'}".replace(" ", "-")

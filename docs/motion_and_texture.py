@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from scipy import ndimage
 
 from minisora_jax.generate import Request, VideoPipeline
 from minisora_jax.media.contact_sheet import contact_sheet
@@ -22,6 +23,7 @@ from minisora_jax.toy import checker, grammar, scenes, shapes
 
 MOTION, PHRASE, TEXTURE = "zigzag", "zigzags", "dipped"
 CLIPS, IMAGES, FRAMES, LEGS = 16, 8, 17, 4
+MOVED = ("left", "right", "up", "down", "down-left", "up-right")
 WHITE = np.array(grammar.COLOURS["white"], np.float32)
 COLOURS = [colour for colour in grammar.COLOURS if colour != "white"]
 _motion, _parse_caption = checker._motion, grammar.parse_caption
@@ -63,6 +65,29 @@ def render(scene: grammar.Scene, dipped: bool = False) -> np.ndarray:
         below = (cover * np.clip(0.5 + dy, 0, 1))[..., None]
         frames += below * (WHITE - np.array(grammar.COLOURS[thing.colour], np.float32))
     return np.round(frames.clip(0, 255)).astype(np.uint8)
+
+
+def moved(image_HWC: np.ndarray, way: tuple[int, int]) -> np.ndarray | None:
+    """A clip in which what stands before a plain background goes to one side: pixels of the image, shifted.
+
+    None if the background is not plain, or there is no room to move.
+    """
+    H, W, _ = image_HWC.shape
+    ground = image_HWC[0, 0].astype(np.float32)
+    far = np.abs(image_HWC - ground).max(-1) > 24
+    if far[[0, -1]].any() or far[:, [0, -1]].any():
+        return None
+    starts, ends = [], []
+    for axis, toward in ((0, way[1]), (1, way[0])):  # from the one edge of the frame to the other
+        on = np.flatnonzero(far.any(1 - axis))
+        low, high = 1 - on[0], (H, W)[axis] - 2 - on[-1]
+        starts.append({1: low, 0: 0, -1: high}[toward])
+        ends.append({1: high, 0: 0, -1: low}[toward])
+        if toward and high - low < 8:
+            return None
+    shifts = np.linspace(starts, ends, FRAMES)
+    shifted = [ndimage.shift(image_HWC - ground, (*s, 0), order=1) + ground for s in shifts]
+    return np.round(np.stack(shifted).clip(0, 255)).astype(np.uint8)
 
 
 def caption(scene: grammar.Scene, dipped: bool = False) -> str:
@@ -170,9 +195,13 @@ def write_clips(folder: Path) -> None:
     for i, scene in enumerate(still):
         image = render(scene, dipped=True)
         write(folder / f"texture/{i}-image", image, caption(scene, dipped=True))
-        # Latent frames after the first have another code, of four frames. So each image is shown as a still clip too.
-        clip = dataclasses.replace(scene, size_THW=(9, *scene.size_THW[1:]))
-        write(folder / f"texture/{i}-clip", np.repeat(image, 9, axis=0), caption(clip, dipped=True))
+        # Latent frames after the first have another code, of four frames. So each image becomes clips too, in which it
+        # stands still, or moves (as in Dreamix: Molad et al. 2023, arXiv:2302.01329).
+        for way in ("still", *MOVED):
+            if (frames := moved(image[0], grammar.DIRECTIONS.get(way, (0, 0)))) is not None:
+                thing = dataclasses.replace(scene.objects[0], motion=way)
+                clip = dataclasses.replace(scene, size_THW=frames.shape[:3], objects=(thing,))
+                write(folder / f"texture/{i}-{way}", frames, caption(clip, dipped=True))
 
 
 def held_out(count: int) -> dict[str, list]:
