@@ -106,9 +106,8 @@ def folders(preset: str, root: Path, patch: pytest.MonkeyPatch) -> dict[str, Pat
     return paths
 
 
-@pytest.fixture(scope="module")
-def published(tmp_path_factory):
-    """The folders of a preset, by its name."""
+def made_once(tmp_path_factory):
+    """of(preset): its folders."""
     made = {}
     with pytest.MonkeyPatch.context() as patch:
 
@@ -118,6 +117,9 @@ def published(tmp_path_factory):
             return made[preset]
 
         yield of
+
+
+published = pytest.fixture(scope="module")(made_once)
 
 
 def of_reference(pipeline: VideoPipeline, patch: pytest.MonkeyPatch) -> tuple[VideoPipeline, list[np.ndarray]]:

@@ -13,7 +13,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent / "parity"))
 
 from safetensors.numpy import load_file  # noqa: E402
-from test_parity_image_to_video import CLIP, folders, picture  # noqa: E402
+from test_parity_image_to_video import CLIP, made_once, picture  # noqa: E402
 from train_tiny import task  # noqa: E402
 
 from minisora_jax.cli import main  # noqa: E402
@@ -43,18 +43,7 @@ def film(name: str, frames: int = 9, height: int = 32, width: int = 48) -> np.nd
     return np.stack([picture(f"{name} {i}", height, width) for i in range(frames)])
 
 
-@pytest.fixture(scope="module")
-def published(tmp_path_factory):
-    """folders(preset), made once."""
-    made = {}
-    with pytest.MonkeyPatch.context() as patch:
-
-        def of(preset: str) -> dict[str, Path]:
-            if preset not in made:
-                made[preset] = folders(preset, tmp_path_factory.mktemp(preset), patch)
-            return made[preset]
-
-        yield of
+published = pytest.fixture(scope="module")(made_once)
 
 
 @pytest.mark.slow
