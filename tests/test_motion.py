@@ -209,7 +209,7 @@ def base(tmp_path_factory):
     minisora("prepare", at / "frames", at / "images")
     minisora("encode", at / "images", at / "image-latents")
     minisora("encode", "shapes:train:12", at / "latents")
-    train(at, "base", "latents")
+    train(at, "base", "latents", "--config.export_dtype=float32")  # a merge in float16 is rounded
     return at
 
 
@@ -232,8 +232,7 @@ def test_adapters_of_look_and_motion(base, capsys, caplog):
     difference = lambda a, b: np.abs(a - b).mean()
     changed = difference(both, alone)
     assert changed > 1 and difference(alone, made(capsys, at, "none", model)) > 1
-    # The merged weights are rounded to the model's float16, which was 0.12 of the change on one processor.
-    assert difference(made(capsys, at, "merged", at / "looked", motion), both) < 0.25 * changed
+    assert difference(made(capsys, at, "merged", at / "looked", motion), both) < 0.1 * changed
 
 
 @pytest.mark.slow
