@@ -16,6 +16,7 @@ from safetensors.numpy import load_file  # noqa: E402
 from test_parity_image_to_video import CLIP, made_once, picture  # noqa: E402
 from train_tiny import task  # noqa: E402
 
+from minisora_jax.api.samples import sample_requests  # noqa: E402
 from minisora_jax.cli import main  # noqa: E402
 from minisora_jax.data.encode import encode_clips  # noqa: E402
 from minisora_jax.data.given_frames import FrameEncoder  # noqa: E402
@@ -70,6 +71,11 @@ def test_training_reads_what_sampling_gives(preset, kind, published, tmp_path):
     for clip in (latents[0], latents[1]):
         np.testing.assert_allclose(clip.frames.channels_thwc, expected.channels_thwc, atol=2e-3)  # stored as float16
         np.testing.assert_allclose(clip.frames.image_IE, expected.image_IE, rtol=1e-3, atol=1e-2)
+
+    asked = sample_requests(1, given_task(1), pipeline.codec, latents)  # what is sampled while a model trains
+    np.testing.assert_array_equal(asked[0].frames.channels_thwc, latents[0].frames.channels_thwc)
+    with pytest.raises(ValueError, match="have no given frames: let prompts be a number"):
+        sample_requests([{"prompt": "a cat", "size_THW": (9, 32, 48)}], given_task(1), pipeline.codec, latents)
 
 
 def clip_of(colour: np.ndarray, size: tuple[int, int, int], name: str) -> LatentClip:
