@@ -52,9 +52,9 @@ def sample_requests(
     """
     if isinstance(prompts, int):
         examples = [] if latents.given else latents.examples
+        size_of = lambda z: codec.config.pixel_size(z.mean_thwc.shape[:3])
         examples = examples or [
-            {"prompt": z.caption, "size_THW": codec.config.pixel_size(z.mean_thwc.shape[:3]), "fps": z.fps}
-            | {"frames": z.frames}
+            {"prompt": z.caption, "size_THW": size_of(z), "fps": z.fps, "frames": z.frames}
             for z in _distinct(latents, prompts, lambda z: z.caption)
         ]
         cell_h, cell_w = (codec.config.space_factor * n for n in task.dit.patch[1:])

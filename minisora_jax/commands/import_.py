@@ -135,7 +135,14 @@ def import_lora(path: str, base: str, out: str, dtype: str | None) -> str:
     from flax import traverse_util
 
     from minisora_jax.io.hub import local_folder
-    from minisora_jax.io.model_dir import export_model, load_config, model_hash, require_new_place, saved_settings
+    from minisora_jax.io.model_dir import (
+        export_model,
+        load_config,
+        model_hash,
+        require_kind,
+        require_new_place,
+        saved_settings,
+    )
     from minisora_jax.models.dit import DiTConfig
     from minisora_jax.models.lora import LoraConfig
     from minisora_jax.weights.adapters import read_adapter
@@ -143,8 +150,7 @@ def import_lora(path: str, base: str, out: str, dtype: str | None) -> str:
     model = local_folder(base)
     require_new_place(out, model)
     config = load_config(model)
-    if config.get("kind") != "dit":
-        raise ValueError(f"--base={base} holds a {config.get('kind')!r} model, not a diffusion transformer ('dit')")
+    require_kind(config, "dit", f"--base={base}")
     dit = saved_settings(DiTConfig, config, "dit", model)
     adapter = read_adapter(path, dit, model)
     flat: dict[str, Any] = traverse_util.flatten_dict(adapter.lora, sep="/")

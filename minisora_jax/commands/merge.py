@@ -20,15 +20,21 @@ def add_arguments(parser):
 def run(args, _):
     from minisora_jax.generate.loading import trained_masks
     from minisora_jax.io.hub import local_folder
-    from minisora_jax.io.model_dir import check_shapes, export_model, open_model, require_new_place, saved_settings
+    from minisora_jax.io.model_dir import (
+        check_shapes,
+        export_model,
+        open_model,
+        require_kind,
+        require_new_place,
+        saved_settings,
+    )
     from minisora_jax.models.dit import DiTConfig, abstract_params
     from minisora_jax.weights.adapters import merged, read_adapter
 
     model = local_folder(args.model)
     require_new_place(args.out, model)
     stored, config = open_model(model)
-    if config.get("kind") != "dit":
-        raise ValueError(f"{model} holds a {config.get('kind')!r} model, not a diffusion transformer ('dit')")
+    require_kind(config, "dit", model)
     dit = saved_settings(DiTConfig, config, "dit", model)
     check_shapes(stored, abstract_params(dit), model)
     adapters = [read_adapter(text, dit, model) for text in args.loras]

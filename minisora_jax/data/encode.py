@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
 from minisora_jax.data.given_frames import FrameEncoder
 from minisora_jax.io.retry import DataError
 from minisora_jax.models.captions import Captions
-from minisora_jax.models.codec import Codec
+from minisora_jax.models.codec import Codec, by_size
 from minisora_jax.types import Clip, ClipSequence, GivenFrames, LatentClip
 
 WINDOW = 256  # at most so many clips are in memory; those of one size share passes of the codec
@@ -24,30 +25,25 @@ def encode_clips(
 
     Clips of one size share passes of the codec.
     """
+    at_once = lambda size_THWC: int(np.clip(PIXELS_AT_ONCE // (size_THWC[1] * size_THWC[2]), 1, 8))
+
+    def encoded(same_size: list[np.ndarray], _: Any) -> Iterator[tuple[np.ndarray, np.ndarray, GivenFrames | None]]:
+        frames_BTHWC = np.stack(same_size)
+        mean, std = codec.encode(frames_BTHWC)
+        return zip(mean, std, given.encode(frames_BTHWC) if given else [None] * len(mean))
+
     for window in _windows(clips, numbers):
         window = [_fitting(clip, given) for clip in window]
-        readable = {i: clip for i, clip in enumerate(window) if not isinstance(clip, DataError)}
-        texts = iter(captions.encode([clip.caption for clip in readable.values()]) if readable else ())
-        moments: dict[int, tuple[np.ndarray, np.ndarray]] = {}
-        frames: dict[int, GivenFrames] = {}
-        by_size: dict[tuple, list[int]] = {}
-        for i, clip in readable.items():
-            by_size.setdefault(clip.frames_THWC.shape, []).append(i)
-        for (_, H, W, _), members in by_size.items():
-            batch = int(np.clip(PIXELS_AT_ONCE // (H * W), 1, 8))
-            for indices in (members[k : k + batch] for k in range(0, len(members), batch)):
-                # Always a full batch, so that each size is compiled once.
-                padded = indices + [indices[-1]] * (batch - len(indices))
-                frames_BTHWC = np.stack([readable[i].frames_THWC for i in padded])
-                mean, std = codec.encode(frames_BTHWC)
-                moments |= {i: (mean[k], std[k]) for k, i in enumerate(indices)}
-                if given:
-                    frames |= zip(indices, given.encode(frames_BTHWC))
-        for i, clip in enumerate(window):
+        usable = [clip for clip in window if isinstance(clip, Clip)]
+        texts = iter(captions.encode([clip.caption for clip in usable]) if usable else ())
+        pixels = [clip.frames_THWC for clip in usable]
+        results = iter(by_size(encoded, pixels, [x.shape for x in pixels], full=True, at_once=at_once))
+        for clip in window:
             if isinstance(clip, DataError):
                 yield clip
             else:
-                yield LatentClip(*moments[i], next(texts), clip.caption, clip.fps, clip.name, frames.get(i))
+                mean, std, frames = next(results)
+                yield LatentClip(mean, std, next(texts), clip.caption, clip.fps, clip.name, frames)
 
 
 def _windows(clips: ClipSequence, numbers: range) -> Iterator[list[Clip | DataError]]:

@@ -184,5 +184,5 @@ def training_segment(
     if clip.frames:
         given_thwx = patchify(clip.frames.channels_thwc, patch)[shown[0] : shown[1]]
         given_nx, image_IE = given_thwx.reshape(t * h * w, -1), clip.frames.image_IE
-    segment = Segment(grid.reshape(-1, P), cond_mask_n, (t, h, w), text, clip.fps, min(shown[0], 1))
-    return dataclasses.replace(segment, given_nx=given_nx, image_IE=image_IE)
+    where: dict[str, Any] = {"first": min(shown[0], 1), "given_nx": given_nx, "image_IE": image_IE}
+    return Segment(grid.reshape(-1, P), cond_mask_n, (t, h, w), text, clip.fps, **where)

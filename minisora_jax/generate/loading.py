@@ -26,6 +26,7 @@ from minisora_jax.io.model_dir import (
     model_hash,
     onto_devices,
     open_model,
+    require_kind,
     saved_settings,
 )
 from minisora_jax.models.captions import captions_of
@@ -139,8 +140,7 @@ def _load_dit(model: str | Path, dtype: str | None = None) -> tuple[dict, DiTCon
         raise ValueError(
             f"{model} is an adapter, not a whole model: name its base by --model, and the adapter by --lora"
         )
-    if config.get("kind") != "dit":
-        raise ValueError(f"{model} holds a {config.get('kind')!r} model, not a diffusion transformer ('dit')")
+    require_kind(config, "dit", model)
     dit = saved_settings(DiTConfig, config, "dit", model)
     check_shapes(stored, abstract_params(dit), model)
     if dtype in ("float32", "bfloat16"):

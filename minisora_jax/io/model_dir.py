@@ -27,8 +27,16 @@ from minisora_jax.io.safetensors import LazyArray, StoredTensor, order_of, read_
 from minisora_jax.parallel.processes import is_main, parts_of
 
 FILES = ("model.safetensors", "config.json")
+KINDS = {
+    "dit": "a diffusion transformer",
+    "lora": "an adapter",
+    "vae": "a codec",
+    "t5": "a text encoder",
+    "clip": "a text encoder",
+    "clip_vision": "an image encoder",
+    "lpips": "LPIPS",
+}
 LOW_NOISE = "low_noise"  # the folder of a second expert within that of the first (Wan 2.2 A14B)
-KINDS = ("vae", "dit", "lora", "t5", "clip", "clip_vision", "lpips")
 MOST_LAYERS, MOST = 1000, 2**24  # limits of a saved number of layers, and of any other whole number
 
 
@@ -126,7 +134,8 @@ def open_model(directory: str | Path) -> tuple[Any, dict]:
         ValueError: a file is damaged: it differs from its checksum, or cannot be read.
     """
     config = load_config(directory)
-    if config.get("kind") in KINDS and (damage := checksum.damage(Path(directory))):  # other kinds are the caller's
+    # Other kinds are the caller's. A hostile config may have a list there, which is no key of a dict.
+    if config.get("kind") in tuple(KINDS) and (damage := checksum.damage(Path(directory))):
         raise ValueError(f"{damage}. If you changed it on purpose, delete {Path(directory) / checksum.NAME}")
     stored: dict[str, StoredTensor] = read_tensors(Path(directory) / "model.safetensors")
     for name in stored:
@@ -196,6 +205,12 @@ def load_config(directory: str | Path) -> dict:
     if not isinstance(config, dict):
         raise ValueError(f"{directory}/config.json is a {type(config).__name__}, and must be an object")
     return config
+
+
+def require_kind(config: dict, kind: str, where: str | Path) -> None:
+    """Raise ValueError unless the config is that of a model of this kind. `where` names the model in the message."""
+    if config.get("kind") != kind:
+        raise ValueError(f"{where} holds a {config.get('kind')!r} model, not {KINDS[kind]} ({kind!r})")
 
 
 def saved_settings(cls: type, config: dict, key: str, directory: str | Path) -> Any:

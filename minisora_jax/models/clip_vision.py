@@ -19,7 +19,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from minisora_jax.io.hub import local_folder
-from minisora_jax.io.model_dir import check_shapes, export_model, in_words, load_model, model_hash, saved_settings
+from minisora_jax.io.model_dir import (
+    check_shapes,
+    export_model,
+    in_words,
+    load_model,
+    model_hash,
+    require_kind,
+    saved_settings,
+)
 from minisora_jax.media.resize import resized
 from minisora_jax.models.clip import ACTIVATIONS, CLIPBlock
 from minisora_jax.models.dit_config import DiTConfig
@@ -123,8 +131,7 @@ class ImageEncoder:
         """The encoder in `directory`. Raises ValueError if it holds another kind of model, or one of another shape."""
         directory = local_folder(directory)
         params, config = load_model(directory, dtype=None)
-        if config.get("kind") != KIND:
-            raise ValueError(f"{directory} holds a {config.get('kind')!r} model, not an image encoder ({KIND!r})")
+        require_kind(config, KIND, directory)
         settings = saved_settings(CLIPVisionConfig, config, KIND, directory)
         check_shapes(params, abstract_params(settings), directory)
         return cls(settings, jax.tree.map(jnp.asarray, params), model_hash(directory))

@@ -22,7 +22,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from minisora_jax.io.hub import local_folder
-from minisora_jax.io.model_dir import check_shapes, export_model, in_words, load_model, model_hash, saved_settings
+from minisora_jax.io.model_dir import (
+    check_shapes,
+    export_model,
+    in_words,
+    load_model,
+    model_hash,
+    require_kind,
+    saved_settings,
+)
 from minisora_jax.models.vae import VAE, VAEConfig, abstract_params
 from minisora_jax.parallel.halo import fetch_frames, put_frames, put_params, shard_height
 from minisora_jax.parallel.programs import make_room, memory_of
@@ -66,8 +74,7 @@ class Codec:
         """
         directory = local_folder(directory)
         params, config = load_model(directory)
-        if config.get("kind") != "vae":
-            raise ValueError(f"{directory} holds a {config.get('kind')!r} model, not a codec ('vae')")
+        require_kind(config, "vae", directory)
         vae = saved_settings(VAEConfig, config, "vae", directory)
         check_shapes(params, abstract_params(vae), directory)
         mean, std = (
@@ -299,22 +306,31 @@ def _decode(config: VAEConfig, units: int, params, z_Bthwc, past):
     return shard_height(decode, units, params, z_Bthwc, past)
 
 
-def by_size(apply: Callable, arrays: Sequence[np.ndarray], keys: Sequence, full: bool = False) -> list[np.ndarray]:
-    """apply(arrays, key) for arrays of one key together, at most `AT_ONCE` at a time; results in order.
+def by_size(
+    apply: Callable,
+    arrays: Sequence[np.ndarray],
+    keys: Sequence,
+    *,
+    full: bool = False,
+    at_once: Callable[[Any], int] = lambda key: AT_ONCE,
+) -> list[Any]:
+    """apply(arrays, key) for arrays of one key together, some at a time; results in order.
 
     Args:
         apply: Of a codec, such as `lambda same_size, _: codec.decode(np.stack(same_size))`.
         arrays: Clips, or latents.
         keys: Of each; their sizes.
-        full: Whether `AT_ONCE` arrays are passed always, the last one repeated: one shape, one compilation.
+        full: Whether as many arrays are passed always, the last one repeated: one shape, one compilation.
+        at_once: How many arrays of a key go together at most.
     """
     groups: dict = {}
     for i, key in enumerate(keys):
         groups.setdefault(key, []).append(i)
     results: list = [None] * len(arrays)
     for key, members in groups.items():
-        for batch in (members[k : k + AT_ONCE] for k in range(0, len(members), AT_ONCE)):
-            passed = batch + batch[-1:] * (AT_ONCE - len(batch)) if full else batch
+        most = at_once(key)
+        for batch in (members[k : k + most] for k in range(0, len(members), most)):
+            passed = batch + batch[-1:] * (most - len(batch)) if full else batch
             for i, result in zip(batch, apply([arrays[i] for i in passed], key)):
                 results[i] = result
     return results

@@ -31,6 +31,7 @@ from minisora_jax.io.model_dir import (
     load_config,
     model_hash,
     open_model,
+    require_kind,
     saved_settings,
 )
 from minisora_jax.io.retry import Damaged, DataError
@@ -131,11 +132,11 @@ def example_batch(task: DiffusionTask) -> PackedBatch:
     """The smallest batch that can initialise the model: one token in one row."""
     text_LE = example_text(task.dit)
     zeros = lambda width: np.zeros((1, width), np.float32)
-    segment = Segment(zeros(task.dit.token_width), np.zeros(1, bool), (1, 1, 1), text_LE, 8.0)
-    if task.dit.given_channels:
-        segment = dataclasses.replace(segment, given_nx=zeros(task.dit.given_width))
-    if task.dit.image_features:
-        segment = dataclasses.replace(segment, image_IE=zeros(task.dit.image_features))
+    given: dict[str, Any] = {
+        "given_nx": zeros(task.dit.given_width) if task.dit.given_channels else None,
+        "image_IE": zeros(task.dit.image_features) if task.dit.image_features else None,
+    }
+    segment = Segment(zeros(task.dit.token_width), np.zeros(1, bool), (1, 1, 1), text_LE, 8.0, **given)
     return pack_segments([[segment]], PackConfig(tokens=1, text_tokens=4, slots=1, rows=1))
 
 
@@ -317,8 +318,7 @@ def settings_of(model: str | Path) -> dict:
         ValueError: `model` is not a diffusion transformer, or its config is damaged.
     """
     config = load_config(model)
-    if config.get("kind") != "dit":
-        raise ValueError(f"{model} holds a {config.get('kind')!r} model, not a diffusion transformer ('dit')")
+    require_kind(config, "dit", model)
     for key, cls in (("dit", DiTConfig), ("times", TimeConfig), ("objective", ObjectiveConfig)):
         saved_settings(cls, config, key, model)  # raises for what is no setting
     return {k: config_fields(config.get(k, {})) for k in ("dit", "times", "objective")}

@@ -25,7 +25,7 @@ from jax.sharding import PartitionSpec as P
 from minisora_jax.data.conditioning import recorded_masks
 from minisora_jax.diffusion.distillation import Distilled, recorded_distillation
 from minisora_jax.io.hub import local_folder
-from minisora_jax.io.model_dir import FILES, in_memory, is_finite, model_hash, open_model, saved_settings
+from minisora_jax.io.model_dir import FILES, in_memory, is_finite, model_hash, open_model, require_kind, saved_settings
 from minisora_jax.io.safetensors import LazyArray
 from minisora_jax.models.dit import DiTConfig, abstract_params
 from minisora_jax.models.lora import LoraConfig, delta, kernels, scaled, stacked
@@ -101,8 +101,7 @@ def read_adapter(text: str, dit: DiTConfig, model: str | Path) -> Adapter:
 def adapter_settings(directory: str | Path) -> tuple[Any, LoraConfig, DiTConfig, dict]:
     """(the stored tree, its LoRA's settings, the model's shape, the whole config) of an adapter's folder of ours."""
     stored, config = open_model(directory)
-    if config.get("kind") != "lora":
-        raise ValueError(f"{directory} holds a {config.get('kind')!r} model, not an adapter ('lora')")
+    require_kind(config, "lora", directory)
     lora = saved_settings(LoraConfig, config, "lora", directory)
     return stored, lora, saved_settings(DiTConfig, config, "dit", directory), config
 
@@ -193,9 +192,8 @@ def merged(stored: Any, adapters: Sequence[Adapter]) -> Any:
                 x = np.asarray(leaf[i], np.float32)
                 with np.errstate(over="ignore", invalid="ignore"):
                     x = x + delta(a[i], b[i], False).reshape(x.shape) if a is not None and b is not None else x
-                    x = functools.reduce(np.add, (change[i] for change in changes), x)
-                    finite = is_finite(x.astype(leaf.dtype))
-                if not finite:
+                    x = functools.reduce(np.add, (change[i] for change in changes), x).astype(leaf.dtype)
+                if not is_finite(x):
                     raise ValueError(f"merged, {name} has NaN or infinite numbers in {leaf.dtype}: give lower weights")
                 yield x
 
