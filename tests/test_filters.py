@@ -12,16 +12,9 @@ from hypothesis import strategies as st
 
 from minisora_jax.curation import filters, shots
 from minisora_jax.curation.duplicates import BITS, clip_hash, repeated
-from minisora_jax.curation.filters import (
-    CURATED,
-    MEASURES,
-    Filters,
-    UserFunctionError,
-    load_function,
-    measure,
-    number_by,
-)
+from minisora_jax.curation.filters import CURATED, MEASURES, Filters, measure
 from minisora_jax.curation.stages import Curation, Drop, Sizes, clips_of
+from minisora_jax.io.user_function import UserFunctionError, load_function, number_by
 from minisora_jax.media.video import read_clip_frames
 from minisora_jax.media.video_writer import write_video
 from minisora_jax.sources.base import Media

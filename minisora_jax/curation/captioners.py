@@ -23,7 +23,7 @@ from typing import Protocol
 import numpy as np
 
 from minisora_jax.curation.endpoint import CaptionRefused, Endpoint
-from minisora_jax.curation.filters import load_function
+from minisora_jax.io.user_function import load_function
 
 FRAMES = 8  # frames that the captioner gets, evenly spaced
 MOST_CHARACTERS = 10_000  # of a caption; a long one has about 600

@@ -23,16 +23,15 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib
-import importlib.util
 import math
 from collections.abc import Callable
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 
 from minisora_jax.config import how_to_install
+from minisora_jax.io.user_function import load_function, number_by
 
 SAMPLED = 8  # frames that are measured, evenly spaced
 LINE = 1 / 2  # of the frame's shorter side; thicker boxes are objects, not lines of text
@@ -227,10 +226,6 @@ def aesthetic(clip: SampledClip) -> float:
     return number_by(load_function(clip.filters.aesthetic), clip.filters.aesthetic, clip.sampled_THWC)
 
 
-class UserFunctionError(RuntimeError):
-    """A function that the user names fails. That is no fault of the clip, so the run stops."""
-
-
 MEASURES = (
     Measure("seconds", "min_seconds", "too short", lambda clip: len(clip.frames_THWC) / clip.fps, True, stills=False),
     Measure("side", "min_side", "low resolution", lambda clip: min(clip.frames_THWC.shape[1:3]), True),
@@ -243,7 +238,7 @@ MEASURES = (
 )
 
 
-# ---- Optional packages and user functions
+# ---- Optional packages
 
 
 def curate_module(name: str, what_for: str) -> ModuleType:
@@ -264,51 +259,3 @@ def _text_detector() -> Callable[..., Any]:
     one_thread = {f"EngineConfig.onnxruntime.{kind}_op_num_threads": 1 for kind in ("intra", "inter")}
     size = {"Det.limit_type": "max", "Det.limit_side_len": 736}
     return rapidocr.RapidOCR(params={"Global.log_level": "critical", **one_thread, **size})
-
-
-@functools.cache
-def load_function(spec: str) -> Callable:
-    """The function "FILE.py:NAME" or "package.module:NAME".
-
-    Raises:
-        ValueError: The file or the function is missing.
-        UserFunctionError: The file raises an error when it is run.
-    """
-    where, _, name = spec.rpartition(":")
-    if not where or not name:
-        raise ValueError(f"{spec!r} must be FILE.py:FUNCTION or package.module:function")
-    if where.endswith(".py"):
-        if not Path(where).is_file():
-            raise ValueError(f"{spec!r}: there is no file {where}")
-        module_spec = importlib.util.spec_from_file_location(f"minisora_plug_{Path(where).stem}", where)
-        if module_spec is None or module_spec.loader is None:
-            raise ValueError(f"{spec!r}: {where} is no Python file")
-        module = importlib.util.module_from_spec(module_spec)
-        try:
-            module_spec.loader.exec_module(module)
-        except ImportError:
-            raise
-        except Exception as error:
-            raise UserFunctionError(f"{spec!r}: {where} raised {type(error).__name__}: {error}") from error
-    else:
-        module = importlib.import_module(where)
-    if not callable(getattr(module, name, None)):
-        raise ValueError(f"{spec!r}: {where} has no function {name}")
-    return getattr(module, name)
-
-
-def number_by(function: Callable, spec: str, *arguments: Any) -> float:
-    """The number that a user's function gives.
-
-    Raises:
-        UserFunctionError: It raises an error, or gives something that is no number.
-    """
-    try:
-        value = function(*arguments)
-    except Exception as error:
-        message = f"{spec} raised {type(error).__name__}: {error}; MINISORA_TRACEBACK=1 shows where"
-        raise UserFunctionError(message) from error
-    try:
-        return float(value)
-    except (TypeError, ValueError) as error:
-        raise UserFunctionError(f"{spec} gave {value!r:.100}, and must give a number") from error

@@ -19,8 +19,9 @@ import numpy as np
 
 from minisora_jax.curation import shots
 from minisora_jax.curation.duplicates import clip_hash
-from minisora_jax.curation.filters import Filters, UserFunctionError, measure
+from minisora_jax.curation.filters import Filters, measure
 from minisora_jax.io.filesystem import open_regular
+from minisora_jax.io.user_function import UserFunctionError
 from minisora_jax.media.video import Video, VideoError, collected
 from minisora_jax.sources.base import Media, open_media
 

@@ -21,8 +21,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from minisora_jax.curation.filters import load_function
 from minisora_jax.io.records import sha256
+from minisora_jax.io.user_function import load_function
 
 LEAST = 2  # feature vectors that a covariance needs
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from minisora_jax.curation.filters import load_function
 from minisora_jax.evaluation.frechet import distance, gaussian, open_extractor
 from minisora_jax.generate import Request, VideoPipeline
 from minisora_jax.io.progress import Progress
+from minisora_jax.io.user_function import load_function
 from minisora_jax.models.codec import Codec
 from minisora_jax.models.perceptual import LPIPS
 from minisora_jax.toy.checker import check_all

@@ -10,12 +10,12 @@ import jax
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
-from minisora_jax.curation.filters import load_function, number_by
 from minisora_jax.data.latents import Latents, Mixture
 from minisora_jax.data.packing import PackPlan, StagedPlan
 from minisora_jax.data.rows import unpatchify
 from minisora_jax.diffusion.grpo import GrpoConfig, Rollout
 from minisora_jax.io.retry import DataError
+from minisora_jax.io.user_function import load_function, number_by
 from minisora_jax.models.codec import Codec, by_size
 from minisora_jax.parallel.mesh import TOKENS, MeshConfig, host_rows, make_mesh, to_global
 from minisora_jax.parallel.processes import whole
