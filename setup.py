@@ -62,6 +62,7 @@ setup(
             "onnxruntime>=1.22",
         ],
         "beam": ["apache-beam>=2.71"],
+        "worlds": ["gymnasium>=1.2", "vizdoom>=1.3.2"],
         "ui": ["gradio>=6"],
         "cuda": ["jax[cuda13]>=0.11.1"],
     },

@@ -11,7 +11,8 @@ An array whose rank is known carries its axes as a suffix: `tokens_BSP`. One let
     N  attention heads                         K  head width
     F  mlp width                               k  K / 2, the pairs of channels that a rotation turns
     R  B * T, frames folded into rows          V  entries of a lookup table
-    A  microbatches of gradient accumulation   x  an axis that the docstring names
+    A  microbatches of gradient accumulation;  x  an axis that the docstring names
+       of `actions_TA`, the width of an action
 
 A digit is an axis of that length: `position_BS3` holds (t, y, x) on a clip's grid of patches.
 
@@ -36,6 +37,8 @@ class Clip:
     caption: str
     fps: float  # frames per second
     name: str  # the clip's origin: a path, or "shapes/train/17"
+    # float32: row i is the action that led to frame i, and row 0 is zeros; None: the clip has no actions
+    actions_TA: np.ndarray | None = None
 
     def __repr__(self) -> str:
         sides = "x".join(map(str, self.size_THW))
@@ -79,6 +82,7 @@ class LatentClip:
     fps: float  # frames per second of the pixels
     name: str
     frames: GivenFrames | None = None  # for models that read given frames as channels
+    actions_TA: np.ndarray | None = None  # float32, as those of the `Clip`: a row for each frame of pixels
 
     def __repr__(self) -> str:
         shape = "x".join(map(str, self.mean_thwc.shape))

@@ -112,6 +112,7 @@ def encode(
             empty_text_LE=captions.encode([""])[0],
             given=frames.record if frames else None,
             source=getattr(source, "identity", str(data)),
+            actions=getattr(source, "actions", ()),
             examples=examples,
             shard_bytes=shard_mb * 2**20,
             clips_per_part=clips_per_part,

@@ -259,9 +259,11 @@ def _record(clip: Candidate, crf: int | None) -> bytes:
         "source": clip.source,
         "scores": clip.scores,
     }
+    actions = {} if clip.actions_TA is None else {"actions": clip.actions_TA}
     if crf is None:
-        return pack_record({"frames": clip.frames_THWC}, metadata)
-    return pack_record({"mp4": np.frombuffer(mp4_bytes(clip.frames_THWC, clip.fps, crf), np.uint8)}, metadata)
+        return pack_record({"frames": clip.frames_THWC} | actions, metadata)
+    mp4 = np.frombuffer(mp4_bytes(clip.frames_THWC, clip.fps, crf), np.uint8)
+    return pack_record({"mp4": mp4} | actions, metadata)
 
 
 def _size(clip: Candidate) -> tuple[int, ...]:

@@ -133,6 +133,7 @@ def prepare(
         "held_out": held_out,
         "files_per_part": files_per_part,
     }
+    settings |= {"actions": list(clips.actions)} if clips.actions else {}
     out_dir = Path(out_dir).absolute()
     opening = record_writer.opening_of("clips", settings, shard_bytes, "group_size:1,zstd:1")
     plan = Plan(clips, str(out_dir), curation, opening, files_per_part, held_out, captioner, strict, crf)

@@ -4,7 +4,8 @@
 
 Clips are cut; they are resized or thinned only if `Sizes` says so. In time a clip has the first 1 + 4k frames of a shot
 (or of the file), at most `max_frames`. In space a centre crop removes less than one `cell` of height and of width. With
-shots on, a file gives a clip for each shot, and for each `max_frames` of a longer shot.
+shots on, a file gives a clip for each shot, and for each `max_frames` of a longer shot. A game's episode gives a clip
+for each `Media.window` frames. The actions of a clip are those of its frames, so clips with actions are never thinned.
 """
 
 from __future__ import annotations
@@ -23,7 +24,10 @@ from minisora_jax.curation.filters import Filters, measure
 from minisora_jax.io.filesystem import open_regular
 from minisora_jax.io.user_function import UserFunctionError
 from minisora_jax.media.video import Video, VideoError, collected
+from minisora_jax.sources.actions import window
 from minisora_jax.sources.base import Media, open_media
+
+SHORTEST = 9  # frames of the shortest clip of an episode
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +45,7 @@ class Candidate:
     source_bytes: int = 0  # the size of its file, stated by the file's first clip only
     scores: dict[str, float] = dataclasses.field(default_factory=dict)  # the measurements of curation/filters.py
     hash: str = ""  # the perceptual hash, if the filter of duplicates is on
+    actions_TA: np.ndarray | None = None  # float32, see sources/actions.py
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,11 +125,13 @@ def clips_of(media: Media, curation: Curation, alive: Callable[[], None] = lambd
     """
     stage = "probe"
     try:
+        media = media.played(alive)
         with open_media(media) as video:
             check_size(video.info.height, video.info.width, curation.sizes)
             stage = "decode"
             source = content_hash(media)
-            spans = spans_of(video, curation, alive)
+            check_actions(media, video, curation.sizes)
+            spans = spans_of(video, media, curation, alive)
             size = content_bytes(media)
             for clip in decoded(video, media, spans, curation.sizes, alive):
                 stage = "filter"
@@ -133,20 +140,53 @@ def clips_of(media: Media, curation: Curation, alive: Callable[[], None] = lambd
                 alive()
     except VideoError as error:
         yield Drop(media.name, stage, error.reason, error.detail)
-    except (ImportError, UserFunctionError):
+    except (ImportError, UserFunctionError, ThinnedActions):
         raise  # these are no fault of the file
     except Exception as error:
         yield Drop(media.name, stage, "unexpected error", f"{type(error).__name__}: {error}")
 
 
-def spans_of(video: Video, curation: Curation, alive: Callable[[], None]) -> list[tuple[int, int]]:
-    """The frames [start, end) of each clip of a file. Finding shots decodes the whole file, a frame at a time."""
+def spans_of(video: Video, media: Media, curation: Curation, alive: Callable[[], None]) -> list[tuple[int, int]]:
+    """The frames [start, end) of each clip of a file. Finding shots decodes the whole file, a frame at a time.
+
+    Raises:
+        VideoError: 'too short', for an episode of less than `SHORTEST` frames.
+    """
     sizes = curation.sizes
-    if video.still or not curation.shots:
-        return [(0, sizes.max_frames)]
+    longest = min(sizes.max_frames, media.window or sizes.max_frames)
     rate = sizes.rate(video.info.fps)
-    frames = _watched(video.frames(fps=rate, fit=sizes.fit), alive)
-    return shots.pieces(shots.find_shots(frames, rate or video.info.fps), sizes.max_frames)
+    if curation.shots and not video.still:
+        frames = _watched(video.frames(fps=rate, fit=sizes.fit), alive)
+        return shots.pieces(shots.find_shots(frames, rate or video.info.fps), longest)
+    if media.window is None:
+        return [(0, longest)]
+    total, shortest = video.count(rate), min(longest, SHORTEST)
+    if total < shortest:
+        raise VideoError("too short", f"the episode has {total} frames, and a clip of it at least {shortest}")
+    spans = ((start, min(start + longest, total)) for start in range(0, total, longest))
+    return [(start, end) for start, end in spans if end - start >= shortest]
+
+
+class ThinnedActions(ValueError):
+    """The settings thin a clip with actions. That is no fault of the clip, so the run stops."""
+
+
+def check_actions(media: Media, video: Video, sizes: Sizes) -> None:
+    """Refuse actions that do not belong to the frames of a clip one by one.
+
+    Raises:
+        VideoError: the clip has another number of frames.
+        ThinnedActions: frames would be left out.
+    """
+    if media.actions_TA is None:
+        return
+    if (count := video.count()) != len(media.actions_TA):
+        raise VideoError("actions differ", f"it has {count} frames and actions for {len(media.actions_TA)}")
+    if sizes.rate(fps := media.fps or video.info.fps):
+        raise ThinnedActions(
+            f"{media.name} has {fps:g} frames per second and an action for each. fps={sizes.fps:g} would leave out "
+            "frames and break their order with the actions: leave --fps out (frame_skip sets the rate of a game)"
+        )
 
 
 def decoded(
@@ -165,10 +205,12 @@ def decoded(
             next(frames, None)
         frames_THWC = frames_THWC[: clip_length(len(frames_THWC))]
         check_size(frames_THWC.shape[1], frames_THWC.shape[2], sizes)
+        actions_TA = None if media.actions_TA is None else window(media.actions_TA, start, len(frames_THWC))
         name = media.name if len(spans) == 1 else f"{media.name}#{start}-{end}"
         fps = rate or media.fps or video.info.fps
         shortened = len(spans) == 1 and total > sizes.max_frames
-        yield Candidate(name, media.caption, frames_THWC, fps, "", video.still, shortened, video.info.remarks)
+        clip = Candidate(name, media.caption, frames_THWC, fps, "", video.still, shortened, video.info.remarks)
+        yield dataclasses.replace(clip, actions_TA=actions_TA)
 
 
 def _watched(frames: Iterator[np.ndarray], alive: Callable[[], None]) -> Iterator[np.ndarray]:

@@ -43,7 +43,7 @@ def encode_clips(
                 yield clip
             else:
                 mean, std, frames = next(results)
-                yield LatentClip(mean, std, next(texts), clip.caption, clip.fps, clip.name, frames)
+                yield LatentClip(mean, std, next(texts), clip.caption, clip.fps, clip.name, frames, clip.actions_TA)
 
 
 def _windows(clips: ClipSequence, numbers: range) -> Iterator[list[Clip | DataError]]:

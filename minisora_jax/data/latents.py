@@ -25,6 +25,7 @@ from minisora_jax.io.records import Shards, pack_record
 from minisora_jax.io.retry import DataError
 from minisora_jax.models.captions import CLASSES, class_names, in_words
 from minisora_jax.parallel.processes import barrier, is_main, several
+from minisora_jax.sources.actions import common_names, named_in, of_record
 from minisora_jax.sources.base import PREPROCESSING_VERSION
 from minisora_jax.types import GivenFrames, LatentClip
 
@@ -42,6 +43,7 @@ def write_latents(
     examples: Sequence[dict[str, Any]] = (),
     count: int | None = None,
     given: dict[str, Any] | None = None,
+    actions: Sequence[str] = (),
     preprocessing_version: int = PREPROCESSING_VERSION,
     shard_bytes: int = 256 * 2**20,
     clips_per_part: int = 1024,
@@ -60,6 +62,7 @@ def write_latents(
         examples: {"prompt", "size_THW", "fps"} of held-out clips, which training samples.
         count: the number of clips; None if `clips` is a sequence.
         given: the record of the clips' given frames, `FrameEncoder.record`; None if they have none.
+        actions: the names of the columns of the clips' actions; () if they have none.
         shard_bytes: a file ends when it reaches this size.
         clips_per_part: the unit of work; an interrupted encode repeats at most one part.
 
@@ -75,6 +78,7 @@ def write_latents(
     parts = -(-count // clips_per_part)
     settings = {"codec_hash": codec_hash, "preprocessing_version": preprocessing_version, "text": text}
     settings |= {"source": source, "clips_per_part": clips_per_part} | ({"given": given} if given else {})
+    settings |= {"actions": list(actions)} if actions else {}
     opening = record_writer.opening_of("latents", settings, shard_bytes, "group_size:1,uncompressed")
     if manifest := record_writer.finished(out_dir, opening):
         return manifest
@@ -115,7 +119,7 @@ class Latents:
     """A finished cache as a sequence of LatentClip. Threads and Grain workers may share it.
 
     `sizes` is int32 (n, 4): t, h, w and L of each clip, from one small file. `empty_text_LE` has the features of the
-    empty caption.
+    empty caption, and `actions` the names of the columns of the clips' actions.
 
     Args:
         directory: a path, or a URL of object storage.
@@ -152,6 +156,7 @@ class Latents:
             raise DataError(
                 f"{self.shards.directory}/manifest.json is damaged: its given frames are {self.given!r:.80}"
             )
+        self.actions = named_in(settings, os.fspath(self.shards.directory))
         self.counts, self.weights, self.masks = (len(self.shards),), (1.0,), ("",)
 
     @property
@@ -176,7 +181,17 @@ class Latents:
         if self.classes and not (text.shape == (1, 1) and text.dtype.kind == "i" and 0 <= text[0, 0] < self.classes):
             raise DataError(f"record {i} of {self.shards.directory} is corrupt: {text!r:.50} is no class")
         self.shards.require_size(i, (*mean.shape[:3], len(text)))
-        return LatentClip(mean, std, text, caption, float(fps), name, self._frames(i, arrays, mean.shape[:3]))
+        frames, actions_TA = self._frames(i, arrays, mean.shape[:3]), self._actions(i, arrays, len(mean))
+        return LatentClip(mean, std, text, caption, float(fps), name, frames, actions_TA)
+
+    def _actions(self, i: int, arrays: dict[str, np.ndarray], t: int) -> np.ndarray | None:
+        """The actions of record i, of which a latent frame after the first has as many as it has frames of pixels."""
+        where = f"record {i} of {self.shards.directory}"
+        actions_TA = of_record(arrays, self.actions, where)
+        T = t if actions_TA is None else len(actions_TA)
+        if T < t or ((T - 1) % (t - 1) if t > 1 else T > 1):
+            raise DataError(f"{where} is corrupt: it has {t} latent frames and {T} actions")
+        return actions_TA
 
     def _frames(self, i: int, arrays: dict[str, np.ndarray], size_thw: tuple[int, ...]) -> GivenFrames | None:
         """The given frames of record i."""
@@ -193,7 +208,7 @@ class Mixture:
     """Several concatenated caches as one sequence of LatentClip, with the `counts`, `weights` and `masks` of each.
 
     Raises:
-        DataError: the caches have different codecs or text encoders.
+        DataError: the caches have different codecs, text encoders or actions.
     """
 
     def __init__(self, caches: list[Latents], weights: list[float], masks: list[str] | None = None):
@@ -211,6 +226,7 @@ class Mixture:
                         f"the caches of one mixture must share it. Encode one of them again (with --classes="
                         f"{first.shards.directory} for classes in common)"
                     )
+        self.actions = common_names((os.fspath(cache.shards.directory), cache.actions) for cache in caches)
         self.caches, self.weights = caches, tuple(weights)
         self.masks = tuple(masks or [""] * len(caches))
         self.counts = tuple(len(cache) for cache in caches)
@@ -283,6 +299,7 @@ def _to_record(clip: LatentClip) -> bytes:
         arrays |= {"given": clip.frames.channels_thwc}
         arrays |= {} if clip.frames.image_IE is None else {"image": clip.frames.image_IE}
     arrays = {name: _stored(a, f"{clip.name}: {name}") for name, a in arrays.items()}
+    arrays |= {} if clip.actions_TA is None else {"actions": np.asarray(clip.actions_TA, np.float32)}
     return pack_record(arrays, {"caption": clip.caption, "fps": float(clip.fps), "name": clip.name})
 
 

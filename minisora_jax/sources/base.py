@@ -9,6 +9,7 @@
     imagenet/train?caption=folder
       n02099601/1.JPEG            the caption is the name of the folder: a class
     shapes:train:5000             the procedural clips of toy/shapes.py
+    gym:CartPole-v1               a game, played when its clips are needed
     clips.tar, gs://..., ...      docs/sources.md lists them all
 
 `spec.open_source` opens a source by its name. A source skips files that cannot become clips. A `SkipReport` names them
@@ -23,7 +24,7 @@ import functools
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Protocol
 
@@ -47,20 +48,34 @@ from minisora_jax.sources.skips import SkipReport
 PREPROCESSING_VERSION = 2  # changes when the same file gives other pixels; caches store it
 
 
+# Plays an episode: uint8 frames (T, H, W, 3) and the actions (T, A). It calls its argument at each frame.
+Play = Callable[[Callable[[], None]], tuple[np.ndarray, np.ndarray]]
+
+
 @dataclasses.dataclass(frozen=True)
 class Media:
     """An undecoded clip and its caption ("" for none)."""
 
     name: str  # unique within its source; a path within a folder has forward slashes
     caption: str
-    # A file, its bytes, uint8 RGB frames (T, H, W, 3), or the failure.
-    data: Path | bytes | np.ndarray | VideoError = dataclasses.field(repr=False)
+    # A file, its bytes, uint8 RGB frames (T, H, W, 3), the failure, or how to play an episode.
+    data: Path | bytes | np.ndarray | VideoError | Play = dataclasses.field(repr=False)
     fps: float | None = None  # frames per second; None: the file states it. Frames need it if T > 1
+    window: int | None = None  # it becomes clips of so many frames, one after another; None: one clip
+    actions_TA: np.ndarray | None = None  # float32: row i is the action that led to frame i; None: it has none
+
+    def played(self, alive: Callable[[], None] = lambda: None) -> Media:
+        """This clip with its frames and actions, if its data is a function that plays them; else itself."""
+        if not callable(self.data):
+            return self
+        frames_THWC, actions_TA = self.data(alive)
+        return dataclasses.replace(self, data=frames_THWC, actions_TA=actions_TA)
 
     @property
     def content(self) -> Path | bytes | np.ndarray:
         """The data; raises its VideoError if there is none."""
-        data = self.data
+        data = self.played().data
+        assert not callable(data)
         if isinstance(data, Exception):
             raise data
         return data
@@ -85,6 +100,7 @@ class Source(Protocol):
 
     identity: str  # a fingerprint of the contents
     report: SkipReport  # the files that the source's own scan skipped
+    actions: tuple[str, ...]  # the names of the columns of the clips' actions; () if no clip has any
 
     def __len__(self) -> int: ...
 
@@ -100,6 +116,8 @@ class ProceduralShapes:
     Args:
         spec: "shapes[:SPLIT[:COUNT]]"; the defaults are train and 1024.
     """
+
+    actions = ()
 
     def __init__(self, spec: str = "shapes"):
         from minisora_jax.toy.shapes import Shapes
@@ -133,6 +151,8 @@ class Folder:
         FileNotFoundError: the path is no folder.
         ValueError: `caption` is neither "" nor "folder".
     """
+
+    actions = ()
 
     def __init__(self, path: str | os.PathLike, caption: str = "", *, need_caption: bool = True, strict: bool = False):
         self.path, self.need_caption = Path(path), need_caption

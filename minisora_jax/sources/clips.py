@@ -13,6 +13,7 @@ from minisora_jax.io.filesystem import is_url
 from minisora_jax.io.records import Shards, sha256
 from minisora_jax.io.retry import DataError
 from minisora_jax.media.opening import VideoError
+from minisora_jax.sources.actions import named_in, of_record
 from minisora_jax.sources.base import PREPROCESSING_VERSION, stored_frames
 from minisora_jax.toy.shapes import Shapes
 from minisora_jax.types import Clip, ClipSequence
@@ -23,7 +24,8 @@ LONG_CAPTIONS = 0.95  # share of samples with a long caption, as in DALL-E 3
 class Records:
     """A prepared data set as a sequence of clips.
 
-    `sizes` is (n, 4): frames, height and width in pixels, and the length of the longest caption in bytes.
+    `sizes` is (n, 4): frames, height and width in pixels, and the length of the longest caption in bytes. `actions` has
+    the names of the columns of the clips' actions, () if they have none.
 
     Args:
         long_captions: the share of clips that get their long caption, if a captioner wrote captions (`choose_caption`);
@@ -36,6 +38,7 @@ class Records:
     def __init__(self, directory: str | os.PathLike, *, long_captions: float | None = LONG_CAPTIONS):
         self.shards = Shards(directory, "clips", {"preprocessing_version": PREPROCESSING_VERSION})
         self.sizes: np.ndarray = self.shards.sizes
+        self.actions = named_in(self.shards.manifest["settings"], os.fspath(self.shards.directory))
         self.long_captions = long_captions
 
     def __len__(self) -> int:
@@ -58,7 +61,7 @@ class Records:
         if self.long_captions is not None and (captions := metadata.get("captions") or {}):
             self.shards.fields(i, captions, {"short": str, "long": str})
             caption = choose_caption(caption, captions, name, self.long_captions)
-        return Clip(frames_THWC, caption, float(fps), name)
+        return Clip(frames_THWC, caption, float(fps), name, self._actions(i, arrays))
 
     def caption(self, i: int) -> str:
         """The caption of clip i in its source, without decoding its frames."""
@@ -80,6 +83,13 @@ class Records:
                 f"size {expected}, and have {frames_THWC.shape[:3]}"
             )
         return frames_THWC
+
+    def _actions(self, i: int, arrays: dict[str, np.ndarray]) -> np.ndarray | None:
+        where = f"record {i} of {self.shards.directory}"
+        actions_TA = of_record(arrays, self.actions, where)
+        if actions_TA is not None and len(actions_TA) != self.sizes[i, 0]:
+            raise DataError(f"{where} is corrupt: it has {self.sizes[i, 0]} frames and {len(actions_TA)} actions")
+        return actions_TA
 
     def _frames(self, i: int, arrays: dict[str, np.ndarray], start: int = 0, count: int | None = None) -> np.ndarray:
         try:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import re
 
 from minisora_jax.io.concat_index import ConcatIndex
+from minisora_jax.sources.actions import common_names
 from minisora_jax.sources.base import Media, Source
 from minisora_jax.sources.skips import SkipReport
 
@@ -19,10 +21,14 @@ class ConcatSource:
         specs: the name of each source, see sources/spec.py. Its last part becomes the label.
         sources: the opened sources, one for each spec.
         strict: raise BadClip instead of skipping.
+
+    Raises:
+        DataError: two sources have different actions.
     """
 
     def __init__(self, specs: list[str], sources: list[Source], *, strict: bool = False):
         self.sources, self.labels = sources, _labels(specs)
+        self.actions = common_names((spec, source.actions) for spec, source in zip(specs, sources))
         self.concat_index = ConcatIndex(map(len, sources))
         self.report = SkipReport(strict)
         for label, source in zip(self.labels, sources):
@@ -36,7 +42,7 @@ class ConcatSource:
     def __getitem__(self, i: int) -> Media:
         number, at = self.concat_index.locate(i)
         media = self.sources[number][at]
-        return Media(f"{self.labels[number]}/{media.name}", media.caption, media.data, media.fps)
+        return dataclasses.replace(media, name=f"{self.labels[number]}/{media.name}")
 
     def __getstate__(self):
         return self.__dict__ | {"report": SkipReport(self.report.strict)}

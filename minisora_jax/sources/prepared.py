@@ -20,6 +20,7 @@ class Prepared:
     def __init__(self, directory: str | os.PathLike, *, need_caption: bool = True, strict: bool = False):
         self.directory = os.fspath(directory) if is_url(directory) else os.path.abspath(directory)
         self.need_caption, self.report, self.records = need_caption, SkipReport(strict), Records(self.directory)
+        self.actions = self.records.actions
         kept = self.records.sizes[:, 3] > 0 if need_caption else np.ones(len(self.records), bool)
         for i in np.flatnonzero(~kept):
             self.report.add(f"record {i}", "no caption", f"in {directory}")
@@ -34,7 +35,7 @@ class Prepared:
             clip = self.records[int(self.numbers[i])]
         except DataError as error:
             return Media(f"record {self.numbers[i]}", "", VideoError("corrupt record", str(error)))
-        return Media(clip.name, clip.caption, clip.frames_THWC, clip.fps)
+        return Media(clip.name, clip.caption, clip.frames_THWC, clip.fps, actions_TA=clip.actions_TA)
 
     def __reduce__(self):
         return reopened, (Prepared, (self.directory,), self.need_caption, self.identity)

@@ -21,6 +21,8 @@ class RemoteFolder:
     contents are the same. With very many clips, tars or one caption table open faster than a caption file a clip.
     """
 
+    actions = ()
+
     def __init__(self, url: str, caption: str = "", *, need_caption: bool = True, strict: bool = False):
         self.url, self.need_caption, self.report = url, need_caption, SkipReport(strict)
         self.caption = caption_option(url, caption)

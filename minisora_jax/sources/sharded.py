@@ -34,6 +34,7 @@ class Sharded(abc.ABC):
     """
 
     kind: str
+    actions = ()
 
     def __init__(self, files: list[File], *, need_caption: bool = True, strict: bool = False):
         self.files, self.need_caption = files, need_caption

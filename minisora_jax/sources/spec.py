@@ -46,6 +46,10 @@ def open_source(spec: str | os.PathLike, *, need_caption: bool = True, strict: b
         parts = [part.strip() for part in spec.split(" + ")]
         sources = [open_source(part, need_caption=need_caption, strict=strict) for part in parts]
         return ConcatSource(parts, sources, strict=strict)
+    if spec.startswith("gym:"):
+        from minisora_jax.sources.gym import open_gym
+
+        return open_gym(spec)
     where, options = split_options(spec)
     rules: dict[str, Any] = {"need_caption": need_caption, "strict": strict}
     if where.startswith("tfds:"):

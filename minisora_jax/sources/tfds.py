@@ -63,6 +63,8 @@ class Tfds:
         ValueError: several features fit, the split is unknown, or there is no frame rate.
     """
 
+    actions = ()
+
     def __init__(
         self,
         directory: str,

@@ -68,7 +68,7 @@ class VideoClips(tfds.core.GeneratorBasedBuilder):
         source = self.sources[split]
         self.reports[split] = report = source.report
         for i in range(len(source)):
-            media = source[i]
+            media = source[i].played()
             try:
                 header(media)
             except VideoError as error:
