@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import dataclasses
 import functools
 import logging
 from collections.abc import Iterator
@@ -71,9 +72,10 @@ def attend(
     scale: float | None = None,
     max_segment_len: int = 0,
     slots: int = 0,
+    causal: bool = False,
     bias_NSM: jax.Array | None = None,
 ) -> jax.Array:
-    """softmax(scale q k^T + bias) v within segments, bidirectional, with the softmax in float32.
+    """softmax(scale q k^T + bias) v within segments, with the softmax in float32.
 
     Args:
         q_BSNK: Queries.
@@ -86,6 +88,8 @@ def attend(
         max_segment_len: No segment has more tokens; 0: unknown. The ring sends blocks only as far as a segment
             reaches. Not checked: if a segment is longer, the result is silently wrong.
         slots: Ids are 1 to `slots` and the tokens of a segment lie together, which cuDNN needs; 0: unknown.
+        causal: Ids are segment * FRAMES + frame, in rising order along a row. A query attends to the keys of its
+            segment up to its own frame. Tokens of one id see each other, so a clip of one id is bidirectional.
         bias_NSM: Added to the logits; the first axis may be 1. Only for short rows that are not sharded.
 
     Returns:
@@ -104,7 +108,8 @@ def attend(
     run: Any = ring_attention
     if _forward_mode.get():
         run, impl = forward_only, "reference" if impl == "reference" else "blockwise"
-    ring = Ring(choose(impl, q_BSNK, slots, max_segment_len), factor, max_segment_len=max_segment_len)
+    kernel = choose(impl, q_BSNK, 0 if causal else slots, max_segment_len)  # cuDNN has no order of frames
+    ring = Ring(kernel, factor, max_segment_len=max_segment_len, causal=causal)
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.are_all_axes_manual:
         return run(*arrays, ring)
@@ -118,7 +123,7 @@ def attend(
             f"{heads} heads a device cannot be divided over mesh.ulysses={ulysses}: "
             f"mesh.ulysses x mesh.tensor must divide the model's {q_BSNK.shape[2]} heads; use mesh.ring for the rest"
         )
-    ring = Ring(ring.kernel, factor, size=ring_size, max_segment_len=max_segment_len)
+    ring = dataclasses.replace(ring, size=ring_size)
 
     def on_device(q, k, v, q_ids, kv_ids):
         if ulysses == 1:

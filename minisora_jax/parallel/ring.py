@@ -25,8 +25,9 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from minisora_jax.parallel.kernels import EMPTY, Kernel
-from minisora_jax.parallel.kernels.blockwise import extent, meet
+from minisora_jax.parallel.kernels import Kernel
+from minisora_jax.parallel.kernels.blockwise import extent, meet, seen_extent
+from minisora_jax.parallel.kernels.in_order import merge
 
 SAVED = "attention"  # the checkpoint name of o and lse, for remat policies that keep them
 AXIS = "ring"  # the mesh axis
@@ -48,6 +49,7 @@ class Ring:
     scale: float  # of the logits
     size: int = 1  # devices along the axis
     max_segment_len: int = 0  # no segment has more tokens; 0: unknown
+    causal: bool = False  # see `attend`
 
     def reach_in_blocks(self, block: int) -> int:
         """Blocks of `block` tokens, to either side of a token's own, that a segment may reach."""
@@ -104,7 +106,7 @@ def forward_only(
 
 
 def _forward(q, k, v, q_ids, kv_ids, ring: Ring):
-    visit = lambda block: ring.kernel.forward(q, block[0], block[1], q_ids, block[2], ring.scale)
+    visit = lambda block: ring.kernel.forward(q, block[0], block[1], q_ids, block[2], ring.scale, ring.causal)
     block = (k, v, kv_ids)
     o, lse = visit(block)
     trips = ring.hop_schedule(k.shape[1])
@@ -113,7 +115,7 @@ def _forward(q, k, v, q_ids, kv_ids, ring: Ring):
         merged = (o.astype(jnp.float32), lse)
 
         def join(merged, block, away):
-            return jax.lax.cond(near(away), lambda m: _merge(m, visit(block)), lambda m: m, merged)
+            return jax.lax.cond(near(away), lambda m: merge(m, visit(block)), lambda m: m, merged)
 
         for trip in trips:
             merged = _travel(merged, block, trip.direction, trip.hops, join, ring)
@@ -140,7 +142,9 @@ def _travel(state, block, direction, hops, join, ring):
 
 def _backward(ring: Ring, saved, d_o):
     q, k, v, q_ids, kv_ids, o, lse = saved
-    visit = lambda block: ring.kernel.backward(q, block[0], block[1], q_ids, block[2], o, lse, d_o, ring.scale)
+    visit = lambda block: ring.kernel.backward(
+        q, block[0], block[1], q_ids, block[2], o, lse, d_o, ring.scale, ring.causal
+    )
     block = (k, v, kv_ids)
     d_q, *d_kv = visit(block)
     trips = ring.hop_schedule(k.shape[1])
@@ -184,21 +188,13 @@ def _split(gradients):
 
 def _neighbours(q_ids, kv_ids, ring: Ring):
     """A function of `away`: whether the block from `away` devices back may share a segment with these queries."""
-    own, all_extents = extent(q_ids), jax.lax.all_gather(extent(kv_ids), AXIS)  # (B,), (ring, B)
+    own, all_extents = seen_extent(q_ids, ring.causal), jax.lax.all_gather(extent(kv_ids), AXIS)  # (B,), (ring, B)
     me = jax.lax.axis_index(AXIS)
 
     def near(away):
         return meet(own, jax.tree.map(lambda x: x[(me - away) % ring.size], all_extents))
 
     return near
-
-
-def _merge(one, other):
-    """(o, lse) over two sets of keys, from the (o, lse) over each; o is float32."""
-    (o, lse), (o2, lse2) = one, other
-    both = jnp.logaddexp(lse, lse2)  # EMPTY + log 2 where both sets are empty; o is 0 there
-    share = lambda x: jnp.moveaxis(jnp.exp(x - both), 1, 2)[..., None]
-    return o * share(lse) + o2.astype(jnp.float32) * share(lse2), jnp.maximum(both, EMPTY)
 
 
 ring_attention.defvjp(_forward, _backward)

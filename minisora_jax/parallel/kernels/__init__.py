@@ -2,6 +2,9 @@
 
 A kernel is a module with the two functions of `Kernel`. A query attends to the keys of its own segment. Segment 0 is
 padding: it attends to nothing, and nothing attends to it. Where a query has no key, o is 0 and lse is EMPTY.
+
+`causal` is attention in the order of frames (block-causal), see `attention.attend`. Ids then rise along a row, and the
+keys that a query sees are those with ids from frame 0 of its segment to its own id.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ import jax
 
 from minisora_jax.parallel.kernels import blockwise, reference, splash, triton
 
-EMPTY = reference.EMPTY
+EMPTY, FRAMES = reference.EMPTY, reference.FRAMES
 
 
 class Kernel(Protocol):
@@ -29,6 +32,7 @@ class Kernel(Protocol):
         q_segment_BS: jax.Array,
         kv_segment_BM: jax.Array,
         scale: float,
+        causal: bool = False,
         /,
     ) -> tuple[jax.Array, jax.Array]:
         """(o, lse): softmax(scale q k^T) v, and the logarithm of the softmax's denominator."""
@@ -45,6 +49,7 @@ class Kernel(Protocol):
         lse_BNS: jax.Array,
         d_o_BSNK: jax.Array,
         scale: float,
+        causal: bool = False,
         /,
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """(d_q, d_k, d_v): the part of the gradients that comes from these keys.

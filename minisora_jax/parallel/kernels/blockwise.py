@@ -10,7 +10,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from minisora_jax.parallel.kernels.reference import EMPTY, visible
+from minisora_jax.parallel.kernels.reference import EMPTY, first_seen, visible
 
 BLOCK = 0  # the largest side of a tile in tokens; 0: 128 on CPUs, 512 elsewhere
 
@@ -20,6 +20,12 @@ def extent(segment_BS: jax.Array) -> tuple[jax.Array, jax.Array]:
     real = segment_BS > 0
     most = jnp.iinfo(segment_BS.dtype).max
     return jnp.min(jnp.where(real, segment_BS, most), axis=-1), jnp.max(jnp.where(real, segment_BS, -1), axis=-1)
+
+
+def seen_extent(q_segment_BS: jax.Array, causal: bool) -> tuple[jax.Array, jax.Array]:
+    """(smallest, largest) id that the queries of each row attend to; smallest > largest in a row of padding."""
+    first, last = extent(q_segment_BS)
+    return (first_seen(first) if causal else first), last
 
 
 def meet(extent_B: tuple[jax.Array, jax.Array], other_B: tuple[jax.Array, jax.Array]) -> jax.Array:
@@ -34,23 +40,23 @@ def forward(
     q_segment_BS: jax.Array,
     kv_segment_BM: jax.Array,
     scale: float,
+    causal: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """(o, lse), see `kernels.Kernel`."""
     S, q_ids, kv_ids = q_BSNK.shape[1], _tiles(q_segment_BS), _tiles(kv_segment_BM)
     q, k, v = (_tiles(_heads_first(x)) for x in (q_BSNK, k_BMNK, v_BMNK))
-    tile = lambda query: _attend_tile(query[0], query[1], query[2], k, v, kv_ids, scale)
-    o, lse = jax.lax.map(tile, (q, q_ids, _near(q_ids, kv_ids)))
+    tile = lambda query: _attend_tile(query[0], query[1], query[2], k, v, kv_ids, scale, causal)
+    o, lse = jax.lax.map(tile, (q, q_ids, _near(seen_extent(q_ids, causal), extent(kv_ids))))
     o_BNSK, lse_BNS = _whole(o, S), _whole(lse, S)
     return jnp.moveaxis(o_BNSK, 1, 2), lse_BNS
 
 
-def _near(ids, other_ids) -> tuple[jax.Array, jax.Array]:
-    """For each tile, (first, last + 1) of the other side's tiles that may share a segment with it; equal if none does.
+def _near(extents, other_extents) -> tuple[jax.Array, jax.Array]:
+    """For each tile, (first, last + 1) of the other side's tiles that it may share ids with; equal if none does.
 
-    Every tile in between counts as near, because a clip's tokens are contiguous in a row.
+    Extents are (tiles, B). Every tile in between counts as near, because a clip's tokens are contiguous in a row.
     """
-    near = meet(jax.tree.map(lambda x: x[:, None], extent(ids)), extent(other_ids))  # extents are (tiles, B)
-    return span(near)
+    return span(meet(jax.tree.map(lambda x: x[:, None], extents), other_extents))
 
 
 def span(near: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -59,10 +65,10 @@ def span(near: jax.Array) -> tuple[jax.Array, jax.Array]:
     return first, jnp.where(jnp.any(near, axis=-1), after, first)
 
 
-def _attend_tile(q_BNSK, q_ids, near, k_tiles, v_tiles, id_tiles, scale):
+def _attend_tile(q_BNSK, q_ids, near, k_tiles, v_tiles, id_tiles, scale, causal):
     """(o_BNSK, lse_BNS) of one tile of queries over the tiles of keys near[0] to near[1]."""
     if k_tiles.shape[0] == 1:  # with one tile there is no running maximum: normalise the weights before the product
-        logits, seen = _logits(q_BNSK, k_tiles[0], q_ids, id_tiles[0], scale)
+        logits, seen = _logits(q_BNSK, k_tiles[0], q_ids, id_tiles[0], scale, causal)
         top = jnp.max(logits, axis=-1)
         weights = jnp.where(seen, jnp.exp(logits - top[..., None]), 0.0)
         total = jnp.sum(weights, axis=-1)
@@ -71,7 +77,7 @@ def _attend_tile(q_BNSK, q_ids, near, k_tiles, v_tiles, id_tiles, scale):
 
     def update(j, carry):
         (o, top, total), (k, v, ids) = carry, (x[j] for x in (k_tiles, v_tiles, id_tiles))
-        logits, seen = _logits(q_BNSK, k, q_ids, ids, scale)
+        logits, seen = _logits(q_BNSK, k, q_ids, ids, scale, causal)
         higher = jnp.maximum(top, jnp.max(logits, axis=-1))
         weights = jnp.where(seen, jnp.exp(logits - higher[..., None]), 0.0)
         fade = jnp.exp(top - higher)
@@ -95,6 +101,7 @@ def backward(
     lse_BNS: jax.Array,
     d_o_BSNK: jax.Array,
     scale: float,
+    causal: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """(d_q, d_k, d_v), see `kernels.Kernel`."""
     S, M = q_BSNK.shape[1], k_BMNK.shape[1]
@@ -108,7 +115,7 @@ def backward(
 
         def add(i, carry):
             d_q, d_k, d_v = carry
-            parts = _tile_gradients(tuple(x[i] for x in queries), k, v, ids, scale)
+            parts = _tile_gradients(tuple(x[i] for x in queries), k, v, ids, scale, causal)
             return d_q.at[i].add(parts[0]), d_k + parts[1], d_v + parts[2]
 
         zero = jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
@@ -116,19 +123,19 @@ def backward(
         return d_q, (d_k, d_v)
 
     if len(q) == len(k) == 1:
-        parts = _tile_gradients(tuple(x[0] for x in queries), k[0], v[0], kv_ids[0], scale)
+        parts = _tile_gradients(tuple(x[0] for x in queries), k[0], v[0], kv_ids[0], scale, causal)
         d_q, d_k, d_v = (x[None] for x in parts)
     else:
-        start = jnp.zeros(q.shape, jnp.float32)
-        d_q, (d_k, d_v) = jax.lax.scan(of_keys, start, (k, v, kv_ids, _near(kv_ids, q_ids)))
+        start, near = jnp.zeros(q.shape, jnp.float32), _near(extent(kv_ids), seen_extent(q_ids, causal))
+        d_q, (d_k, d_v) = jax.lax.scan(of_keys, start, (k, v, kv_ids, near))
     join = lambda d, length, x: jnp.moveaxis(_whole(d, length), 1, 2).astype(x.dtype)
     return join(d_q, S, q_BSNK), join(d_k, M, k_BMNK), join(d_v, M, v_BMNK)
 
 
-def _tile_gradients(query, k, v, k_ids, scale):
+def _tile_gradients(query, k, v, k_ids, scale, causal):
     """(d_q, d_k, d_v) of one pair of tiles, float32. `query` is (q, ids, d_o, lse, mean) of the tile of queries."""
     q, q_ids, d_o, lse, mean = query
-    logits, seen = _logits(q, k, q_ids, k_ids, scale)
+    logits, seen = _logits(q, k, q_ids, k_ids, scale, causal)
     weights = jnp.where(seen, jnp.exp(logits - lse[..., None]), 0.0)
     d_v = jnp.einsum("bnsm,bnsk->bnmk", weights.astype(v.dtype), d_o, preferred_element_type=jnp.float32)
     d_weights = jnp.einsum("bnsk,bnmk->bnsm", d_o, v, preferred_element_type=jnp.float32)
@@ -138,11 +145,11 @@ def _tile_gradients(query, k, v, k_ids, scale):
     return d_q, d_k, d_v
 
 
-def _logits(q_BNSK, k_BNMK, q_ids, k_ids, scale):
+def _logits(q_BNSK, k_BNMK, q_ids, k_ids, scale, causal):
     """(logits_BNSM, whether each query attends to each key (B, 1, S, M))."""
     # Without the barrier, which ties the ids to these queries, XLA computes all S x M masks ahead of the tiles.
     q_BNSK, q_ids, k_ids = jax.lax.optimization_barrier((q_BNSK, q_ids, k_ids))
-    seen = visible(q_ids, k_ids)[:, None]
+    seen = visible(q_ids, k_ids, causal)[:, None]
     logits = scale * jnp.einsum("bnsk,bnmk->bnsm", q_BNSK, k_BNMK, preferred_element_type=jnp.float32)
     return jnp.where(seen, logits, EMPTY), seen
 

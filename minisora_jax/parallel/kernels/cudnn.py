@@ -54,9 +54,10 @@ class Cudnn:
         q_segment_BS: jax.Array,
         kv_segment_BM: jax.Array,
         scale: float,
+        causal: bool = False,
         /,
     ) -> tuple[jax.Array, jax.Array]:
-        """As `Kernel.forward`."""
+        """As `Kernel.forward`, not causal."""
         sequences = sequences_of(q_segment_BS, kv_segment_BM, self.slots)
         o, statistics = _call("fwd", scale, q_BSNK, k_BMNK, v_BMNK, sequences)
         seen_BS = _of_tokens(sequences.exists_BG, q_segment_BS) & (q_segment_BS > 0)
@@ -74,9 +75,10 @@ class Cudnn:
         lse_BNS: jax.Array,
         d_o_BSNK: jax.Array,
         scale: float,
+        causal: bool = False,
         /,
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """As `Kernel.backward`."""
+        """As `Kernel.backward`, not causal."""
         sequences = sequences_of(q_segment_BS, kv_segment_BM, self.slots)
         statistics = to_sequences(lse_BNS, sequences)
         gradients = _call("bwd", scale, q_BSNK, k_BMNK, v_BMNK, sequences, statistics, o_BSNK, d_o_BSNK)

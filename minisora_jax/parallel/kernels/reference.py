@@ -5,12 +5,21 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+FRAMES = 65_536  # causal ids are segment * FRAMES + frame: a segment has up to so many frames
 EMPTY = -1e30  # the logarithm of a denominator without terms; finite, so that the difference of two is a number
 
 
-def visible(q_segment_BS: jax.Array, kv_segment_BM: jax.Array) -> jax.Array:
+def visible(q_segment_BS: jax.Array, kv_segment_BM: jax.Array, causal: bool = False) -> jax.Array:
     """Whether each query attends to each key, bool (B, S, M)."""
-    return (q_segment_BS[:, :, None] == kv_segment_BM[:, None, :]) & (q_segment_BS[:, :, None] > 0)
+    q_BS1, kv_B1M = q_segment_BS[:, :, None], kv_segment_BM[:, None, :]
+    if causal:
+        return (first_seen(q_BS1) <= kv_B1M) & (kv_B1M <= q_BS1) & (q_BS1 > 0)
+    return (q_BS1 == kv_B1M) & (q_BS1 > 0)
+
+
+def first_seen(ids: jax.Array) -> jax.Array:
+    """The smallest id that a query with each of these causal ids attends to: frame 0 of its segment."""
+    return ids - ids % FRAMES
 
 
 def forward(
@@ -20,9 +29,10 @@ def forward(
     q_segment_BS: jax.Array,
     kv_segment_BM: jax.Array,
     scale: float,
+    causal: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """(o, lse), see `kernels.Kernel`."""
-    seen_B1SM = visible(q_segment_BS, kv_segment_BM)[:, None]
+    seen_B1SM = visible(q_segment_BS, kv_segment_BM, causal)[:, None]
     logits_BNSM = scale * jnp.einsum("bsnk,bmnk->bnsm", q_BSNK, k_BMNK, preferred_element_type=jnp.float32)
     logits_BNSM = jnp.where(seen_B1SM, logits_BNSM, EMPTY)
     top_BNS = jnp.max(logits_BNSM, axis=-1)
@@ -43,9 +53,10 @@ def backward(
     lse_BNS: jax.Array,
     d_o_BSNK: jax.Array,
     scale: float,
+    causal: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """(d_q, d_k, d_v), see `kernels.Kernel`."""
-    seen_B1SM = visible(q_segment_BS, kv_segment_BM)[:, None]
+    seen_B1SM = visible(q_segment_BS, kv_segment_BM, causal)[:, None]
     logits_BNSM = scale * jnp.einsum("bsnk,bmnk->bnsm", q_BSNK, k_BMNK, preferred_element_type=jnp.float32)
     weights_BNSM = jnp.where(seen_B1SM, jnp.exp(logits_BNSM - lse_BNS[..., None]), 0.0)
     d_v_BMNK = jnp.einsum("bnsm,bsnk->bmnk", weights_BNSM.astype(v_BMNK.dtype), d_o_BSNK)

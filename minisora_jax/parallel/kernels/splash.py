@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from minisora_jax.config import how_to_install
+from minisora_jax.parallel.kernels import in_order
 from minisora_jax.parallel.kernels.reference import EMPTY
 
 LANES = 128
@@ -28,17 +30,24 @@ def forward(
     q_segment_BS: jax.Array,
     kv_segment_BM: jax.Array,
     scale: float,
+    causal: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """(o, lse), see `kernels.Kernel`."""
+    run = functools.partial(in_order.forward, _forward) if causal else _forward
+    return run(q_BSNK, k_BMNK, v_BMNK, q_segment_BS, kv_segment_BM, scale)
+
+
+def _forward(q_BSNK, k_BMNK, v_BMNK, q_segment_BS, kv_segment_BM, scale, in_token_order=False):
     S, K = q_BSNK.shape[1], v_BMNK.shape[3]
-    parts, keys = _parts(S, k_BMNK.shape[1]), (*_padded(k_BMNK, v_BMNK), _ids(kv_segment_BM, -2))
+    parts, keys = _parts(S, k_BMNK.shape[1], in_token_order), (*_padded(k_BMNK, v_BMNK), _ids(kv_segment_BM, -2))
     attention, _, ids = _operators(_whole(S) // parts, keys[0].shape[2])
 
     def row(arrays):
         q, q_ids, k, v, kv_ids = arrays
 
         def part(arrays):
-            out, (_, lse) = attention(arrays[0], k, v, segment_ids=ids(arrays[1], kv_ids), return_residuals=True)
+            masks = {"segment_ids": ids(arrays[1], kv_ids), **_mask(in_token_order)}
+            out, (_, lse) = attention(arrays[0], k, v, **masks, return_residuals=True)
             return out, lse
 
         return _over_parts(part, (q, q_ids[None]), parts)
@@ -61,10 +70,18 @@ def backward(
     lse_BNS: jax.Array,
     d_o_BSNK: jax.Array,
     scale: float,
+    causal: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """(d_q, d_k, d_v), see `kernels.Kernel`."""
+    run = functools.partial(in_order.backward, _backward) if causal else _backward
+    return run(q_BSNK, k_BMNK, v_BMNK, q_segment_BS, kv_segment_BM, o_BSNK, lse_BNS, d_o_BSNK, scale)
+
+
+def _backward(
+    q_BSNK, k_BMNK, v_BMNK, q_segment_BS, kv_segment_BM, o_BSNK, lse_BNS, d_o_BSNK, scale, in_token_order=False
+):
     (S, K), M = q_BSNK.shape[1::2], k_BMNK.shape[1]
-    parts, keys = _parts(S, M), (*_padded(k_BMNK, v_BMNK), _ids(kv_segment_BM, -2))
+    parts, keys = _parts(S, M, in_token_order), (*_padded(k_BMNK, v_BMNK), _ids(kv_segment_BM, -2))
     _, gradients, ids = _operators(_whole(S) // parts, keys[0].shape[2])
 
     def row(arrays):
@@ -72,7 +89,8 @@ def backward(
 
         def part(carry, arrays):
             q, o, d_o, lse, q_ids = arrays
-            grads = gradients((lse, lse), o, d_o, q, k, v, segment_ids=ids(q_ids, kv_ids))
+            masks = {"segment_ids": ids(q_ids, kv_ids), **_mask(in_token_order)}
+            grads = gradients((lse, lse), o, d_o, q, k, v, **masks)
             return jax.tree.map(lambda s, x: s + x.astype(s.dtype), carry, (grads["k"], grads["v"])), grads["q"]
 
         first = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype if parts == 1 else jnp.float32), (k, v))
@@ -86,8 +104,20 @@ def backward(
     return scale * d_q, d_k.astype(k_BMNK.dtype), d_v.astype(v_BMNK.dtype)
 
 
-def _parts(S: int, M: int) -> int:
+def _mask(in_token_order: bool) -> dict[str, Any]:
+    if not in_token_order:
+        return {}
+    from tokamax._src.ops.experimental.tpu.splash_attention.base import CAUSAL_MASK
+
+    return {"mask": CAUSAL_MASK}
+
+
+def _parts(S: int, M: int, in_token_order: bool) -> int:
     """Number of parts that the queries are divided into, so that each call has at most MOST_TILES tiles."""
+    if in_token_order:  # its schedule has half the tiles, and a part of the queries would begin at another place
+        if (tiles := (_whole(S) // _tile(S)) ** 2) > 2 * MOST_TILES:
+            raise ValueError(f"causal attention of {S} tokens a device has {tiles} tiles: divide them by mesh.ring")
+        return 1
     tiles, queries = (_whole(S) // _tile(S)) * (_whole(M) // _tile(M)), _whole(S) // _tile(S)
     return next(n for n in range(1, queries + 1) if queries % n == 0 and tiles <= n * MOST_TILES)
 

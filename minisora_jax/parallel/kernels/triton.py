@@ -18,8 +18,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from minisora_jax.parallel.kernels.blockwise import extent, meet, span
-from minisora_jax.parallel.kernels.reference import EMPTY
+from minisora_jax.parallel.kernels.blockwise import extent, meet, seen_extent, span
+from minisora_jax.parallel.kernels.reference import EMPTY, first_seen
 
 SMALLEST = 16  # the smallest side of a matrix that tensor cores multiply
 
@@ -46,6 +46,7 @@ def forward(
     q_segment_BS: jax.Array,
     kv_segment_BM: jax.Array,
     scale: float,
+    causal: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """(o, lse), see `kernels.Kernel`."""
     (B, S, N, K), q_ids, kv_ids = q_BSNK.shape, _padded(q_segment_BS), _padded(kv_segment_BM)
@@ -54,6 +55,7 @@ def forward(
         _forward_tile,
         _fitted(FORWARD, q),
         scale,
+        causal,
         q_ids,
         kv_ids,
         (q, k, v),
@@ -74,6 +76,7 @@ def backward(
     lse_BNS: jax.Array,
     d_o_BSNK: jax.Array,
     scale: float,
+    causal: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """(d_q, d_k, d_v), see `kernels.Kernel`."""
     (_, S, _, K), M = q_BSNK.shape, k_BMNK.shape[1]
@@ -85,6 +88,7 @@ def backward(
         _query_gradient_tile,
         _fitted(QUERY_GRADIENT, q),
         scale,
+        causal,
         q_ids,
         kv_ids,
         (q, d_o, lse, mean, k, v),
@@ -96,6 +100,7 @@ def backward(
         _key_gradient_tile,
         _fitted(KEY_GRADIENT, q),
         scale,
+        causal,
         kv_ids,
         q_ids,
         (k, v, q, d_o, lse, mean),
@@ -110,14 +115,14 @@ def backward(
 # `near` is the range (first, last + 1) of the other side's tiles to visit; `step` is their length.
 
 
-def _forward_tile(near, step, ids_ref, other_ids_ref, q_ref, k_ref, v_ref, o_ref, lse_ref, *, scale):
+def _forward_tile(near, step, ids_ref, other_ids_ref, q_ref, k_ref, v_ref, o_ref, lse_ref, *, scale, causal):
     q, ids = q_ref[...], ids_ref[...]
     side = q.shape[0]
 
     def update(j, carry):
         o, top, total = carry
         k, v, kv_ids = (_load(ref, j, step) for ref in (k_ref, v_ref, other_ids_ref))
-        seen = _seen(ids, kv_ids)
+        seen = _seen(ids, kv_ids, causal)
         logits = jnp.where(seen, scale * _dot(q, k.T), EMPTY)
         higher = jnp.maximum(top, jnp.max(logits, axis=1))
         weights = jnp.where(seen, jnp.exp(logits - higher[:, None]), 0.0)
@@ -133,27 +138,27 @@ def _forward_tile(near, step, ids_ref, other_ids_ref, q_ref, k_ref, v_ref, o_ref
 
 
 def _query_gradient_tile(
-    near, step, ids_ref, other_ids_ref, q_ref, d_o_ref, lse_ref, mean_ref, k_ref, v_ref, d_q_ref, *, scale
+    near, step, ids_ref, other_ids_ref, q_ref, d_o_ref, lse_ref, mean_ref, k_ref, v_ref, d_q_ref, *, scale, causal
 ):
     q, ids, d_o, lse, mean = (ref[...] for ref in (q_ref, ids_ref, d_o_ref, lse_ref, mean_ref))
 
     def update(j, d_q):
         k, v, kv_ids = (_load(ref, j, step) for ref in (k_ref, v_ref, other_ids_ref))
-        _, d_logits = _weights(q, ids, d_o, lse, mean, k, v, kv_ids, scale)
+        _, d_logits = _weights(q, ids, d_o, lse, mean, k, v, kv_ids, scale, causal)
         return d_q + _dot(d_logits, k)
 
     d_q = jax.lax.fori_loop(near[0], near[1], update, jnp.zeros(q.shape, jnp.float32))
     d_q_ref[...] = d_q.astype(d_q_ref.dtype)
 
 
-def _key_gradient_tile(near, step, ids_ref, other_ids_ref, k_ref, v_ref, *others, scale):
+def _key_gradient_tile(near, step, ids_ref, other_ids_ref, k_ref, v_ref, *others, scale, causal):
     *query_refs, d_k_ref, d_v_ref = others
     k, v, kv_ids = k_ref[...], v_ref[...], ids_ref[...]
 
     def update(i, carry):
         q_ids = _load(other_ids_ref, i, step)
         q, d_o, lse, mean = (_load(ref, i, step) for ref in query_refs)
-        weights, d_logits = _weights(q, q_ids, d_o, lse, mean, k, v, kv_ids, scale)
+        weights, d_logits = _weights(q, q_ids, d_o, lse, mean, k, v, kv_ids, scale, causal)
         return carry[0] + _dot(d_logits.T, q), carry[1] + _dot(weights.astype(d_o.dtype).T, d_o)
 
     zero = (jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32))
@@ -161,13 +166,15 @@ def _key_gradient_tile(near, step, ids_ref, other_ids_ref, k_ref, v_ref, *others
     d_k_ref[...], d_v_ref[...] = d_k.astype(d_k_ref.dtype), d_v.astype(d_v_ref.dtype)
 
 
-def _weights(q, ids, d_o, lse, mean, k, v, kv_ids, scale):
+def _weights(q, ids, d_o, lse, mean, k, v, kv_ids, scale, causal):
     """(softmax weights of a pair of tiles, gradient of q k^T), both (queries, keys)."""
-    weights = jnp.where(_seen(ids, kv_ids), jnp.exp(scale * _dot(q, k.T) - lse[:, None]), 0.0)
+    weights = jnp.where(_seen(ids, kv_ids, causal), jnp.exp(scale * _dot(q, k.T) - lse[:, None]), 0.0)
     return weights, (scale * weights * (_dot(d_o, v.T) - mean[:, None])).astype(q.dtype)
 
 
-def _seen(ids, kv_ids):
+def _seen(ids, kv_ids, causal):
+    if causal:
+        return (first_seen(ids)[:, None] <= kv_ids[None, :]) & (kv_ids[None, :] <= ids[:, None]) & (ids > 0)[:, None]
     return (ids[:, None] == kv_ids[None, :]) & (ids > 0)[:, None]
 
 
@@ -183,18 +190,20 @@ def _dot(a, b):
 # ---- The grid: one program for each (tile, row, head)
 
 
-def _call(program, tiling, scale, ids, other_ids, arrays, specs, out_shape, out_specs):
+def _call(program, tiling, scale, causal, ids, other_ids, arrays, specs, out_shape, out_specs):
     """The outputs of `program`, run for every tile of `ids` and every head.
 
     Specs are functions from an array's shape and a tile's side to its block. `arrays[0]` has the heads on axis 2.
     """
     (B, length), N = ids.shape, arrays[0].shape[2]
     side, step = min(tiling.side, length), min(tiling.step, other_ids.shape[1])
-    near = _near(ids.reshape(B, -1, side), other_ids.reshape(B, -1, step))
+    of_queries, of_keys = functools.partial(seen_extent, causal=causal), extent
+    own, other = (of_keys, of_queries) if program is _key_gradient_tile else (of_queries, of_keys)
+    near = _near(own(ids.reshape(B, -1, side)), other(other_ids.reshape(B, -1, step)))
     specs = (_near_of, _near_of, _ids_of, _all_ids, *specs)
 
     def kernel(first_ref, after_ref, *refs):
-        program((first_ref[...], after_ref[...]), step, *refs, scale=scale)
+        program((first_ref[...], after_ref[...]), step, *refs, scale=scale, causal=causal)
 
     def run(interpret: bool, *arrays):
         return pl.pallas_call(
@@ -213,12 +222,12 @@ def _call(program, tiling, scale, ids, other_ids, arrays, specs, out_shape, out_
     return jax.lax.platform_dependent(*arrays, cuda=lowered, rocm=lowered, default=interpreted)
 
 
-def _near(ids, other_ids):
-    """For each tile, (first, last + 1) of the other side's tiles that may share a segment with it, (B, tiles) each.
+def _near(extents, other_extents):
+    """For each tile, (first, last + 1) of the other side's tiles that it may share ids with, (B, tiles) each.
 
-    ids are (B, tiles, side). Every tile in between counts as near, because a clip's tokens are contiguous in a row.
+    Extents are (B, tiles). Every tile in between counts as near, because a clip's tokens are contiguous in a row.
     """
-    extents, other_extents = (jax.tree.map(lambda x: x[..., None], extent(x)) for x in (ids, other_ids))
+    extents, other_extents = (jax.tree.map(lambda x: x[..., None], pair) for pair in (extents, other_extents))
     near = meet(jax.tree.map(lambda x: x[:, :, None], extents), jax.tree.map(lambda x: x[:, None], other_extents))
     first, after = span(near)
     return first.astype(jnp.int32), after.astype(jnp.int32)
