@@ -109,6 +109,8 @@ class PackedBatch:
     image_BIE: jax.Array | None = None  # an image encoder's tokens, for models that attend to them
     image_segment_BI: jax.Array | None = None  # int32
     given_BSx: jax.Array | None = None  # channels of given frames, for models with `DiTConfig.given_channels`
+    actions_BUx: jax.Array | None = None  # actions of each latent frame of the row, see data/actions.py
+    causal_BG: jax.Array | None = None  # bool: the clip's attention is in the order of frames; None: of no clip
     # An upper bound on the tokens of every segment; 0: unknown. It is not checked.
     max_segment_len: int = struct.field(pytree_node=False, default=0)
     # An upper bound on the latent frames of a row, all clips together. It promises that the tokens of a frame have one

@@ -48,7 +48,7 @@ def test_it_is_the_mean_over_the_tokens_of_each_clip_alone(params, latents):
     for i in range(len(latents)):
         rng = np.random.default_rng([2**31, i])
         clip, empty = latents[i], latents.empty_text_LE
-        alone = training_segment(clip, (1, 2, 2), UNMASKED, 0.0, empty, 0, rng, (0, len(clip.mean_thwc)))
+        alone = training_segment(clip, (1, 2, 2), UNMASKED, (0.0, 0.0), empty, 0, rng, (0, len(clip.mean_thwc)))
         x, noise = alone.tokens_nP, rng.standard_normal(alone.tokens_nP.shape, np.float32)
         batch = jax.tree.map(jnp.asarray, pack_segments([[alone]], PackConfig(16, 32, 1, 1)))
         rest = [(0, batch.tokens_BSP.shape[1] - len(x)), (0, 0)]

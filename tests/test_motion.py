@@ -17,7 +17,8 @@ from minisora_jax.data.packing import PackConfig
 from minisora_jax.data.rows import Segment, pack_segments
 from minisora_jax.io.model_dir import load_model
 from minisora_jax.media.video import read_clip_frames
-from minisora_jax.models.dit import DiT, DiTConfig, abstract_params, attention_segments
+from minisora_jax.models.attention_ids import attention_segments
+from minisora_jax.models.dit import DiT, DiTConfig, abstract_params
 from minisora_jax.models.lora import kernels
 from minisora_jax.models.motion import PATTERN, MotionModule
 from minisora_jax.models.rope import rope_angles

@@ -118,7 +118,7 @@ def test_a_model_learns_to_go_on_from_the_given_frame(tmp_path):
     def loss(clips: list[LatentClip]) -> float:
         empty = encode_bytes("")
         rows = [
-            [training_segment(c, small.dit.patch, UNMASKED, 0.0, empty, 0, np.random.default_rng(0), (0, 3))]
+            [training_segment(c, small.dit.patch, UNMASKED, (0.0, 0.0), empty, 0, np.random.default_rng(0), (0, 3))]
             for c in clips
         ]
         batch = jax.tree.map(jnp.asarray, pack_segments(rows, PackConfig(16, 16, 1, len(rows))))

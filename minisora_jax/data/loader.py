@@ -123,6 +123,8 @@ def packed_batches(
     conditioning: ConditioningConfig,
     caption_dropout: float,
     caption_tokens: int = 0,
+    action_width: int = 0,
+    action_dropout: float = 0.0,
     damaged: Damaged | None = None,
 ) -> Iterator[tuple[PackedBatch, list[np.ndarray]]]:
     """(PackedBatch (A, B, ...), sizes) of each step; sizes[r] is the (t, h, w, L) of the clips of row r, on all hosts.
@@ -132,6 +134,8 @@ def packed_batches(
     Args:
         patch: the latents of one token: (t, h, w).
         caption_dropout: the share of clips whose caption is replaced by the empty one.
+        action_width: `DiTConfig.action_width`; 0: actions are not read.
+        action_dropout: the share of clips whose actions are left out.
         caption_tokens: captions are padded to so many tokens, see `DiTConfig`.
         damaged: the log of damaged clips; None raises at the first one.
 
@@ -154,7 +158,8 @@ def packed_batches(
             damage_log.add(error)
             return None
         empty = latents.empty_text_LE
-        return training_segment(clip, patch, conditioning, caption_dropout, empty, caption_tokens, rng, shown, mask)
+        dropout = (caption_dropout, action_dropout)
+        return training_segment(clip, patch, conditioning, dropout, empty, caption_tokens, rng, shown, mask)
 
     def batch(step: int) -> tuple[PackedBatch, list[np.ndarray]]:
         epoch, rows = plan.epoch(step), plan.rows(step)
@@ -165,7 +170,7 @@ def packed_batches(
         segments = [[s for i, span, m in of_row(r) if (s := segment(epoch, int(i), span, str(m)))] for r in mine]
         if not any(segments):
             raise DataError(f"no clip of step {step + 1} is readable; {damage_log.count} clips were damaged so far")
-        packed = pack_segments(segments, pack, plan.max_segment_len)
+        packed = pack_segments(segments, pack, plan.max_segment_len, action_width)
         packed = jax.tree.map(lambda x: x.reshape(accumulate, -1, *x.shape[1:]), packed)
         for size, spans in zip(sizes, shown):
             size[:, 0] = spans[:, 1] - spans[:, 0]

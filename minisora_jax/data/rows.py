@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from minisora_jax.data.actions import by_latent_frame
 from minisora_jax.data.conditioning import ConditioningConfig
 from minisora_jax.data.packing import PackConfig
 from minisora_jax.models.text import PAD
@@ -32,6 +33,7 @@ class Segment:
     spacing: tuple[float, float, float] = (1.0, 1.0, 1.0)  # the distance between neighbouring tokens in t, y, x
     given_nx: np.ndarray | None = None  # channels of given frames, for models that read them
     image_IE: np.ndarray | None = None  # image tokens of given frames, for models that attend to them
+    actions_tx: np.ndarray | None = None  # actions of each latent frame (data/actions.py)
 
     @property
     def grid_thw(self) -> tuple[int, int, int]:
@@ -76,12 +78,15 @@ def grid_positions(size_thw: tuple[int, int, int], first: int = 0, spacing: tupl
     return (positions + centre) * np.array(spacing, np.float32) - centre
 
 
-def pack_segments(rows: list[list[Segment]], config: PackConfig, max_segment_len: int = 0) -> PackedBatch:
+def pack_segments(
+    rows: list[list[Segment]], config: PackConfig, max_segment_len: int = 0, action_width: int = 0
+) -> PackedBatch:
     """A PackedBatch of NumPy arrays from the segments of each row.
 
     Args:
         rows: the segments of each row; at least one row has a segment.
         max_segment_len: no segment has more tokens; 0: unknown.
+        action_width: `DiTConfig.action_width` of the model that reads the batch.
 
     Raises:
         ValueError: a row has too many segments, frames or tokens, or a segment is longer than `max_segment_len`.
@@ -121,8 +126,27 @@ def pack_segments(rows: list[list[Segment]], config: PackConfig, max_segment_len
             at, text_at = at + n, text_at + m
     arrays: tuple[Any, ...]  # NumPy arrays, which stand in for jax.Array until they are put on devices
     arrays = (tokens_BSP, segment_BS, position_BS3, cond_mask_BS, text_BLE, text_segment_BL, fps_BG, size_BG3)
-    arrays += (*_image_tokens(rows, G), _given_channels(rows, S))
+    arrays += (*_image_tokens(rows, G), _given_channels(rows, S), _actions(rows, config.frames or S, action_width))
     return PackedBatch(*arrays, max_segment_len=max_segment_len, frames=config.frames)
+
+
+def _actions(rows: list[list[Segment]], frames: int, width: int) -> Any:
+    """The actions of all latent frames of each row (B, U, x), zeros where they are not known; None without a width."""
+    if not width:
+        return None
+    actions_BUx = np.zeros((len(rows), frames, width), np.float32)
+    for actions_Ux, row in zip(actions_BUx, rows):
+        at = 0
+        for s in row:
+            if s.actions_tx is not None:
+                if s.actions_tx.shape != (s.size_thw[0], width):
+                    raise ValueError(
+                        f"actions of shape {s.actions_tx.shape} for {s.size_thw[0]} latent frames and a model that "
+                        f"reads {width} numbers of each (dit.action_width)"
+                    )
+                actions_Ux[at : at + len(s.actions_tx)] = s.actions_tx
+            at += s.size_thw[0]
+    return actions_BUx
 
 
 def _given_channels(rows: list[list[Segment]], length: int) -> Any:
@@ -158,7 +182,7 @@ def training_segment(
     clip: LatentClip,
     patch: tuple[int, int, int],
     conditioning: ConditioningConfig,
-    caption_dropout: float,
+    dropout: tuple[float, float],
     empty_text_LE: np.ndarray,
     caption_tokens: int,
     rng: np.random.Generator,
@@ -167,9 +191,8 @@ def training_segment(
 ) -> Segment:
     """The segment of a training clip: a sample of the posterior, a random conditioning mask, and its caption.
 
-    The caption is dropped at random.
-
     Args:
+        dropout: the probabilities that the caption is replaced by the empty one, and that the actions are left out.
         shown: the first latent frame that is shown, and the one after the last. Temporal positions are 0, 1, ..., or
             1, 2, ... without the first latent frame.
         mask: the kind of conditioning mask; "" draws it.
@@ -178,11 +201,13 @@ def training_segment(
     grid = patchify(clip.mean_thwc + clip.std_thwc * noise, patch)
     grid = grid[shown[0] : shown[1]]
     t, h, w, P = grid.shape
-    text = padded_text(empty_text_LE if rng.random() < caption_dropout else clip.text_LE, caption_tokens)
+    text = padded_text(empty_text_LE if rng.random() < dropout[0] else clip.text_LE, caption_tokens)
     cond_mask_n = conditioning.draw((t, h, w), rng, mask).reshape(-1)
     given_nx, image_IE = None, None
     if clip.frames:
         given_thwx = patchify(clip.frames.channels_thwc, patch)[shown[0] : shown[1]]
         given_nx, image_IE = given_thwx.reshape(t * h * w, -1), clip.frames.image_IE
     where: dict[str, Any] = {"first": min(shown[0], 1), "given_nx": given_nx, "image_IE": image_IE}
+    if clip.actions_TA is not None and not (dropout[1] and rng.random() < dropout[1]):
+        where["actions_tx"] = by_latent_frame(clip.actions_TA, len(clip.mean_thwc))[shown[0] : shown[1]]
     return Segment(grid.reshape(-1, P), cond_mask_n, (t, h, w), text, clip.fps, **where)

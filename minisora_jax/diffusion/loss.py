@@ -12,6 +12,7 @@ does not.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -53,6 +54,9 @@ def diffusion_loss(
         padding and for tokens that are given.
     """
     noise_key, time_key = jax.random.split(key)
+    if share := 1.0 if model.config.causal else times.causal:
+        in_order_BG = draw(jax.random.uniform, jax.random.fold_in(key, 2), batch.fps_BG) < share
+        batch = dataclasses.replace(batch, causal_BG=in_order_BG)
     noise_BSP = draw(jax.random.normal, noise_key, batch.tokens_BSP)
     time_BS = training_times(times, batch, time_key, objective.noise_path)
     error_BSP = error_at(model, params, batch, noise_BSP, time_BS, objective)

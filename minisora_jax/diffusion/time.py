@@ -26,6 +26,7 @@ from minisora_jax.models.layers import per_token
 from minisora_jax.types import PackedBatch
 
 LINEAR = PATHS["linear"]
+MOST_PAST_TIME = 0.2  # of frames that causal training shows as the past; what is streamed may have errors of this size
 MOST_SHIFT = 1000.0  # Wan's is 5
 
 # (mean + std z, z, path) -> time, for a standard normal z
@@ -56,6 +57,8 @@ class TimeConfig:
     mean: float = 0.0  # of logit(t), or of log(sigma / alpha) with "edm"; higher values train more on noisy times
     std: float = 1.0  # of the logit of the time; of log sigma in "edm"
     base_tokens: int = 256  # n_base: clips of this many tokens are not shifted; 0: no shift
+    causal: float = 0.0  # share of clips that are trained with attention in the order of frames, for streaming; such
+    # clips have a time for each frame. With dit.causal it is all clips
     per_frame: float = 0.1  # share of clips with a time for each frame (Diffusion Forcing: arXiv:2407.01392)
     distribution: str = "logit-normal"  # a key of DISTRIBUTIONS; "uniform" and "timesteps" ignore mean and std
     sampling_shift: float = 1.0  # the shift s of sampling only, beside that by token count; 1: none (Wan: 5)
@@ -115,11 +118,25 @@ def training_times(config: TimeConfig, batch: PackedBatch, key: jax.Array, path:
     clip_z_BS = draw_by_ids(jax.random.normal, clip_key, *clip)
     frame_z_BS = draw_by_ids(jax.random.normal, frame_key, *clip, batch.position_BS3[..., 0])
     per_frame_BS = draw_by_ids(jax.random.uniform, which_key, *clip) < config.per_frame
+    causal_BS = jnp.zeros_like(per_frame_BS)
+    if batch.causal_BG is not None:
+        causal_BS = per_token(batch.causal_BG[..., None].astype(jnp.float32), batch.segment_BS)[..., 0] > 0
+    per_frame_BS = per_frame_BS | causal_BS
     z_BS = jnp.where(per_frame_BS, frame_z_BS, clip_z_BS)
     if config.in_part:
         z_BS = _within(config, z_BS, path)
     time_BS = DISTRIBUTIONS[config.distribution](config.mean + config.std * z_BS, z_BS, path)
+    if batch.causal_BG is not None:
+        time_BS = jnp.where(causal_BS, _with_past(time_BS, batch, clip, key), time_BS)
     return token_times(config, time_BS, batch)
+
+
+def _with_past(time_BS: jax.Array, batch: PackedBatch, clip: tuple[jax.Array, ...], key: jax.Array) -> jax.Array:
+    """Times of which a share has MOST_PAST_TIME at most, as the past has in streaming. Each clip draws its share."""
+    keys = [jax.random.fold_in(key, i) for i in range(3)]
+    share_BS = draw_by_ids(jax.random.uniform, keys[0], *clip)
+    of_frame = lambda key: draw_by_ids(jax.random.uniform, key, *clip, batch.position_BS3[..., 0])
+    return jnp.where(of_frame(keys[1]) < share_BS, MOST_PAST_TIME * of_frame(keys[2]), time_BS)
 
 
 def _within(config: TimeConfig, z: jax.Array, path: NoisePath) -> jax.Array:

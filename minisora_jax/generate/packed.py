@@ -55,7 +55,7 @@ class PackedRequests:
         frames = self.length // min(h * w for _, h, w in self.grids)  # the same for all batches
         pack = PackConfig(self.length, -(-text // 64) * 64, slots, len(self.rows), frames=frames)
         segments = [[s for i in row for s in self._segments(i, captions[i])] for row in self.rows]
-        return pack_segments(segments, pack)
+        return pack_segments(segments, pack, action_width=self.config.action_width)
 
     def _segments(self, i: int, captions: Sequence[np.ndarray]) -> list[Segment]:
         request, n = self.requests[i], self.tokens(i)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from minisora_jax.models.dit_config import DiTConfig
-from minisora_jax.models.layers import Einsum, LayerNorm, per_slot_mean, places_in_run, sharded
+from minisora_jax.models.layers import Einsum, LayerNorm, per_slot_mean, per_token, places_in_run, sharded
 from minisora_jax.models.rope import sinusoids
 from minisora_jax.models.text import TextRefiner
 from minisora_jax.parallel.mesh import lookup, shard
@@ -92,6 +92,27 @@ def with_given_frames(cfg: DiTConfig, x_BSP: jax.Array, batch: PackedBatch) -> j
     given = by_latent(batch.given_BSx.astype(x_BSP.dtype), cfg.given_channels)
     joined = jnp.concatenate([by_latent(x_BSP, cfg.latent_channels), given], axis=-1)
     return joined.reshape(*x_BSP.shape[:2], -1)
+
+
+class ActionCondition(nn.Module):
+    """The vector of each noise level (B, U, D) for the actions of its frame, which is added to the time embedding.
+
+    It is zero in a new model, which so starts as the model without actions.
+    """
+
+    config: DiTConfig
+
+    @nn.compact
+    def __call__(self, batch: PackedBatch, frame_BU: jax.Array | None) -> jax.Array:
+        width, D = self.config.action_width, self.config.width
+        if frame_BU is None or batch.actions_BUx is None or batch.actions_BUx.shape[-1] != width:
+            got = "none" if batch.actions_BUx is None else batch.actions_BUx.shape[-1]
+            raise ValueError(
+                f"the model reads {width} numbers of actions for each latent frame, and the batch has {got}"
+            )
+        h_BUD = Einsum("bux,xd->bud", (width, D), name="up")(batch.actions_BUx.astype(self.config.dtype))
+        h_BUD = Einsum("bud,de->bue", (D, D), scale=0.0, name="down")(nn.silu(h_BUD))
+        return per_token(h_BUD, frame_BU)
 
 
 class ClipCondition(nn.Module):

@@ -13,6 +13,7 @@ Wan 2.1. models/dit_config.py has the table of their switches.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import flax.linen as nn
@@ -21,11 +22,19 @@ import jax.numpy as jnp
 from flax import struct
 from jax.ad_checkpoint import checkpoint_name
 
-from minisora_jax.models.conditioning import ClipCondition, ImageTokens, caption_tokens, with_given_frames
+from minisora_jax.models.attention_ids import attention_segments
+from minisora_jax.models.conditioning import (
+    ActionCondition,
+    ClipCondition,
+    ImageTokens,
+    caption_tokens,
+    with_given_frames,
+)
 from minisora_jax.models.dit_config import DiTConfig
 from minisora_jax.models.layers import MLP, Attention, Einsum, LayerNorm, per_token, scan_layers
 from minisora_jax.models.levels import Levels, noise_levels
 from minisora_jax.models.motion import MotionModule, as_images
+from minisora_jax.models.past import Past
 from minisora_jax.models.rope import fixed_positions, rope_angles, sinusoids
 from minisora_jax.parallel.ring import SAVED
 from minisora_jax.types import PackedBatch
@@ -58,6 +67,7 @@ class BlockInputs:
     motion_angles_BSk: jax.Array | None  # rotary positions in time alone, for motion modules
     caption: tuple[jax.Array, jax.Array] | None  # (tokens_BLD, segment_BL)
     image: tuple[jax.Array, jax.Array] | None  # (tokens_BID, segment_BI)
+    past: Past | None = None  # the frames before these, whose keys and values the layers keep
     max_segment_len: int = struct.field(pytree_node=False, default=0)  # see PackedBatch
     slots: int = struct.field(pytree_node=False, default=0)  # segments of a row, at most
 
@@ -76,12 +86,15 @@ class Block(nn.Module):
         h = LayerNorm(learned=False)(x_BSD) * (1 + scale_a) + shift_a
         attention = Attention(cfg.heads, cfg.qk_norm, impl=cfg.attention, name="self_attention")
         kind = "spatial" if cfg.motion_modules else self.kind
+        kind = "causal" if "causal" in inputs.segments else kind
         x_BSD = x_BSD + gate_a * attention(
             h,
             inputs.segments[kind],
             inputs.angles_BSk,
             max_segment_len=inputs.max_segment_len,
             slots=inputs.slots if kind == "joint" else 0,
+            causal=kind == "causal",
+            past=inputs.past,
         )
         if inputs.caption and self.kind != "temporal":
             h = LayerNorm(name="cross_norm")(x_BSD) if cfg.cross_norm else x_BSD
@@ -138,6 +151,7 @@ class DiT(nn.Module):
         batch: PackedBatch,
         residual_BSD: jax.Array | None = None,
         interval_BS: jax.Array | None = None,
+        past: Past | None = None,
     ) -> jax.Array:
         """Predict velocity, noise, clean latents or v for each token, as the model was trained.
 
@@ -148,12 +162,16 @@ class DiT(nn.Module):
             residual_BSD: What the blocks are to add, in place of running them (generate/step_cache.py). What they added
                 is "residual" in the collection "intermediates".
             interval_BS: t - r of each token, for a model with `interval_input`; None: 0, the velocity at t itself.
+            past: The frames before these, for models of causal attention. The layers keep their keys and values in the
+                collection "cache", see `models/past.py`.
 
         Returns:
             The prediction (B, S, config.out_width), float32.
         """
         cfg = self.config
         D, dtype = cfg.width, jnp.dtype(cfg.dtype)
+        if cfg.causal:
+            batch = dataclasses.replace(batch, causal_BG=batch.fps_BG >= 0)
 
         # ---- Conditioning: the caption's tokens, and one vector for time and clip of each noise level
         caption, pooled_BGE = caption_tokens(cfg, batch)
@@ -183,6 +201,7 @@ class DiT(nn.Module):
             image=ImageTokens(cfg, name="image")(batch) if cfg.image_features else None,
             max_segment_len=batch.max_segment_len,
             slots=batch.fps_BG.shape[1],
+            past=past,
         )
         blocks: Any = Blocks
         if cfg.remat != "none":
@@ -216,6 +235,8 @@ class DiT(nn.Module):
         clip_BGD = ClipCondition(cfg, name="clip")(batch, pooled_BGE)
         if clip_BGD is not None:
             condition_BUD = condition_BUD + per_token(clip_BGD, levels.segment_BU).astype(dtype)
+        if cfg.action_width:
+            condition_BUD = condition_BUD + ActionCondition(cfg, name="action")(batch, levels.frame_BU)
         return condition_BUD
 
     def _add_positions(self, x_BSD: jax.Array, batch: PackedBatch) -> tuple[jax.Array, jax.Array | None]:
@@ -241,23 +262,6 @@ class DiT(nn.Module):
         layer = Einsum("bud,de->bue", (D, 2 * D), scale=0.0, name="modulation_out")
         shift_BUD, scale_BUD = jnp.split(layer(nn.silu(condition_BUD)), 2, axis=-1)
         return shift_BUD, scale_BUD
-
-
-def attention_segments(kinds: tuple[str, ...], batch: PackedBatch) -> dict[str, jax.Array]:
-    """Ids (B, S) for "joint" and each other of the kinds: a token attends to the tokens of the same id.
-
-    Padding has id 0. "joint" ids are the segments. "spatial" ids are one per latent frame of a segment. "temporal" ids
-    are one per place (y, x) of a segment. A segment may have up to 65,536 frames, and as many places.
-    """
-    segment_BS = batch.segment_BS
-    t_BS, y_BS, x_BS = (batch.position_BS3[..., i] for i in range(3))
-    ids = {"joint": segment_BS}
-    if "spatial" in kinds:
-        ids["spatial"] = jnp.where(segment_BS > 0, segment_BS * 65_536 + t_BS, 0)
-    if "temporal" in kinds:
-        columns_BS = per_token(batch.size_BG3[..., 2:].astype(jnp.float32), segment_BS)[..., 0].astype(jnp.int32)
-        ids["temporal"] = jnp.where(segment_BS > 0, segment_BS * 65_536 + y_BS * columns_BS + x_BS, 0)
-    return ids
 
 
 def split_variance(config: DiTConfig, y_BSP: jax.Array) -> tuple[jax.Array, jax.Array | None]:
@@ -317,6 +321,7 @@ def abstract_batch(
         image_BIE=floats(image_tokens, config.image_features) if config.image_features else None,
         image_segment_BI=ids(image_tokens) if config.image_features else None,
         given_BSx=floats(tokens, config.given_width) if config.given_channels else None,
+        actions_BUx=floats(1, config.action_width) if config.action_width else None,
     )
     return PackedBatch(**fields)
 

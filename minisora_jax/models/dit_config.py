@@ -85,6 +85,8 @@ class DiTConfig:
     image_features: int = 0  # width of image encoder tokens that the model attends to (Wan image to video); 0: none
     image_positions: int = 0  # image tokens of a clip, each with a learned position (Wan first and last frame); 0: none
     interval_input: bool = False  # the model is told t - r too, and predicts the mean velocity from r to t (MeanFlow)
+    causal: bool = False  # attention of every clip is in the order of frames, as streaming needs; see also times.causal
+    action_width: int = 0  # numbers of a latent frame's actions (data/actions.py), which join its time; 0: none
     given_channels: int = 0  # channels of given frames beside the latents (Wan image to video: 4 of a mask, 16 of
     # latents); 0: given frames are tokens at time 0
 
@@ -113,6 +115,11 @@ class DiTConfig:
         if not self.attention_pattern or set(self.attention_pattern) - {"joint", "spatial", "temporal"}:
             raise ValueError(
                 f"attention_pattern={self.attention_pattern} must be made of 'joint', 'spatial' and 'temporal'"
+            )
+        if self.causal and (self.motion_modules or self.attention_pattern != ("joint",)):
+            raise ValueError(
+                f"causal=True with attention_pattern={self.attention_pattern}, motion_modules={self.motion_modules}: "
+                f"causal attention is for the pattern ('joint',) without motion modules"
             )
         if self.motion_modules and self.attention_pattern != ("joint",):
             raise ValueError(

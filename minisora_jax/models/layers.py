@@ -12,6 +12,7 @@ from flax.typing import Initializer
 from jax.sharding import PartitionSpec as P
 
 from minisora_jax.models import nf4
+from minisora_jax.models.past import Past
 from minisora_jax.models.rope import rotate
 from minisora_jax.parallel.attention import attend
 from minisora_jax.parallel.mesh import parameter_spec, shard
@@ -33,7 +34,7 @@ def scan_layers(block: type[nn.Module], depth: int, in_axes: Any) -> Any:
         depth: Number of layers.
         in_axes: For each further input, `nn.broadcast` or the axis that is scanned over.
     """
-    axes: Any = dict.fromkeys(("params", "lora", "int8", "nf4"), 0)
+    axes: Any = dict.fromkeys(("params", "lora", "int8", "nf4", "cache"), 0)
     return nn.scan(block, variable_axes=axes, split_rngs={"params": True}, in_axes=in_axes, length=depth)
 
 
@@ -183,6 +184,8 @@ class Attention(nn.Module):
         image: tuple[jax.Array, jax.Array] | None = None,
         max_segment_len: int = 0,
         slots: int = 0,
+        causal: bool = False,
+        past: Past | None = None,
     ) -> jax.Array:
         """The attention's output (B, S, D).
 
@@ -194,6 +197,8 @@ class Attention(nn.Module):
             image: (tokens_BIE, segment_BI) to attend to as well.
             max_segment_len: See `PackedBatch.max_segment_len`.
             slots: Segment ids are 1 to `slots`, see `attend`; 0: unknown.
+            causal: `segment_BS` has causal ids, see `attend`.
+            past: Tokens before x to attend to as well, whose keys and values are in the collection "cache".
         """
         D = x_BSD.shape[-1]
         N, K = self.heads, D // self.heads
@@ -204,9 +209,21 @@ class Attention(nn.Module):
         context, context_segment = caption or (x_BSD, segment_BS)
         q = norm("q_norm", project("q", x_BSD))
         k, v = norm("k_norm", project("k", context)), project("v", context)
+        new_k, new_v = k, v
         if angles_BSk is not None:
             q, k = rotate(q, angles_BSk), rotate(k, angles_BSk)
-        out = attend(q, k, v, segment_BS, context_segment, impl=self.impl, max_segment_len=max_segment_len, slots=slots)
+        if past:
+            past_k, past_v = (self.get_variable("cache", name).astype(k.dtype) for name in ("k", "v"))
+            past_k = past_k if past.angles_BMk is None else rotate(past_k, past.angles_BMk)
+            join = lambda before, x: jnp.concatenate([before, x], axis=1)
+            k, v, context_segment = join(past_k, k), join(past_v, v), join(past.segment_BM, context_segment)
+            if past.write_at is not None:
+                for name, x in (("k", new_k), ("v", new_v)):
+                    kept = self.get_variable("cache", name)
+                    kept = jax.lax.dynamic_update_slice_in_dim(kept, x.astype(kept.dtype), past.write_at, axis=1)
+                    self.put_variable("cache", name, kept)
+        limits = {"max_segment_len": max_segment_len, "slots": slots, "causal": causal}
+        out = attend(q, k, v, segment_BS, context_segment, impl=self.impl, **limits)
         if image:
             k, v = norm("image_k_norm", project("image_k", image[0])), project("image_v", image[0])
             out = out + attend(q, k, v, segment_BS, image[1], impl=self.impl)

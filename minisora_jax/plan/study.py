@@ -172,7 +172,7 @@ def _random_batch(task: DiffusionTask, length: int, clips: list[list[int]], mesh
     rows = [[segment(n) for n in row] for row in clips]
     rows += [[segment(16)] for _ in range(-len(rows) % parts)]
     pack = PackConfig(tokens=length, text_tokens=4 * slots, slots=slots, rows=len(rows))
-    batch = pack_segments(rows, pack, max_segment_len=max(n for row in clips for n in row))
+    batch = pack_segments(rows, pack, max(n for row in clips for n in row), task.dit.action_width)
     return jax.tree.map(lambda x: x[None], batch)
 
 

@@ -70,7 +70,7 @@ class DiffusionTask:
     """The settings of a transformer's training.
 
     Raises:
-        ValueError: `caption_dropout` is not in [0, 1), or two settings contradict each other.
+        ValueError: A dropout is not in [0, 1), or two settings contradict each other.
     """
 
     dit: DiTConfig = DiTConfig()
@@ -81,6 +81,7 @@ class DiffusionTask:
     objective: ObjectiveConfig = ObjectiveConfig()
     conditioning: ConditioningConfig = ConditioningConfig()
     caption_dropout: float = 0.1  # share of clips that are trained with the empty caption, for guidance
+    action_dropout: float = 0.1  # share of clips that are trained without their actions, with dit.action_width
     lora: LoraConfig = LoraConfig()  # train adapters over the model of --init, which stays as it is
     train_only: str = ""  # train the parameters of --init whose path this pattern matches, such as "norm"; "": all.
     # Where --init has none of them they start at random, as new modules do
@@ -90,8 +91,9 @@ class DiffusionTask:
     export_dtype: str = "float32"  # of the exported weights
 
     def __post_init__(self) -> None:
-        if not 0 <= self.caption_dropout < 1:
-            raise ValueError(f"caption_dropout={self.caption_dropout} must be in [0, 1)")
+        for name in ("caption_dropout", "action_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be in [0, 1)")
         if self.mup_base_width:
             base_model(self.dit, self.mup_base_width)  # raises for heads of another width
             if self.in_part:
@@ -137,7 +139,8 @@ def example_batch(task: DiffusionTask) -> PackedBatch:
         "image_IE": zeros(task.dit.image_features) if task.dit.image_features else None,
     }
     segment = Segment(zeros(task.dit.token_width), np.zeros(1, bool), (1, 1, 1), text_LE, 8.0, **given)
-    return pack_segments([[segment]], PackConfig(tokens=1, text_tokens=4, slots=1, rows=1))
+    pack = PackConfig(tokens=1, text_tokens=4, slots=1, rows=1)
+    return pack_segments([[segment]], pack, action_width=task.dit.action_width)
 
 
 def example_text(dit: DiTConfig) -> np.ndarray:
@@ -251,7 +254,8 @@ def train_diffusion(
 
     def batches(numbers: range) -> Iterator:
         options = {"patch": task.dit.patch, "conditioning": task.conditioning, "caption_dropout": task.caption_dropout}
-        options["caption_tokens"] = task.dit.caption_tokens
+        options |= {"caption_tokens": task.dit.caption_tokens}
+        options |= {"action_width": task.dit.action_width, "action_dropout": task.action_dropout}
         for batch, rows in packed_batches(latents, plan, numbers, **options, damaged=damaged):
             yield batch, count_work(task.dit, task.pack, rows * again, frozen=task.lora.rank > 0)
 

@@ -107,7 +107,7 @@ def _batches(
             damaged.add(error)
             return None
         whole, empty = (0, clip.mean_thwc.shape[0]), latents.empty_text_LE
-        own = training_segment(clip, dit.patch, UNMASKED, 0.0, empty, dit.caption_tokens, rng, whole)
+        own = training_segment(clip, dit.patch, UNMASKED, (0.0, 0.0), empty, dit.caption_tokens, rng, whole)
         return own, dataclasses.replace(own, tokens_nP=rng.standard_normal(own.tokens_nP.shape, np.float32))
 
     def batch(number: int) -> tuple[PackedBatch, np.ndarray] | None:
@@ -115,7 +115,10 @@ def _batches(
         if not any(segments):
             return None
         segments += [[]] * (B - len(segments))
-        clips, noise = (pack_segments([[s[k] for s in row] for row in segments], pack, max_segment_len) for k in (0, 1))
+        clips, noise = (
+            pack_segments([[s[k] for s in row] for row in segments], pack, max_segment_len, dit.action_width)
+            for k in (0, 1)
+        )
         return jax.tree.map(lambda x: x[mine], (clips, noise.tokens_BSP))
 
     for packed in in_order(batch, range(-(-len(rows) // B))):

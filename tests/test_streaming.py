@@ -1,0 +1,139 @@
+"""Frames one after another with kept keys and values, against the whole clip in the order of frames."""
+
+import dataclasses
+import zlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from minisora_jax.data.actions import by_latent_frame
+from minisora_jax.data.packing import PackConfig
+from minisora_jax.data.rows import Segment, pack_segments
+from minisora_jax.models.dit import DiT, DiTConfig, abstract_params
+from minisora_jax.models.past import empty_cache, past_of
+from minisora_jax.models.text import encode_bytes
+from minisora_jax.parallel.kernels.reference import FRAMES
+
+CONFIG = DiTConfig(
+    latent_channels=4,
+    width=48,
+    depth=2,
+    heads=2,
+    text_width=64,
+    text_depth=1,
+    dtype="float32",
+    positions="none",
+    micro_conditioning=False,
+    causal=True,
+    action_width=4,
+)
+SIZES = ((5, 2, 2), (3, 1, 3), (4, 2, 1))
+
+
+def random_params(cfg: DiTConfig, scale: float = 0.2):
+    draw = lambda path, x: scale * jax.random.normal(jax.random.key(zlib.crc32(str(path).encode())), x.shape)
+    return jax.tree_util.tree_map_with_path(draw, abstract_params(cfg))
+
+
+def clip(i: int, frames: slice = slice(None)) -> Segment:
+    """Clip i, or some of its frames."""
+    t, h, w = SIZES[i]
+    rng = np.random.default_rng(i)
+    tokens = rng.standard_normal((t, h * w, CONFIG.token_width)).astype(np.float32)[frames]
+    actions = by_latent_frame(rng.standard_normal((t, 3)).astype(np.float32), t)[frames]
+    given = np.zeros(len(tokens) * h * w, bool)
+    text = encode_bytes(("a dog", "two cats", "a room")[i])
+    size = (len(tokens), h, w)
+    return Segment(tokens.reshape(len(given), -1), given, size, text, 8.0, frames.start or 0, actions_tx=actions)
+
+
+def packed(segments, tokens, frames=0):
+    pack = PackConfig(tokens=tokens, text_tokens=192, slots=len(segments), rows=1, frames=frames)
+    return jax.tree.map(jnp.asarray, pack_segments([segments], pack, action_width=CONFIG.action_width))
+
+
+def times(sizes) -> np.ndarray:
+    """A time for each frame of each clip."""
+    return np.concatenate([np.repeat(0.1 * (1 + np.arange(t)) + 0.05 * i, h * w) for i, (t, h, w) in enumerate(sizes)])
+
+
+def run(params, batch, time, cfg=CONFIG, **options):
+    time_BS = jnp.zeros(batch.segment_BS.shape).at[0, : len(time)].set(jnp.asarray(time, jnp.float32))
+    return jax.jit(lambda params, batch: DiT(cfg).apply(params, batch.tokens_BSP, time_BS, batch, **options))(
+        params, batch
+    )
+
+
+@pytest.mark.parametrize("attention", ["blockwise", "reference"])
+def test_kept_keys_and_values_are_the_whole_clip(attention):
+    """Each frame, with the frames before it kept, is what it is in a causal pass over the whole clip."""
+    cfg = dataclasses.replace(CONFIG, attention=attention)
+    params, (t, h, w) = random_params(cfg), SIZES[0]
+    wanted = np.asarray(run(params, packed([clip(0)], 20), times(SIZES[:1]), cfg))[0].reshape(t, h * w, -1)
+
+    places = h * w * t
+    cache = empty_cache(cfg, 1, places)
+    segment_BM, position_BM3 = np.zeros((1, places), np.int32), np.zeros((1, places, 3), np.int32)
+    position_BM3[0] = np.stack(np.meshgrid(range(t), range(h), range(w), indexing="ij"), -1).reshape(-1, 3)
+    order = [3, 0, 4, 1, 2]  # frames may be kept in any place
+    for frame in range(t):
+        at = order[frame] * h * w
+        batch = packed([clip(0, slice(frame, frame + 1))], h * w)
+        past = past_of(cfg, jnp.asarray(segment_BM), jnp.asarray(position_BM3), jnp.int32(at))
+        time_BS = jnp.asarray(times(SIZES[:1])[None, frame * h * w : (frame + 1) * h * w], jnp.float32)
+        step = jax.jit(lambda c, b, p, t: DiT(cfg).apply(params | c, b.tokens_BSP, t, b, past=p, mutable=["cache"]))
+        got, cache = step(cache, batch, past, time_BS)
+        np.testing.assert_allclose(got[0], wanted[frame], atol=1e-5 * np.abs(wanted).max())
+        segment_BM[0, at : at + h * w] = FRAMES
+        position_BM3[0, at : at + h * w] = np.asarray(batch.position_BS3)[0]
+
+
+@pytest.mark.parametrize("frames", [0, 12])  # without and with a table of noise levels
+def test_a_clip_does_not_depend_on_its_row(frames, monkeypatch):
+    """Actions and causal order of one clip, alone and among others."""
+    monkeypatch.setattr("minisora_jax.models.levels.LEAST_TOKENS", 1)
+    params = random_params(CONFIG)
+    together = np.asarray(run(params, packed([clip(i) for i in range(3)], 40, frames), times(SIZES)))[0]
+    at = 0
+    for i, size in enumerate(SIZES):
+        n = int(np.prod(size))
+        alone = np.asarray(run(params, packed([clip(i)], n), times(SIZES)[at : at + n]))[0]
+        np.testing.assert_allclose(together[at : at + n], alone, atol=1e-5 * np.abs(alone).max())
+        at += n
+
+
+def test_a_frame_depends_on_its_action_and_on_no_later_frame():
+    params, original = random_params(CONFIG), clip(0)
+    of = lambda segment: np.asarray(run(params, packed([segment], 20), times(SIZES[:1])))[0].reshape(5, 4, -1)
+    wanted = of(original)
+    for change in ("tokens_nP", "actions_tx"):
+        array = getattr(original, change).copy()
+        array.reshape(5, -1)[2] += 1
+        changed = of(dataclasses.replace(original, **{change: array}))
+        np.testing.assert_array_equal(changed[:2], wanted[:2])
+        assert all(np.abs(changed[frame] - wanted[frame]).max() > 1e-3 for frame in (2, 3, 4))
+
+
+def test_a_new_model_of_actions_is_the_model_without():
+    without = dataclasses.replace(CONFIG, action_width=0)
+    batch = packed([clip(0)], 20)
+    params = jax.jit(lambda: DiT(CONFIG).init(jax.random.key(0), batch.tokens_BSP, jnp.zeros((1, 20)), batch))()
+    params["params"]["patch_out"]["kernel"] += 0.1
+    got = run(params, batch, times(SIZES[:1]))
+    params["params"].pop("action")
+    wanted = run(params, dataclasses.replace(batch, actions_BUx=None), times(SIZES[:1]), without)
+    np.testing.assert_array_equal(got, wanted)
+
+
+@pytest.mark.parametrize("factor", [1, 2, 4])
+def test_actions_of_a_latent_frame_are_those_of_its_pixel_frames(factor):
+    actions = np.arange(1, 2 * (1 + 3 * factor) + 1, dtype=np.float32).reshape(-1, 2)
+    vectors = by_latent_frame(actions, 4)
+    assert vectors.shape == (4, 2 * factor + 1)
+    assert np.all(vectors[:, -1] == 1) and not vectors[0, : 2 * (factor - 1)].any()
+    np.testing.assert_array_equal(vectors[0, -3:-1], actions[0])
+    np.testing.assert_array_equal(vectors[1:, :-1].reshape(-1, 2), actions[1:])
+    with pytest.raises(ValueError, match="do not fit"):
+        by_latent_frame(actions, 9)
