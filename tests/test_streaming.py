@@ -10,7 +10,10 @@ import pytest
 
 from minisora_jax.data.actions import by_latent_frame
 from minisora_jax.data.packing import PackConfig
-from minisora_jax.data.rows import Segment, pack_segments
+from minisora_jax.data.rows import Segment, pack_segments, patchify
+from minisora_jax.diffusion.time import TimeConfig
+from minisora_jax.generate import streaming
+from minisora_jax.generate.streaming import Stream, StreamConfig
 from minisora_jax.models.dit import DiT, DiTConfig, abstract_params
 from minisora_jax.models.past import empty_cache, past_of
 from minisora_jax.models.text import encode_bytes
@@ -137,3 +140,95 @@ def test_actions_of_a_latent_frame_are_those_of_its_pixel_frames(factor):
     np.testing.assert_array_equal(vectors[1:, :-1].reshape(-1, 2), actions[1:])
     with pytest.raises(ValueError, match="do not fit"):
         by_latent_frame(actions, 9)
+
+
+# ---- Streams
+
+
+def stream(params, settings, cfg=CONFIG, rows=1, **options):
+    return Stream(params, cfg, (4, 4), encode_bytes(""), settings, rows=rows, **options)
+
+
+def text(*captions):
+    return np.stack([encode_bytes(caption) for caption in captions])
+
+
+def frames_of(made, count, actions=None, captions=("a dog",)):
+    actions = np.zeros((count, len(captions), 4), np.float32) if actions is None else actions
+    return np.stack([made.next(actions[i], text(*captions)) for i in range(count)])
+
+
+def test_a_stream_is_the_sampler_on_whole_clips():
+    """Each frame by Euler steps of a causal pass over all frames before it, which are kept clean."""
+    params, settings = random_params(CONFIG), StreamConfig(steps=3, window=8, past_time=0.0)
+    actions = np.random.default_rng(0).standard_normal((3, 1, 4)).astype(np.float32)
+    times = TimeConfig(base_tokens=1)  # frames of 4 tokens: their times are shifted by 2
+    made, made_before = frames_of(stream(params, settings, seed=5, times=times), 3, actions), []
+    for frame in range(3):
+        key = jax.random.split(jax.random.fold_in(jax.random.key(5), frame), 3)[0]
+        x = np.asarray(jax.random.normal(key, (1, 4, CONFIG.token_width)))[0]
+        for now, then in ((1.0, 4 / 5), (4 / 5, 1 / 2), (1 / 2, 0.0)):
+            tokens = np.concatenate([*made_before, x])
+            size = (frame + 1, 2, 2)
+            whole = Segment(
+                tokens,
+                np.zeros(len(tokens), bool),
+                size,
+                encode_bytes("a dog"),
+                8.0,
+                actions_tx=actions[: frame + 1, 0],
+            )
+            velocity = run(params, packed([whole], len(tokens)), [0.0] * 4 * frame + [now] * 4)
+            x = x + (then - now) * np.asarray(velocity)[0, -4:]
+        made_before.append(x)
+        ours = patchify(made[frame], CONFIG.patch).reshape(4, -1)
+        np.testing.assert_allclose(ours, x, atol=2e-5 * np.abs(x).max())
+
+
+def test_memory_and_cost_of_a_frame_stay_the_same():
+    """Beyond the window nothing grows and nothing is compiled again; the oldest frame leaves, the first ones stay."""
+    settings = StreamConfig(steps=1, window=4, sinks=1)
+    made = stream(random_params(CONFIG), settings)
+    frames_of(made, 5)
+    sizes, compiled = jax.tree.map(jnp.shape, made.cache), streaming._next._cache_size()
+    frames_of(made, 7)
+    assert jax.tree.map(jnp.shape, made.cache) == sizes and streaming._next._cache_size() == compiled
+    assert len(made.kept) == 4 and made.kept[0] == 0 and sorted(made.kept) == [0, 1, 2, 3] and made.frame == 12
+
+
+@pytest.mark.parametrize("sinks", [0, 1])
+def test_what_leaves_the_window_is_forgotten_and_sinks_are_not(sinks):
+    """In a model of one layer, whose keys and values depend on their own frame alone."""
+    cfg, rest = dataclasses.replace(CONFIG, depth=1), np.random.default_rng(1).standard_normal((3, 1, 4, 4, 4))
+    params, made = random_params(cfg), []
+    for first in (0.0, 1.0):
+        of = stream(params, StreamConfig(steps=1, window=3, sinks=sinks, past_time=0.0), cfg)
+        for latents in (np.full((1, 4, 4, 4), first), *rest):
+            of.give(latents.astype(np.float32), None, text("a dog"))
+        made.append(frames_of(of, 1))
+    assert (np.abs(made[0] - made[1]).max() > 1e-3) == bool(sinks)
+
+
+def test_rows_are_streams_of_their_own_and_guidance_is_of_caption_and_actions():
+    params = random_params(CONFIG)
+    actions = np.random.default_rng(0).standard_normal((2, 2, 4)).astype(np.float32)
+    both = frames_of(stream(params, StreamConfig(steps=2), rows=2), 2, actions, ("a dog", "a cat"))
+    assert np.abs(both[:, 0] - both[:, 1]).max() > 0.1
+    plain = frames_of(stream(params, StreamConfig(steps=2)), 1, actions[:, :1])
+    unconditional = frames_of(stream(params, StreamConfig(steps=2)), 1, None, ("",))
+    guided = frames_of(stream(params, StreamConfig(steps=2, guidance=1.0 + 1e-6)), 1, actions[:, :1])
+    np.testing.assert_allclose(guided, plain, atol=1e-4)
+    none = frames_of(stream(params, StreamConfig(steps=2, guidance=0.0)), 1, actions[:, :1])
+    np.testing.assert_allclose(none, unconditional, atol=1e-4)
+
+
+def test_models_that_cannot_stream_are_told_why():
+    params = random_params(CONFIG)
+    with pytest.raises(ValueError, match="dit.causal=False and times.causal=0"):
+        stream(params, StreamConfig(), dataclasses.replace(CONFIG, causal=False))
+    with pytest.raises(ValueError, match="positions='learned'"):
+        stream(params, StreamConfig(), dataclasses.replace(CONFIG, positions="learned"))
+    with pytest.raises(ValueError, match="sinks=4 from 0 to"):
+        StreamConfig(window=4, sinks=4)
+    with pytest.raises(ValueError, match="sampler='unipc' must be one of euler"):
+        StreamConfig(sampler="unipc")

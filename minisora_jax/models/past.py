@@ -43,5 +43,5 @@ def empty_cache(config: DiTConfig, rows: int, places: int, dtype: Any = None) ->
         dtype: Of the arrays; None: of the model's computation.
     """
     shape = (config.depth, rows, places, config.heads, config.width // config.heads)
-    zeros = jnp.zeros(shape, dtype or config.dtype)
-    return {"cache": {"blocks": {"joint": {"self_attention": {"k": zeros, "v": zeros}}}}}
+    zeros = {name: jnp.zeros(shape, dtype or config.dtype) for name in ("k", "v")}
+    return {"cache": {"blocks": {"joint": {"self_attention": zeros}}}}
