@@ -185,7 +185,7 @@ def _next(static, params, cache, batch: PackedBatch, ranks_F, place, key):
 
     def predict(x_BSP, time_BS):
         x, time = objective.model_input(jnp.tile(x_BSP, (copies, 1, 1)), jnp.tile(time_BS, (copies, 1)))
-        y_BSP = DiT(config).apply({**params, **cache}, x, time, batch, past=past)
+        y_BSP: Any = DiT(config).apply({**params, **cache}, x, time, batch, past=past)
         if copies == 1:
             return y_BSP
         good_BSP, guide_BSP = jnp.split(y_BSP, 2)
