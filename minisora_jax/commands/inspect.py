@@ -57,7 +57,8 @@ def run(args, config_flags):
 
 
 def _data(where: Path, verify: bool, out: Path) -> None:
-    from minisora_jax.inspection.datasets import draw_clips, draw_sizes, facts_of
+    from minisora_jax.data.latents import Latents
+    from minisora_jax.inspection.datasets import action_facts, draw_clips, draw_sizes, facts_of
     from minisora_jax.io.json_files import read_json
     from minisora_jax.io.records import Shards
     from minisora_jax.sources.clips import Records
@@ -65,12 +66,13 @@ def _data(where: Path, verify: bool, out: Path) -> None:
     path = where / "manifest.json"
     kind = read_json(path).get("kind") if path.exists() else "clips"
     shards = Shards(where, kind, {})
-    _print(f"{where}: {kind}", facts_of(shards))
+    clips = Records(where) if kind == "clips" else Latents(where, preprocessing_version=None)
+    _print(f"{where}: {kind}", facts_of(shards) + action_facts(clips))
     if verify:
         shards.verify(progress=True)
         print("\nevery shard is what its sha256 says")
-    if kind == "clips":
-        draw_clips(out, Records(where))
+    if isinstance(clips, Records):
+        draw_clips(out, clips)
     else:
         draw_sizes(out, shards.sizes)
     print(f"\n{out}: {'some of its clips' if kind == 'clips' else 'its sizes'}")

@@ -6,13 +6,16 @@ from pathlib import Path
 
 import numpy as np
 
+from minisora_jax.data.latents import Latents
 from minisora_jax.io.atomic import replacing
 from minisora_jax.io.records import Shards
 from minisora_jax.media.contact_sheet import contact_sheet
+from minisora_jax.sources.clips import Records
 from minisora_jax.types import ClipSequence
 
 SHOWN = 12  # clips on a contact sheet
 MOST_SIZES = 6  # sizes that the table lists
+COUNTED = 256  # clips whose actions are counted
 
 
 def facts_of(shards: Shards) -> list[tuple[str, str]]:
@@ -36,10 +39,32 @@ def facts_of(shards: Shards) -> list[tuple[str, str]]:
     if len(order) > MOST_SIZES:
         rest = counts[order[MOST_SIZES:]].sum()
         lines.append(("", f"{len(order) - MOST_SIZES} other sizes {rest:>8,}  {rest / len(shards):6.1%}"))
-    lines += [(name, short(value)) for name, value in manifest["settings"].items()]
+    lines += [(name, short(value)) for name, value in manifest["settings"].items() if name != "actions"]
     skipped = manifest.get("skipped")
     if isinstance(skipped, dict) and isinstance(counts := skipped.get("counts"), dict):
         lines.append(("skipped", ", ".join(f"{n} {why}" for why, n in counts.items()) or "none"))
+    return lines
+
+
+def action_facts(clips: Records | Latents) -> list[tuple[str, str]]:
+    """The lines (name, value) of the actions of a data set: how often each happens. [] if there are none.
+
+    A column of numbers, such as a joint's angle, has its mean and its range instead. Up to 256 clips are read, evenly
+    spaced.
+    """
+    if not clips.actions:
+        return []
+    chosen = np.unique(np.linspace(0, len(clips) - 1, min(COUNTED, len(clips))).astype(int))
+    read = [actions_TA[1:] for i in chosen if (actions_TA := clips[int(i)].actions_TA) is not None]
+    every = "" if len(chosen) == len(clips) else f" of {len(chosen):,} read"
+    lines = [("actions", f"{len(clips.actions)}, of {len(read):,} clips{every}; how often each happens:")]
+    if not (steps := sum(map(len, read))):
+        return lines
+    table = np.concatenate(read)
+    for name, column in zip(clips.actions, table.T):
+        happens = f"{int(column.sum()):>8,}  {column.sum() / steps:6.1%}"
+        numbers = f"mean {column.mean():.3g}, {column.min():.3g} to {column.max():.3g}"
+        lines.append(("", f"{name:<22}{happens if np.isin(column, (0, 1)).all() else numbers}"))
     return lines
 
 
