@@ -26,7 +26,7 @@ import numpy as np
 
 from minisora_jax.io.user_function import load_function
 from minisora_jax.sources.base import Media
-from minisora_jax.sources.gym_play import PACKAGES, Game, play
+from minisora_jax.sources.gym_play import PACKAGES, STICKY, Game, play
 from minisora_jax.sources.skips import SkipReport
 
 LIMITS = {  # option -> its least and its largest number
@@ -182,7 +182,7 @@ def _facts(name: str, options: Options) -> list:
     policy = hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else ""
     registering = [module for start, module in PACKAGES.items() if name.startswith(start)] or name.split(":")[:-1]
     packages = ["gymnasium", *(module.partition(".")[0] for module in registering)]
-    return [name, dataclasses.asdict(options), policy, [[package, _version(package)] for package in packages]]
+    return [name, dataclasses.asdict(options), policy, STICKY, [[package, _version(package)] for package in packages]]
 
 
 def _version(package: str) -> str:

@@ -17,7 +17,9 @@ PACKAGES = {"Vizdoom": "vizdoom.gymnasium_wrapper", "ALE/": "ale_py"}  # start o
 HOLD = 0.9  # the probability that `Sticky` repeats an action
 STUCK = 0.7  # of the episode's mean change of the picture; below it `Sticky` takes another action
 PATIENCE, ESCAPE = 2, 8  # frames of an action before it can be stuck, and of the one that it takes then
-FORWARD = 3  # how much likelier than another one `Sticky` goes forward
+FORWARD = 2  # how much likelier than another one `Sticky` goes forward
+
+STICKY = (HOLD, STUCK, PATIENCE, ESCAPE, FORWARD)
 
 
 class Game:
@@ -135,7 +137,7 @@ class Sticky:
 
     Two rules make it walk. If after more than 2 frames of an action the picture changes by less than 0.7 of its mean
     change in this episode, it takes another one, for more than 8 frames: it turns away from walls. And an action with
-    "forward" in its name is drawn three times as often as another one.
+    "forward" in its name is drawn twice as often as another one.
     """
 
     def __init__(self, space: Any, labels: tuple[str, ...], rng: np.random.Generator):

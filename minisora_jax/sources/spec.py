@@ -38,14 +38,14 @@ def open_source(spec: str | os.PathLike, *, need_caption: bool = True, strict: b
         ImportError: a package is missing; the message has the command that installs it.
     """
     spec = os.fspath(spec)
-    if spec.split(":")[0] == "shapes":
-        return ProceduralShapes(spec)
     if " + " in spec and not os.path.exists(spec):
         from minisora_jax.sources.concat import ConcatSource
 
         parts = [part.strip() for part in spec.split(" + ")]
         sources = [open_source(part, need_caption=need_caption, strict=strict) for part in parts]
         return ConcatSource(parts, sources, strict=strict)
+    if spec.split(":")[0] == "shapes":
+        return ProceduralShapes(spec)
     if spec.startswith("gym:"):
         from minisora_jax.sources.gym import open_gym
 
