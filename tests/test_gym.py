@@ -260,7 +260,8 @@ def test_bad_environments_and_policies_are_said(tmp_path, monkeypatch):
 DOOM = "gym:VizdoomHealthGathering-v1?frame_skip=4&size=64x80&episodes=2&frames=17&steps=40"
 
 
-def test_doom_is_played():
+def test_doom_is_played(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     source = open_source(DOOM)
     assert source.actions == ("nothing", "move forward", "turn right", "turn left") and source.fps == 35 / 4
     assert source[0].caption == "a game of doom: health gathering"
@@ -275,7 +276,8 @@ def test_doom_is_played():
             moved = [np.abs(np.roll(frames[i - 1], shift, 1) - frames[i]).mean() for shift in (towards, -towards)]
             assert moved[0] < moved[1]
             compared += 1
-    assert compared
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert compared and not files, "VizDoom leaves an empty folder where it runs, and no file"
 
 
 @pytest.mark.slow

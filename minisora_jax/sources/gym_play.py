@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import tempfile
 from collections.abc import Callable
 from typing import Any
 
@@ -61,6 +62,9 @@ class Game:
             self.env = gymnasium.make(name, disable_env_checker=True, **kwargs)
         except gymnasium.error.Error as error:
             raise ValueError(f"{name} does not start: {error}") from error
+        self.folder = tempfile.TemporaryDirectory(prefix="minisora-game-")
+        if name.startswith("Vizdoom"):  # else it writes _vizdoom.ini where it runs
+            self.env.unwrapped.game.set_doom_config_path(f"{self.folder.name}/vizdoom.ini")
         self.name, self.rendered = name, "render_mode" in kwargs
         self.repeats = 1 if own else frame_skip or 1
         skipped = (frame_skip or spec.kwargs.get("frame_skip", 1)) if own else self.repeats
@@ -101,6 +105,7 @@ class Game:
     def close(self) -> None:
         """End the environment."""
         self.env.close()
+        self.folder.cleanup()
 
 
 # ---- Who plays
