@@ -1,6 +1,7 @@
 """Games as clips with actions: each frame beside the action that led to it, the same bytes by any worker."""
 
 import dataclasses
+import json
 import pickle
 import sys
 
@@ -15,6 +16,7 @@ from minisora_jax.data.latents import Latents, write_latents
 from minisora_jax.inspection.datasets import action_facts
 from minisora_jax.io.retry import DataError
 from minisora_jax.io.user_function import UserFunctionError
+from minisora_jax.media.video_writer import write_video
 from minisora_jax.sources.clips import Records
 from minisora_jax.sources.spec import open_source
 from minisora_jax.types import LatentClip
@@ -286,3 +288,30 @@ def test_two_processes_play_the_same_doom(tmp_path):
         prepare(DOOM + "&policy=sticky", tmp_path / name, workers=workers, files_per_part=1)
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
     assert len(Records(tmp_path / "one")) == 4
+
+
+def test_a_folder_has_them_in_a_table(tmp_path):
+    clips = tmp_path / "clips"
+    (clips / "sub").mkdir(parents=True)
+    frames = np.random.default_rng(0).integers(0, 255, (9, 32, 32, 3), dtype=np.uint8)
+    for name in ("a", "b", "sub/c"):
+        write_video(clips / f"{name}.mp4", frames, 8)
+        (clips / f"{name}.txt").write_text(name)
+    before = open_source(clips).identity
+    actions = np.arange(18).reshape(9, 2) / 4
+    rows = [{"file": "sub/c.mp4", "actions": actions.tolist(), "names": ["left", "speed"]}]
+    rows += [{**rows[0], "file": "b.mp4", "actions": actions[:8].tolist()}, {**rows[0], "file": "gone.mp4"}]
+    rows += [{**rows[0], "names": ["left"]}, {**rows[0], "actions": [[1, 2], [3]]}, {"file": 3}, []]
+    (clips / "actions.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n{\n")
+    report = prepare(clips, tmp_path / "out", max_frames=5)
+    assert report.counts == {"bad action row": 5, "actions without a clip": 1, "actions differ": 1}
+    records = Records(tmp_path / "out")
+    a, c = records[0], records[1]
+    assert records.actions == ("left", "speed") and a.actions_TA is None and c.name == "sub/c.mp4"
+    assert (c.actions_TA[1:] == actions[1:5].astype(np.float32)).all() and not c.actions_TA[0].any()
+    assert open_source(clips).identity != before
+    source = pickle.loads(pickle.dumps(open_source(clips)))
+    assert (source[2].actions_TA == actions.astype(np.float32)).all()
+    (clips / "actions.jsonl").write_text(json.dumps(rows[0]) + "\n" + json.dumps({**rows[1], "names": ["x", "y"]}))
+    with pytest.raises(DataError, match="actions.jsonl:1 has the actions left, speed, and actions.jsonl:2 has x, y"):
+        open_source(clips)

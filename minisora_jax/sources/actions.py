@@ -12,7 +12,11 @@ from typing import Any
 
 import numpy as np
 
+from minisora_jax.io.filesystem import json_or_none
 from minisora_jax.io.retry import DataError
+from minisora_jax.sources.skips import SkipReport
+
+TABLE = "actions.jsonl"  # at the top of a folder: {"file": "a.mp4", "actions": [[...], ...], "names": [...]} a line
 
 
 def window(actions_TA: np.ndarray, start: int, count: int) -> np.ndarray:
@@ -20,6 +24,37 @@ def window(actions_TA: np.ndarray, start: int, count: int) -> np.ndarray:
     actions_TA = actions_TA[start : start + count].astype(np.float32)  # a copy
     actions_TA[:1] = 0
     return actions_TA
+
+
+def read_table(text: str, report: SkipReport) -> tuple[tuple[str, ...], dict[str, np.ndarray]]:
+    """The names of the columns, and {file: actions (T, A)}, of a folder's `TABLE`. Bad rows go to the report.
+
+    Raises:
+        DataError: two rows have different names.
+    """
+    table: dict[str, np.ndarray] = {}
+    named = []
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        row = json_or_none(line)
+        row = row if isinstance(row, dict) else {}
+        file, names = row.get("file"), row.get("names")
+        names = names if isinstance(names, list) and all(isinstance(name, str) for name in names) else []
+        try:
+            actions_TA: Any = np.asarray(row.get("actions"), np.float32)
+        except (TypeError, ValueError, OverflowError):  # no numbers, or rows of several lengths
+            actions_TA = np.zeros(0, np.float32)
+        if not isinstance(file, str) or not names or actions_TA.ndim != 2 or not np.isfinite(actions_TA).all():
+            detail = "it needs 'file', 'names' of the columns, and 'actions': a list of as many numbers for each frame"
+        elif actions_TA.shape[1] != len(names):
+            detail = f"it has {len(names)} names, and {actions_TA.shape[1]} numbers a frame"
+        else:
+            named.append((f"{TABLE}:{number}", names))
+            table[file] = actions_TA
+            continue
+        report.add(f"{TABLE}:{number}", "bad action row", detail)
+    return common_names(named), table
 
 
 def named_in(settings: dict[str, Any], where: str) -> tuple[str, ...]:

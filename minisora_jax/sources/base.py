@@ -6,6 +6,7 @@
       captions.jsonl              {"file": "sub/dog.webm", "caption": "a dog runs"} a line, or
       captions.csv                a header line `file,caption`, then rows
       metadata.jsonl, .csv        Hugging Face's image and video folders: `file_name` and `text`, in any subfolder
+      actions.jsonl               what was done, see sources/actions.py
     imagenet/train?caption=folder
       n02099601/1.JPEG            the caption is the name of the folder: a class
     shapes:train:5000             the procedural clips of toy/shapes.py
@@ -30,7 +31,7 @@ from typing import Protocol
 
 import numpy as np
 
-from minisora_jax.io.filesystem import open_regular, walk
+from minisora_jax.io.filesystem import open_regular, text_of, walk
 from minisora_jax.media.video import (
     IMAGE_SUFFIXES,
     STILL_FPS,
@@ -42,6 +43,7 @@ from minisora_jax.media.video import (
     open_video,
     read_clip_frames,
 )
+from minisora_jax.sources.actions import TABLE, read_table
 from minisora_jax.sources.captions import MAX_CAPTION, MAX_TABLE, caption_option, is_table, scan_names
 from minisora_jax.sources.skips import SkipReport
 
@@ -150,9 +152,8 @@ class Folder:
     Raises:
         FileNotFoundError: the path is no folder.
         ValueError: `caption` is neither "" nor "folder".
+        DataError: rows of actions.jsonl have different names.
     """
-
-    actions = ()
 
     def __init__(self, path: str | os.PathLike, caption: str = "", *, need_caption: bool = True, strict: bool = False):
         self.path, self.need_caption = Path(path), need_caption
@@ -161,11 +162,19 @@ class Folder:
             raise FileNotFoundError(f"{path} is not a folder of clips")
         self.report = SkipReport(strict)
         self.entries: list[tuple[str, str]] = _scan(self)  # (name, caption)
+        self.actions, self.table = (), {}
+        if (file := self.path / TABLE).is_file():
+            with open_regular(file) as opened:
+                self.actions, self.table = read_table(text_of(opened.read(MAX_TABLE)), self.report)
+        for name in sorted(set(self.table) - {name for name, _ in self.entries}):
+            self.report.add(name, "actions without a clip", f"its row in {TABLE} names no clip")
         metadata = (f.stat() if (f := self.path / name).exists() else f.lstat() for name, _ in self.entries)
         rows = ([name, caption, s.st_size, s.st_mtime_ns] for (name, caption), s in zip(self.entries, metadata))
         digest = hashlib.sha256()
         for row in rows:
             digest.update(json.dumps(row).encode("utf-8"))
+        for name, actions_TA in sorted(self.table.items()):
+            digest.update(json.dumps([name, self.actions, actions_TA.tolist()]).encode("utf-8"))
         self.identity = f"folder:{digest.hexdigest()}"
 
     def __len__(self) -> int:
@@ -173,7 +182,7 @@ class Folder:
 
     def __getitem__(self, i: int) -> Media:
         name, caption = self.entries[i]
-        return Media(name, caption, self.path / name)
+        return Media(name, caption, self.path / name, actions_TA=self.table.get(name))
 
     def __reduce__(self):
         return reopened, (Folder, (str(self.path.resolve()), self.caption), self.need_caption, self.identity)

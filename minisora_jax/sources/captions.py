@@ -9,6 +9,7 @@ from pathlib import Path
 
 from minisora_jax.io.filesystem import json_or_none, text_of
 from minisora_jax.media.video import IMAGE_SUFFIXES, VIDEO_SUFFIXES
+from minisora_jax.sources.actions import TABLE as ACTIONS
 from minisora_jax.sources.skips import BadClip, SkipReport
 
 TABLES = ("captions.jsonl", "captions.csv")  # caption tables at the top of a folder
@@ -42,7 +43,7 @@ def scan_names(
     used = {beside for name in files for beside in _beside(name, samples)} & known
     for name in files:
         suffix = Path(name).suffix.lower()
-        if name in used or is_table(name):
+        if name in used or is_table(name) or name == ACTIONS:
             continue
         if suffix not in VIDEO_SUFFIXES + IMAGE_SUFFIXES:
             report.add(name, "caption without a clip" if suffix == ".txt" else "unknown suffix")
