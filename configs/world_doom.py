@@ -6,8 +6,8 @@
     minisora train --config=world_doom:data=data/home-latents --workdir=runs/home
     minisora play --model=runs/home/export --codec=runs/home-codec/export --start=data/home/heldout
 
-Hardware: 2 CPU cores. Every frame is coded by itself, since a player does not wait for four frames. A latent frame is 20
-tokens. What it reached is in minisora_jax/bundled/README.md. actions is the number of columns of the data's actions.
+Hardware: 2 CPU cores. Every frame is coded by itself, since a player does not wait for four frames; it is 20 tokens.
+actions is the number of columns of the data's actions.
 """
 
 from ml_collections import ConfigDict

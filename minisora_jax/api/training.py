@@ -20,6 +20,7 @@ from minisora_jax.training import codec_task
 from minisora_jax.training.clip_plan import with_row_size
 from minisora_jax.training.codec_task import CodecTask
 from minisora_jax.training.diffusion_task import DiffusionTask, settings_of, train_diffusion
+from minisora_jax.training.latents_check import check_actions
 
 
 def train(
@@ -73,7 +74,10 @@ def train(
     sample = None
     if prompts and (requests := sample_requests(prompts, task, loaded, latents)):
         sample = sampler(requests, task, loaded, captions_of(task.dit, latents.text, None, None), Path(workdir))
+    check_actions(task.dit, latents.actions, loaded.config.time_factor)
     export = {"codec": loaded.latents, "text": latents.text}
+    if task.dit.causal or task.times.causal:
+        export["world"] = {"actions": latents.actions, "fps": latents[0].fps, "caption": latents[0].caption}
     run_config = whole | {"init": str(init or "")}
     return train_diffusion(task, Path(workdir), latents, run_config, export, sample, init, held_out, loaded)
 

@@ -7,6 +7,8 @@ examples:
   minisora eval model --count 256 --out eval                  # does each video show what its caption says?
   minisora eval tasks --count 128 --out eval                  # every task, with pictures: eval/report.html
   minisora eval tasks --only loop transition --count 32
+  minisora eval world --model=runs/home/export --codec=runs/home-codec/export --data data/home/heldout --count 32 \
+      --probe-data data/home                                  # frames after true actions, beside the environment's
   minisora eval frechet --count 256 --extractor i3d:i3d_torchscript.pt       # generated against true clips
   minisora eval frechet --data data/clips --against data/other --extractor random
 
@@ -17,6 +19,7 @@ file's hash: it is FVD only with the I3D of the FVD paper, which is not part of 
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 from pathlib import Path
@@ -25,8 +28,10 @@ from minisora_jax.commands import options
 
 
 def add_arguments(parser):
-    parser.add_argument("what", type=_current, choices=("codec", "model", "tasks", "frechet"))
-    parser.add_argument("--data", default=None, help="clips for `codec` and `frechet` (default shapes:heldout:256)")
+    parser.add_argument("what", type=_current, choices=("codec", "model", "tasks", "frechet", "world"))
+    parser.add_argument(
+        "--data", default=None, help="clips for `codec`, `frechet` (default shapes:heldout:256), `world`"
+    )
     parser.add_argument("--against", default=None, help="clips for `frechet` in place of generated ones")
     parser.add_argument(
         "--extractor", default=None, help="of `frechet`, `codec`: random, i3d:FILE, inception:FILE, FILE.py:F"
@@ -38,6 +43,8 @@ def add_arguments(parser):
         "--only", nargs="*", type=_current, default=None, metavar="TASK", help="of `tasks`: which (default: all)"
     )
     parser.add_argument("--count", type=int, default=206, help="videos made, of each task (default 206)")
+    parser.add_argument("--context", type=int, default=16, help="of `world`: true frames before a rollout (default 16)")
+    parser.add_argument("--probe-data", default=None, help="of `world`: clips to learn to read actions from")
     parser.add_argument("--split", default="heldout", choices=("train", "heldout"), help="of the captions for `model`")
     options.add_model(parser)
     options.add_sampling(parser)
@@ -55,7 +62,9 @@ def _current(word: str) -> str:
 def run(args, _):
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
-    scores = {"codec": _codec, "model": _model, "tasks": _tasks, "frechet": _frechet}[args.what](args, out)
+    scores = {"codec": _codec, "model": _model, "tasks": _tasks, "frechet": _frechet, "world": _world}[args.what](
+        args, out
+    )
     (out / f"{args.what}.json").write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(scores, indent=2))
     print(out / ("report.html" if args.what == "tasks" else f"{args.what}.json"))
@@ -105,6 +114,33 @@ def _tasks(args, out: Path) -> dict:
         # Written anew after each, so that what took an hour is not lost with the last one.
         write_report(out / "report.html", "What one model does", settings, results)
     return settings | {name: scores for name, (scores, _) in results.items()}
+
+
+def _world(args, out: Path) -> dict:
+    from minisora_jax.evaluation.action_probe import train_probe
+    from minisora_jax.evaluation.worlds import evaluate_world
+    from minisora_jax.generate.streaming import StreamConfig
+    from minisora_jax.generate.world import World
+    from minisora_jax.io.progress import Progress
+    from minisora_jax.media.contact_sheet import contact_sheet
+    from minisora_jax.sources.clips import open_clips
+
+    if not args.data:
+        raise ValueError("name clips of the environment that the world has not seen: --data=DIR")
+    if args.model is None:
+        raise ValueError("name a world's model: --model=DIR, and its codec: --codec=DIR")
+    settings = StreamConfig(**({"steps": args.steps} if args.steps else {}))
+    world, clips = World.load(args.model, args.codec, settings), open_clips(args.data)
+    probe = None
+    if args.probe_data:
+        seen = open_clips(args.probe_data)
+        probe = train_probe([seen[i] for i in range(min(len(seen), 400))])
+    chosen = [clips[i] for i in range(min(len(clips), args.count))]
+    with Progress(total=len(chosen), desc="world", unit="clip") as bar:
+        advance = lambda done: bar.update(done - bar.n)
+        scores, rows = evaluate_world(world, chosen, context=args.context, probe=probe, progress=advance)
+    contact_sheet(out / "world.png", rows[:16], columns_of_frames=12)
+    return scores | {"stream": dataclasses.asdict(world.settings), "model": str(args.model)}
 
 
 def _frechet(args, out: Path) -> dict:

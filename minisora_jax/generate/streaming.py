@@ -129,13 +129,17 @@ class Stream:
         grids = np.asarray(x_BSP).reshape(self.rows, *self.grid_thw, -1)
         return np.stack([unpatchify(grid, self.config.patch)[0] for grid in grids])
 
+    def undo(self) -> None:
+        """Forget the newest frame. One that left the window for it does not come back."""
+        self.kept.pop()
+        self.frame -= 1
+
     def _advance(self) -> tuple[jax.Array, jax.Array, jax.Array]:
         """(rank of each place's frame in the window or -1, place of the next frame, key), and count the next frame."""
         settings, key = self.settings, jax.random.fold_in(self.key, self.frame)
-        if len(self.kept) < settings.window:
-            place = len(self.kept)
-        else:
-            place = self.kept.pop(settings.sinks)
+        if len(self.kept) == settings.window:
+            self.kept.pop(settings.sinks)
+        place = next(place for place in range(settings.window) if place not in self.kept)
         ranks_F = np.full(settings.window, -1, np.int32)
         ranks_F[self.kept] = np.arange(len(self.kept))
         self.kept.append(place)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from minisora_jax.data.actions import action_width
 from minisora_jax.data.latents import Latents, Mixture
 from minisora_jax.io.retry import DataError
 from minisora_jax.models.captions import CLASSES, class_names, in_words
@@ -36,6 +38,21 @@ def check_latents(dit: DiTConfig, latents: Latents | Mixture, init: str | Path |
                 f"(`minisora encode --text-encoder=DIR`)"
             )
         raise ValueError(f"the latent cache has caption features of width {features}: {fix}")
+
+
+def check_actions(dit: DiTConfig, actions: Sequence[str], time_factor: int) -> None:
+    """Raise ValueError unless the model reads actions of so many columns, or none.
+
+    Args:
+        actions: The names of the cache's columns.
+        time_factor: Frames of pixels of a latent frame.
+    """
+    if dit.action_width and dit.action_width != (width := action_width(len(actions), time_factor)):
+        raise ValueError(
+            f"dit.action_width={dit.action_width}, and the latent cache has {len(actions)} actions "
+            f"({', '.join(actions) or 'none'}), of {time_factor} frames for a latent frame: set dit.action_width="
+            f"{width if actions else 0}"
+        )
 
 
 def _check_classes(dit: DiTConfig, text: dict[str, Any] | None, init: str | Path | None) -> None:
