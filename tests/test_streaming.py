@@ -11,6 +11,7 @@ import pytest
 from minisora_jax.data.actions import by_latent_frame
 from minisora_jax.data.packing import PackConfig
 from minisora_jax.data.rows import Segment, pack_segments, patchify
+from minisora_jax.diffusion.loss import diffusion_loss
 from minisora_jax.diffusion.time import TimeConfig
 from minisora_jax.generate import streaming
 from minisora_jax.generate.streaming import Stream, StreamConfig
@@ -18,6 +19,7 @@ from minisora_jax.models.dit import DiT, DiTConfig, abstract_params
 from minisora_jax.models.past import empty_cache, past_of
 from minisora_jax.models.text import encode_bytes
 from minisora_jax.parallel.kernels.reference import FRAMES
+from minisora_jax.parallel.mesh import MeshConfig, batch_specs, make_mesh, to_global
 
 CONFIG = DiTConfig(
     latent_channels=4,
@@ -140,6 +142,29 @@ def test_actions_of_a_latent_frame_are_those_of_its_pixel_frames(factor):
     np.testing.assert_array_equal(vectors[1:, :-1].reshape(-1, 2), actions[1:])
     with pytest.raises(ValueError, match="do not fit"):
         by_latent_frame(actions, 9)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("share", [1.0, 0.5])
+def test_causal_training_on_a_mesh(share):
+    """Loss and gradient of causal and mixed clips with actions, on a mesh and on one device."""
+    cfg = dataclasses.replace(CONFIG, causal=share == 1.0)
+    segments = [clip(i) for i in range(3)]
+    pack = PackConfig(tokens=40, text_tokens=192, slots=3, rows=2, frames=12)
+    batch = pack_segments([segments, segments[::-1]], pack, action_width=cfg.action_width)
+    params, times = random_params(cfg), TimeConfig(causal=share)
+
+    def loss(params, batch):
+        value_BS, weight_BS = diffusion_loss(DiT(cfg), times, params, batch, jax.random.key(0))["loss"]
+        return jnp.sum(value_BS * weight_BS)
+
+    value, grads = jax.jit(jax.value_and_grad(loss))(params, jax.tree.map(jnp.asarray, batch))
+    mesh = make_mesh(MeshConfig(data=2, ring=4))
+    with jax.set_mesh(mesh):
+        value2, grads2 = jax.jit(jax.value_and_grad(loss))(params, to_global(batch, mesh, batch_specs(batch)))
+    np.testing.assert_allclose(value2, value, rtol=1e-5)
+    for ours, theirs in zip(jax.tree.leaves(grads2), jax.tree.leaves(grads)):
+        np.testing.assert_allclose(np.asarray(ours), theirs, atol=1e-4 * max(float(np.abs(theirs).max()), 1e-3))
 
 
 # ---- Streams

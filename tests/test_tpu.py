@@ -31,6 +31,28 @@ for ours, theirs in zip((o, *grads), (wanted, *reference.backward(q, k, v, q_ids
 np.testing.assert_allclose(lse, lse2, rtol=1e-5)
 """
 
+CAUSAL = """
+import jax, jax.numpy as jnp, numpy as np
+from jax.experimental.pallas import tpu as pltpu
+from minisora_jax.parallel.kernels import reference, splash
+rng = np.random.default_rng(0)
+splash.TILE = 128
+S, N, K = 300, 2, 32
+q, k, v, w = (jnp.asarray(rng.standard_normal((2, S, N, K)), jnp.float32) for _ in range(4))
+clip, place = np.minimum(1 + np.arange(S) // 140, 2), np.arange(S) % 140
+ids = np.stack([clip * 65536 + place // 9, np.where(clip == 1, clip * 65536 + place // 50, clip * 65536 + 65535)])
+ids = (ids * (np.arange(S) < 270)).astype(np.int32)
+for q_at, kv_at in ((slice(0, S), slice(0, S)), (slice(0, 150), slice(150, S)), (slice(150, S), slice(0, S))):
+    arrays = q[:, q_at], k[:, kv_at], v[:, kv_at], ids[:, q_at], ids[:, kv_at]
+    with pltpu.force_tpu_interpret_mode():
+        o, lse = jax.jit(splash.forward, static_argnums=(5, 6))(*arrays, 0.3, True)
+        grads = jax.jit(splash.backward, static_argnums=(8, 9))(*arrays, o, lse, w[:, q_at], 0.3, True)
+    wanted, lse2 = reference.forward(*arrays, 0.3, True)
+    theirs = reference.backward(*arrays, wanted, lse2, w[:, q_at], 0.3, True)
+    for ours, other in zip((o, *grads), (wanted, *theirs)):
+        np.testing.assert_allclose(ours, other, atol=2e-5 * max(float(np.abs(other).max()), 0.1))
+"""
+
 PLAN = """
 import json
 from minisora_jax.models.dit import DiTConfig
@@ -58,6 +80,21 @@ def run(program: str) -> str:
 @needs_tokamax
 def test_splash_in_interpret_mode():
     run(SPLASH)
+
+
+@needs_tokamax
+def test_splash_in_the_order_of_frames():
+    """Over all keys, over later ones alone, and over earlier ones with the queries' own."""
+    run(CAUSAL)
+
+
+@needs_libtpu
+@needs_tokamax
+def test_a_causal_train_step_is_compiled_for_a_pod():
+    """With actions, on a ring of four chips; the kernels of both parts are splash's."""
+    causal = PLAN.replace('remat="full"', 'remat="full", causal=True, action_width=7')
+    fits, temporary, ring = json.loads(run(causal).splitlines()[-1])
+    assert fits and 1e7 < temporary < 2e9 and ring
 
 
 @needs_libtpu

@@ -98,8 +98,8 @@ def tokens_of_segment(batch: PackedBatch) -> jax.Array:
     """The number of tokens that share a time, (B, S) float32: of the clip or, if causal, a frame; 0 for padding."""
     size_BG3 = batch.size_BG3
     if batch.causal_BG is not None:
-        frames_BG = jnp.where(batch.causal_BG, jnp.minimum(size_BG3[..., 0], 1), size_BG3[..., 0])
-        size_BG3 = jnp.concatenate([frames_BG[..., None], size_BG3[..., 1:]], axis=-1)
+        of_frame = batch.causal_BG[..., None] & (jnp.arange(3) == 0)
+        size_BG3 = jnp.where(of_frame, jnp.minimum(size_BG3, 1), size_BG3)
     count_BG1 = jnp.prod(size_BG3, axis=-1, keepdims=True).astype(jnp.float32)
     return per_token(count_BG1, batch.segment_BS)[..., 0]
 
