@@ -24,7 +24,7 @@ setup(
     license="Apache-2.0",
     packages=find_packages(include=["minisora_jax", "minisora_jax.*"]),
     include_package_data=False,  # only what package_data names: bundled/ has folders of weights, which are no packages
-    package_data={"minisora_jax": ["bundled/**/*", "py.typed"]},
+    package_data={"minisora_jax": ["bundled/**/*", "ui/play.*", "py.typed"]},
     cmdclass={"build_py": BuildWithConfigs},
     install_requires=[
         "jax>=0.11.1",

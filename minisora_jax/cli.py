@@ -16,6 +16,7 @@ VERBS = {
     "train": "train the diffusion transformer on a latent cache",
     "generate": "make videos and images from prompts",
     "ui": "a web page for generating",
+    "play": "walk through a world in the browser, or by a script",
     "import": "turn published weights into a model of this project",
     "export": "write a model in the published layout",
     "merge": "fold adapters (LoRA) into their model",

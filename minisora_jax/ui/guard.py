@@ -32,9 +32,11 @@ class Names:
         bound: the address at which the server listens. At one of this machine alone, it answers to localhost. Else it
             answers to every address, which no DNS can point elsewhere, and to the machine's name.
         further: names that are allowed too, such as that of a proxy; pages of these names may send requests.
+        command: the command that serves the page, for the sentences of refusals.
     """
 
-    def __init__(self, bound: str = "127.0.0.1", further: Sequence[str] = ()):
+    def __init__(self, bound: str = "127.0.0.1", further: Sequence[str] = (), command: str = "minisora ui"):
+        self.how = f"its owner can allow a name with {command} --allow-host"
         machine = socket.gethostname().lower()
         self.open = not _is_local(bound.lower())
         self.further = {name.lower() for name in further}
@@ -45,10 +47,10 @@ class Names:
         name = _name(f"http://{host}")
         if not (_is_local(name) or name in self.allowed or (self.open and _address(name))):
             shown = printable(name)[:100] or "without a name"
-            return f"this page does not answer to {shown}: its owner can allow a name with minisora ui --allow-host"
+            return f"this page does not answer to {shown}: {self.how}"
         if origin is not None and origin.partition("://")[2] != host and _name(origin) not in self.further:
             shown = printable(origin)[:100]
-            return f"a page of {shown} may not use this one: its owner can allow a name with minisora ui --allow-host"
+            return f"a page of {shown} may not use this one: {self.how}"
         return ""
 
 
@@ -74,9 +76,14 @@ def _is_local(name: str) -> bool:
 
 
 class Guard:
-    """ASGI middleware that refuses requests with a sentence, in plain text."""
+    """ASGI middleware that refuses requests with a sentence, in plain text.
 
-    def __init__(self, app: ASGIApp, names: Names, incoming: Incoming):
+    Args:
+        names: the names by which the page may be called.
+        incoming: the room for uploads; None: the page takes none.
+    """
+
+    def __init__(self, app: ASGIApp, names: Names, incoming: Incoming | None):
         self.app, self.names, self.incoming = app, names, incoming
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -92,7 +99,7 @@ class Guard:
         headers = Headers(scope=scope)
         if refusal := self.names.refusal(headers.get("host"), headers.get("origin")):
             return await PlainTextResponse(refusal, 403)(scope, receive, send)
-        upload = scope["path"].rstrip("/").endswith("/upload") and scope["method"] == "POST"
+        upload = self.incoming and scope["path"].rstrip("/").endswith("/upload") and scope["method"] == "POST"
         most = MOST_BYTES + AROUND if upload else MOST_FORM
         too_large = f"the request is too large: the limit is {most // 2**20} MiB"
         length = headers.get("content-length", "")
@@ -110,7 +117,7 @@ class Guard:
             return message
 
         try:
-            with self.incoming.room(size) if upload else contextlib.nullcontext():
+            with self.incoming.room(size) if self.incoming and upload else contextlib.nullcontext():
                 await self.app(scope, limited, send)
         except InvalidInput as full:
             await PlainTextResponse(str(full), 507)(scope, receive, send)

@@ -86,7 +86,7 @@ def application(
     return app, queue
 
 
-class _Printable(io.TextIOBase):
+class Printable(io.TextIOBase):
     """A stream for tracebacks of Gradio's, which show what visitors send: no control code reaches the terminal."""
 
     def __init__(self, stream: TextIO):
@@ -119,8 +119,8 @@ def serve(
     """
     import uvicorn
 
-    _require_free(host, port)
-    streams = contextlib.redirect_stderr(_Printable(sys.stderr)), contextlib.redirect_stdout(_Printable(sys.stdout))
+    require_free(host, port)
+    streams = contextlib.redirect_stderr(Printable(sys.stderr)), contextlib.redirect_stdout(Printable(sys.stdout))
     with only_writer(out, "minisora ui"):
         app, queue = application(pipeline, out, model, Names(host, further_names))
         print(f"open http://{'localhost' if host == '127.0.0.1' else host}:{port} (results in {out}; stop with Ctrl-C)")
@@ -128,8 +128,8 @@ def serve(
             uvicorn.run(app, host=host, port=port, log_level="warning", timeout_graceful_shutdown=3)
 
 
-def _require_free(host: str, port: int) -> None:
-    """Raise ValueError if the port is in use or not allowed."""
+def require_free(host: str, port: int) -> None:
+    """Raise ValueError if a server cannot listen at the port: it is in use, or not allowed."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with contextlib.closing(socket.socket(family)) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
