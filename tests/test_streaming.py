@@ -29,7 +29,7 @@ CONFIG = DiTConfig(
     text_width=64,
     text_depth=1,
     dtype="float32",
-    positions="none",
+    positions="space",
     micro_conditioning=False,
     causal=True,
     action_width=4,
@@ -251,7 +251,7 @@ def test_models_that_cannot_stream_are_told_why():
     params = random_params(CONFIG)
     with pytest.raises(ValueError, match="dit.causal=False and times.causal=0"):
         stream(params, StreamConfig(), dataclasses.replace(CONFIG, causal=False))
-    with pytest.raises(ValueError, match="positions='learned'"):
+    with pytest.raises(ValueError, match="positions='learned': streaming is for"):
         stream(params, StreamConfig(), dataclasses.replace(CONFIG, positions="learned"))
     with pytest.raises(ValueError, match="sinks=4 from 0 to"):
         StreamConfig(window=4, sinks=4)

@@ -96,11 +96,12 @@ class Stream:
                 "the model was trained with dit.causal=False and times.causal=0: the frames of its clips see later "
                 "ones, so it cannot make them one after another"
             )
-        if config.micro_conditioning or config.given_channels or config.image_features or config.positions != "none":
+        wanted = {"positions": ("space", "none"), "micro_conditioning": (False,)}
+        wanted |= {"given_channels": (0,), "image_features": (0,)}
+        if wrong := [f"{n}={x!r}" for n, allowed in wanted.items() if (x := getattr(config, n)) not in allowed]:
             raise ValueError(
-                f"streaming is for models with positions='none', micro_conditioning=False and no channels of given "
-                f"frames; this one has positions={config.positions!r}, micro_conditioning={config.micro_conditioning}, "
-                f"given_channels={config.given_channels} and image_features={config.image_features}"
+                f"the model has {', '.join(wrong)}: streaming is for models that are told no place in a clip and "
+                f"no given frames (positions='space' or 'none', micro_conditioning=False, no channels of given frames)"
             )
         self.params, self.config, self.settings = params, config, settings
         self.rows, self.fps, self.empty_text_LE = rows, fps, empty_text_LE

@@ -242,10 +242,12 @@ class DiT(nn.Module):
     def _add_positions(self, x_BSD: jax.Array, batch: PackedBatch) -> tuple[jax.Array, jax.Array | None]:
         """(tokens with their positions added, fixed time positions (B, S, D) that are still to be added or None)."""
         cfg = self.config
-        if cfg.positions == "learned":
-            sinusoids_BS3x = sinusoids(batch.position_BS3, 64, max_period=1000.0)
-            sinusoids_BSx = sinusoids_BS3x.reshape(*batch.segment_BS.shape, 3 * 64)
-            project = Einsum("bse,ed->bsd", (3 * 64, cfg.width), name="position_in")
+        if cfg.positions in ("learned", "space"):
+            position_BSx = batch.position_BS3 if cfg.positions == "learned" else batch.position_BS3[..., 1:]
+            axes = position_BSx.shape[-1]
+            sinusoids_BSxx = sinusoids(position_BSx, 64, max_period=1000.0)
+            sinusoids_BSx = sinusoids_BSxx.reshape(*batch.segment_BS.shape, axes * 64)
+            project = Einsum("bse,ed->bsd", (axes * 64, cfg.width), name="position_in")
             return x_BSD + project(sinusoids_BSx.astype(x_BSD.dtype)), None
         if cfg.positions == "fixed":
             size_BS3 = per_token(batch.size_BG3.astype(jnp.float32), batch.segment_BS)

@@ -40,7 +40,7 @@ _CHOICES = {
     "time_input": ("1000 t", "1 - t"),
     "modulation": ("shared", "single", "block"),
     "qk_norm": ("head", "all", "none"),
-    "positions": ("learned", "fixed", "none"),
+    "positions": ("learned", "space", "fixed", "none"),
     "caption": ("refined", "projected", "label"),
 }
 
@@ -74,7 +74,8 @@ class DiTConfig:
     modulation: str = "shared"  # the layers of adaLN: "shared", "single" or "block", see the table above
     qk_norm: str = "head"  # RMS norm of queries and keys over each "head", over "all" heads (Wan), or "none"
     rope: bool = True  # rotary positions
-    positions: str = "learned"  # added to the tokens: a "learned" projection of sinusoids, "fixed" sinusoids, "none"
+    positions: str = "learned"  # added to the tokens: a "learned" projection of sinusoids of (t, y, x), or of "space"
+    # alone (y, x), with which a stream may go on for ever; "fixed" sinusoids, or "none"
     base_grid: int = 16  # tokens along a side that fixed positions were trained at; other grids are stretched to it
     caption: str = "refined"  # by a small transformer; "projected" by two layers; a "label" without cross-attention
     caption_tokens: int = 0  # pad captions with zeros to this many tokens, and attend to the padding (Wan); 0: no
