@@ -10,6 +10,7 @@ from small_world import ACTIONS, SIZE, write_world
 from minisora_jax.cli import main
 from minisora_jax.commands.play import read_script
 from minisora_jax.curation.prepare import prepare
+from minisora_jax.generate import streaming
 from minisora_jax.generate.streaming import StreamConfig
 from minisora_jax.generate.world import World
 from minisora_jax.media.video import read_clip_frames, read_note
@@ -141,9 +142,11 @@ def test_a_walk_is_what_its_player_makes_and_waits_for_who_looks(world, place):
         frames.append(player.step({0: "nothing", 1: "turn left", 3: "nothing", 4: "move forward"}[number])[0])
     assert module._jpeg(frames[-1]) == picture.data
     visitor.pictures.clear()
-    say(place, visitor, 5, resets=1, caption="a large world", seen=10**9)
+    compiled, caption = streaming._next._cache_size(), "a large world with many more words than the other"
+    say(place, visitor, 5, resets=1, caption=caption, seen=10**9)
     wait(lambda: visitor.pictures and visitor.pictures[-1].heard == 5)
-    assert visitor.seed == 8 and visitor.player.caption == "a large world"
+    assert visitor.seed == 8 and visitor.player.caption == caption
+    assert streaming._next._cache_size() == compiled, "other words make nobody wait"
 
 
 def test_places_are_few_and_free_again(place, monkeypatch):

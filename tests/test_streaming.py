@@ -221,6 +221,19 @@ def test_memory_and_cost_of_a_frame_stay_the_same():
     assert len(made.kept) == 4 and made.kept[0] == 0 and sorted(made.kept) == [0, 1, 2, 3] and made.frame == 12
 
 
+@pytest.mark.slow
+def test_words_of_another_length_compile_nothing_and_padding_is_not_read(monkeypatch):
+    cfg = dataclasses.replace(CONFIG, depth=1)
+    params, settings = random_params(cfg), StreamConfig(steps=1)
+    make = lambda words: frames_of(stream(params, settings, cfg), 1, captions=(words,))
+    short, compiled = make("a dog"), streaming._next._cache_size()
+    assert np.abs(make("two cats in a room") - short).max() > 1e-2
+    assert streaming._next._cache_size() == compiled
+    monkeypatch.setattr(streaming, "TEXT_BLOCK", 1)
+    np.testing.assert_allclose(make("a dog"), short, atol=1e-5 * np.abs(short).max())
+    assert streaming._next._cache_size() == compiled + 1
+
+
 @pytest.mark.parametrize("sinks", [0, 1])
 def test_what_leaves_the_window_is_forgotten_and_sinks_are_not(sinks):
     """In a model of one layer, whose keys and values depend on their own frame alone."""

@@ -31,6 +31,7 @@ from minisora_jax.parallel.kernels import FRAMES
 from minisora_jax.types import PackedBatch
 
 TIMES = TimeConfig()
+TEXT_BLOCK = 64  # captions are padded to multiples of it, so that few lengths are compiled
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,7 +155,7 @@ class Stream:
         actions_BUx = np.zeros((B, 1, self.config.action_width), np.float32)
         if actions_Bx is not None:
             actions_BUx[:, 0] = actions_Bx
-        L = max(text_BLE.shape[1], len(self.empty_text_LE))
+        L = -(-max(text_BLE.shape[1], len(self.empty_text_LE)) // TEXT_BLOCK) * TEXT_BLOCK
         texts = [padded_text(text, L) for text in (*text_BLE, *([self.empty_text_LE] * B))]
         lengths = [text_BLE.shape[1]] * B + [len(self.empty_text_LE)] * B
         if self.settings.guidance == 1:
