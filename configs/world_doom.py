@@ -10,47 +10,19 @@ Hardware: 2 CPU cores. Every frame is coded by itself, since a player does not w
 actions is the number of columns of the data's actions.
 """
 
-from ml_collections import ConfigDict
-
-from minisora_jax.config import parse_arg
+from minisora_jax.config import load, parse_arg
 
 
 def get_config(arg=None):
     arg = parse_arg(arg, data="", held_out="", actions=6, steps=6000, rows=0, lr=3e-3)
     if not arg["data"]:
         raise ValueError("name the latent cache: --config=world_doom:data=DIR (`minisora encode` writes one)")
-    return ConfigDict(
-        dict(
-            data=dict(path=arg["data"], held_out=arg["held_out"]),
-            prompts=0,
-            dit=dict(
-                latent_channels=16,
-                patch=(1, 2, 2),
-                width=192,
-                depth=7,
-                heads=3,
-                text_width=64,
-                text_depth=1,
-                positions="space",  # and rotary ones in time: a window rolls on for ever
-                micro_conditioning=False,
-                causal=True,
-                action_width=arg["actions"] + 1,
-                dtype="float32",
-            ),
-            pack=dict(rows=arg["rows"]),
-            times=dict(mean=0.0, std=1.0, base_tokens=0),
-            conditioning=dict(
-                **dict.fromkeys("first last ends prefix suffix frames box outside between middle".split(), 0.0)
-            ),
-            caption_dropout=0.1,
-            action_dropout=0.1,
-            export_dtype="float16",
-            run=dict(
-                steps=arg["steps"],
-                log_every=50,
-                save_every=500,
-                optim=dict(name="muon", learning_rate=arg["lr"], warmup=200, final=0.02, b1=0.95, b2=0.99, ema=0.999),
-                mesh=dict(data=-1, fsdp=1),
-            ),
-        )
-    )
+    actions, held_out = arg.pop("actions"), arg.pop("held_out")
+    config = load("dit_tiny", prompts=False, **arg)
+    config.data.held_out = held_out
+    config.dit.update(depth=7, text_width=64, causal=True, action_width=actions + 1)
+    config.dit.update(positions="space", micro_conditioning=False)  # so that a window rolls on for ever
+    config.times.base_tokens = 0
+    config.conditioning = dict.fromkeys("first last ends prefix suffix frames box outside between middle".split(), 0.0)
+    config.action_dropout = 0.1
+    return config
