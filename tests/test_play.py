@@ -230,6 +230,7 @@ def test_a_script_becomes_a_video_with_its_record(names, tmp_path, capsys):
     for wrong, words in [
         (["--actions", "fly"], "'fly' is no action of this world"),
         (["--actions", "turn left", "--sinks=9"], "sinks=9 from 0 to"),
+        (["--actions", "turn left", "--guidance=nan"], "guidance=nan must be a finite number"),
         (["--visitors=0"], "--visitors 0 must be from 1 to 64"),
         (["--actions", "turn left", "--out=walk.txt"], "ends in '.txt'"),
         (["--actions", "turn left", "--start=nowhere"], "nowhere is not a prepared data set"),

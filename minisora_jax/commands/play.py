@@ -65,22 +65,26 @@ def add_arguments(parser):
 def run(args, _):
     if not 1 <= args.visitors <= MOST_PLACES:
         raise ValueError(f"--visitors {args.visitors} must be from 1 to {MOST_PLACES}")
-    if args.actions is None and not importlib.util.find_spec("gradio"):
-        raise ImportError(f"the page needs gradio: {how_to_install('ui')}; --actions writes a video without it")
+    if args.actions is None:
+        if not importlib.util.find_spec("gradio"):
+            raise ImportError(f"the page needs gradio: {how_to_install('ui')}; --actions writes a video without it")
+        from minisora_jax.ui.server import require_free
+
+        require_free(args.host, args.port)  # before anything is read
     from minisora_jax.generate.streaming import StreamConfig
     from minisora_jax.generate.world import World
 
     names = ("steps", "sampler", "window", "sinks", "past_time", "guidance")
     settings = StreamConfig(**{name: getattr(args, name) for name in names})
     world = World.load(args.model, args.codec, settings)
+    player = world.player(args.seed)
     script = read_script(args.actions, world.actions) if args.actions is not None else []
     begin = _beginning(args.start, world) if args.start else None
     if args.actions is not None:
-        return _write(args, world, script, begin)
+        return _write(args, player, script, begin)
     from minisora_jax.ui.play import serve
 
     print("compiling the world ...", flush=True)
-    player = world.player(args.seed)
     if begin:
         begin(player, args.seed)
     for _ in range(2):  # the first frame and a later one
@@ -135,14 +139,14 @@ def _beginning(clips: str, world: World) -> Beginning:
     return begin
 
 
-def _write(args, world: World, script: list[str | None], begin: Beginning | None) -> None:
+def _write(args, player: Player, script: list[str | None], begin: Beginning | None) -> None:
     """The video of a script, and its record beside it."""
     from minisora_jax import __version__
     from minisora_jax.io.atomic import write_text
     from minisora_jax.io.model_dir import model_hash
     from minisora_jax.media.video_writer import VideoWriter
 
-    path, player, count = Path(args.out), world.player(args.seed), 0
+    path, world, count = Path(args.out), player.world, 0
     player.caption = world.caption if args.caption is None else args.caption
     record = {
         "minisora": __version__,

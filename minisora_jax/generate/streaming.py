@@ -55,6 +55,8 @@ class StreamConfig:
                 f"steps={self.steps} and window={self.window} must be at least 1, sinks={self.sinks} from 0 to "
                 f"window - 1, and past_time={self.past_time} from 0 to below 1"
             )
+        if not math.isfinite(self.guidance):
+            raise ValueError(f"guidance={self.guidance} must be a finite number")
         if self.sampler not in SAMPLERS or SAMPLERS[self.sampler].memory:
             single = [name for name, sampler in SAMPLERS.items() if not sampler.memory]
             raise ValueError(f"sampler={self.sampler!r} must be one of {', '.join(single)}")
