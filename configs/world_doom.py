@@ -3,7 +3,7 @@
     minisora prepare 'gym:VizdoomMyWayHome-v1?frame_skip=4&size=64x80&episodes=320' data/home --held-out 0.05 --cell 16
     minisora train-vae --config=vae_frames:data=data/home,held_out=data/home/heldout --workdir=runs/home-codec
     minisora encode data/home data/home-latents --codec=runs/home-codec/export
-    minisora train --config=world_doom:data=data/home-latents --workdir=runs/home
+    minisora train --config=world_doom:data=data/home-latents --codec=runs/home-codec/export --workdir=runs/home
     minisora play --model=runs/home/export --codec=runs/home-codec/export --start=data/home/heldout
 
 Hardware: 2 CPU cores. Every frame is coded by itself, since a player does not wait for four frames; it is 20 tokens.
