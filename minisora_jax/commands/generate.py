@@ -16,6 +16,7 @@ examples:
   minisora generate --batch jobs.jsonl --out made                  # one a line: {"prompt": "...", "image": "cat.png"}
   minisora generate --reproduce made/00003-a-cat-0.mp4             # make it again, and compare bit for bit
   minisora generate "..." --negative "blurry" --guidance 5 --guidance-schedule cosine --sampler unipc --steps 12
+  minisora generate "..." --seconds 8 --rope linear                # beyond training's length in one piece
   minisora generate "..." --step-cache 0.5                         # half of the model calls (see minisora calibrate)
   minisora generate "a cat on a skateboard" --model=models/wan --codec=models/wan-vae --text-encoder=models/umt5 \\
       --size 480x832 --frames 81 --fps 16 --sampler unipc --schedule wan --guidance 5
@@ -202,8 +203,11 @@ def _number(flag: str, words: list[str]) -> float:
 
 def model_record(args, pipeline) -> dict:
     """The part of a record that names the model."""
+    from minisora_jax.generate.extrapolation import spelled
+
     names = ("model", "codec", "guide_model", "text_encoder", "image_encoder", "mesh", "dtype", "lora")
     paths = {name: getattr(args, name, None) for name in names}
+    paths |= {"rope": spelled(pipeline.config)} if getattr(args, "rope", None) else {}
     return paths | {"hash": pipeline.hash, "codec_hash": pipeline.codec.hash, "window": pipeline.window_frames}
 
 
@@ -215,7 +219,7 @@ def _reproduce(args) -> int:
 
     record = read_record(args.reproduce)
     model = record["model"]
-    names = ("model", "codec", "guide_model", "text_encoder", "image_encoder", "window", "dtype", "lora")
+    names = ("model", "codec", "guide_model", "text_encoder", "image_encoder", "window", "dtype", "lora", "rope")
     if is_main() and (words := different_machine(record)):
         print(words)
     source = Path(args.reproduce)

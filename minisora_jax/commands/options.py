@@ -60,6 +60,13 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         help="frames that the model makes at once (default: as trained); longer videos are made window by window",
     )
     group.add_argument(
+        "--rope",
+        default=None,
+        metavar="METHOD[=T,Y,X]",
+        help="make videos beyond training's sizes in one piece, with rotary positions scaled by linear, ntk, "
+        "ntk-by-parts, yarn, riflex or abf; T,Y,X: how many times longer, taller and wider (default: as asked for)",
+    )
+    group.add_argument(
         "--dtype",
         choices=("float32", "bfloat16", "int8", "nf4"),
         default=None,
@@ -83,13 +90,22 @@ def load_pipeline(
     lora: Sequence[str] | None = None,
     image_encoder: str | None = None,
     offload: bool = False,
+    rope: str | None = None,
+    size_THW: tuple[int, int, int] | None = None,
 ) -> VideoPipeline:
-    """The pipeline that the options of `add_model` name. A window needs at least 3 latent frames."""
+    """The pipeline that the options of `add_model` name. A window needs at least 3 latent frames.
+
+    `size_THW` is the size that is asked for, from which factors of `rope` follow.
+    """
     import dataclasses
 
     from minisora_jax.generate import VideoPipeline
+    from minisora_jax.generate.extrapolation import parse_rope
 
+    method, factors = parse_rope(rope) if rope else ("", None)
     pipeline = VideoPipeline.load(model, codec, guide_model, text_encoder, dtype, lora or (), image_encoder, offload)
+    if method:
+        pipeline = pipeline.extrapolated(method, size_THW, factors=factors)
     if window is None:
         return pipeline
     factor = pipeline.codec.config.time_factor
@@ -101,7 +117,15 @@ def load_pipeline(
 def pipeline_of(args: argparse.Namespace) -> VideoPipeline:
     """The pipeline of a command that has the options of `add_model`."""
     names = ("model", "codec", "guide_model", "text_encoder", "image_encoder", "window", "dtype", "lora", "offload")
-    return load_pipeline(**{name: getattr(args, name) for name in names})
+    return load_pipeline(**{name: getattr(args, name) for name in names}, rope=args.rope, size_THW=_asked_size(args))
+
+
+def _asked_size(args: argparse.Namespace) -> tuple[int, int, int] | None:
+    """Frames, height and width that the command line asks for; None where it does not say."""
+    if getattr(args, "batch", None) or not hasattr(args, "frames"):
+        return None
+    frames = args.frames or round((args.seconds or 0) * (args.fps or 8.0)) or 1
+    return frames, *(parse_size(args.size) if args.size else (1, 1))
 
 
 def add_sampling(parser: argparse.ArgumentParser) -> None:

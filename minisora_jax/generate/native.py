@@ -8,6 +8,7 @@ import itertools
 import re
 import unicodedata
 from collections.abc import Callable, Sequence
+from typing import Self
 
 import numpy as np
 
@@ -17,6 +18,7 @@ from minisora_jax.diffusion.objective import ObjectiveConfig
 from minisora_jax.diffusion.sampler import SamplerConfig
 from minisora_jax.diffusion.time import TimeConfig
 from minisora_jax.generate.experts import LowNoise
+from minisora_jax.generate.extrapolation import extrapolated
 from minisora_jax.generate.packed import PackedRequests, by_steps, fill_rows
 from minisora_jax.generate.request import Request
 from minisora_jax.generate.sampling import features, require_finite, sample
@@ -104,6 +106,30 @@ class NativePipeline:
             kind, low = "a loop" if request.loop else "a middle stretch", max(T // factor, 1) * factor
             raise ValueError(f"frames={T} of {kind} must be a multiple of {factor}; use {low} or {low + factor}")
         return T // factor, H // self.cell, W // self.cell
+
+    def extrapolated(
+        self,
+        method: str,
+        size_THW: tuple[int, int, int] | None = None,
+        *,
+        factors: tuple[float, float, float] | None = None,
+    ) -> Self:
+        """This pipeline with its rotary positions scaled (models/rope_scaling.py), so that its `known_size` is larger.
+
+        Args:
+            method: "linear", "ntk", "ntk-by-parts", "yarn", "riflex" or "abf".
+            size_THW: the largest video that it is to make in one piece; or
+            factors: how many times more tokens along t, y, x than in training.
+
+        Raises:
+            ValueError: no method has this name, or the model's config has one already.
+
+        Example:
+            >>> import minisora_jax as ms
+            >>> ms.VideoPipeline.load().extrapolated("yarn", (33, 64, 64)).known_size
+            (33, 64, 64)
+        """
+        return dataclasses.replace(self, **extrapolated(self, method, size_THW, factors))
 
     @property
     def loop_start(self) -> int:

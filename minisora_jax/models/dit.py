@@ -35,7 +35,7 @@ from minisora_jax.models.layers import MLP, Attention, Einsum, LayerNorm, per_to
 from minisora_jax.models.levels import Levels, noise_levels
 from minisora_jax.models.motion import MotionModule, as_images
 from minisora_jax.models.past import Past
-from minisora_jax.models.rope import fixed_positions, rope_angles, sinusoids
+from minisora_jax.models.rope import fixed_positions, in_trained_grid, rope_angles, sinusoids
 from minisora_jax.parallel.ring import SAVED
 from minisora_jax.types import PackedBatch
 
@@ -84,9 +84,10 @@ class Block(nn.Module):
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self._modulation(inputs)
 
         h = LayerNorm(learned=False)(x_BSD) * (1 + scale_a) + shift_a
-        attention = Attention(cfg.heads, cfg.qk_norm, impl=cfg.attention, name="self_attention")
         kind = "spatial" if cfg.motion_modules else self.kind
         kind = "causal" if "causal" in inputs.segments else kind
+        sharpness = cfg.scaling.sharpness(kind)
+        attention = Attention(cfg.heads, cfg.qk_norm, impl=cfg.attention, sharpness=sharpness, name="self_attention")
         x_BSD = x_BSD + gate_a * attention(
             h,
             inputs.segments[kind],
@@ -177,7 +178,8 @@ class DiT(nn.Module):
         caption, pooled_BGE = caption_tokens(cfg, batch)
         levels = noise_levels(time_BS, batch, interval_BS)
         seen = as_images(batch) if cfg.motion_modules else batch
-        condition_BUD = self._condition(levels, pooled_BGE, seen)
+        placed = in_trained_grid(seen, cfg.scaling)
+        condition_BUD = self._condition(levels, pooled_BGE, placed)
         modulation_BUx = nn.silu(condition_BUD)
         if cfg.modulation != "block":
             modulation_BUx = Einsum("bud,de->bue", (D, 6 * D), scale=0.0, name="modulation")(modulation_BUx)
@@ -185,17 +187,17 @@ class DiT(nn.Module):
         # ---- Tokens
         x_BSx = with_given_frames(cfg, x_BSP.astype(dtype), batch)
         x_BSD = Einsum("bsp,pd->bsd", (x_BSx.shape[-1], D), name="patch_in")(x_BSx)
-        x_BSD, frame_BSD = self._add_positions(x_BSD, seen)
+        x_BSD, frame_BSD = self._add_positions(x_BSD, placed)
 
         # ---- Blocks
         inputs = BlockInputs(
             levels=levels,
             modulation_BUx=modulation_BUx,
             segments=attention_segments(cfg.attention_kinds, batch),
-            angles_BSk=rope_angles(seen.position_BS3, D // cfg.heads) if cfg.rope else None,
+            angles_BSk=rope_angles(seen.position_BS3, D // cfg.heads, cfg.scaling) if cfg.rope else None,
             frame_BSD=frame_BSD if "temporal" in cfg.attention_pattern else None,
             motion_angles_BSk=(
-                rope_angles(batch.position_BS3[..., :1], D // cfg.heads) if cfg.motion_modules else None
+                rope_angles(batch.position_BS3[..., :1], D // cfg.heads, cfg.scaling) if cfg.motion_modules else None
             ),
             caption=caption,
             image=ImageTokens(cfg, name="image")(batch) if cfg.image_features else None,

@@ -32,6 +32,7 @@ from __future__ import annotations
 import dataclasses
 import math
 
+from minisora_jax.models.rope_scaling import RopeScaling
 from minisora_jax.parallel.kernels import NAMES
 
 _CHOICES = {
@@ -74,6 +75,9 @@ class DiTConfig:
     modulation: str = "shared"  # the layers of adaLN: "shared", "single" or "block", see the table above
     qk_norm: str = "head"  # RMS norm of queries and keys over each "head", over "all" heads (Wan), or "none"
     rope: bool = True  # rotary positions
+    rope_scaling: str = "none"  # for clips beyond training's: "linear", "ntk", "ntk-by-parts", "yarn", "riflex", "abf"
+    rope_factors: tuple[float, float, float] = (1.0, 1.0, 1.0)  # tokens along t, y, x over those of training, for it
+    rope_trained: tuple[int, int, int] = (0, 0, 0)  # tokens along t, y, x of training's longest clips, for it
     positions: str = "learned"  # added to the tokens: a "learned" projection of sinusoids of (t, y, x), or of "space"
     # alone (y, x), with which a stream may go on for ever; "fixed" sinusoids, or "none"
     base_grid: int = 16  # tokens along a side that fixed positions were trained at; other grids are stretched to it
@@ -113,6 +117,8 @@ class DiTConfig:
             raise ValueError(f"image_positions={self.image_positions} with image_features=0: there are no image tokens")
         if len(self.patch) != 3 or self.patch[0] != 1:
             raise ValueError(f"patch={self.patch} must be (1, y, x): a token holds one latent frame")
+        if self.scaling.name != "none" and not self.rope:
+            raise ValueError(f"rope_scaling={self.rope_scaling!r} with rope=False: the model has no rotary positions")
         if not self.attention_pattern or set(self.attention_pattern) - {"joint", "spatial", "temporal"}:
             raise ValueError(
                 f"attention_pattern={self.attention_pattern} must be made of 'joint', 'spatial' and 'temporal'"
@@ -127,6 +133,11 @@ class DiTConfig:
                 f"motion_modules=True with attention_pattern={self.attention_pattern}: motion modules are for an image "
                 f"model, whose pattern is ('joint',)"
             )
+
+    @property
+    def scaling(self) -> RopeScaling:
+        """How rotary positions are scaled."""
+        return RopeScaling(self.rope_scaling, self.rope_factors, self.rope_trained)
 
     @property
     def attention_kinds(self) -> tuple[str, ...]:

@@ -167,12 +167,14 @@ class Attention(nn.Module):
         qk_norm: RMS norm over each "head", over "all" heads together, or "none".
         out_scale: Factor on the initial standard deviation of the output layer.
         impl: The kernel, see parallel/kernels.
+        sharpness: Factor on the logits, see `RopeScaling.sharpness`.
     """
 
     heads: int
     qk_norm: str = "head"
     out_scale: float = 1.0
     impl: str = "auto"
+    sharpness: float = 1.0
 
     @nn.compact
     def __call__(
@@ -212,6 +214,8 @@ class Attention(nn.Module):
         new_k, new_v = k, v
         if angles_BSk is not None:
             q, k = rotate(q, angles_BSk), rotate(k, angles_BSk)
+        if self.sharpness != 1:
+            q = q * self.sharpness
         if past:
             past_k, past_v = (self.get_variable("cache", name).astype(k.dtype) for name in ("k", "v"))
             past_k = past_k if past.angles_BMk is None else rotate(past_k, past.angles_BMk)

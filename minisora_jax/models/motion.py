@@ -39,7 +39,10 @@ class MotionModule(nn.Module):
         cfg, D = self.config, self.config.width
         h_BSD = Einsum("bsd,de->bse", (D, D), name="proj_in")(LayerNorm(name="norm")(x_BSD))
         for name in ("first", "second"):
-            attention = Attention(cfg.heads, cfg.qk_norm, impl=cfg.attention, name=f"{name}_attention")
+            sharpness = cfg.scaling.sharpness("temporal")
+            attention = Attention(
+                cfg.heads, cfg.qk_norm, impl=cfg.attention, sharpness=sharpness, name=f"{name}_attention"
+            )
             h_BSD = h_BSD + attention(LayerNorm(name=f"{name}_norm")(h_BSD), temporal_BS, angles_BSk)
         h_BSD = h_BSD + MLP(cfg.mlp_ratio, name="mlp")(LayerNorm(name="mlp_norm")(h_BSD))
         return x_BSD + Einsum("bsd,de->bse", (D, D), scale=0.0, name="proj_out")(h_BSD)

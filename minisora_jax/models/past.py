@@ -29,7 +29,7 @@ def past_of(
     config: DiTConfig, segment_BM: jax.Array, position_BM3: jax.Array, write_at: jax.Array | None = None
 ) -> Past:
     """The `Past` of places with these ids and positions (t, y, x)."""
-    angles = rope_angles(position_BM3, config.width // config.heads) if config.rope else None
+    angles = rope_angles(position_BM3, config.width // config.heads, config.scaling) if config.rope else None
     return Past(segment_BM, angles, write_at)
 
 

@@ -2,14 +2,18 @@
 
 Rotary embedding (Su et al. 2021, arXiv:2104.09864) turns pairs of a head's channels by angles proportional to
 a coordinate. The head is divided among the axes as in Wan 2.1: y and x get 2 * (K // 6) channels each, t the rest.
+Clips beyond the sizes of training take other frequencies, see rope_scaling.py.
 """
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 
-ROPE_BASE = 10_000.0  # the longest wavelength of a rotation, in units of 2 pi positions
+from minisora_jax.models.rope_scaling import ROPE_BASE, UNSCALED, RopeScaling
+from minisora_jax.types import PackedBatch
 
 
 def axis_widths(head_width: int, axes: int) -> tuple[int, ...]:
@@ -20,13 +24,28 @@ def axis_widths(head_width: int, axes: int) -> tuple[int, ...]:
     return (head_width - 2 * space, space, space)
 
 
-def rope_angles(position_BSx: jax.Array, head_width: int) -> jax.Array:
-    """Rotation angles (B, S, head_width / 2), float32, of integer coordinates (B, S, 1 or 3)."""
+def rope_angles(position_BSx: jax.Array, head_width: int, scaling: RopeScaling = UNSCALED) -> jax.Array:
+    """Rotation angles (B, S, head_width / 2), float32, of coordinates (B, S, 1 or 3): (t) or (t, y, x)."""
     angles = []
     for axis, width in enumerate(axis_widths(head_width, position_BSx.shape[-1])):
-        frequency = ROPE_BASE ** (-jnp.arange(0, width, 2, dtype=jnp.float32) / width)
+        if scaling.scales(axis):
+            frequency = jnp.asarray(scaling.frequencies(axis, width), jnp.float32)
+        else:
+            frequency = ROPE_BASE ** (-jnp.arange(0, width, 2, dtype=jnp.float32) / width)
         angles.append(position_BSx[..., axis, None].astype(jnp.float32) * frequency)
     return jnp.concatenate(angles, axis=-1)
+
+
+def in_trained_grid(batch: PackedBatch, scaling: RopeScaling) -> PackedBatch:
+    """The batch for what reads places and sizes as such: interpolated, so that none is beyond those of training.
+
+    The first frame keeps its place, and of a picture the edges do, as in `grid_positions`.
+    """
+    if scaling.name == "none" or set(scaling.factors) == {1.0}:
+        return batch
+    factors, centre = jnp.array(scaling.factors, jnp.float32), jnp.array([0.0, 0.5, 0.5], jnp.float32)
+    position_BS3 = (batch.position_BS3 + centre) / factors - centre
+    return dataclasses.replace(batch, position_BS3=position_BS3, size_BG3=batch.size_BG3 / factors)
 
 
 def rotate(x_BSNK: jax.Array, angles_BSk: jax.Array) -> jax.Array:
