@@ -7,7 +7,7 @@ An axis of s times the positions of training, and a pair of channels i of d that
     ntk            of the base b s^(d/(d-2)): the first pair stays, the last is linear     transformers' "dynamic"
     ntk-by-parts   as it is where a pair turns often in training, linear where it does not arXiv:2309.00071
     yarn           as ntk-by-parts, and attention is sharper by (0.1 ln s + 1)^2           arXiv:2309.00071
-    riflex         the first of at most one turn in training becomes 0.9 * 2 pi / length      arXiv:2502.15894
+    riflex         the first of at most one turn in training becomes 0.9 * 2 pi / length   arXiv:2502.15894
     abf            of a larger base, and attention is sharper by ln(length) / ln(trained)  arXiv:2401.07004
 
 "riflex:K" names the pair, counted from 1, as its authors do by looking for the first repetition. "abf:BASE" names the
