@@ -10,8 +10,8 @@ EMPTY = -1e30  # the logarithm of a denominator without terms; finite, so that t
 
 
 def visible(q_segment_BS: jax.Array, kv_segment_BM: jax.Array, causal: bool = False) -> jax.Array:
-    """Whether each query attends to each key, bool (B, S, M)."""
-    q_BS1, kv_B1M = q_segment_BS[:, :, None], kv_segment_BM[:, None, :]
+    """Whether each query attends to each key, bool (B, S, M); (S, M) of the ids of one row."""
+    q_BS1, kv_B1M = q_segment_BS[..., :, None], kv_segment_BM[..., None, :]
     if causal:
         return (first_seen(q_BS1) <= kv_B1M) & (kv_B1M <= q_BS1) & (q_BS1 > 0)
     return (q_BS1 == kv_B1M) & (q_BS1 > 0)

@@ -19,7 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from minisora_jax.parallel.kernels.blockwise import extent, meet, seen_extent, span
-from minisora_jax.parallel.kernels.reference import EMPTY, first_seen
+from minisora_jax.parallel.kernels.reference import EMPTY, visible
 
 SMALLEST = 16  # the smallest side of a matrix that tensor cores multiply
 
@@ -122,7 +122,7 @@ def _forward_tile(near, step, ids_ref, other_ids_ref, q_ref, k_ref, v_ref, o_ref
     def update(j, carry):
         o, top, total = carry
         k, v, kv_ids = (_load(ref, j, step) for ref in (k_ref, v_ref, other_ids_ref))
-        seen = _seen(ids, kv_ids, causal)
+        seen = visible(ids, kv_ids, causal)
         logits = jnp.where(seen, scale * _dot(q, k.T), EMPTY)
         higher = jnp.maximum(top, jnp.max(logits, axis=1))
         weights = jnp.where(seen, jnp.exp(logits - higher[:, None]), 0.0)
@@ -168,14 +168,8 @@ def _key_gradient_tile(near, step, ids_ref, other_ids_ref, k_ref, v_ref, *others
 
 def _weights(q, ids, d_o, lse, mean, k, v, kv_ids, scale, causal):
     """(softmax weights of a pair of tiles, gradient of q k^T), both (queries, keys)."""
-    weights = jnp.where(_seen(ids, kv_ids, causal), jnp.exp(scale * _dot(q, k.T) - lse[:, None]), 0.0)
+    weights = jnp.where(visible(ids, kv_ids, causal), jnp.exp(scale * _dot(q, k.T) - lse[:, None]), 0.0)
     return weights, (scale * weights * (_dot(d_o, v.T) - mean[:, None])).astype(q.dtype)
-
-
-def _seen(ids, kv_ids, causal):
-    if causal:
-        return (first_seen(ids)[:, None] <= kv_ids[None, :]) & (kv_ids[None, :] <= ids[:, None]) & (ids > 0)[:, None]
-    return (ids[:, None] == kv_ids[None, :]) & (ids > 0)[:, None]
 
 
 def _load(ref, j, step):
