@@ -17,6 +17,20 @@ def action_width(columns: int, time_factor: int) -> int:
     return columns * time_factor + 1
 
 
+def frames_of_latent(frames: int, latent_frames: int) -> int:
+    """f, the frames of pixels of a latent frame after the first, where 1 + f (t - 1) of them make t latent frames.
+
+    Raises:
+        ValueError: The frames do not divide so.
+    """
+    f, rest = divmod(frames - 1, latent_frames - 1) if latent_frames > 1 else (1, frames - 1)
+    if f < 1 or rest:
+        raise ValueError(
+            f"actions of {frames} frames do not fit {latent_frames} latent frames, 1 + f x {latent_frames - 1}"
+        )
+    return f
+
+
 def by_latent_frame(actions_TA: np.ndarray, latent_frames: int) -> np.ndarray:
     """The vectors of all latent frames, float32 (t, x), of the actions of all pixel frames, T = 1 + f (t - 1).
 
@@ -24,8 +38,6 @@ def by_latent_frame(actions_TA: np.ndarray, latent_frames: int) -> np.ndarray:
         ValueError: T frames do not divide so.
     """
     T, A = actions_TA.shape
-    if T < latent_frames or (T - 1) % max(latent_frames - 1, 1) or (latent_frames == 1) != (T == 1):
-        raise ValueError(f"actions of {T} frames do not fit {latent_frames} latent frames, 1 + f x {latent_frames - 1}")
-    f = (T - 1) // (latent_frames - 1) if latent_frames > 1 else 1
+    f = frames_of_latent(T, latent_frames)
     padded_TA = np.concatenate([np.zeros((f - 1, A), np.float32), actions_TA.astype(np.float32)])
     return np.concatenate([padded_TA.reshape(latent_frames, f * A), np.ones((latent_frames, 1), np.float32)], axis=1)

@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from minisora_jax.data.actions import frames_of_latent
 from minisora_jax.data.epochs import parse_mixture
 from minisora_jax.io import record_writer
 from minisora_jax.io.concat_index import ConcatIndex
@@ -188,9 +189,13 @@ class Latents:
         """The actions of record i, of which a latent frame after the first has as many as it has frames of pixels."""
         where = f"record {i} of {self.shards.directory}"
         actions_TA = of_record(arrays, self.actions, where)
-        T = t if actions_TA is None else len(actions_TA)
-        if T < t or ((T - 1) % (t - 1) if t > 1 else T > 1):
-            raise DataError(f"{where} is corrupt: it has {t} latent frames and {T} actions")
+        if actions_TA is not None:
+            try:
+                frames_of_latent(len(actions_TA), t)
+            except ValueError as error:
+                raise DataError(
+                    f"{where} is corrupt: it has {t} latent frames and {len(actions_TA)} actions"
+                ) from error
         return actions_TA
 
     def _frames(self, i: int, arrays: dict[str, np.ndarray], size_thw: tuple[int, ...]) -> GivenFrames | None:

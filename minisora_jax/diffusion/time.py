@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from minisora_jax.diffusion.noise_path import DDPM_STEPS, PATHS, SIGMA_MAX, NoisePath
+from minisora_jax.models.attention_ids import is_causal
 from minisora_jax.models.layers import per_token
 from minisora_jax.types import PackedBatch
 
@@ -121,11 +122,8 @@ def training_times(config: TimeConfig, batch: PackedBatch, key: jax.Array, path:
     clip = (row_BS, batch.segment_BS)
     clip_z_BS = draw_by_ids(jax.random.normal, clip_key, *clip)
     frame_z_BS = draw_by_ids(jax.random.normal, frame_key, *clip, batch.position_BS3[..., 0])
-    per_frame_BS = draw_by_ids(jax.random.uniform, which_key, *clip) < config.per_frame
-    causal_BS = jnp.zeros_like(per_frame_BS)
-    if batch.causal_BG is not None:
-        causal_BS = per_token(batch.causal_BG[..., None].astype(jnp.float32), batch.segment_BS)[..., 0] > 0
-    per_frame_BS = per_frame_BS | causal_BS
+    causal_BS = is_causal(batch)
+    per_frame_BS = (draw_by_ids(jax.random.uniform, which_key, *clip) < config.per_frame) | causal_BS
     z_BS = jnp.where(per_frame_BS, frame_z_BS, clip_z_BS)
     if config.in_part:
         z_BS = _within(config, z_BS, path)

@@ -211,32 +211,34 @@ def _next(static, params, cache, batch: PackedBatch, ranks_F, place, key):
 
     x_BSP = jax.lax.fori_loop(0, settings.steps, step, x_BSP)
     batch = dataclasses.replace(batch, tokens_BSP=jnp.tile(x_BSP, (copies, 1, 1)))
-    return x_BSP, _kept(static, params, cache, batch, ranks_F, place, past_key)
+    return x_BSP, _kept(static, params, cache, batch, past, place, past_key)
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
 def _keep(static, params, cache, batch: PackedBatch, ranks_F, place, key):
     """The cache with the keys and values of a given frame."""
-    return _kept(static, params, cache, batch, ranks_F, place, jax.random.split(key, 3)[2])
+    config, *_, grid_thw = static
+    past = _past(config, grid_thw, ranks_F, batch.tokens_BSP.shape[0])
+    return _kept(static, params, cache, batch, past, place, jax.random.split(key, 3)[2])
 
 
-def _kept(static, params, cache, batch: PackedBatch, ranks_F, place, key):
-    config, settings, _, objective, grid_thw = static
+def _kept(static, params, cache, batch: PackedBatch, past: Past, place, key):
+    config, settings, _, objective, _ = static
     rows, S, P = batch.tokens_BSP.shape
     copies = 1 if settings.guidance == 1 else 2
     time_BS = jnp.full((rows, S), settings.past_time)
     noise_BSP = jnp.tile(jax.random.normal(key, (rows // copies, S, P)), (copies, 1, 1))
     x_BSP = objective.noise_path.mix(batch.tokens_BSP, noise_BSP, time_BS[..., None])
-    past = _past(config, grid_thw, ranks_F, rows, place * S)
+    past = dataclasses.replace(past, write_at=place * S)
     x_BSP, time_BS = objective.model_input(x_BSP, time_BS)
     return DiT(config).apply({**params, **cache}, x_BSP, time_BS, batch, past=past, mutable=["cache"])[1]
 
 
-def _past(config: DiTConfig, grid_thw, ranks_F, rows: int, write_at: jax.Array | None = None) -> Past:
+def _past(config: DiTConfig, grid_thw, ranks_F, rows: int) -> Past:
     """What the places of the cache hold: frames with these ranks in the window, -1 for none."""
     n = math.prod(grid_thw)
     rank_M = jnp.repeat(ranks_F, n)
     place_M2 = jnp.tile(jnp.asarray(grid_positions(grid_thw))[:, 1:], (len(ranks_F), 1))
     position_BM3 = jnp.tile(jnp.concatenate([rank_M[:, None], place_M2], axis=1)[None], (rows, 1, 1))
     segment_BM = jnp.tile(jnp.where(rank_M < 0, 0, FRAMES + rank_M)[None], (rows, 1))
-    return past_of(config, segment_BM, position_BM3, write_at)
+    return past_of(config, segment_BM, position_BM3)

@@ -31,7 +31,13 @@ def attention_segments(kinds: tuple[str, ...], batch: PackedBatch) -> dict[str, 
     if batch.causal_BG is not None:
         if set(kinds) != {"joint"}:
             raise ValueError(f"causal attention needs attention_pattern of 'joint' alone, and the model has {kinds}")
-        causal_BS = per_token(batch.causal_BG[..., None].astype(jnp.float32), segment_BS)[..., 0] > 0
-        frame_BS = jnp.where(causal_BS, t_BS.astype(jnp.int32), FRAMES - 1)
+        frame_BS = jnp.where(is_causal(batch), t_BS.astype(jnp.int32), FRAMES - 1)
         ids["causal"] = jnp.where(segment_BS > 0, segment_BS * FRAMES + frame_BS, 0)
     return ids
+
+
+def is_causal(batch: PackedBatch) -> jax.Array:
+    """Whether each token is of a causal clip, bool (B, S)."""
+    if batch.causal_BG is None:
+        return jnp.zeros_like(batch.cond_mask_BS)
+    return per_token(batch.causal_BG[..., None].astype(jnp.float32), batch.segment_BS)[..., 0] > 0

@@ -253,9 +253,8 @@ def train_diffusion(
     damaged = Damaged(workdir / f"damaged_{jax.process_index()}.jsonl", strict=task.data.strict)
 
     def batches(numbers: range) -> Iterator:
-        options = {"patch": task.dit.patch, "conditioning": task.conditioning, "caption_dropout": task.caption_dropout}
-        options |= {"caption_tokens": task.dit.caption_tokens}
-        options |= {"action_width": task.dit.action_width, "action_dropout": task.action_dropout}
+        options = {name: getattr(task.dit, name) for name in ("patch", "caption_tokens", "action_width")}
+        options |= {name: getattr(task, name) for name in ("conditioning", "caption_dropout", "action_dropout")}
         for batch, rows in packed_batches(latents, plan, numbers, **options, damaged=damaged):
             yield batch, count_work(task.dit, task.pack, rows * again, frozen=task.lora.rank > 0)
 

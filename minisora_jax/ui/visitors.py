@@ -209,7 +209,7 @@ class Visitors:
         frames_THWC = self._shown(visitor, wish)
         if frames_THWC is None:
             assert visitor.player is not None
-            if wish.caption is not None and wish.caption != visitor.player.caption:
+            if wish.caption is not None:
                 visitor.player.caption = wish.caption
             frames_THWC = visitor.player.step(held_action(self.world.actions, wish.actions))
         end = time.monotonic()
