@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from minisora_jax.bundled import CODEC, MODEL
 from minisora_jax.generate import VideoPipeline
@@ -17,11 +18,19 @@ from minisora_jax.ui.server import application
 @contextlib.contextmanager
 def served(out: Path) -> Iterator[int]:
     """The port of a server on this machine, whose results go to `out`."""
-    import uvicorn
-
     pipeline = VideoPipeline.load(MODEL, CODEC)
     model = {"model": None, "hash": pipeline.hash, "codec_hash": pipeline.codec.hash, "mesh": None}
     app, queue = application(pipeline, out, model)
+    with running(app) as port:
+        yield port
+        queue.close()
+
+
+@contextlib.contextmanager
+def running(app: Any) -> Iterator[int]:
+    """The port of a server of an ASGI application on this machine."""
+    import uvicorn
+
     with contextlib.closing(socket.socket()) as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -32,6 +41,5 @@ def served(out: Path) -> Iterator[int]:
     while not server.started:
         time.sleep(0.05)
     yield port
-    queue.close()
     server.should_exit = True
     thread.join(timeout=10)

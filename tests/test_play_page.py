@@ -9,7 +9,6 @@ import os
 import shutil
 import socket
 import struct
-import threading
 import time
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from PIL import Image
 pytestmark = pytest.mark.slow
 pytest.importorskip("gradio", reason="the page needs gradio: uv sync --group ui")
 
+from serving import running  # noqa: E402
 from small_world import ACTIONS, SIZE, write_world  # noqa: E402
 
 from minisora_jax.generate.streaming import StreamConfig  # noqa: E402
@@ -39,21 +39,9 @@ def world(tmp_path_factory):
 @pytest.fixture(scope="module")
 def server(world):
     """(port, visitors) of a real server."""
-    import uvicorn
-
     app, visitors = application(world, most=MOST)
-    with contextlib.closing(socket.socket()) as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    options = {"log_level": "error", "timeout_graceful_shutdown": 1}
-    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=port, **options))
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    while not server.started:
-        time.sleep(0.05)
-    yield port, visitors
-    server.should_exit = True
-    thread.join(timeout=10)
+    with running(app) as port:
+        yield port, visitors
     assert not visitors._thread.is_alive(), "the world ends with its server"
 
 

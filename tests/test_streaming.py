@@ -1,12 +1,12 @@
 """Frames one after another with kept keys and values, against the whole clip in the order of frames."""
 
 import dataclasses
-import zlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from test_motion import random_params
 
 from minisora_jax.data.actions import by_latent_frame
 from minisora_jax.data.packing import PackConfig
@@ -15,7 +15,7 @@ from minisora_jax.diffusion.loss import diffusion_loss
 from minisora_jax.diffusion.time import TimeConfig
 from minisora_jax.generate import streaming
 from minisora_jax.generate.streaming import Stream, StreamConfig
-from minisora_jax.models.dit import DiT, DiTConfig, abstract_params
+from minisora_jax.models.dit import DiT, DiTConfig
 from minisora_jax.models.past import empty_cache, past_of
 from minisora_jax.models.text import encode_bytes
 from minisora_jax.parallel.kernels.reference import FRAMES
@@ -35,11 +35,6 @@ CONFIG = DiTConfig(
     action_width=4,
 )
 SIZES = ((5, 2, 2), (3, 1, 3), (4, 2, 1))
-
-
-def random_params(cfg: DiTConfig, scale: float = 0.2):
-    draw = lambda path, x: scale * jax.random.normal(jax.random.key(zlib.crc32(str(path).encode())), x.shape)
-    return jax.tree_util.tree_map_with_path(draw, abstract_params(cfg))
 
 
 def clip(i: int, frames: slice = slice(None)) -> Segment:
